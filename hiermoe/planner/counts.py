@@ -1,0 +1,118 @@
+"""What every traffic figure is made of: how many tokens of a source need which group."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hiermoe.routing.step import RoutingStep
+from hiermoe.topology.hierarchy import Hierarchy
+from hiermoe.topology.placement import Placement, experts_per_rank
+
+
+@dataclass(frozen=True)
+class RoutingCounts:
+    """Counts of one step under one placement; all traffic of all schemes follows from them.
+
+    Attributes:
+        tokens: for levels 1..D, int64 [G, U[level]]: tokens of a source that need at least one expert of the group.
+        pairs_GE: int64 [G, E]: token-expert pairs of a source, by *slot*.
+        tokens_G: int64 [G]: tokens of a source.
+        topk: K.
+    """
+
+    tokens: tuple[Tensor, ...]
+    pairs_GE: Tensor
+    tokens_G: Tensor
+    topk: int
+
+    @property
+    def pairs_GG(self) -> Tensor:
+        """int64 [G, G]: token-expert pairs from source to destination GPU."""
+        num_ranks = len(self.tokens_G)
+        return self.pairs_GE.view(num_ranks, num_ranks, -1).sum(-1)
+
+    def duplication_rate(self, level: int) -> float:
+        """1 - distinct (token, group) / token-expert pairs at a level (paper, Table II)."""
+        pairs = int(self.pairs_GE.sum())
+        return 1.0 - int(self.tokens[level - 1].sum()) / pairs if pairs else float("nan")
+
+
+def separating_level(hierarchy: Hierarchy) -> Tensor:
+    """First level at which two GPUs are in different groups: int64 [G, G]; D + 1 on the diagonal."""
+    rank = torch.arange(hierarchy.num_ranks)
+    level = torch.full((hierarchy.num_ranks, hierarchy.num_ranks), hierarchy.depth + 1)
+    for i in range(hierarchy.depth, 0, -1):
+        group = rank // hierarchy.lanes(i)
+        level[group[:, None] != group[None, :]] = i
+    return level
+
+
+@dataclass(frozen=True)
+class SortedChoices:
+    """The GPUs that each token needs, in rising order, and from which level on neighbours are apart.
+
+    Groups are contiguous in rank order, so the experts of one token that share a group stand side by side at every
+    level: an expert is the first of its group at level i exactly where it is separated from its left neighbour at i.
+
+    Attributes:
+        slot_NK: int64 [N, K], slots in rising order.
+        rank_NK: int64 [N, K], their GPUs.
+        first_from_NK: int64 [N, K], level from which on the expert is the first one of its group in the token's order.
+        alone_from_NK: int64 [N, K], level from which on it is the token's only expert in its group (D + 1: never).
+    """
+
+    slot_NK: Tensor
+    rank_NK: Tensor
+    first_from_NK: Tensor
+    alone_from_NK: Tensor
+
+
+def sort_choices(expert_ids_NK: Tensor, placement: Placement, hierarchy: Hierarchy) -> SortedChoices:
+    """Sort every token's experts by slot.
+
+    Args:
+        expert_ids_NK: int64 [N, K], logical experts.
+        placement: logical expert -> slot.
+        hierarchy: groups of GPUs.
+
+    Raises:
+        ValueError: E is not divisible by G.
+    """
+    per_rank = experts_per_rank(placement.num_experts, hierarchy.num_ranks)
+    slot_NK = placement.slot_E[expert_ids_NK].sort(dim=1).values
+    rank_NK = slot_NK // per_rank
+    flat = rank_NK[:, :-1] * hierarchy.num_ranks + rank_NK[:, 1:]
+    between = separating_level(hierarchy).view(-1)[flat]  # [N, K-1]
+    edge = between.new_ones(len(between), 1)  # nothing to the left of the first or to the right of the last
+    left, right = torch.cat([edge, between], 1), torch.cat([between, edge], 1)
+    return SortedChoices(slot_NK, rank_NK, left, torch.maximum(left, right))
+
+
+def count_routing(step: RoutingStep, placement: Placement, hierarchy: Hierarchy) -> RoutingCounts:
+    """Count tokens and token-expert pairs by source and destination, at every level, in O(N * K).
+
+    Raises:
+        ValueError: E is not divisible by G, or the step has another G or E than hierarchy or placement.
+    """
+    if step.num_ranks != hierarchy.num_ranks:
+        raise ValueError(f"routing has {step.num_ranks} ranks, the hierarchy has {hierarchy.num_ranks}")
+    if step.num_experts != placement.num_experts:
+        raise ValueError(f"routing has {step.num_experts} experts, the placement has {placement.num_experts}")
+    num_ranks, depth = hierarchy.num_ranks, hierarchy.depth
+    choices = sort_choices(step.expert_ids_NK, placement, hierarchy)
+    source_N1 = step.source_N[:, None]
+    first = torch.bincount(
+        (choices.first_from_NK * num_ranks + source_N1).mul_(num_ranks).add_(choices.rank_NK).view(-1),
+        minlength=(depth + 2) * num_ranks * num_ranks,
+    ).view(depth + 2, num_ranks, num_ranks)
+    newly_first = first.cumsum(0)  # [level, source, GPU]: experts that are first of their group at that level
+    tokens = tuple(
+        newly_first[level].view(num_ranks, hierarchy.U[level], -1).sum(-1) for level in range(1, depth + 1)
+    )
+    num_experts = step.num_experts
+    pairs_GE = torch.bincount(
+        (source_N1 * num_experts + choices.slot_NK).view(-1), minlength=num_ranks * num_experts
+    ).view(num_ranks, num_experts)
+    tokens_G = torch.bincount(step.source_N, minlength=num_ranks)
+    return RoutingCounts(tokens, pairs_GE, tokens_G, step.topk)

@@ -1,0 +1,76 @@
+"""What it costs to move experts from one placement to another."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hiermoe.planner.counts import separating_level
+from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.placement import Placement
+
+WEIGHT_BYTES_PER_PARAMETER = 2  # bf16
+STATE_BYTES_PER_PARAMETER = 14  # bf16 weight, fp32 master, two fp32 Adam moments
+
+
+@dataclass(frozen=True)
+class Migration:
+    """Modelled cost of one change of placement in one layer.
+
+    Attributes:
+        moved_experts: experts whose GPU changes; a move inside a GPU costs nothing.
+        moved_bytes: bytes that cross between GPUs, all experts together.
+        link_ms: time at the bare rate of the busiest link, which all GPUs below it share.
+        alltoall_ms: time at the per-GPU rate that the AlltoAll reaches there (1 / beta), at the busiest GPU.
+    """
+
+    moved_experts: int
+    moved_bytes: int
+    link_ms: float
+    alltoall_ms: float
+
+
+def price_migration(old: Placement, new: Placement, cluster: Cluster, expert_bytes: int) -> Migration:
+    """Price the move of the experts that change GPU, all at once.
+
+    Args:
+        old: placement before.
+        new: placement after.
+        cluster: links and betas.
+        expert_bytes: what moves with one expert.
+    """
+    hierarchy = cluster.hierarchy
+    source_E, target_E = old.rank_of(hierarchy.num_ranks), new.rank_of(hierarchy.num_ranks)
+    moved = source_E != target_E
+    source, target = source_E[moved], target_E[moved]
+    level = separating_level(hierarchy)[source, target]  # 1..D
+    link_ms = 0.0
+    for i, spec in enumerate(cluster.levels, start=1):
+        crossing = level <= i  # leaves its group of level i
+        busiest = max(
+            _largest_count(ends[crossing] // hierarchy.lanes(i), hierarchy.U[i]) for ends in (source, target)
+        )
+        link_ms = max(link_ms, busiest * expert_bytes / (spec.link_gb_per_s * 1e6))
+    beta = torch.tensor([_beta(cluster, i) for i in range(1, hierarchy.depth + 1)], dtype=torch.float64)
+    weight = beta[level - 1] * expert_bytes
+    busiest_ms = max(_largest_sum(ends, weight, hierarchy.num_ranks) for ends in (source, target))
+    count = int(moved.sum())
+    return Migration(count, count * expert_bytes, link_ms, busiest_ms)
+
+
+def _beta(cluster: Cluster, level: int) -> float:
+    """Time per byte between siblings of a level; the innermost exchange is the intra of the level above it."""
+    spec = cluster.levels[level - 1]
+    if spec.inter is not None:
+        return spec.inter.beta_ms_per_byte
+    above = cluster.levels[level - 2].intra if level > 1 else cluster.world
+    assert above is not None
+    return above.beta_ms_per_byte
+
+
+def _largest_count(index: Tensor, size: int) -> int:
+    return int(torch.bincount(index, minlength=size).max())
+
+
+def _largest_sum(index: Tensor, weight: Tensor, size: int) -> float:
+    return float(torch.zeros(size, dtype=torch.float64).index_add_(0, index, weight).max())

@@ -1,0 +1,173 @@
+"""A dispatch algorithm as data: the stages that rows pass through on their way to the experts."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hiermoe.records.status import NotApplicable
+from hiermoe.topology.cluster import Peers
+from hiermoe.topology.hierarchy import Hierarchy
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One AlltoAll of a scheme.
+
+    Attributes:
+        peers: who exchanges.
+        rows: what a row is: ``pair``, one per (token, expert); ``token``, one per token and destination group.
+        key: what picks the peer: ``group``, the destination's sub-group (for ``world`` and ``intra``: the destination
+            itself); ``lane``, the peer whose lane is the destination's.
+    """
+
+    peers: Peers
+    rows: Literal["pair", "token"]
+    key: Literal["group", "lane"] = "group"
+
+    def level(self, hierarchy: Hierarchy) -> int:
+        """Level of the groups that a row is addressed to."""
+        return self.peers.level if self.peers.kind == "inter" else hierarchy.depth
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Equal splits as in Tutel: C rows for every (source, expert).
+
+    Attributes:
+        capacity_factor: 0: C is the largest count of the step, nothing is dropped. Above 0: C = K * int(cf * ceil(T/E))
+            and pairs beyond C are dropped.
+    """
+
+    capacity_factor: float
+
+    def __post_init__(self) -> None:
+        if self.capacity_factor < 0:
+            raise ValueError(f"capacity_factor={self.capacity_factor} is negative")
+
+
+@dataclass(frozen=True)
+class DispatchScheme:
+    """Stages that together bring every selected token to the GPUs of its experts.
+
+    The planner derives traffic and time from it, the executor runs it.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    padding: Padding | None = None
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError(f"scheme {self.name} has no stages")
+        if self.padding and any(stage.rows != "pair" for stage in self.stages):
+            raise ValueError(f"scheme {self.name}: only token-expert pairs can be padded per expert")
+
+    @property
+    def dimension(self) -> int:
+        """The paper's d: number of stages."""
+        return len(self.stages)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the scheme may drop token-expert pairs."""
+        return self.padding is not None and self.padding.capacity_factor > 0
+
+    @property
+    def deduplicates(self) -> bool:
+        """Whether every stage sends a token once per group."""
+        return all(stage.rows == "token" for stage in self.stages)
+
+
+def hierarchical(dimension: int, deduplicate: bool, hierarchy: Hierarchy) -> DispatchScheme:
+    """Hd or HDd (paper, Sec. III-A): Inter-level-1 ... Inter-level-(d-1), then Intra-level-(d-1).
+
+    Args:
+        dimension: d, from 1 (one AlltoAll over all GPUs) to D.
+        deduplicate: HDd if true, Hd if not.
+        hierarchy: gives D.
+
+    Raises:
+        NotApplicable: d outside 1..D.
+    """
+    if not 1 <= dimension <= hierarchy.depth:
+        raise NotApplicable(f"dimension={dimension} is outside 1..{hierarchy.depth}, the levels of the hierarchy")
+    rows = "token" if deduplicate else "pair"
+    name = f"{'HD' if deduplicate else 'H'}{dimension}"
+    if dimension == 1:
+        return DispatchScheme(name, (Stage(Peers("world"), rows),))
+    inter = tuple(Stage(Peers("inter", level), rows) for level in range(1, dimension))
+    return DispatchScheme(name, (*inter, Stage(Peers("intra", dimension - 1), rows)))
+
+
+def fixed_dimension(hierarchy: Hierarchy, dimension: int, deduplicate: bool = True) -> tuple[DispatchScheme, ...]:
+    """The one candidate of a system with a fixed d."""
+    return (hierarchical(dimension, deduplicate, hierarchy),)
+
+
+def every_dimension(hierarchy: Hierarchy) -> tuple[DispatchScheme, ...]:
+    """HD1 ... HDD, the candidates that Algorithm 1 chooses from (HierD-AlltoAll)."""
+    return tuple(hierarchical(d, True, hierarchy) for d in range(1, hierarchy.depth + 1))
+
+
+@lru_cache(maxsize=64)
+def stage_routes(scheme: DispatchScheme, hierarchy: Hierarchy) -> tuple[Tensor, ...]:
+    """For every stage: which GPU hands a row to which, by (source, destination group).
+
+    A row that started at source s and is addressed to group b of the stage's level (pairs: to GPU b) sits at one
+    certain GPU before the stage and at one certain GPU after it, whatever the routing.
+
+    Returns:
+        One int64 tensor [G, groups] a stage, ``sender * G + receiver``; groups is U[level] for ``token`` rows and G
+        for ``pair`` rows.
+
+    Raises:
+        ValueError: the stages do not bring every row to its destination, or leave their communicator.
+    """
+    num_ranks = hierarchy.num_ranks
+    target = torch.arange(num_ranks).expand(num_ranks, num_ranks)  # [source, destination GPU]
+    holder = torch.arange(num_ranks)[:, None].expand(num_ranks, num_ranks)
+    routes = []
+    for stage in scheme.stages:
+        receiver = _receiver(stage, holder, target, hierarchy)
+        _check_peers(scheme, stage, holder, receiver, hierarchy)
+        lanes = hierarchy.lanes(stage.level(hierarchy)) if stage.rows == "token" else 1
+        route = (holder * num_ranks + receiver).view(num_ranks, -1, lanes)  # [source, group, GPU of the group]
+        if not bool((route == route[..., :1]).all()):
+            raise ValueError(f"scheme {scheme.name}: stage {stage.peers} cannot send a token once per group")
+        routes.append(route[..., 0].contiguous())
+        holder = receiver
+    if not torch.equal(holder, target):
+        raise ValueError(f"scheme {scheme.name} does not bring every row to its destination")
+    return tuple(routes)
+
+
+def _receiver(stage: Stage, holder: Tensor, target: Tensor, hierarchy: Hierarchy) -> Tensor:
+    """GPU that gets the row: int64 [G, G] over (source, destination GPU)."""
+    peers = stage.peers
+    if peers.kind == "inter":
+        lanes = hierarchy.lanes(peers.level)
+        if stage.key == "group":
+            return target // lanes * lanes + holder % lanes
+        raise ValueError(f"stage {peers}: among equal lanes only the group can pick the peer")
+    if stage.key == "group":
+        return target
+    lanes = hierarchy.lanes(peers.level)
+    return holder // lanes * lanes + target % lanes
+
+
+def _check_peers(
+    scheme: DispatchScheme, stage: Stage, holder: Tensor, receiver: Tensor, hierarchy: Hierarchy
+) -> None:
+    """Sender and receiver must be members of the same communicator of the stage."""
+    peers = stage.peers
+    same = torch.ones_like(holder, dtype=torch.bool)
+    if peers.kind == "intra":
+        same = holder // hierarchy.lanes(peers.level) == receiver // hierarchy.lanes(peers.level)
+    elif peers.kind == "inter":
+        outer, lanes = hierarchy.lanes(peers.level - 1), hierarchy.lanes(peers.level)
+        same = (holder // outer == receiver // outer) & (holder % lanes == receiver % lanes)
+    if not bool(same.all()):
+        raise ValueError(f"scheme {scheme.name}: stage {peers} would send rows outside its communicator")

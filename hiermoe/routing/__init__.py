@@ -1,0 +1,1 @@
+"""What tokens want: recorded traces and synthetic routing, one step at a time."""

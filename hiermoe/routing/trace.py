@@ -1,0 +1,272 @@
+"""Recorded routing: what a model's routers chose, step after step, in one compact, checked file."""
+
+import hashlib
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from hiermoe.records.status import NotApplicable
+from hiermoe.routing.step import RoutingRequest, RoutingStep, make_step
+
+FORMAT = 1
+
+
+class TraceMetadata(BaseModel):
+    """How a trace came to be. Every field is stated by whoever records it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    num_experts: int
+    topk: int  # K that the router was trained with
+    num_recorded: int  # experts stored per token; the first K are the router's choice
+    router: str
+    corpus: str
+    vocabulary: int
+    seed: int
+    training_step: list[int]  # of each iteration
+    loss: list[float]  # of each iteration
+    layers: list[int]  # model layer of each recorded layer
+    how_made: str  # the command
+    versions: dict[str, str]
+    notes: str = ""
+
+    @model_validator(mode="after")
+    def _experts_are_enough(self) -> "TraceMetadata":
+        if not 1 <= self.topk <= self.num_recorded <= self.num_experts:
+            raise ValueError(
+                f"topk={self.topk}, num_recorded={self.num_recorded}, num_experts={self.num_experts}: "
+                "the rule is 1 <= topk <= num_recorded <= num_experts"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """Expert choices [iteration, layer, rank, T, k] of a training run.
+
+    Attributes:
+        expert_ids: unsigned integer [iteration, layer, rank, T, k], by falling router score; rows past
+            ``num_tokens`` are padding.
+        num_tokens: int32 [iteration, rank].
+        metadata: how the trace was made.
+        weights: optional float16, same shape as ``expert_ids``: routing weight of each choice.
+
+    Raises:
+        ValueError: where shapes, ranges or metadata do not fit, or a token names an expert twice.
+    """
+
+    expert_ids: np.ndarray
+    num_tokens: np.ndarray
+    metadata: TraceMetadata
+    weights: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        ids, counts, meta = self.expert_ids, self.num_tokens, self.metadata
+        if ids.ndim != 5:
+            raise ValueError(f"expert_ids has {ids.ndim} axes; the rule is [iteration, layer, rank, T, k]")
+        object.__setattr__(self, "expert_ids", np.ascontiguousarray(ids, dtype=_smallest_dtype(meta.num_experts, ids)))
+        iterations, layers, ranks, tokens, recorded = ids.shape
+        rules = {
+            f"num_tokens has shape {counts.shape}, expert_ids asks for {(iterations, ranks)}": counts.shape
+            == (iterations, ranks),
+            f"num_tokens outside 0..{tokens}": counts.size > 0 and counts.min() >= 0 and counts.max() <= tokens,
+            f"expert_ids stores {recorded} experts per token, metadata says {meta.num_recorded}": recorded
+            == meta.num_recorded,
+            f"metadata names {len(meta.layers)} layers, expert_ids has {layers}": layers == len(meta.layers),
+            f"metadata has {len(meta.training_step)} training steps and {len(meta.loss)} losses for {iterations} "
+            "iterations": len(meta.training_step) == len(meta.loss) == iterations,
+            "weights must have the shape of expert_ids": self.weights is None or self.weights.shape == ids.shape,
+        }
+        for message, holds in rules.items():
+            if not holds:
+                raise ValueError(f"trace of {meta.model}: {message}")
+        self._check_tokens()
+
+    def _check_tokens(self) -> None:
+        """Range and distinctness of every token that is not padding, one iteration at a time (bounded memory)."""
+        tokens = self.expert_ids.shape[3]
+        for iteration, counts in enumerate(self.num_tokens):
+            valid = np.arange(tokens)[None, :] < counts[:, None]
+            ids = self.expert_ids[iteration][:, valid]
+            if ids.size and int(ids.max()) >= self.metadata.num_experts:
+                raise ValueError(
+                    f"trace of {self.metadata.model}: iteration {iteration} names expert {int(ids.max())}, "
+                    f"num_experts is {self.metadata.num_experts}"
+                )
+            ordered = np.sort(ids, axis=-1)
+            if (ordered[..., 1:] == ordered[..., :-1]).any():
+                raise ValueError(
+                    f"trace of {self.metadata.model}: iteration {iteration} has a token with an expert twice"
+                )
+
+    def save(self, path: str | Path) -> None:
+        """Write the trace as a zip of .npy files (``numpy.load`` reads it) and metadata.json with checksums."""
+        # Kept by choice first: all first choices, then all second ones. Nearby values are alike, so LZMA finds more.
+        arrays = {"expert_ids": np.moveaxis(self.expert_ids, -1, 0), "num_tokens": self.num_tokens}
+        if self.weights is not None:
+            arrays["weights"] = np.moveaxis(self.weights, -1, 0)
+        blobs = {name: _to_npy(array) for name, array in arrays.items()}
+        header = {
+            "format": FORMAT,
+            "sha256": {name: hashlib.sha256(blob).hexdigest() for name, blob in blobs.items()},
+            "metadata": self.metadata.model_dump(),
+        }
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_LZMA) as archive:
+            archive.writestr(zipfile.ZipInfo("metadata.json"), json.dumps(header, indent=1))
+            for name, blob in blobs.items():
+                info = zipfile.ZipInfo(f"{name}.npy")  # a fixed date: the same trace gives the same bytes
+                info.compress_type = zipfile.ZIP_LZMA
+                archive.writestr(info, blob)
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RoutingTrace":
+        """Read and check a trace.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, altered, of another format, or breaks a rule of the class.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise FileNotFoundError(f"no trace at {path}")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                header = json.loads(archive.read("metadata.json"))
+                blobs = {name: archive.read(f"{name}.npy") for name in header["sha256"]}
+        except (zipfile.BadZipFile, KeyError, EOFError, OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is truncated or not a trace: {error}") from error
+        except Exception as error:  # lzma and zlib raise their own kinds on altered bytes
+            raise ValueError(f"{path} is altered: {error}") from error
+        if header["format"] != FORMAT:
+            raise ValueError(f"{path} has format {header['format']}, this version reads {FORMAT}")
+        for name, blob in blobs.items():
+            if hashlib.sha256(blob).hexdigest() != header["sha256"][name]:
+                raise ValueError(f"{path} is altered: checksum of {name} does not match")
+        arrays = {name: np.load(io.BytesIO(blob), allow_pickle=False) for name, blob in blobs.items()}
+        try:
+            metadata = TraceMetadata(**header["metadata"])
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"{path} has bad metadata: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        weights = arrays.get("weights")
+        return cls(
+            expert_ids=np.moveaxis(arrays["expert_ids"], 0, -1),
+            num_tokens=arrays["num_tokens"],
+            metadata=metadata,
+            weights=None if weights is None else np.moveaxis(weights, 0, -1),
+        )
+
+    def reshard(self, num_ranks: int, tokens_per_rank: int) -> "RoutingTrace":
+        """Regroup contiguous tokens: iteration after iteration, rank after rank, cut anew into G' ranks of T' tokens.
+
+        What is left over at the end, less than one iteration, is dropped. Each new iteration takes training step and
+        loss of the first old iteration that it draws from.
+
+        Raises:
+            ValueError: a rank is not full (ragged traces cannot be regrouped), or the trace is too short.
+        """
+        iterations, layers, _, tokens, recorded = self.expert_ids.shape
+        if (num_ranks, tokens_per_rank) == self.expert_ids.shape[2:4]:
+            return self
+        if (self.num_tokens != tokens).any():
+            raise ValueError(f"trace of {self.metadata.model} is ragged: only full ranks can be regrouped")
+        per_iteration = num_ranks * tokens_per_rank
+        total = self.num_tokens.sum(dtype=np.int64)
+        count = int(total // per_iteration)
+        if count == 0:
+            raise ValueError(f"trace of {self.metadata.model} has {total} tokens, one iteration asks {per_iteration}")
+
+        def regroup(array: np.ndarray) -> np.ndarray:
+            flat = np.moveaxis(array, 1, 0).reshape(layers, -1, recorded)[:, : count * per_iteration]
+            return np.moveaxis(flat.reshape(layers, count, num_ranks, tokens_per_rank, recorded), 0, 1)
+
+        first_old = (np.arange(count, dtype=np.int64) * per_iteration * iterations // int(total)).tolist()
+        metadata = self.metadata.model_copy(
+            update={
+                "training_step": [self.metadata.training_step[i] for i in first_old],
+                "loss": [self.metadata.loss[i] for i in first_old],
+            }
+        )
+        return RoutingTrace(
+            expert_ids=regroup(self.expert_ids),
+            num_tokens=np.full((count, num_ranks), tokens_per_rank, dtype=np.int32),
+            metadata=metadata,
+            weights=None if self.weights is None else regroup(self.weights),
+        )
+
+
+@dataclass(frozen=True)
+class RecordedRouting:
+    """One layer of a trace as a source of routing steps, the first ``topk`` choices of each token."""
+
+    trace: RoutingTrace
+    layer: int  # position in the trace
+    topk: int
+
+    def __post_init__(self) -> None:
+        recorded = self.trace.metadata.num_recorded
+        if self.topk > recorded:
+            raise ValueError(f"topk={self.topk} exceeds the {recorded} experts per token that the trace recorded")
+        if not 0 <= self.layer < self.trace.expert_ids.shape[1]:
+            raise ValueError(f"layer={self.layer} is not among the trace's {self.trace.expert_ids.shape[1]} layers")
+
+    @property
+    def num_distinct(self) -> int:
+        """Iterations of the trace."""
+        return self.trace.expert_ids.shape[0]
+
+    def step(self, iteration: int) -> RoutingStep:
+        """Routing of one recorded iteration."""
+        ids_GTK = torch.from_numpy(self.trace.expert_ids[iteration, self.layer, :, :, : self.topk].astype(np.int64))
+        num_tokens_G = torch.from_numpy(self.trace.num_tokens[iteration].astype(np.int64))
+        return make_step(ids_GTK, num_tokens_G, self.trace.metadata.num_experts)
+
+
+def open_recorded(request: RoutingRequest, path: str, layer: int = 0) -> RecordedRouting:
+    """A recorded trace as a routing source, cut to the ranks and tokens of the run.
+
+    Args:
+        request: G, T, E and K of the run.
+        path: the trace; ``{trace}`` stands for the model's trace name and ``{num_experts}`` for E.
+        layer: position of the layer in the trace.
+
+    Raises:
+        NotApplicable: no such trace was recorded.
+        ValueError: the trace is damaged, or its E or K do not fit.
+    """
+    file = Path(path.format(trace=request.trace, num_experts=request.num_experts))
+    if not file.exists():
+        raise NotApplicable(f"no trace was recorded at {file}; `make traces` records more")
+    trace = RoutingTrace.load(file)
+    if trace.metadata.num_experts != request.num_experts:
+        raise ValueError(
+            f"{file} was recorded with num_experts={trace.metadata.num_experts}, the model has {request.num_experts}"
+        )
+    return RecordedRouting(trace.reshard(request.num_ranks, request.tokens_per_rank), layer, request.topk)
+
+
+def _smallest_dtype(num_experts: int, ids: np.ndarray) -> np.dtype:
+    """Smallest unsigned integer for expert ids; values that would not survive the conversion are refused."""
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"expert_ids has dtype {ids.dtype}; the rule is an integer")
+    dtype = np.min_scalar_type(num_experts - 1)
+    if ids.size and (int(ids.min()) < 0 or int(ids.max()) > np.iinfo(dtype).max):
+        raise ValueError(f"expert_ids has values {int(ids.min())}..{int(ids.max())}, num_experts is {num_experts}")
+    return dtype
+
+
+def _to_npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""Where things are: the hierarchy of the interconnect, the placement of experts, and what links cost."""

@@ -1,0 +1,103 @@
+"""A cluster: its hierarchy and what an AlltoAll costs on each part of it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from hiermoe.topology.hierarchy import Hierarchy
+
+PeerKind = Literal["world", "inter", "intra"]
+
+
+@dataclass(frozen=True)
+class Peers:
+    """Who exchanges with whom in a stage (paper, Sec. III-A).
+
+    ``world``: all GPUs. ``inter`` at level i: inside each level-(i-1) group, the GPUs of equal lane in its level-i
+    sub-groups. ``intra`` at level i: all GPUs of one level-i group.
+    """
+
+    kind: PeerKind
+    level: int = 0
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "world" else f"{self.kind}{self.level}"
+
+    def size(self, hierarchy: Hierarchy) -> int:
+        """Number of GPUs that exchange with each other."""
+        if self.kind == "world":
+            return hierarchy.num_ranks
+        if self.kind == "inter":
+            return hierarchy.U[self.level] // hierarchy.U[self.level - 1]
+        return hierarchy.lanes(self.level)
+
+
+class AlphaBeta(BaseModel):
+    """t = alpha + n * beta for n bytes at the busiest GPU (paper, Sec. III-B and Fig. 9).
+
+    Attributes:
+        alpha_ms: start-up time.
+        beta_ms_per_byte: time per byte.
+        source: where the constants come from.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    alpha_ms: float = Field(ge=0)
+    beta_ms_per_byte: float = Field(ge=0)
+    source: str
+    published: bool = True  # False: derived by a reading, marked wherever it is used
+
+
+class Level(BaseModel):
+    """One level of the hierarchy, outermost first."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    groups: int = Field(ge=1)
+    link_gb_per_s: float = Field(gt=0)  # one point-to-point transfer between two groups of this level, links idle
+    inter: AlphaBeta | None = None  # among sibling groups of this level, equal lanes; not for the innermost level
+    intra: AlphaBeta | None = None  # among all GPUs of one group of this level; not for the innermost level
+
+
+class Cluster(BaseModel):
+    """Hierarchy and constants of a cluster; one file in conf/cluster/ each.
+
+    Raises:
+        ValueError: levels that do not divide, missing constants, negative alpha or beta.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    description: str
+    world: AlphaBeta
+    levels: tuple[Level, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _levels_are_complete(self) -> "Cluster":
+        hierarchy = self.hierarchy
+        for level in self.levels[:-1]:
+            if level.inter is None or level.intra is None:
+                raise ValueError(f"level {level.name} needs alpha and beta of both inter and intra")
+        if self.levels[-1].inter is not None or self.levels[-1].intra is not None:
+            raise ValueError(f"innermost level {self.levels[-1].name}: its exchange is the intra of the level above")
+        assert hierarchy.num_ranks >= 1
+        return self
+
+    @property
+    def hierarchy(self) -> Hierarchy:
+        """U and the level names."""
+        return Hierarchy(tuple(x.groups for x in self.levels), tuple(x.name for x in self.levels))
+
+    def constants(self, peers: Peers) -> AlphaBeta:
+        """Alpha and beta of a stage among these peers."""
+        if peers.kind == "world":
+            return self.world
+        level = self.levels[peers.level - 1]
+        constants = level.inter if peers.kind == "inter" else level.intra
+        if constants is None:
+            raise ValueError(f"cluster {self.name} has no constants for {peers}")
+        return constants
