@@ -1,5 +1,6 @@
 """Maximum functions for Q: the plain maximum and two smooth ones that also see the runners-up (paper, Sec. IV)."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,8 +24,8 @@ class MaxFunction:
     def __post_init__(self) -> None:
         if self.kind not in MAX_FUNCTIONS:
             raise ValueError(f"max function {self.kind!r} is unknown; choose from {', '.join(MAX_FUNCTIONS)}")
-        if self.gamma <= 0:
-            raise ValueError(f"gamma={self.gamma} is not positive")
+        if not 0 < self.gamma < math.inf:
+            raise ValueError(f"gamma={self.gamma} is not a positive number")
 
     def __call__(self, x: Tensor) -> Tensor:
         """Value over the last axis: float64 [..., U] -> [...]; 0 where all of x is 0."""

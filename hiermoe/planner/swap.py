@@ -143,8 +143,13 @@ def swap_times(
 def best_swap(Q_EE: Tensor) -> tuple[int, int] | None:
     """Slots of the swap with the smallest time, the lowest (r, c) on ties; None where no swap beats the present.
 
-    A gain of less than a part in 10^9 is rounding, not gain.
+    A gain of less than a part in 10^9 is rounding, not gain. Times that differ by less than a part in 10^12 are a tie:
+    a smooth maximum of the same counts in another order of groups rounds differently.
     """
     lower = torch.ones_like(Q_EE, dtype=torch.bool).tril(-1)
-    r, c = divmod(int(Q_EE.masked_fill(lower, float("inf")).argmin()), len(Q_EE))
-    return (r, c) if Q_EE[r, c] < Q_EE[0, 0] * (1 - 1e-9) else None
+    upper_EE = Q_EE.masked_fill(lower, float("inf"))
+    smallest = upper_EE.min()
+    if not smallest < Q_EE[0, 0] * (1 - 1e-9):
+        return None
+    r, c = (upper_EE <= smallest * (1 + 1e-12)).nonzero()[0].tolist()
+    return r, c

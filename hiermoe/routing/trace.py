@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from hiermoe.records.project import from_root
 from hiermoe.records.status import NotApplicable
 from hiermoe.routing.step import RoutingRequest, RoutingStep, make_step
 
@@ -245,7 +246,7 @@ def open_recorded(request: RoutingRequest, path: str, layer: int = 0) -> Recorde
         NotApplicable: no such trace was recorded.
         ValueError: the trace is damaged, or its E or K do not fit.
     """
-    file = Path(path.format(trace=request.trace, num_experts=request.num_experts))
+    file = recorded_path(path, request)
     if not file.exists():
         raise NotApplicable(f"no trace was recorded at {file}; `make traces` records more")
     trace = RoutingTrace.load(file)
@@ -254,6 +255,11 @@ def open_recorded(request: RoutingRequest, path: str, layer: int = 0) -> Recorde
             f"{file} was recorded with num_experts={trace.metadata.num_experts}, the model has {request.num_experts}"
         )
     return RecordedRouting(trace.reshard(request.num_ranks, request.tokens_per_rank), layer, request.topk)
+
+
+def recorded_path(path: str, request: RoutingRequest) -> Path:
+    """The file that a configured path stands for; relative paths start at the project's root."""
+    return from_root(path.format(trace=request.trace, num_experts=request.num_experts))
 
 
 def _smallest_dtype(num_experts: int, ids: np.ndarray) -> np.dtype:

@@ -1,6 +1,7 @@
 """Where each expert sits."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ class Placement:
     def identity(cls, num_experts: int) -> "Placement":
         """Expert e in slot e."""
         return cls(torch.arange(num_experts))
+
+    @cached_property
+    def is_identity(self) -> bool:
+        """Whether every expert e sits in slot e."""
+        return torch.equal(self.slot_E, torch.arange(len(self.slot_E)))
 
     @property
     def num_experts(self) -> int:

@@ -1,0 +1,5 @@
+"""``python -m hiermoe``."""
+
+from hiermoe.cli import main
+
+main()

@@ -1,0 +1,110 @@
+"""No network: walk through the routing as training would, count the exact traffic of every step, and price it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pandas as pd
+
+from hiermoe.backends.workload import Workload
+from hiermoe.planner.cost import ALLTOALLS_PER_STEP, Price, choose_scheme
+from hiermoe.planner.counts import RoutingCounts
+from hiermoe.planner.migration import STATE_BYTES_PER_PARAMETER, price_migration
+from hiermoe.planner.policy import PlacementUpdate, StepContext
+from hiermoe.routing.step import first_measured, iteration_schedule
+from hiermoe.topology.placement import Placement
+
+Row = dict[str, Any]
+
+
+def simulate(workload: Workload, progress: Callable[[int], None] = lambda iteration: None) -> pd.DataFrame:
+    """Walk through all iterations of one layer.
+
+    Each iteration: choose the scheme on the step's own routing (Algorithm 1), price its four AlltoAlls, let the
+    placement policy measure and decide; what it decides acts from the next iteration on.
+
+    Args:
+        workload: what to run.
+        progress: called with the number of every finished iteration.
+
+    Returns:
+        Rows of the phases dispatch, routing and step, without the run's own keys.
+    """
+    rows: list[Row] = []
+    policy = workload.new_policy()
+    placement = Placement.identity(workload.num_experts)
+    cluster, routing = workload.cluster, workload.routing
+    measured_from = first_measured(workload.iterations, routing.num_distinct)
+    for iteration, routing_iteration in enumerate(iteration_schedule(workload.iterations, routing.num_distinct)):
+        counts = routing.counts(routing_iteration, placement, cluster.hierarchy)
+        chosen = choose_scheme(workload.schemes, counts, cluster, workload.row_bytes)
+        context = StepContext(iteration, cluster, chosen.scheme, workload.row_bytes, workload.expert_parameters)
+        step = routing.step(routing_iteration)
+        measurement = policy.measure(step.expert_ids_NK, placement, cluster.hierarchy, iteration)
+        update = policy.decide(measurement, placement, context)
+        keys = {
+            "iteration": iteration,
+            "routing_iteration": routing_iteration,
+            "measured": iteration >= measured_from,
+            "layer": workload.layer,
+        }
+        rows += [keys | row for row in _dispatch_rows(chosen)]
+        rows += [keys | row for row in _routing_rows(counts, workload)]
+        rows.append(keys | _step_row(chosen, counts) | _update_columns(update, placement, workload))
+        if update is not None:
+            placement = update.placement
+        progress(iteration)
+    return pd.DataFrame(rows)
+
+
+def _dispatch_rows(chosen: Price) -> Iterator[Row]:
+    """One row per stage of one AlltoAll."""
+    crossing = chosen.traffic.crossing_rows().tolist()
+    busiest = chosen.traffic.busiest_rows().tolist()
+    for index, stage in enumerate(chosen.scheme.stages):
+        yield {
+            "phase": "dispatch",
+            "stage": f"{index + 1}:{stage.peers}",
+            "dimension": chosen.scheme.dimension,
+            "predicted_ms": chosen.stage_ms[index],
+            "rows": busiest[index],
+            "bytes": chosen.stage_bytes[index],
+            "crossing_rows": crossing[index],
+        }
+
+
+def _routing_rows(counts: RoutingCounts, workload: Workload) -> Iterator[Row]:
+    """One row per level: distinct (token, group) pairs under the present placement."""
+    pairs = int(counts.pairs_GE.sum())
+    for level, name in enumerate(workload.cluster.hierarchy.names, start=1):
+        distinct = int(counts.tokens[level - 1].sum())
+        yield {"phase": "routing", "stage": name, "dimension": level, "rows": distinct, "pairs": pairs}
+
+
+def _step_row(chosen: Price, counts: RoutingCounts) -> Row:
+    """The iteration as a whole."""
+    expert_rows_G = counts.pairs_GG.sum(0)
+    return {
+        "phase": "step",
+        "stage": "all",
+        "dimension": chosen.scheme.dimension,
+        "predicted_ms": ALLTOALLS_PER_STEP * chosen.alltoall_ms,
+        "pairs": chosen.traffic.total_pairs,
+        "dropped_pairs": chosen.traffic.dropped_pairs,
+        "expert_rows_max": int(expert_rows_G.max()),
+        "expert_rows_mean": float(expert_rows_G.double().mean()),
+    }
+
+
+def _update_columns(update: PlacementUpdate | None, placement: Placement, workload: Workload) -> Row:
+    """What the policy did after the iteration."""
+    if update is None:
+        return {"moved_experts": 0, "migration_bytes": 0, "migration_link_ms": 0.0, "migration_alltoall_ms": 0.0}
+    expert_bytes = STATE_BYTES_PER_PARAMETER * workload.expert_parameters
+    migration = price_migration(placement, update.placement, workload.cluster, expert_bytes)
+    return {
+        "moved_experts": migration.moved_experts,
+        "migration_bytes": migration.moved_bytes,
+        "migration_link_ms": migration.link_ms,
+        "migration_alltoall_ms": migration.alltoall_ms,
+        "modelled_gain_ms": float("nan") if update.modelled_gain_ms is None else update.modelled_gain_ms,
+    }

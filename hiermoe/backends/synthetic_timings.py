@@ -1,0 +1,41 @@
+"""Timings that a calibration would see if the cluster obeyed its own alpha and beta, with noise: a self-test."""
+
+import numpy as np
+import pandas as pd
+
+from hiermoe.topology.cluster import Cluster, Peers
+
+SIZES_BYTES = tuple(2**exponent for exponent in range(16, 29))  # 64 KiB to 256 MiB at the busiest GPU
+REPEATS = 5
+NOISE = 0.01  # standard deviation, relative
+
+
+def synthetic_timings(cluster: Cluster, seed: int) -> pd.DataFrame:
+    """Noisy timings of every AlltoAll of the cluster.
+
+    Args:
+        cluster: where alpha and beta come from.
+        seed: of the noise.
+
+    Returns:
+        Rows of the phase calibration: one per AlltoAll, size and repeat.
+    """
+    rng = np.random.default_rng(seed)
+    levels = range(1, cluster.hierarchy.depth)
+    peers = [Peers("world"), *(Peers(kind, level) for level in levels for kind in ("inter", "intra"))]
+    rows = []
+    for exchange in peers:
+        constants = cluster.constants(exchange)
+        for repeat in range(REPEATS):
+            for size in SIZES_BYTES:
+                time_ms = constants.alpha_ms + size * constants.beta_ms_per_byte
+                rows.append(
+                    {
+                        "phase": "calibration",
+                        "stage": str(exchange),
+                        "iteration": repeat,
+                        "bytes": size,
+                        "predicted_ms": time_ms * (1 + NOISE * rng.standard_normal()),
+                    }
+                )
+    return pd.DataFrame(rows).assign(routing_iteration=-1, measured=True, layer=-1)

@@ -1,0 +1,101 @@
+"""The ``hiermoe`` command: run, record, reproduce, report."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+
+from hiermoe.records.project import CONF
+
+USAGE = """hiermoe: does HierMoE's communication hold, and would it help your model on your cluster?
+
+  hiermoe run         one system on one cluster with one model's routing (hiermoe run --help lists the choices)
+  hiermoe run -m ...  several: hiermoe run -m +sweeps=fig11, or system=megatron,hiermoe model=qwen3_30b_a3b,deepseek_v3
+  hiermoe reproduce   all sweeps of the paper on all cores, then the report; what is done is skipped
+  hiermoe report      the report from the records that are there
+  hiermoe record      train a narrow model on real text and record what its routers choose
+"""
+
+
+def main() -> None:
+    """Entry point of the ``hiermoe`` script. Exits with 0, or with 1 or 2 after one line that says what is wrong."""
+    commands: dict[str, Callable[[], None]] = {
+        "run": _run,
+        "record": _record,
+        "reproduce": _reproduce,
+        "report": _report,
+    }
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
+        print(USAGE)
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    command = sys.argv.pop(1)
+    if command not in commands:
+        _fail(f"command {command!r} is unknown; choose from {', '.join(commands)}")
+    try:
+        commands[command]()
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; finished runs are kept, the same command goes on with the rest", code=130)
+
+
+def _fail(message: str, code: int = 2) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {message.splitlines()[0]}")
+    sys.exit(code)
+
+
+def _run() -> None:
+    from hiermoe.harness.config import register_search_path
+    from hiermoe.harness.single import run_and_print
+
+    register_search_path()
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def task(config: DictConfig) -> None:
+        with _one_line_errors():
+            run_and_print(config)
+
+    task()
+
+
+def _record() -> None:
+    from hiermoe.megatron import record
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="record")
+    def task(config: DictConfig) -> None:
+        with _one_line_errors():
+            record.main(config)
+
+    task()
+
+
+class _one_line_errors:  # noqa: N801 - a context manager, used like a function
+    """Inside Hydra, turn bad input into one line: Hydra itself would print a traceback."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (ValueError, OSError)):
+            _fail(str(error))
+
+
+def _reproduce() -> None:
+    from hiermoe.harness.reproduce import reproduce
+    from hiermoe.harness.sweep import sweep_names
+
+    parser = argparse.ArgumentParser(prog="hiermoe reproduce", description="All sweeps of the paper, then the report.")
+    parser.add_argument("--sweeps", nargs="+", metavar="NAME", help=f"only these of: {', '.join(sweep_names())}")
+    parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core)")
+    arguments = parser.parse_args()
+    reproduce(arguments.sweeps, arguments.workers)
+
+
+def _report() -> None:
+    from hiermoe.analysis.report import write_report
+
+    argparse.ArgumentParser(prog="hiermoe report", description="The report from the records there are.").parse_args()
+    print(write_report())

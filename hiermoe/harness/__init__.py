@@ -1,0 +1,1 @@
+"""One run -> records: the configuration of a run, running it, and sweeps with resume."""

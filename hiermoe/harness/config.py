@@ -1,0 +1,177 @@
+"""The configuration of a run: its schema, how it is composed from conf/, and what is built from it."""
+
+import json
+from functools import lru_cache
+from typing import Any, Literal
+
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hiermoe.backends.workload import CachedRouting, Workload
+from hiermoe.megatron.model_config import ModelConfig
+from hiermoe.records.project import PROJECT_ROOT
+from hiermoe.records.run_id import run_id
+from hiermoe.routing.step import RoutingRequest
+from hiermoe.routing.trace import RecordedRouting, recorded_path
+from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.placement import experts_per_rank
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SystemConfig(_Strict):
+    """A scheme (or several to choose from) and a placement policy: one file in conf/system/.
+
+    ``schemes`` and ``policy`` name what builds them in ``_target_``; their other entries are its arguments.
+    """
+
+    name: str
+    label: str
+    schemes: dict[str, Any]
+    policy: dict[str, Any]
+
+
+class RoutingConfig(_Strict):
+    """Where routing comes from: one file in conf/routing/."""
+
+    name: str
+    source: dict[str, Any]
+
+
+class BackendConfig(_Strict):
+    """Where the run happens: one file in conf/backend/."""
+
+    name: Literal["simulated", "synthetic_timings"]
+
+
+class WandbConfig(_Strict):
+    """Weights & Biases mirrors records; nothing reads it."""
+
+    mode: Literal["offline", "online", "disabled"]
+    project: str
+
+
+class RunConfig(_Strict):
+    """One run."""
+
+    system: SystemConfig
+    model: ModelConfig
+    cluster: Cluster
+    routing: RoutingConfig
+    backend: BackendConfig
+    iterations: int = Field(ge=2)
+    tokens_per_rank: int = Field(ge=1)
+    seed: int = Field(ge=0)
+    wandb: WandbConfig
+
+    @property
+    def request(self) -> RoutingRequest:
+        """What the run asks of its routing."""
+        return RoutingRequest(
+            trace=self.model.trace,
+            num_experts=self.model.num_experts,
+            topk=self.model.topk,
+            num_ranks=self.cluster.hierarchy.num_ranks,
+            tokens_per_rank=self.tokens_per_rank,
+            seed=self.seed,
+            num_groups=self.model.router.num_groups,
+            group_topk=self.model.router.group_topk,
+        )
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """Everything that may change a number, as JSON-ready values."""
+        return self.model_dump(mode="json", exclude={"wandb"})
+
+    @property
+    def run_id(self) -> str:
+        """The name of the run, by its content."""
+        path = self.routing.source.get("path")
+        inputs = () if path is None else (recorded_path(path, self.request),)
+        return run_id(self.content, inputs)
+
+    def workload(self) -> Workload:
+        """Everything that a backend needs.
+
+        Raises:
+            NotApplicable: the combination has no meaning or no data.
+            ValueError: sizes that do not fit.
+        """
+        experts_per_rank(self.model.num_experts, self.cluster.hierarchy.num_ranks)
+        schemes = build(self.system.schemes, hierarchy=self.cluster.hierarchy)
+        routing, layer = _open_routing(json.dumps(self.routing.source), self.request)
+        build(self.system.policy)  # bad arguments end the run here, not in its middle
+        return Workload(
+            schemes=schemes,
+            new_policy=lambda: build(self.system.policy),
+            cluster=self.cluster,
+            routing=routing,
+            layer=layer,
+            num_experts=self.model.num_experts,
+            row_bytes=self.model.token_bytes,
+            expert_parameters=self.model.expert_parameters,
+            iterations=self.iterations,
+        )
+
+
+def build(spec: dict[str, Any], **context: Any) -> Any:  # noqa: ANN401 - whatever the target makes
+    """Call what ``_target_`` names with the other entries and the context as arguments.
+
+    Raises:
+        ValueError: no such target, or arguments that it does not take.
+    """
+    arguments = dict(spec)
+    target = arguments.pop("_target_", None)
+    if target is None:
+        raise ValueError(f"{spec}: _target_ is missing")
+    try:
+        function = get_object(target)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"_target_={target} cannot be imported: {error}") from error
+    try:
+        return function(**arguments, **context)
+    except TypeError as error:
+        raise ValueError(f"{target}: {error}") from error
+
+
+@lru_cache(maxsize=2)  # runs come grouped by routing; two keep a model's E and K neighbours without filling memory
+def _open_routing(source: str, request: RoutingRequest) -> tuple[CachedRouting, int]:
+    """The routing source and the model layer that it stands for (0 for synthetic routing)."""
+    opened = build(json.loads(source), request=request)
+    layer = opened.trace.metadata.layers[opened.layer] if isinstance(opened, RecordedRouting) else 0
+    return CachedRouting(opened), layer
+
+
+def parse(config: DictConfig) -> RunConfig:
+    """Check a composed configuration.
+
+    Raises:
+        ValueError: one line that names the first key that breaks a rule.
+    """
+    try:
+        return RunConfig.model_validate(OmegaConf.to_container(config, resolve=True))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part not in ("gqa", "mla"))
+        message = first["msg"].removeprefix("Value error, ")
+        given = "" if isinstance(first["input"], dict) else f"={first['input']}"
+        raise ValueError(f"{where}{given}: {message}") from None
+
+
+class ProjectSearchPath(SearchPathPlugin):
+    """Makes sweeps/ a configuration group, so that ``hiermoe run -m +sweeps=fig11`` finds it."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append the project's root."""
+        search_path.append("hiermoe", f"file://{PROJECT_ROOT}")
+
+
+def register_search_path() -> None:
+    """Tell Hydra of sweeps/; to be called before Hydra composes."""
+    Plugins.instance().register(ProjectSearchPath)

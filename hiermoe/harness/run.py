@@ -1,0 +1,92 @@
+"""Run one configuration and keep its record."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+
+from hiermoe.backends.simulated import simulate
+from hiermoe.backends.synthetic_timings import synthetic_timings
+from hiermoe.harness.config import RunConfig
+from hiermoe.records.provenance import collect
+from hiermoe.records.status import NotApplicable, Status
+from hiermoe.records.store import RunStore
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        run_id: its name in the store.
+        status: ok, failed or not_applicable.
+        reason: one line for the latter two.
+        cached: whether the record was there already.
+        seconds: time taken.
+    """
+
+    run_id: str
+    status: Status
+    reason: str
+    cached: bool
+    seconds: float
+
+
+def execute(
+    config: RunConfig, store: RunStore, progress: Callable[[int], None] = lambda iteration: None
+) -> Outcome:
+    """Run a configuration unless its record is there, and store the record.
+
+    Args:
+        config: what to run.
+        store: where records are.
+        progress: called with the number of every finished iteration.
+
+    Returns:
+        The outcome. A run that does not apply or that failed on bad input keeps a row with the reason.
+    """
+    started = time.perf_counter()
+    run_id = config.run_id
+    if store.is_done(run_id):
+        first = store.read(run_id).iloc[0]
+        return Outcome(run_id, first["status"], first["reason"], True, time.perf_counter() - started)
+    status: Status = "ok"
+    reason = ""
+    try:
+        rows = _measure(config, progress)
+    except NotApplicable as error:
+        status, reason, rows = "not_applicable", str(error), _single_row()
+    except (ValueError, OSError) as error:
+        status, reason, rows = "failed", str(error), _single_row()
+    keys = {
+        "run_id": run_id,
+        "source": "simulated",
+        "system": config.system.name,
+        "model": config.model.name,
+        "cluster": config.cluster.name,
+        "routing": config.routing.name,
+        "seed": config.seed,
+        "num_experts": config.model.num_experts,
+        "topk": config.model.topk,
+        "num_ranks": config.cluster.hierarchy.num_ranks,
+        "tokens_per_rank": config.tokens_per_rank,
+        "status": status,
+        "reason": reason,
+    }
+    seconds = time.perf_counter() - started
+    store.write(run_id, config.content, collect() | {"seconds": round(seconds, 3)}, rows.assign(**keys))
+    return Outcome(run_id, status, reason, False, seconds)
+
+
+def _measure(config: RunConfig, progress: Callable[[int], None]) -> pd.DataFrame:
+    if config.backend.name == "synthetic_timings":
+        return synthetic_timings(config.cluster, config.seed)
+    return simulate(config.workload(), progress)
+
+
+def _single_row() -> pd.DataFrame:
+    """The one row of a run without measurements."""
+    return pd.DataFrame(
+        [{"iteration": -1, "routing_iteration": -1, "measured": False, "layer": -1, "phase": "run", "stage": "all"}]
+    )

@@ -1,0 +1,118 @@
+"""Sweeps: every file in sweeps/ is a Hydra multirun; here they are expanded, run on all cores, and resumed."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from hiermoe.harness.config import RunConfig, parse, register_search_path
+from hiermoe.harness.run import Outcome, execute
+from hiermoe.records.project import CONF, SWEEPS
+from hiermoe.records.store import RunStore
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep: its own overrides, and the configuration that they give."""
+
+    overrides: tuple[str, ...]
+    config: RunConfig
+
+
+def sweep_names() -> list[str]:
+    """Names of all sweeps, in alphabetical order."""
+    return sorted(path.stem for path in SWEEPS.glob("*.yaml"))
+
+
+def expand(name: str) -> list[Cell]:
+    """All runs of a sweep, as ``hiermoe run -m +sweeps=<name>`` would run them.
+
+    Raises:
+        ValueError: no such sweep, or a configuration that breaks a rule.
+    """
+    path = SWEEPS / f"{name}.yaml"
+    if not path.exists():
+        raise ValueError(f"sweep {name!r} is unknown; choose from {', '.join(sweep_names())}")
+    params = OmegaConf.load(path).hydra.sweeper.params
+    overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
+    (batch,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+    with _hydra():
+        return [
+            Cell(tuple(cell), parse(compose("config", overrides=[f"+sweeps={name}", *cell]))) for cell in batch
+        ]
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """Hydra's compose API on the project's configuration, leaving Hydra's global state as it was."""
+    register_search_path()
+    previous = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3", job_name="hiermoe"):
+        yield
+    GlobalHydra.instance().hydra = previous
+
+
+def run_all(
+    configs: Iterable[RunConfig],
+    workers: int,
+    finished: Callable[[Outcome], None],
+    store: RunStore | None = None,
+) -> list[Outcome]:
+    """Run configurations in worker processes, each on one core; those with a record are skipped.
+
+    Runs that share their routing go to the same worker one after another, so that it is made once.
+
+    Args:
+        configs: what to run; the same run may occur twice and is run once.
+        workers: processes.
+        finished: called in this process with every outcome.
+        store: where records are.
+
+    Returns:
+        All outcomes.
+
+    Raises:
+        Exception: whatever a worker could not turn into a failed record, e.g. a full disk; nothing further is started.
+    """
+    store = store or RunStore()
+    unique = {config.run_id: config for config in configs}
+    groups: dict[str, list[RunConfig]] = {}
+    outcomes = []
+    for run_id, config in unique.items():
+        if store.is_done(run_id):
+            outcomes.append(execute(config, store))
+            finished(outcomes[-1])
+        else:
+            groups.setdefault(f"{config.routing.source} {config.request}", []).append(config)
+    if not groups:
+        return outcomes
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["hiermoe.harness.sweep"])
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        queue = sorted(groups.values(), key=len, reverse=True)
+        running: dict[Future[Outcome], list[RunConfig]] = {}
+        try:
+            while queue or running:
+                while queue and len(running) < workers:
+                    group = queue.pop(0)
+                    running[pool.submit(execute, group[0], store)] = group[1:]
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    rest = running.pop(future)
+                    outcomes.append(future.result())
+                    finished(outcomes[-1])
+                    if rest:
+                        running[pool.submit(execute, rest[0], store)] = rest[1:]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return outcomes

@@ -1,0 +1,15 @@
+"""Where the project's folders are."""
+
+from pathlib import Path
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+RUNS = PROJECT_ROOT / "results" / "runs"
+CONF = PROJECT_ROOT / "conf"
+SWEEPS = PROJECT_ROOT / "sweeps"
+REPORTS = PROJECT_ROOT / "reports"
+PUBLISHED = PROJECT_ROOT / "results" / "published.csv"
+
+
+def from_root(path: str | Path) -> Path:
+    """A path as given if absolute, else below the project's root, wherever the command was started."""
+    return PROJECT_ROOT / path

@@ -1,0 +1,54 @@
+"""A run is named by its content: its resolved configuration and the source files that produce its numbers."""
+
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from hiermoe.records.project import PROJECT_ROOT
+
+# What simulated numbers are made by. The records' schema belongs to it: old columns must not be read as new ones.
+NUMBER_SOURCES = (
+    "hiermoe/records/schema.py",
+    "hiermoe/routing/*.py",
+    "hiermoe/topology/*.py",
+    "hiermoe/planner/*.py",
+    "hiermoe/backends/*.py",
+    "baselines/*.py",
+)
+
+
+def run_id(config: dict[str, Any], inputs: tuple[Path, ...] = ()) -> str:
+    """Name of a run.
+
+    Args:
+        config: the resolved configuration, without what does not change numbers (logging).
+        inputs: files that the run reads; their content counts, not their path. A missing file counts as missing.
+
+    Returns:
+        ``<system>-<model>-<16 hexadecimal digits>``.
+    """
+    content = {
+        "config": config,
+        "code": code_digest(),
+        "inputs": [_file_digest(path, path.stat().st_mtime_ns) if path.exists() else None for path in inputs],
+    }
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return f"{config['system']['name']}-{config['model']['name']}-{digest}"
+
+
+@lru_cache(maxsize=1)
+def code_digest() -> str:
+    """Hash of the source files that produce numbers."""
+    digest = hashlib.sha256()
+    for pattern in NUMBER_SOURCES:
+        for path in sorted(PROJECT_ROOT.glob(pattern)):
+            digest.update(path.relative_to(PROJECT_ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _file_digest(path: Path, modified_ns: int) -> str:
+    """Content hash; the modification time only keys the cache."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,80 @@
+"""The columns of a record: one row per measurement, its keys, its values with units in their names."""
+
+import pandas as pd
+import pandera.pandas as pa
+
+SOURCES = ("simulated", "local", "emulated", "cluster")
+STATUSES = ("ok", "failed", "not_applicable")
+
+# phase "dispatch": one row per stage of the iteration's AlltoAll.
+# phase "routing":  one row per level of the hierarchy, what the routing asks for whatever the system.
+# phase "step":     one row per iteration, the four AlltoAlls together, and what the placement policy did after it.
+# phase "calibration": one row per AlltoAll, size and repeat (iteration).
+# phase "run":      one row, for a run that failed or does not apply.
+PHASES = ("dispatch", "routing", "step", "calibration", "run")
+
+KEYS = (
+    "run_id source system model cluster routing seed num_experts topk num_ranks tokens_per_rank "
+    "iteration routing_iteration measured layer phase stage"
+).split()
+
+
+def _number(nullable: bool = True, low: float | None = 0.0) -> pa.Column:
+    return pa.Column(float, [] if low is None else pa.Check.ge(low), nullable=nullable, coerce=True)
+
+
+RECORDS = pa.DataFrameSchema(
+    {
+        "run_id": pa.Column(str),
+        "source": pa.Column(str, pa.Check.isin(SOURCES)),
+        "system": pa.Column(str),
+        "model": pa.Column(str),
+        "cluster": pa.Column(str),
+        "routing": pa.Column(str),
+        "seed": pa.Column(int),
+        "num_experts": pa.Column(int),
+        "topk": pa.Column(int),
+        "num_ranks": pa.Column(int),
+        "tokens_per_rank": pa.Column(int),
+        "iteration": pa.Column(int),  # of the run; -1 in phase "run"
+        "routing_iteration": pa.Column(int),  # of the routing source
+        "measured": pa.Column(bool),  # counts for results: last half of the run, tokens that no decision has seen
+        "layer": pa.Column(int),
+        "phase": pa.Column(str, pa.Check.isin(PHASES)),
+        "stage": pa.Column(str),  # "1:inter1"; phase "routing": the level's name; else "all"
+        "dimension": _number(low=1),  # d of the scheme used
+        "predicted_ms": _number(),  # phase dispatch: the stage in one AlltoAll; phase step: the four AlltoAlls
+        "rows": _number(),  # dispatch: at the busiest GPU; routing: distinct (token, group) pairs
+        "bytes": _number(),  # rows * M * v
+        "crossing_rows": _number(),  # dispatch: rows that leave their GPU, all GPUs together
+        "pairs": _number(),  # token-expert pairs of the step
+        "dropped_pairs": _number(),
+        "expert_rows_max": _number(),  # token-expert pairs at the busiest GPU: compute balance
+        "expert_rows_mean": _number(),
+        "moved_experts": _number(),  # after this iteration
+        "migration_bytes": _number(),  # full state: weights, fp32 masters, Adam moments
+        "migration_link_ms": _number(),  # of them, at the link's rate
+        "migration_alltoall_ms": _number(),  # of them, at the rate that the AlltoAll reaches
+        "modelled_gain_ms": _number(low=None),  # what the policy expected to save per step
+        "status": pa.Column(str, pa.Check.isin(STATUSES)),
+        "reason": pa.Column(str),
+    },
+    strict=True,
+    ordered=True,
+)
+
+
+def validate(rows: pd.DataFrame) -> pd.DataFrame:
+    """Complete missing value columns with NaN, order columns, and check everything.
+
+    Raises:
+        pandera.errors.SchemaError: a column or value breaks a rule.
+    """
+    frame = rows.copy()
+    for name, column in RECORDS.columns.items():
+        if name not in frame:
+            if not column.nullable:
+                frame[name] = {"status": "ok", "reason": ""}[name]
+            else:
+                frame[name] = float("nan")
+    return RECORDS.validate(frame[list(RECORDS.columns)])

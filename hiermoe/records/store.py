@@ -1,0 +1,78 @@
+"""The results store: one folder a run, complete once its records are in it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from hiermoe.records.project import RUNS
+from hiermoe.records.schema import validate
+
+
+class RunStore:
+    """Runs below one folder: ``<run_id>/{config.yaml, provenance.json, records.parquet}``.
+
+    Files are written whole or not at all; records come last and make the run complete.
+    """
+
+    def __init__(self, folder: Path = RUNS) -> None:
+        """Use the store at ``folder``; it need not exist yet."""
+        self.folder = folder
+
+    def path(self, run_id: str) -> Path:
+        """Folder of a run."""
+        return self.folder / run_id
+
+    def status(self, run_id: str) -> str | None:
+        """Status of a complete run; None where there is no record."""
+        records = self.path(run_id) / "records.parquet"
+        if not records.exists():
+            return None
+        return str(pd.read_parquet(records, columns=["status"])["status"].iloc[0])
+
+    def is_done(self, run_id: str) -> bool:
+        """Whether the run need not be run again. A failed run has a record, and is tried again."""
+        return self.status(run_id) in ("ok", "not_applicable")
+
+    def write(
+        self, run_id: str, config: dict[str, Any], provenance: dict[str, Any], records: pd.DataFrame
+    ) -> pd.DataFrame:
+        """Check and store a run.
+
+        Returns:
+            The records as stored.
+
+        Raises:
+            OSError: the disk is full or not writable; an earlier record of the run is left as it was.
+        """
+        frame = validate(records)
+        folder = self.path(run_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+        _write_whole(folder / "provenance.json", json.dumps(provenance, indent=1).encode())
+        _write_whole(folder / "records.parquet", frame.to_parquet(index=False))
+        return frame
+
+    def read(self, run_id: str) -> pd.DataFrame:
+        """Records of a run.
+
+        Raises:
+            FileNotFoundError: the run has no record.
+        """
+        return pd.read_parquet(self.path(run_id) / "records.parquet")
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write to a neighbour, flush it to disk, then rename."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
