@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from hiermoe.planner.policy import PlacementUpdate, StepContext
+from hiermoe.routing.step import experts_per_rank
 from hiermoe.topology.hierarchy import Hierarchy
-from hiermoe.topology.placement import Placement, experts_per_rank
+from hiermoe.topology.placement import Placement
 
 
 class SmartMoEPolicy:

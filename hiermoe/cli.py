@@ -72,7 +72,7 @@ def _record() -> None:
     task()
 
 
-class _one_line_errors:  # noqa: N801 - a context manager, used like a function
+class _one_line_errors:
     """Inside Hydra, turn bad input into one line: Hydra itself would print a traceback."""
 
     def __enter__(self) -> None:
@@ -84,8 +84,8 @@ class _one_line_errors:  # noqa: N801 - a context manager, used like a function
 
 
 def _reproduce() -> None:
-    from hiermoe.harness.reproduce import reproduce
     from hiermoe.harness.sweep import sweep_names
+    from hiermoe.reproduce import reproduce
 
     parser = argparse.ArgumentParser(prog="hiermoe reproduce", description="All sweeps of the paper, then the report.")
     parser.add_argument("--sweeps", nargs="+", metavar="NAME", help=f"only these of: {', '.join(sweep_names())}")

@@ -15,10 +15,9 @@ from hiermoe.backends.workload import CachedRouting, Workload
 from hiermoe.megatron.model_config import ModelConfig
 from hiermoe.records.project import PROJECT_ROOT
 from hiermoe.records.run_id import run_id
-from hiermoe.routing.step import RoutingRequest
+from hiermoe.routing.step import RoutingRequest, experts_per_rank
 from hiermoe.routing.trace import RecordedRouting, recorded_path
 from hiermoe.topology.cluster import Cluster
-from hiermoe.topology.placement import experts_per_rank
 
 
 class _Strict(BaseModel):
@@ -120,7 +119,7 @@ class RunConfig(_Strict):
         )
 
 
-def build(spec: dict[str, Any], **context: Any) -> Any:  # noqa: ANN401 - whatever the target makes
+def build(spec: dict[str, Any], **context: Any) -> Any:
     """Call what ``_target_`` names with the other entries and the context as arguments.
 
     Raises:

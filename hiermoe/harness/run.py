@@ -33,9 +33,7 @@ class Outcome:
     seconds: float
 
 
-def execute(
-    config: RunConfig, store: RunStore, progress: Callable[[int], None] = lambda iteration: None
-) -> Outcome:
+def execute(config: RunConfig, store: RunStore, progress: Callable[[int], None] = lambda iteration: None) -> Outcome:
     """Run a configuration unless its record is there, and store the record.
 
     Args:

@@ -54,13 +54,15 @@ def _summary(config: RunConfig, store: RunStore, run_id: str, title: str) -> Tab
     first, last = steps["iteration"].min(), steps["iteration"].max()
     table.add_row("AlltoAll per step and layer (predicted)", f"{steps['predicted_ms'].mean():.2f} ms")
     table.add_row("counted iterations", f"{first}-{last} of {config.iterations}")
-    dimensions = steps["dimension"].value_counts()
-    table.add_row("dimension d", ", ".join(f"{int(d)} ({n / len(steps):.0%})" for d, n in dimensions.items()))
+    dimensions = steps["dimension"].astype(int).value_counts()
+    table.add_row("dimension d", ", ".join(f"{d} ({n / len(steps):.0%})" for d, n in dimensions.items()))
     for stage, rows in counted[counted["phase"] == "dispatch"].groupby("stage"):
         table.add_row(f"stage {stage}", f"{rows['predicted_ms'].mean():.2f} ms, {rows['bytes'].mean() / 1e6:.1f} MB")
     for level, rows in counted[counted["phase"] == "routing"].groupby("stage", sort=False):
         table.add_row(f"duplication per {level}", f"{1 - rows['rows'].sum() / rows['pairs'].sum():.1%}")
-    table.add_row("busiest GPU's expert rows / mean", f"{(steps['expert_rows_max'] / steps['expert_rows_mean']).mean():.2f}")
+    table.add_row(
+        "busiest GPU's expert rows / mean", f"{(steps['expert_rows_max'] / steps['expert_rows_mean']).mean():.2f}"
+    )
     if steps["dropped_pairs"].any():
         table.add_row("dropped pairs", f"{steps['dropped_pairs'].sum() / steps['pairs'].sum():.1%}")
     every_step = records[records["phase"] == "step"]

@@ -45,9 +45,7 @@ def expand(name: str) -> list[Cell]:
     overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
     (batch,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     with _hydra():
-        return [
-            Cell(tuple(cell), parse(compose("config", overrides=[f"+sweeps={name}", *cell]))) for cell in batch
-        ]
+        return [Cell(tuple(cell), parse(compose("config", overrides=[f"+sweeps={name}", *cell]))) for cell in batch]
 
 
 @contextmanager

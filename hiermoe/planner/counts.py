@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hiermoe.routing.step import RoutingStep
+from hiermoe.routing.step import RoutingStep, experts_per_rank
 from hiermoe.topology.hierarchy import Hierarchy
-from hiermoe.topology.placement import Placement, experts_per_rank
+from hiermoe.topology.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,7 @@ def count_routing(step: RoutingStep, placement: Placement, hierarchy: Hierarchy)
         minlength=(depth + 2) * num_ranks * num_ranks,
     ).view(depth + 2, num_ranks, num_ranks)
     newly_first = first.cumsum(0)  # [level, source, GPU]: experts that are first of their group at that level
-    tokens = tuple(
-        newly_first[level].view(num_ranks, hierarchy.U[level], -1).sum(-1) for level in range(1, depth + 1)
-    )
+    tokens = tuple(newly_first[level].view(num_ranks, hierarchy.U[level], -1).sum(-1) for level in range(1, depth + 1))
     num_experts = step.num_experts
     pairs_GE = torch.bincount(
         (source_N1 * num_experts + choices.slot_NK).view(-1), minlength=num_ranks * num_experts

@@ -1,8 +1,9 @@
 """Maximum functions for Q: the plain maximum and two smooth ones that also see the runners-up (paper, Sec. IV)."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class MaxFunction:
         return torch.where(a_E[:, None] == a_E[None, :], self(x_U), value)
 
 
-def _without_two(x_U: Tensor, accumulate) -> Tensor:  # noqa: ANN001 - torch.cumsum or torch.cummax
+def _without_two(x_U: Tensor, accumulate: Callable[[Tensor, int], Any]) -> Tensor:
     """Sum or maximum over all elements but two: float64 [U, U], symmetric; the diagonal has no meaning.
 
     Built from running results before, between and behind the two, so nothing is subtracted and nothing cancels.

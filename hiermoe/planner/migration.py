@@ -47,9 +47,7 @@ def price_migration(old: Placement, new: Placement, cluster: Cluster, expert_byt
     link_ms = 0.0
     for i, spec in enumerate(cluster.levels, start=1):
         crossing = level <= i  # leaves its group of level i
-        busiest = max(
-            _largest_count(ends[crossing] // hierarchy.lanes(i), hierarchy.U[i]) for ends in (source, target)
-        )
+        busiest = max(_largest_count(ends[crossing] // hierarchy.lanes(i), hierarchy.U[i]) for ends in (source, target))
         link_ms = max(link_ms, busiest * expert_bytes / (spec.link_gb_per_s * 1e6))
     beta = torch.tensor([_beta(cluster, i) for i in range(1, hierarchy.depth + 1)], dtype=torch.float64)
     weight = beta[level - 1] * expert_bytes

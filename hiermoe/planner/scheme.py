@@ -158,9 +158,7 @@ def _receiver(stage: Stage, holder: Tensor, target: Tensor, hierarchy: Hierarchy
     return holder // lanes * lanes + target % lanes
 
 
-def _check_peers(
-    scheme: DispatchScheme, stage: Stage, holder: Tensor, receiver: Tensor, hierarchy: Hierarchy
-) -> None:
+def _check_peers(scheme: DispatchScheme, stage: Stage, holder: Tensor, receiver: Tensor, hierarchy: Hierarchy) -> None:
     """Sender and receiver must be members of the same communicator of the stage."""
     peers = stage.peers
     same = torch.ones_like(holder, dtype=torch.bool)

@@ -39,7 +39,9 @@ class SwapStatistics:
 
     def pack(self) -> Tensor:
         """One int64 vector, summable over ranks."""
-        return torch.cat([self.alone_DEE.flatten(), self.present_DEG.flatten(), self.needed_DG.flatten(), self.selected_E])
+        return torch.cat(
+            [self.alone_DEE.flatten(), self.present_DEG.flatten(), self.needed_DG.flatten(), self.selected_E]
+        )
 
     @classmethod
     def unpack(cls, packed: Tensor, num_experts: int, hierarchy: Hierarchy) -> "SwapStatistics":
@@ -68,7 +70,7 @@ def measure_swaps(expert_ids_NK: Tensor, placement: Placement, hierarchy: Hierar
     slot_NK = choices.slot_NK
 
     def histogram(level_NK: Tensor, row_NK: Tensor, row_size: int, column_NK: Tensor, column_size: int) -> Tensor:
-        """Pairs (k, k') of a token by (level of k, row of k, column of k'), cumulated over levels: [D, rows, columns]."""
+        """Pairs (k, k') of a token by level and row of k and column of k', cumulated: [D, rows, columns]."""
         key_NK = (level_NK * row_size + row_NK) * column_size
         code = (key_NK[:, :, None] + column_NK[:, None, :]).view(-1)
         counted = torch.bincount(code, minlength=(depth + 2) * row_size * column_size)

@@ -13,11 +13,6 @@ STATUSES = ("ok", "failed", "not_applicable")
 # phase "run":      one row, for a run that failed or does not apply.
 PHASES = ("dispatch", "routing", "step", "calibration", "run")
 
-KEYS = (
-    "run_id source system model cluster routing seed num_experts topk num_ranks tokens_per_rank "
-    "iteration routing_iteration measured layer phase stage"
-).split()
-
 
 def _number(nullable: bool = True, low: float | None = 0.0) -> pa.Column:
     return pa.Column(float, [] if low is None else pa.Check.ge(low), nullable=nullable, coerce=True)
@@ -68,8 +63,12 @@ def validate(rows: pd.DataFrame) -> pd.DataFrame:
     """Complete missing value columns with NaN, order columns, and check everything.
 
     Raises:
-        pandera.errors.SchemaError: a column or value breaks a rule.
+        ValueError: an unknown column.
+        pandera.errors.SchemaError: a column is missing or a value breaks a rule.
     """
+    unknown = [name for name in rows.columns if name not in RECORDS.columns]
+    if unknown:
+        raise ValueError(f"records have no column {unknown[0]!r}")
     frame = rows.copy()
     for name, column in RECORDS.columns.items():
         if name not in frame:

@@ -42,7 +42,7 @@ class Hierarchy:
         return self.groups[-1]
 
     @cached_property
-    def U(self) -> tuple[int, ...]:  # noqa: N802 - the paper's letter
+    def U(self) -> tuple[int, ...]:
         """U[0..D]."""
         return (1, *self.groups)
 

@@ -6,6 +6,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hiermoe.routing.step import experts_per_rank
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -53,14 +55,3 @@ class Placement:
         slot_E = self.slot_E.clone()
         slot_E[[a, b]] = self.slot_E[[b, a]]
         return Placement(slot_E)
-
-
-def experts_per_rank(num_experts: int, num_ranks: int) -> int:
-    """E / G.
-
-    Raises:
-        ValueError: E is not divisible by G.
-    """
-    if num_experts % num_ranks:
-        raise ValueError(f"num_experts={num_experts} is not divisible by ep_size={num_ranks}")
-    return num_experts // num_ranks

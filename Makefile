@@ -1,0 +1,47 @@
+# `make help` lists the targets. Every target sets the virtual environment up first, if anything changed.
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce report traces test test-slow bench lint format reference clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## virtual environment with everything in it (implied by all other targets)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with PYTHON=..."; exit 1; }
+	@echo "setting up $(VENV): torch and the rest, a minute or two on the first run"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+reproduce: setup ## all of the paper's figures and tables, and the verdicts: reports/report.html
+	@$(BIN)/hiermoe reproduce
+
+report: setup ## the report alone, from the records there are
+	@$(BIN)/hiermoe report
+
+test: setup ## tests, at most 15 minutes on two cores
+	@$(BIN)/pytest -m 'not slow' -q
+
+test-slow: setup ## the slower checks
+	@$(BIN)/pytest -m slow -q
+
+bench: setup ## planner speed, as ratios against references in the same run
+	@$(BIN)/pytest tests/benchmarks --benchmark-only -q
+
+lint: setup ## ruff and pyright
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/pyright
+
+format: setup ## ruff's formatter and fixes
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove runs, reports and caches (not the virtual environment)
+	rm -rf results/runs reports/report.html reports/report.md reports/verdicts.csv reports/figures .cache .pytest_cache .ruff_cache
