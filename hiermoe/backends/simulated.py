@@ -10,7 +10,9 @@ from hiermoe.planner.cost import ALLTOALLS_PER_STEP, Price, choose_scheme
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.migration import STATE_BYTES_PER_PARAMETER, price_migration
 from hiermoe.planner.policy import PlacementUpdate, StepContext
+from hiermoe.planner.scheme import Stage
 from hiermoe.routing.step import first_measured, iteration_schedule
+from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
 
 Row = dict[str, Any]
@@ -47,7 +49,7 @@ def simulate(workload: Workload, progress: Callable[[int], None] = lambda iterat
             "measured": iteration >= measured_from,
             "layer": workload.layer,
         }
-        rows += [keys | row for row in _dispatch_rows(chosen)]
+        rows += [keys | row for row in _dispatch_rows(chosen, counts, cluster.hierarchy)]
         rows += [keys | row for row in _routing_rows(counts, workload)]
         rows.append(keys | _step_row(chosen, counts) | _update_columns(update, placement, workload))
         if update is not None:
@@ -56,7 +58,7 @@ def simulate(workload: Workload, progress: Callable[[int], None] = lambda iterat
     return pd.DataFrame(rows)
 
 
-def _dispatch_rows(chosen: Price) -> Iterator[Row]:
+def _dispatch_rows(chosen: Price, counts: RoutingCounts, hierarchy: Hierarchy) -> Iterator[Row]:
     """One row per stage of one AlltoAll."""
     crossing = chosen.traffic.crossing_rows().tolist()
     busiest = chosen.traffic.busiest_rows().tolist()
@@ -67,9 +69,18 @@ def _dispatch_rows(chosen: Price) -> Iterator[Row]:
             "dimension": chosen.scheme.dimension,
             "predicted_ms": chosen.stage_ms[index],
             "rows": busiest[index],
+            "group_rows": _group_rows(stage, counts, hierarchy),
             "bytes": chosen.stage_bytes[index],
             "crossing_rows": crossing[index],
         }
+
+
+def _group_rows(stage: Stage, counts: RoutingCounts, hierarchy: Hierarchy) -> float:
+    """Rows of the busiest group divided by its GPUs, as Q counts them; NaN where the stage does not deduplicate."""
+    if stage.rows != "token":
+        return float("nan")
+    level = stage.level(hierarchy)
+    return int(counts.tokens[level - 1].sum(0).max()) / hierarchy.lanes(level)
 
 
 def _routing_rows(counts: RoutingCounts, workload: Workload) -> Iterator[Row]:

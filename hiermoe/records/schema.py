@@ -40,6 +40,7 @@ RECORDS = pa.DataFrameSchema(
         "dimension": _number(low=1),  # d of the scheme used
         "predicted_ms": _number(),  # phase dispatch: the stage in one AlltoAll; phase step: the four AlltoAlls
         "rows": _number(),  # dispatch: at the busiest GPU; routing: distinct (token, group) pairs
+        "group_rows": _number(),  # dispatch, deduplicated: of the busiest group, per GPU of it: what Q counts
         "bytes": _number(),  # rows * M * v
         "crossing_rows": _number(),  # dispatch: rows that leave their GPU, all GPUs together
         "pairs": _number(),  # token-expert pairs of the step
