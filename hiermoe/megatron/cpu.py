@@ -1,0 +1,190 @@
+"""Stand-ins that let stock Megatron-Core run on CPU with gloo. Imported only where a run asks for device=cpu.
+
+Megatron-Core assumes CUDA in a dozen places. All of them are met here, each with the reason, for the version named in
+`TESTED_VERSION`. `install()` changes torch and Megatron for the whole process, so a process that has a GPU to use must
+never call it; constructors and the optimizer step also need the context manager `cuda_means_cpu()`.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+TESTED_VERSION = "0.16.1"
+
+_CPU = torch.device("cpu")
+_installed = False
+
+
+class _NoStream:
+    """A CUDA stream on a machine without CUDA: work is already in order, so waiting is a no-op."""
+
+    def __init__(self, *_args: object, **_kwargs: object) -> None:
+        pass
+
+    def wait_stream(self, _other: object) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self) -> "_NoStream":
+        """An event that has already happened; like a stream, it can be waited for."""
+        return self
+
+
+_THE_STREAM = _NoStream()
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Redirects the device='cuda' literals of factory functions to the CPU."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if isinstance(device, str) and device.startswith("cuda"):
+            kwargs = {**kwargs, "device": _CPU}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def cuda_means_cpu() -> Iterator[None]:
+    """Reads device='cuda' as CPU inside: for building model and optimizer and for the optimizer's step.
+
+    Kept away from forward and backward, where it would slow every torch call and no such literal is met.
+    """
+    with _CudaMeansCpu():
+        yield
+
+
+def expect_fallbacks() -> None:
+    """Silence what Megatron warns of when Transformer Engine and Apex are missing. Call before importing it.
+
+    Torch's own norms, optimizers and attention are what a run on CPU asks for.
+    """
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*all_gather_into_tensor. is deprecated")
+
+
+def install() -> None:
+    """Install every process-wide stand-in. Safe to call again.
+
+    Raises:
+        RuntimeError: A CUDA device is available, whose work the stand-ins would break.
+    """
+    global _installed
+    if _installed:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError("device=cpu on a machine with CUDA: hide the GPUs first (CUDA_VISIBLE_DEVICES='')")
+    _stand_in_for_cuda()
+    _stand_in_for_rng()
+    _stand_in_for_moe()
+    _stand_in_for_attention()
+    _stand_in_for_clipping()
+    _installed = True
+
+
+def _stand_in_for_cuda() -> None:
+    # Streams are created and waited for unconditionally by the token dispatchers and by DistributedDataParallel.
+    torch.cuda.Stream = _NoStream  # type: ignore[misc,assignment]
+    torch.cuda.current_stream = lambda *_a, **_k: _THE_STREAM  # type: ignore[assignment]
+    torch.cuda.stream = lambda *_a, **_k: nullcontext()  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda *_a, **_k: None  # type: ignore[assignment]
+    # Only ever used as `device=torch.cuda.current_device()`.
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    # Megatron decorates small functions with torch.compile: on CPU that means minutes of C++ compilation for nothing.
+    torch._dynamo.config.disable = True  # type: ignore[attr-defined]
+
+
+def _stand_in_for_rng() -> None:
+    from megatron.core.tensor_parallel import random
+
+    # The RNG tracker forks and restores the CUDA generator; without one it must act on the CPU generator.
+    def get_state(device: object = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, device: object = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    random._get_cuda_rng_state = get_state  # type: ignore[assignment]
+    random._set_cuda_rng_state = set_state  # type: ignore[assignment]
+    # Its warning that the CPU generator moved inside a fork is about the one generator that there is.
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+    torch.cuda.get_rng_state = get_state  # type: ignore[assignment]
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+
+
+def _stand_in_for_moe() -> None:
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    # The name is bound only if Transformer Engine can be imported, but the router's GEMM reads it always.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
+
+    # On a GPU this gives numpy splits; a tensor that is on the CPU already stays a tensor, and gloo wants integers.
+    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_host  # type: ignore[assignment]
+
+
+def _stand_in_for_attention() -> None:
+    from megatron.core.models import backends
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    class CpuDotProductAttention(DotProductAttention):
+        """Causal attention by torch, in place of Transformer Engine's kernel.
+
+        The stock local module keeps a [batch * heads, s, s] matrix for backward, takes no `k_channels` / `v_channels`
+        and assumes that values are as wide as keys, which MLA's are not.
+        """
+
+        def __init__(self, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+
+        def forward(
+            self,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: torch.Tensor | None = None,
+            *_args: Any,
+            **_kwargs: Any,
+        ) -> torch.Tensor:
+            """Causal attention. query, key, value: [s, b, heads, width]; returns [s, b, heads * value width]."""
+            if attention_mask is not None:
+                raise ValueError("attention on CPU is causal over whole sequences and takes no attention_mask")
+            query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            context = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=key.shape[1] != query.shape[1]
+            )
+            return context.permute(2, 0, 1, 3).flatten(2)
+
+    backends.DotProductAttention = CpuDotProductAttention  # type: ignore[misc]
+    # True although Transformer Engine is missing, which makes TELinear a mock that isinstance() refuses.
+    multi_latent_attention.HAVE_TE = False
+    multi_latent_attention.TELinear = None  # type: ignore[misc,assignment]
+
+
+def _stand_in_for_clipping() -> None:
+    from megatron.core.optimizer import optimizer
+
+    # The stock function asserts that every gradient is a torch.cuda.FloatTensor.
+    def clip(parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False) -> None:
+        coefficient = max_norm / (total_norm + 1.0e-6)
+        if coefficient < 1.0:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(coefficient)
+
+    optimizer.clip_grad_by_total_norm_fp32 = clip  # type: ignore[assignment]

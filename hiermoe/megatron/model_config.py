@@ -1,0 +1,192 @@
+"""What a mixture-of-experts model is: the schema of conf/model/*.yaml. Pure: imports neither torch nor megatron."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RouterConfig(_Strict):
+    """How a router turns scores into the experts of a token, and how its load is balanced in training.
+
+    Attributes:
+        score_function: `softmax` (of the chosen logits, hence normalised) or `sigmoid` (normalised after the choice).
+        num_groups: Experts are split into this many groups of equal size; None for no group limit.
+        group_topk: A token may use only its best `group_topk` groups.
+        scaling_factor: Factor on the chosen probabilities; None for 1.
+        expert_bias: Whether a bias per expert, moved by its load and not by gradients, is added for the choice.
+        bias_update_rate: Step of that bias; only with `expert_bias`.
+        aux_loss_type: Which of Megatron's auxiliary balancing losses is used.
+        aux_loss_coeff: Its coefficient; 0 with `aux_loss_type=none`.
+    """
+
+    score_function: Literal["softmax", "sigmoid"]
+    num_groups: PositiveInt | None = None
+    group_topk: PositiveInt | None = None
+    scaling_factor: PositiveFloat | None = None
+    expert_bias: bool = False
+    bias_update_rate: PositiveFloat | None = None
+    aux_loss_type: Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss"] = "none"
+    aux_loss_coeff: float = Field(default=0.0, ge=0.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.num_groups is None) != (self.group_topk is None):
+            raise ValueError(
+                f"num_groups={self.num_groups} and group_topk={self.group_topk} must be given together or not at all"
+            )
+        if self.num_groups is not None and self.group_topk is not None and self.group_topk > self.num_groups:
+            raise ValueError(f"group_topk={self.group_topk} exceeds num_groups={self.num_groups}")
+        if self.expert_bias and self.score_function != "sigmoid":
+            raise ValueError(f"expert_bias=True needs score_function=sigmoid, not {self.score_function}")
+        if self.expert_bias != (self.bias_update_rate is not None):
+            raise ValueError(f"bias_update_rate={self.bias_update_rate} does not fit expert_bias={self.expert_bias}")
+        if (self.aux_loss_type == "none") != (self.aux_loss_coeff == 0.0):
+            raise ValueError(f"aux_loss_coeff={self.aux_loss_coeff} does not fit aux_loss_type={self.aux_loss_type}")
+        return self
+
+    def describe(self) -> str:
+        """The router in one line, as traces state it."""
+        parts = [self.score_function]
+        if self.num_groups is not None:
+            parts.append(f"best {self.group_topk} of {self.num_groups} groups")
+        if self.expert_bias:
+            parts.append(f"expert bias (rate {self.bias_update_rate:g})")
+        if self.aux_loss_type != "none":
+            parts.append(f"{self.aux_loss_type} {self.aux_loss_coeff:g}")
+        if self.scaling_factor is not None:
+            parts.append(f"scale {self.scaling_factor:g}")
+        return ", ".join(parts)
+
+
+class GroupedQueryAttention(_Strict):
+    """Grouped-query attention; `qk_norm` normalises queries and keys per head, as Qwen3 does."""
+
+    kind: Literal["gqa"]
+    num_heads: PositiveInt
+    num_query_groups: PositiveInt
+    head_dim: PositiveInt
+    qk_norm: bool
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_heads % self.num_query_groups:
+            raise ValueError(f"num_heads={self.num_heads} is not divisible by num_query_groups={self.num_query_groups}")
+        return self
+
+
+class LatentAttention(_Strict):
+    """Multi-head latent attention (MLA) of DeepSeek-V3; `qk_norm` normalises the compressed queries and key-values."""
+
+    kind: Literal["mla"]
+    num_heads: PositiveInt
+    q_lora_rank: PositiveInt
+    kv_lora_rank: PositiveInt
+    qk_head_dim: PositiveInt
+    qk_pos_emb_head_dim: PositiveInt
+    v_head_dim: PositiveInt
+    qk_norm: bool
+
+
+class ModelConfig(_Strict):
+    """A mixture-of-experts transformer.
+
+    Attributes:
+        name: Name of the model; also the stem of its file in conf/model/.
+        trace: Stem of the file in results/traces/ that holds routing for this model.
+        num_layers: Decoder layers, of which the first `num_dense_layers` have no experts.
+        hidden_size: Width of a token, the paper's M.
+        ffn_hidden_size: Inner width of the dense layers.
+        moe_ffn_hidden_size: Inner width of one expert.
+        num_experts: Experts of a layer, the paper's E.
+        topk: Experts of a token, the paper's K.
+        num_shared_experts: Experts that every token uses, beside the routed ones.
+        element_bytes: Bytes of one activation element, the paper's v.
+        source: Where the numbers come from.
+    """
+
+    name: str
+    trace: str
+    num_layers: PositiveInt
+    num_dense_layers: NonNegativeInt
+    hidden_size: PositiveInt
+    ffn_hidden_size: PositiveInt
+    moe_ffn_hidden_size: PositiveInt
+    num_experts: PositiveInt
+    topk: PositiveInt
+    num_shared_experts: NonNegativeInt
+    element_bytes: PositiveInt
+    vocab_size: PositiveInt
+    router: RouterConfig
+    attention: Annotated[GroupedQueryAttention | LatentAttention, Field(discriminator="kind")]
+    source: str
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.topk > self.num_experts:
+            raise ValueError(f"topk={self.topk} exceeds num_experts={self.num_experts}")
+        if self.num_dense_layers >= self.num_layers:
+            raise ValueError(
+                f"num_dense_layers={self.num_dense_layers} leaves no MoE layer of num_layers={self.num_layers}"
+            )
+        if self.router.num_groups is not None and self.router.group_topk is not None:
+            self._check_groups(self.router.num_groups, self.router.group_topk)
+        return self
+
+    def _check_groups(self, num_groups: int, group_topk: int) -> None:
+        if self.num_experts % num_groups:
+            raise ValueError(f"num_experts={self.num_experts} is not divisible by num_groups={num_groups}")
+        group_size = self.num_experts // num_groups
+        if self.topk > group_topk * group_size:
+            raise ValueError(
+                f"topk={self.topk} exceeds the {group_topk * group_size} experts of group_topk={group_topk} groups"
+            )
+        if not 1 <= self.topk // group_topk <= group_size:
+            raise ValueError(
+                f"topk={self.topk} // group_topk={group_topk}, the experts that score a group, "
+                f"is not between 1 and the group size {group_size}"
+            )
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of one routed expert: gate, up and down projection."""
+        return 3 * self.hidden_size * self.moe_ffn_hidden_size
+
+    @property
+    def usable_experts(self) -> int:
+        """Experts that one token can reach under the router's group limit."""
+        if self.router.num_groups is None or self.router.group_topk is None:
+            return self.num_experts
+        return self.num_experts // self.router.num_groups * self.router.group_topk
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's hidden state, the paper's M * v."""
+        return self.hidden_size * self.element_bytes
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers with experts."""
+        return self.num_layers - self.num_dense_layers
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Numbers of the layers with experts, counted from 1 as Megatron does."""
+        return list(range(self.num_dense_layers + 1, self.num_layers + 1))
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Read and validate one file of conf/model/.
+
+        Raises:
+            ValueError: The file does not hold one mapping, or a value breaks a rule.
+        """
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds a {type(content).__name__}, not a mapping of model settings")
+        return cls.model_validate(content)
