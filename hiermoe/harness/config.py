@@ -2,12 +2,12 @@
 
 import json
 from functools import lru_cache
+from importlib import import_module
 from typing import Any, Literal
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -129,9 +129,10 @@ def build(spec: dict[str, Any], **context: Any) -> Any:
     target = arguments.pop("_target_", None)
     if target is None:
         raise ValueError(f"{spec}: _target_ is missing")
+    module, _, name = str(target).rpartition(".")
     try:
-        function = get_object(target)
-    except (ImportError, ValueError) as error:
+        function = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"_target_={target} cannot be imported: {error}") from error
     try:
         return function(**arguments, **context)

@@ -1,11 +1,15 @@
 """Sweeps: every file in sweeps/ is a Hydra multirun; here they are expanded, run on all cores, and resumed."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 
+import hydra
 import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -15,8 +19,10 @@ from omegaconf import OmegaConf
 
 from hiermoe.harness.config import RunConfig, parse, register_search_path
 from hiermoe.harness.run import Outcome, execute
-from hiermoe.records.project import CONF, SWEEPS
-from hiermoe.records.store import RunStore
+from hiermoe.records.project import CONF, PROJECT_ROOT, SWEEPS
+from hiermoe.records.store import RunStore, write_whole
+
+CACHE = PROJECT_ROOT / ".cache" / "sweeps"
 
 
 @dataclass(frozen=True)
@@ -35,17 +41,42 @@ def sweep_names() -> list[str]:
 def expand(name: str) -> list[Cell]:
     """All runs of a sweep, as ``hiermoe run -m +sweeps=<name>`` would run them.
 
+    Hydra takes a tenth of a second for each, so the result is kept in .cache/ for as long as no file of conf/ and
+    sweeps/ changes.
+
     Raises:
         ValueError: no such sweep, or a configuration that breaks a rule.
     """
     path = SWEEPS / f"{name}.yaml"
     if not path.exists():
         raise ValueError(f"sweep {name!r} is unknown; choose from {', '.join(sweep_names())}")
+    cache = CACHE / f"{name}-{_configuration_digest()}.json"
+    if cache.exists():
+        return [
+            Cell(tuple(cell["overrides"]), RunConfig.model_validate(cell["config"]))
+            for cell in json.loads(cache.read_bytes())
+        ]
+    cells = _compose(path)
+    content = [{"overrides": cell.overrides, "config": cell.config.model_dump(mode="json")} for cell in cells]
+    write_whole(cache, json.dumps(content).encode())
+    return cells
+
+
+def _configuration_digest() -> str:
+    """Hash of everything that composition reads."""
+    digest = hashlib.sha256(hydra.__version__.encode())
+    for path in sorted([*CONF.rglob("*.yaml"), *SWEEPS.glob("*.yaml")]):
+        digest.update(path.as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _compose(path: Path) -> list[Cell]:
+    """Let Hydra compose every run of a sweep."""
     params = OmegaConf.load(path).hydra.sweeper.params
     overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
     (batch,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     with _hydra():
-        return [Cell(tuple(cell), parse(compose("config", overrides=[f"+sweeps={name}", *cell]))) for cell in batch]
+        return [Cell(tuple(cell), parse(compose("config", [f"+sweeps={path.stem}", *cell]))) for cell in batch]
 
 
 @contextmanager

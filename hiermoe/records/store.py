@@ -18,9 +18,9 @@ class RunStore:
     Files are written whole or not at all; records come last and make the run complete.
     """
 
-    def __init__(self, folder: Path = RUNS) -> None:
-        """Use the store at ``folder``; it need not exist yet."""
-        self.folder = folder
+    def __init__(self, folder: Path | None = None) -> None:
+        """Use the store at ``folder``, results/runs by default; it need not exist yet."""
+        self.folder = folder or RUNS
 
     def path(self, run_id: str) -> Path:
         """Folder of a run."""
@@ -50,10 +50,9 @@ class RunStore:
         """
         frame = validate(records)
         folder = self.path(run_id)
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
-        _write_whole(folder / "provenance.json", json.dumps(provenance, indent=1).encode())
-        _write_whole(folder / "records.parquet", frame.to_parquet(index=False))
+        write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+        write_whole(folder / "provenance.json", json.dumps(provenance, indent=1).encode())
+        write_whole(folder / "records.parquet", frame.to_parquet(index=False))
         return frame
 
     def read(self, run_id: str) -> pd.DataFrame:
@@ -65,8 +64,9 @@ class RunStore:
         return pd.read_parquet(self.path(run_id) / "records.parquet")
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write to a neighbour, flush it to disk, then rename."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: to a neighbour, flushed to disk, then renamed. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("wb") as file:

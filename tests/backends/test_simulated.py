@@ -1,0 +1,75 @@
+"""The simulated backend walks through routing as training would."""
+
+import pytest
+import torch
+
+from hiermoe.backends.simulated import simulate
+from hiermoe.planner.counts import count_routing
+from hiermoe.planner.policy import PlacementUpdate
+from hiermoe.topology.placement import Placement
+from tests.conftest import Composer
+
+
+def test_decision_of_an_iteration_acts_from_the_next_one_on(
+    composed: Composer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[int]] = []
+
+    class Rotate:
+        """Moves every expert to the next slot, every iteration."""
+
+        def measure(self, expert_ids_NK, placement, hierarchy, iteration):
+            seen.append(placement.slot_E.tolist())
+
+        def decide(self, summed, placement, context):
+            return PlacementUpdate(Placement(placement.slot_E.roll(1)), None)
+
+    workload = composed("iterations=3").workload()
+    object.__setattr__(workload, "new_policy", Rotate)
+    records = simulate(workload)
+    identity = torch.arange(128)
+    assert seen == [identity.roll(i).tolist() for i in range(3)]
+    steps = records[records["phase"] == "step"]
+    for iteration, busiest in zip(steps["iteration"], steps["expert_rows_max"], strict=True):
+        placement = Placement(identity.roll(iteration))
+        counts = count_routing(workload.routing.step(iteration), placement, workload.cluster.hierarchy)
+        assert counts.pairs_GG.sum(0).max() == busiest
+
+
+def test_chosen_dimension_is_never_slower_than_a_fixed_one(composed: Composer) -> None:
+    def times(system: str) -> list[float]:
+        records = simulate(composed(f"system={system}").workload())
+        return records.loc[records["phase"] == "step", "predicted_ms"].tolist()
+
+    chosen, fixed = times("hd_moe"), [times(f"hd{d}") for d in (1, 2, 3, 4)]
+    assert chosen == [min(step) for step in zip(*fixed, strict=True)]
+
+
+def test_step_is_four_times_the_sum_of_its_stages(composed: Composer) -> None:
+    records = simulate(composed("system=hd3").workload())
+    for _, iteration in records.groupby("iteration"):
+        stages = iteration.loc[iteration["phase"] == "dispatch", "predicted_ms"]
+        step = iteration.loc[iteration["phase"] == "step", "predicted_ms"]
+        assert len(stages) == 3
+        assert step.item() == pytest.approx(4 * stages.sum(), rel=1e-12)
+
+
+def test_swaps_lower_the_time_on_a_hot_spot_and_gate_swaps_less(composed: Composer) -> None:
+    def run(system: str):
+        records = simulate(
+            composed(
+                f"system={system}", "routing=stress_hot_adjacent", "iterations=24", "tokens_per_rank=512"
+            ).workload()
+        )
+        return records[records["phase"] == "step"]
+
+    static, swapping, gated = run("hd_moe"), run("hiermoe"), run("hiermoe_gated")
+    late = static["measured"]
+    assert swapping.loc[late, "predicted_ms"].sum() < 0.9 * static.loc[late, "predicted_ms"].sum()
+    assert gated["moved_experts"].sum() <= swapping["moved_experts"].sum()
+    assert (swapping["moved_experts"] <= 2).all() and swapping["moved_experts"].sum() > 10
+
+
+def test_same_configuration_gives_the_same_records(composed: Composer) -> None:
+    config = composed("system=hiermoe", "routing=topic")
+    assert simulate(config.workload()).equals(simulate(config.workload()))

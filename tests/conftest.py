@@ -1,0 +1,44 @@
+"""Fixtures that every test may use."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from hiermoe.harness.config import RunConfig, parse, register_search_path
+from hiermoe.records.project import CONF
+from hiermoe.records.store import RunStore
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """What runs use too; sums do not depend on how many cores there are."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunStore:
+    """An empty results store that commands of this test use too."""
+    monkeypatch.setattr("hiermoe.records.store.RUNS", tmp_path / "runs")
+    return RunStore()
+
+
+class Composer:
+    """Compose run configurations the way the command does."""
+
+    def __call__(self, *overrides: str) -> RunConfig:
+        """The checked configuration; small by default."""
+        small = ["tokens_per_rank=64", "iterations=4", "routing=uniform", "wandb.mode=disabled"]
+        return parse(compose("config", overrides=[*small, *overrides]))
+
+
+@pytest.fixture
+def composed() -> Iterator[Composer]:
+    """A Composer inside Hydra's context."""
+    register_search_path()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3", job_name="test"):
+        yield Composer()
