@@ -1,0 +1,89 @@
+"""Random small worlds for the planner's tests, and settings that give every run the same ones."""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from hiermoe.routing.step import RoutingStep, make_step
+from hiermoe.topology.cluster import AlphaBeta, Cluster, Level
+from hiermoe.topology.hierarchy import Hierarchy
+from hiermoe.topology.placement import Placement
+
+
+@dataclass(frozen=True)
+class Case:
+    """A hierarchy, a placement and one step of routing."""
+
+    hierarchy: Hierarchy
+    placement: Placement
+    step: RoutingStep
+
+
+def examples(number: int) -> settings:
+    """That many examples, the same ones every time."""
+    return settings(max_examples=number, derandomize=True, deadline=None)
+
+
+@st.composite
+def hierarchies(draw: st.DrawFn, depths: tuple[int, int] = (2, 4), most_ranks: int = 24) -> Hierarchy:
+    """Levels that split each group in 2 to 4; the outermost may be a single group."""
+    depth = draw(st.integers(*depths))
+    factors: list[int] = []
+    for level in range(depth):
+        room = most_ranks // (prod(factors) * 2 ** (depth - level - 1))
+        factors.append(draw(st.integers(1 if level == 0 and depth > 1 else 2, min(4, room))))
+    return Hierarchy(tuple(prod(factors[: i + 1]) for i in range(depth)))
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    depths: tuple[int, int] = (2, 4),
+    most_ranks: int = 24,
+    most_per_rank: int = 3,
+    most_tokens: int = 6,
+) -> Case:
+    """Any placement, ragged token lists (ranks without tokens among them), routing from even to very skewed."""
+    hierarchy = draw(hierarchies(depths, most_ranks))
+    num_experts = hierarchy.num_ranks * draw(st.integers(1, most_per_rank))
+    topk = draw(st.integers(1, min(8, num_experts)))
+    tokens = draw(st.lists(st.integers(0, most_tokens), min_size=hierarchy.num_ranks, max_size=hierarchy.num_ranks))
+    skew = draw(st.sampled_from([0.0, 1.0, 3.0]))
+    seed = draw(st.integers(0, 2**16))
+    shuffled = draw(st.booleans())
+    generator = torch.Generator().manual_seed(seed)
+    slot_E = torch.randperm(num_experts, generator=generator) if shuffled else torch.arange(num_experts)
+    return Case(hierarchy, Placement(slot_E), random_step(tokens, num_experts, topk, generator, skew))
+
+
+def random_step(
+    tokens: list[int], num_experts: int, topk: int, generator: torch.Generator, skew: float = 0.0
+) -> RoutingStep:
+    """K distinct experts for every token, by falling score; ``skew`` is the spread of the experts' popularity."""
+    popularity = skew * torch.randn(num_experts, generator=generator)
+    uniform = torch.rand(len(tokens), max(1, *tokens), num_experts, generator=generator).clamp(1e-9, 1 - 1e-7)
+    gumbel = -(-uniform.log()).log()
+    ids = (popularity + gumbel).topk(topk, dim=-1).indices
+    return make_step(ids, torch.tensor(tokens), num_experts)
+
+
+def random_cluster(hierarchy: Hierarchy, seed: int) -> Cluster:
+    """Constants without any order among them, so that no stage may stand in for another."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def constants() -> AlphaBeta:
+        alpha, beta = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        return AlphaBeta(alpha_ms=alpha, beta_ms_per_byte=1e-4 * (0.01 + beta), source="random")
+
+    last = hierarchy.depth
+    levels = tuple(
+        Level(
+            name=f"level{i}", groups=hierarchy.U[i], link_gb_per_s=1.0 + i,
+            inter=constants() if i < last else None, intra=constants() if i < last else None,
+        )
+        for i in range(1, last + 1)
+    )  # fmt: skip
+    return Cluster(name="random", description="", world=constants(), levels=levels)

@@ -1,0 +1,68 @@
+"""What moving experts costs on the paper's testbed."""
+
+import pytest
+import torch
+
+from hiermoe.planner.migration import STATE_BYTES_PER_PARAMETER, WEIGHT_BYTES_PER_PARAMETER, price_migration
+from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.placement import Placement
+
+QWEN3_EXPERT = 3 * 2048 * 768  # parameters of one expert: gate, up and down projection
+HERE = Placement.identity(128)  # 4 experts a GPU, 8 a pair, 16 a half, 32 a node
+
+
+def test_one_qwen3_expert_across_nodes(a6000: Cluster) -> None:
+    """Reading 7: about 66 MB, 2.6 ms over the bare link, 35 ms at the rate of an AlltoAll."""
+    assert QWEN3_EXPERT == 4718592
+    state_bytes = STATE_BYTES_PER_PARAMETER * QWEN3_EXPERT
+    assert state_bytes == 66_060_288
+    cost = price_migration(HERE, HERE.swapped(0, 127), a6000, state_bytes)
+    assert (cost.moved_experts, cost.moved_bytes) == (2, 2 * state_bytes)  # there and back at the same time
+    assert cost.link_ms == pytest.approx(2.6, abs=0.05)
+    assert cost.alltoall_ms == pytest.approx(35, abs=0.1)
+    weights = price_migration(HERE, HERE.swapped(0, 127), a6000, WEIGHT_BYTES_PER_PARAMETER * QWEN3_EXPERT)
+    assert weights.link_ms == pytest.approx(cost.link_ms / 7)
+
+
+@pytest.mark.parametrize(
+    ("other", "link_gb_per_s", "beta_ms_per_byte"),
+    [(4, 56.25, 1.64e-8), (8, 31.5, 2.06e-8), (16, 31.5, 1.17e-7), (32, 25.0, 5.29e-7)],
+)
+def test_nearer_experts_move_at_the_rate_of_their_level(
+    a6000: Cluster, other: int, link_gb_per_s: float, beta_ms_per_byte: float
+) -> None:
+    cost = price_migration(HERE, HERE.swapped(0, other), a6000, 1_000_000)
+    assert cost.link_ms == pytest.approx(1.0 / link_gb_per_s)
+    assert cost.alltoall_ms == pytest.approx(1e6 * beta_ms_per_byte)
+
+
+def test_moves_inside_a_gpu_are_free(a6000: Cluster) -> None:
+    for after in (HERE, HERE.swapped(0, 3), HERE.swapped(5, 6).swapped(124, 127)):
+        cost = price_migration(HERE, after, a6000, 66_060_288)
+        assert (cost.moved_experts, cost.moved_bytes, cost.link_ms, cost.alltoall_ms) == (0, 0, 0.0, 0.0)
+
+
+def test_moves_share_the_link_of_their_node(a6000: Cluster) -> None:
+    """Experts 0 and 4 leave node 0 from two GPUs: one card, two ports."""
+    both = price_migration(HERE, HERE.swapped(0, 32).swapped(4, 64), a6000, 1_000_000)
+    assert both.link_ms == pytest.approx(2 / 25.0)
+    assert both.alltoall_ms == pytest.approx(1e6 * 5.29e-7)
+    one_gpu = price_migration(HERE, HERE.swapped(0, 32).swapped(1, 64), a6000, 1_000_000)
+    assert one_gpu.link_ms == pytest.approx(2 / 25.0)
+    assert one_gpu.alltoall_ms == pytest.approx(2e6 * 5.29e-7)
+    apart = price_migration(HERE, HERE.swapped(0, 32).swapped(64, 96), a6000, 1_000_000)
+    assert apart.link_ms == pytest.approx(1 / 25.0)
+
+
+def test_a_cycle_costs_what_its_busiest_end_does(a6000: Cluster) -> None:
+    """Receiving counts as sending does: three nodes pass one expert on."""
+    slot_E = torch.arange(128)
+    slot_E[[0, 32, 64]] = slot_E[[32, 64, 0]]
+    cost = price_migration(HERE, Placement(slot_E), a6000, 1_000_000)
+    assert cost.moved_experts == 3
+    assert cost.link_ms == pytest.approx(1 / 25.0)
+
+
+def test_the_way_back_costs_the_same(a6000: Cluster) -> None:
+    away = Placement(torch.randperm(128, generator=torch.Generator().manual_seed(0)))
+    assert price_migration(HERE, away, a6000, 1000) == price_migration(away, HERE, a6000, 1000)
