@@ -1,0 +1,87 @@
+"""From a claim to the runs that answer it: one case per source, routing, model and whatever else the sweep varies."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from hiermoe.analysis.claims import BEST_OF, Claim, Rules
+from hiermoe.analysis.frames import Results, Run
+
+GROUPED_BY = ("source", "routing", "model", "cluster")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Runs that differ in nothing but their system.
+
+    Attributes:
+        claim: what is judged.
+        sweep: whose runs answer it.
+        source: how the numbers came to be.
+        routing: whose tokens.
+        model: name.
+        baseline: one of the claim's baselines; empty where the claim has none.
+        condition: what the sweep varies beyond that, e.g. ``gamma 7``.
+        systems: runs of the claim's system; several for ``best of``; all runs where the claim has neither system of
+            ours nor baseline (Table II, Fig. 9).
+        baselines: runs of the baseline; several for ``best of``.
+    """
+
+    claim: Claim
+    sweep: str
+    source: str
+    routing: str
+    model: str
+    baseline: str
+    condition: str
+    systems: tuple[Run, ...]
+    baselines: tuple[Run, ...]
+
+    @property
+    def obstacle(self) -> str:
+        """Why there is no number; empty where there is one."""
+        for side, runs in ((self.claim.system, self.systems), (self.baseline, self.baselines)):
+            if not runs and side:
+                return f"no run of {side} in the sweep"
+            lacking = [run for run in runs if run.status in ("missing", "failed")]
+            if lacking:
+                return f"{lacking[0].status}: {lacking[0].reason}"
+            if runs and all(run.status == "not_applicable" for run in runs):
+                return runs[0].reason
+        return ""
+
+    @property
+    def has_derived_constants(self) -> bool:
+        """Whether a constant of the cluster is a reading."""
+        return any(run.has_derived_constants for run in self.systems)
+
+
+def cases(claim: Claim, rules: Rules, results: Results) -> Iterator[Case]:
+    """All cases of a claim, in the order of its sweep."""
+    sweep = claim.sweep(rules)
+    groups: dict[tuple, list[Run]] = {}
+    for run in results.find(sweep, **claim.wanted):
+        varied = {key: value for key, value in run.swept.items() if key not in (*GROUPED_BY, "system", "backend")}
+        key = (*(run.value(name) for name in GROUPED_BY), *varied.items())
+        groups.setdefault(key, []).append(run)
+    clusters = {cluster for _, _, _, cluster, *_ in groups}
+    for (source, routing, model, cluster, *varied), runs in groups.items():
+        details = [f"{name} {value}" for name, value in varied if name not in claim.wanted]
+        for baseline in claim.baselines:
+            others = results.find(rules.baseline_sweep, source=source, routing=routing, model=model, cluster=cluster)
+            yield Case(
+                claim=claim,
+                sweep=sweep,
+                source=source,
+                routing=routing,
+                model=model,
+                baseline=baseline,
+                condition=", ".join([cluster, *details] if len(clusters) > 1 else details),
+                systems=_of(claim.system, runs) or (() if baseline else tuple(runs)),
+                baselines=_of(baseline, runs) or _of(baseline, others),
+            )
+
+
+def _of(side: str, runs: list[Run]) -> tuple[Run, ...]:
+    """Runs of the system, or of all systems of ``best of``."""
+    names = side.removeprefix(BEST_OF).split()
+    return tuple(run for run in runs if run.system in names)

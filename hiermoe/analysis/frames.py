@@ -1,0 +1,174 @@
+"""Records of sweeps as tidy tables: which runs a sweep has, how each ended, and what it measured."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from hiermoe.harness.config import RunConfig
+from hiermoe.harness.sweep import Cell
+from hiermoe.records.store import RunStore
+
+# What runs of each backend write as their source: needed only for runs that have no record yet.
+SOURCE_OF_BACKEND = {"simulated": "simulated", "synthetic_timings": "simulated"}
+NO_ROUTING = "none"  # the routing column of what no routing enters
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep.
+
+    Attributes:
+        run_id: its name in the store.
+        config: its configuration.
+        swept: what the sweep varies, by the last part of the key (``topk``, ``gamma``, ``experiment``, ...).
+        source: how its numbers came to be.
+        status: ok, failed, not_applicable, or missing where there is no record.
+        reason: one line where the status is not ok.
+    """
+
+    run_id: str
+    config: RunConfig
+    swept: dict[str, Any]
+    source: str
+    status: str
+    reason: str
+
+    @property
+    def system(self) -> str:
+        """Name of the system."""
+        return self.config.system.name
+
+    @property
+    def routing(self) -> str:
+        """Name of the routing, ``none`` where none enters."""
+        return NO_ROUTING if self.config.backend.name == "synthetic_timings" else self.config.routing.name
+
+    @property
+    def num_ranks(self) -> int:
+        """G."""
+        return self.config.cluster.hierarchy.num_ranks
+
+    @property
+    def has_meaning(self) -> bool:
+        """False where a sweep crosses group-limited routing with a model whose router has no groups."""
+        return self.routing != "group_limited" or self.config.model.router.num_groups is not None
+
+    @property
+    def has_derived_constants(self) -> bool:
+        """Whether alpha or beta of the cluster are a reading, not published."""
+        cluster = self.config.cluster
+        levels = [constants for level in cluster.levels for constants in (level.inter, level.intra) if constants]
+        return not all(constants.published for constants in (cluster.world, *levels))
+
+    def value(self, key: str) -> Any:  # noqa: ANN401 - numbers and names
+        """A swept parameter, or a size of the run; None where the run has no such thing."""
+        sizes = {
+            "num_ranks": self.num_ranks,
+            "num_experts": self.config.model.num_experts,
+            "topk": self.config.model.topk,
+            "model": self.config.model.name,
+            "cluster": self.config.cluster.name,
+            "routing": self.routing,
+            "source": self.source,
+        }
+        return sizes[key] if key in sizes else self.swept.get(key)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that analysis knows.
+
+    Attributes:
+        runs: the runs of every sweep, in the sweep's order.
+        records: rows of all runs with status ok, each run once.
+        store: where they were read; also has the provenance.
+    """
+
+    runs: Mapping[str, Sequence[Run]]
+    records: pd.DataFrame
+    store: RunStore
+    _tidy: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def _by_run(self) -> dict[str, pd.DataFrame]:
+        return {str(run_id): rows for run_id, rows in self.records.groupby("run_id", sort=False)}
+
+    def rows(self, run: Run, phase: str, measured_only: bool = True) -> pd.DataFrame:
+        """Rows of one run and phase, in order of iteration.
+
+        Args:
+            run: status ok.
+            phase: of the records.
+            measured_only: leave out iterations before the counted window.
+        """
+        frame = self._by_run[run.run_id]
+        chosen = frame["phase"] == phase
+        if measured_only:
+            chosen &= frame["measured"]
+        return frame[chosen]
+
+    def sweep(self, name: str) -> pd.DataFrame:
+        """All records of a sweep, with the system's label and one column per swept parameter."""
+        if name not in self._tidy:
+            parts = []
+            for run in self.runs.get(name, ()):
+                if run.status == "ok":
+                    new = {key: value for key, value in run.swept.items() if key not in self.records.columns}
+                    parts.append(self._by_run[run.run_id].assign(label=run.config.system.label, **new))
+            self._tidy[name] = pd.concat(parts, ignore_index=True) if parts else self.records.iloc[:0]
+        return self._tidy[name]
+
+    def find(self, sweep: str, **wanted: Any) -> list[Run]:  # noqa: ANN401 - numbers and names
+        """Runs of a sweep whose values are all as wanted, in the sweep's order, whatever their status.
+
+        ``system`` may be wanted too. Combinations without meaning are left out.
+        """
+        system = wanted.pop("system", None)
+        return [
+            run
+            for run in self.runs.get(sweep, ())
+            if run.has_meaning
+            and (system is None or run.system == system)
+            and all(run.value(key) == value for key, value in wanted.items())
+        ]
+
+
+def load(cells: Mapping[str, Sequence[Cell]], store: RunStore | None = None) -> Results:
+    """Read the records of expanded sweeps, and only those.
+
+    Args:
+        cells: expanded sweeps by name.
+        store: where records are.
+    """
+    store = store or RunStore()
+    frames: dict[str, pd.DataFrame | None] = {}
+    runs: dict[str, list[Run]] = {}
+    for name, sweep in cells.items():
+        runs[name] = []
+        for cell in sweep:
+            run_id = cell.config.run_id
+            if run_id not in frames:
+                frames[run_id] = store.read(run_id) if store.status(run_id) is not None else None
+            runs[name].append(_run(cell, run_id, frames[run_id]))
+    ok = [frame for frame in frames.values() if frame is not None and frame["status"].iloc[0] == "ok"]
+    empty = pd.DataFrame(columns=["run_id", "phase", "measured"])
+    return Results(runs, pd.concat(ok, ignore_index=True) if ok else empty, store)
+
+
+def _run(cell: Cell, run_id: str, frame: pd.DataFrame | None) -> Run:
+    swept = dict(_swept(override) for override in cell.overrides)
+    if frame is None:
+        source = SOURCE_OF_BACKEND[cell.config.backend.name]
+        return Run(run_id, cell.config, swept, source, "missing", f"no record of {run_id}; `hiermoe reproduce` makes it")
+    first = frame.iloc[0]
+    return Run(run_id, cell.config, swept, first["source"], first["status"], first["reason"])
+
+
+def _swept(override: str) -> tuple[str, Any]:
+    """``+system.policy.gamma=5.0`` as (``gamma``, 5.0)."""
+    key, value = override.split("=", 1)
+    return key.lstrip("+~").split(".")[-1], yaml.safe_load(value)

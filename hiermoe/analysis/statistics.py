@@ -1,0 +1,103 @@
+"""Ratios over iterations with their intervals.
+
+Two systems are compared over the same iterations of the same routing, so iterations are drawn as pairs. Neighbouring
+iterations of a training run are alike (routers drift, a swap stays), so whole blocks of neighbours are drawn: a moving-block
+bootstrap with blocks of about the cube root of n, the growth rate that is best for a variance (Hall, Horowitz, Jing
+1995). scipy.stats.bootstrap draws single observations, which would make the intervals too narrow here. What an interval
+covers is the spread over iterations of one run; it says nothing about other trainings, models or clusters.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+
+Statistic = Callable[..., np.ndarray]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval.
+
+    Attributes:
+        value: over all iterations.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        n: iterations.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def inverse(self) -> "Estimate":
+        """Of 1 / x: the ratio the other way round."""
+        return Estimate(1 / self.value, 1 / self.high, 1 / self.low, self.n)
+
+
+def bootstrap(statistic: Statistic, *series: np.ndarray) -> Estimate:
+    """A statistic of paired series and its percentile interval.
+
+    Args:
+        statistic: reduces the last axis of each series, e.g. from [n] or [resamples, n].
+        series: float [n] each, in order of iteration.
+
+    Raises:
+        ValueError: series of different or no length.
+    """
+    lengths = {len(x) for x in series}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"series of lengths {[len(x) for x in series]}: all must have the same, not 0")
+    (n,) = lengths
+    drawn = block_indices(n)
+    values = statistic(*(x[drawn] for x in series))
+    tail = (1 - CONFIDENCE) / 2 * 100
+    low, high = np.percentile(values, [tail, 100 - tail])
+    return Estimate(float(statistic(*series)), float(low), float(high), n)
+
+
+@lru_cache(maxsize=16)
+def block_indices(n: int) -> np.ndarray:
+    """Iterations of every resample, int64 [RESAMPLES, n]: blocks of neighbours, seeded, the same for every series."""
+    length = max(1, round(n ** (1 / 3)))
+    blocks = -(-n // length)
+    starts = np.random.default_rng(0).integers(0, n - length + 1, (RESAMPLES, blocks))
+    return (starts[:, :, None] + np.arange(length)).reshape(RESAMPLES, -1)[:, :n]
+
+
+def ratio_of_sums(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
+    """sum(numerator) / sum(denominator)."""
+    return bootstrap(lambda a, b: a.sum(-1) / b.sum(-1), numerator, denominator)
+
+
+def ratio_of_variation(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
+    """Coefficient of variation (standard deviation over mean) of one series over that of another."""
+
+    def statistic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a.std(-1) / a.mean(-1)) / (b.std(-1) / b.mean(-1))
+
+    return bootstrap(statistic, numerator, denominator)
+
+
+def paired(first: pd.DataFrame, second: pd.DataFrame, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """A column of two runs over their common iterations.
+
+    Args:
+        first: one row per iteration.
+        second: one row per iteration.
+        column: e.g. predicted_ms.
+
+    Raises:
+        ValueError: the runs did not walk through the same routing.
+    """
+    keys = ["iteration", "routing_iteration"]
+    a, b = (x.set_index(keys)[column] for x in (first, second))
+    if not a.index.equals(b.index):
+        raise ValueError(f"{first['run_id'].iloc[0]} and {second['run_id'].iloc[0]} did not walk through the same steps")
+    return a.to_numpy(float), b.to_numpy(float)

@@ -1,0 +1,183 @@
+"""Every published number against ours: the rules of reports/claims.yaml, applied."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+from rich.table import Table
+
+from hiermoe.analysis.cases import Case, cases
+from hiermoe.analysis.claims import Claim, Rule, Rules
+from hiermoe.analysis.frames import NO_ROUTING, Results
+from hiermoe.analysis.quantities import METRICS
+from hiermoe.analysis.statistics import Estimate
+
+Verdict = Literal["reproduced", "same direction", "contradicted", "by construction", "not testable"]
+VERDICTS: tuple[Verdict, ...] = ("reproduced", "same direction", "contradicted", "by construction", "not testable")
+STYLES = dict(zip(VERDICTS, ("green", "yellow", "red", "cyan", "dim"), strict=True))
+NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One claim, one case of it, and what came out."""
+
+    claim: Claim
+    case: Case | None  # None where no sweep has a run for the claim
+    estimate: Estimate
+    verdict: Verdict
+    reason: str
+
+    @property
+    def routing(self) -> str:
+        """Whose tokens."""
+        return self.case.routing if self.case else NO_ROUTING
+
+    @property
+    def ratio(self) -> float:
+        """Ours over the nearer published end; 1 inside a published range, NaN without a number."""
+        ends = [end for end in (self.claim.low, self.claim.high) if not math.isnan(end)]
+        if math.isnan(self.estimate.value):
+            return math.nan
+        return self.estimate.value / min(max(self.estimate.value, min(ends)), max(ends))
+
+
+def judge_all(claims: Sequence[Claim], rules: Rules, results: Results) -> list[Judged]:
+    """Every claim in every case, in the order of the claims; a claim without any case keeps a row."""
+    judged: list[Judged] = []
+    for claim in claims:
+        found = [_judge_case(case, rules, results) for case in cases(claim, rules, results)]
+        judged += found or [Judged(claim, None, NOTHING, "not testable", f"sweep {claim.sweep(rules)} has no such run")]
+    return judged
+
+
+def _judge_case(case: Case, rules: Rules, results: Results) -> Judged:
+    claim, rule = case.claim, rules.metrics[case.claim.metric]
+    if case.source in rule.not_testable:
+        return Judged(claim, case, NOTHING, "not testable", _reason(case, rule.not_testable[case.source]))
+    if case.obstacle:
+        return Judged(claim, case, NOTHING, "not testable", _reason(case, case.obstacle))
+    quantity = METRICS[claim.metric](case, results)
+    pair = rules.constructed_pair(claim.system, case.baseline) if case.source == "simulated" else None
+    if case.source in rule.constructed:
+        verdict, why = "by construction", rule.constructed[case.source]
+    elif pair and pair.holds == "value":
+        verdict, why = "by construction", pair.reason
+    else:
+        verdict, why = judge(quantity.estimate, claim.low, claim.high, rule)
+        if pair and verdict == "same direction":
+            verdict, why = "by construction", f"{why}, but that alone is given: {pair.reason}"
+    return Judged(claim, case, quantity.estimate, verdict, _reason(case, why, quantity.note))
+
+
+def judge(ours: Estimate, low: float, high: float, rule: Rule) -> tuple[Verdict, str]:
+    """Apply one rule.
+
+    Args:
+        ours: our number.
+        low: published lower end, NaN if there is none.
+        high: published upper end.
+        rule: of the metric.
+
+    Returns:
+        The verdict, and in words what decided it.
+    """
+    return {"value": _value, "speedup": _speedup, "order": _order, "at_most": _at_most}[rule.rule](ours, low, high, rule)
+
+
+def _value(ours: Estimate, low: float, high: float, rule: Rule) -> tuple[Verdict, str]:
+    distance = max(low - ours.value, ours.value - high, 0.0)
+    if distance <= rule.tolerance:
+        return "reproduced", f"within {rule.tolerance:g} of the published value"
+    if ours.value > high:
+        return "same direction", f"above the published value by {distance:.3f}"
+    return "contradicted", f"below the published value by {distance:.3f}"
+
+
+def _speedup(ours: Estimate, low: float, high: float, rule: Rule) -> tuple[Verdict, str]:
+    published_gain = min((low, high), key=lambda ratio: abs(math.log(ratio)))
+    side = math.copysign(1.0, math.log(published_gain))
+    reach = min(side * math.log(ours.low), side * math.log(ours.high))  # of the interval, away from 1
+    if reach <= 0:
+        where = "includes 1" if ours.low <= 1 <= ours.high else "is on the other side of 1"
+        return "contradicted", f"our interval {where}"
+    enough = side * math.log(ours.value) >= rule.least_effect * abs(math.log(published_gain))
+    within = low * (1 - rule.tolerance) <= ours.value <= high * (1 + rule.tolerance)
+    if within and enough:
+        return "reproduced", f"within {rule.tolerance:.0%} of the published ratio"
+    if within:
+        return "same direction", f"less than {rule.least_effect:.0%} of the published effect"
+    return "same direction", f"more than {rule.tolerance:.0%} {'above' if ours.value > high else 'below'} the published ratio"
+
+
+def _order(ours: Estimate, low: float, high: float, rule: Rule) -> tuple[Verdict, str]:
+    if ours.high < high:
+        return "reproduced", f"the whole interval is below {high:g}"
+    if ours.value < high:
+        return "same direction", f"below {high:g}, but the interval reaches it"
+    return "contradicted", f"not below {high:g}"
+
+
+def _at_most(ours: Estimate, low: float, high: float, rule: Rule) -> tuple[Verdict, str]:
+    limit = high + rule.tolerance
+    if ours.high <= limit:
+        return "reproduced", f"all of the range is at most {limit:g}"
+    if ours.low > limit:
+        return "contradicted", f"all of the range is above {limit:g}"
+    return "not testable", f"{limit:g} lies inside the range, which depends on what the paper does not say"
+
+
+def _reason(case: Case, *parts: str) -> str:
+    """What tells the case from its neighbours, then why, then what else to know."""
+    claim = case.claim
+    which = [
+        case.model if case.model != claim.model and claim.model else "",
+        f"over {case.baseline}" if len(claim.baselines) > 1 else "",
+        case.condition,
+    ]
+    derived = "constants of this cluster are partly derived (reading 3)" if case.has_derived_constants else ""
+    named = ", ".join(filter(None, which))
+    return (f"{named}: " if named else "") + "; ".join(filter(None, [*parts, derived]))
+
+
+def to_frame(judged: Sequence[Judged]) -> pd.DataFrame:
+    """Verdicts as a table: reports/verdicts.csv."""
+    return pd.DataFrame(list(_rows(judged)))
+
+
+def _rows(judged: Sequence[Judged]) -> Iterator[dict[str, object]]:
+    for one in judged:
+        yield {
+            "claim": one.claim.claim,
+            "source": one.case.source if one.case else "none",
+            "routing": one.routing,
+            "published_low": one.claim.low,
+            "published_high": one.claim.high,
+            "ours": one.estimate.value,
+            "ours_low": one.estimate.low,
+            "ours_high": one.estimate.high,
+            "n": one.estimate.n,
+            "ratio": one.ratio,
+            "verdict": one.verdict,
+            "reason": one.reason,
+        }
+
+
+def verdict_summary(verdicts: pd.DataFrame) -> Table:
+    """Verdicts by source and routing, for the terminal.
+
+    Args:
+        verdicts: as :func:`to_frame` makes them.
+    """
+    table = Table(title="Verdicts on the published numbers", title_justify="left")
+    for name in ("source", "routing"):
+        table.add_column(name)
+    for verdict in VERDICTS:
+        table.add_column(verdict, justify="right", style=STYLES[verdict])
+    for keys, group in verdicts.groupby(["source", "routing"], sort=False):
+        counts = Counter(group["verdict"])
+        table.add_row(*map(str, keys), *(str(counts[verdict]) for verdict in VERDICTS))  # type: ignore[arg-type]
+    return table
