@@ -94,6 +94,8 @@ class RoutingRequest:
         if self.topk > self.num_experts:
             raise ValueError(f"topk={self.topk} exceeds num_experts={self.num_experts}")
         if self.num_groups is not None:
+            if self.num_groups < 1:
+                raise ValueError(f"num_groups={self.num_groups} must be at least 1")
             if self.num_experts % self.num_groups:
                 raise ValueError(f"num_experts={self.num_experts} is not divisible by num_groups={self.num_groups}")
             if self.group_topk is None or not 1 <= self.group_topk <= self.num_groups:
@@ -118,9 +120,10 @@ class RoutingSource(Protocol):
 def iteration_schedule(iterations: int, num_distinct: int | None) -> list[int]:
     """Which of a source's iterations a run walks through.
 
-    A recorded source has ``num_distinct`` iterations. A run of that length takes them in order. A longer one loops over
-    the first half and ends with the second half, once, in order: the second half stays unseen until it is measured.
-    A shorter one takes the last first-half iterations and the first second-half ones, an equal number of each.
+    A recorded source has ``num_distinct`` iterations, the middle one of an odd number in its first half. A run of that
+    length takes them in order. A longer one loops over the first half and ends with the second half, once, in order:
+    the second half stays unseen until it is measured. A shorter one takes the last first-half iterations and the first
+    second-half ones, an equal number of each (one more of the former in a run of odd length).
 
     Args:
         iterations: length of the run, at least 2.
@@ -136,8 +139,8 @@ def iteration_schedule(iterations: int, num_distinct: int | None) -> list[int]:
         raise ValueError(f"iterations={iterations} of num_distinct={num_distinct}: a run needs at least 2 of each")
     if num_distinct is None:
         return list(range(iterations))
-    half = num_distinct // 2
-    held_out = min(iterations // 2, num_distinct - half)
+    half = num_distinct - num_distinct // 2
+    held_out = min(iterations // 2, num_distinct // 2)
     looped = iterations - held_out
     return [(i - looped) % half for i in range(looped)] + list(range(half, half + held_out))
 
@@ -146,4 +149,4 @@ def first_measured(iterations: int, num_distinct: int | None) -> int:
     """First iteration of the run whose AlltoAll time counts: its last half, held-out iterations only."""
     if num_distinct is None:
         return iterations - iterations // 2
-    return iterations - min(iterations // 2, num_distinct - num_distinct // 2)
+    return iterations - min(iterations // 2, num_distinct // 2)

@@ -8,18 +8,17 @@ starts with, expert e on GPU e // (E / G).
 
 from dataclasses import dataclass
 from math import gcd, lcm
-from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hiermoe.routing.step import RoutingRequest, RoutingStep, experts_per_rank
-from hiermoe.routing.synthetic import full_step, generator, weighted_choices
+from hiermoe.routing.synthetic import Endless, full_step, generator, weighted_choices
 
 
 @dataclass(frozen=True, eq=False)
-class Stress:
+class Stress(Endless):
     """Experts drawn in proportion to weights that repeat in a cycle, from token counts that repeat in a cycle.
 
     Attributes:
@@ -36,7 +35,6 @@ class Stress:
     request: RoutingRequest
     weights_CE: Tensor
     num_tokens_CG: Tensor
-    num_distinct: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         loaded = int((self.weights_CE > 0).sum(1).min())
@@ -55,7 +53,7 @@ class Stress:
 
 
 @dataclass(frozen=True)
-class Balanced:
+class Balanced(Endless):
     """Every expert exactly equally loaded where N * K is divisible by E, else to within one token.
 
     Token n takes the next K of a shuffled list of all experts, walked round and round; the list is shuffled anew
@@ -67,7 +65,6 @@ class Balanced:
     """
 
     request: RoutingRequest
-    num_distinct: ClassVar[None] = None
 
     def step(self, iteration: int) -> RoutingStep:
         """Routing of one iteration."""

@@ -7,7 +7,6 @@ Only ``GroupLimited`` heeds the group limit of a request.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
 from zlib import crc32
 
 import numpy as np
@@ -103,12 +102,20 @@ def full_step(expert_ids_NK: Tensor, request: RoutingRequest) -> RoutingStep:
     return RoutingStep(expert_ids_NK, source_N, request.num_ranks, request.num_experts)
 
 
+class Endless:
+    """A source with another step for every iteration."""
+
+    @property
+    def num_distinct(self) -> None:
+        """None: there is no end to them."""
+        return None
+
+
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Endless):
     """Any K distinct experts, equally likely: no skew, no correlation, duplicates by chance alone."""
 
     request: RoutingRequest
-    num_distinct: ClassVar[None] = None
 
     def step(self, iteration: int) -> RoutingStep:
         """Routing of one iteration."""
@@ -118,7 +125,7 @@ class Uniform:
 
 
 @dataclass(frozen=True)
-class Skewed:
+class Skewed(Endless):
     """Popularity falls as rank^-exponent; which experts are popular is drawn once per seed and stays.
 
     Attributes:
@@ -131,7 +138,6 @@ class Skewed:
 
     request: RoutingRequest
     exponent: float
-    num_distinct: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.exponent < 0:
@@ -157,7 +163,7 @@ class Skewed:
 
 
 @dataclass(frozen=True)
-class GroupLimited:
+class GroupLimited(Endless):
     """DeepSeek-V3's router on independent scores: sigmoid of normals plus an expert bias, best groups first.
 
     Attributes:
@@ -171,7 +177,6 @@ class GroupLimited:
 
     request: RoutingRequest
     bias_std: float
-    num_distinct: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if self.request.num_groups is None or self.request.group_topk is None:
@@ -196,7 +201,7 @@ class GroupLimited:
 
 
 @dataclass(frozen=True)
-class Topic:
+class Topic(Endless):
     """Experts that fire together: contiguous tokens of a rank share a topic, and a topic prefers its own experts.
 
     The experts, shuffled once per seed, are dealt to the topics in equal sets (sizes differ by one where E is not
@@ -217,7 +222,6 @@ class Topic:
     num_topics: int
     run_length: int
     strength: float
-    num_distinct: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_topics <= self.request.num_experts:

@@ -144,19 +144,22 @@ class RoutingTrace:
         try:
             with zipfile.ZipFile(path) as archive:
                 header = json.loads(archive.read("metadata.json"))
-                blobs = {name: archive.read(f"{name}.npy") for name in header["sha256"]}
+                found, checksums, stated, blobs = header["format"], {}, {}, {}
+                if found == FORMAT:  # another one may be laid out in any way
+                    checksums, stated = dict(header["sha256"]), dict(header["metadata"])
+                    blobs = {name: archive.read(f"{name}.npy") for name in {"expert_ids", "num_tokens", *checksums}}
         except (zipfile.BadZipFile, KeyError, EOFError, OSError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is truncated or not a trace: {error}") from error
         except Exception as error:  # lzma and zlib raise their own kinds on altered bytes
             raise ValueError(f"{path} is altered: {error}") from error
-        if header["format"] != FORMAT:
-            raise ValueError(f"{path} has format {header['format']}, this version reads {FORMAT}")
+        if found != FORMAT:
+            raise ValueError(f"{path} has format {found}, this version reads {FORMAT}")
         for name, blob in blobs.items():
-            if hashlib.sha256(blob).hexdigest() != header["sha256"][name]:
+            if hashlib.sha256(blob).hexdigest() != checksums.get(name):
                 raise ValueError(f"{path} is altered: checksum of {name} does not match")
         arrays = {name: np.load(io.BytesIO(blob), allow_pickle=False) for name, blob in blobs.items()}
         try:
-            metadata = TraceMetadata(**header["metadata"])
+            metadata = TraceMetadata(**stated)
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(f"{path} has bad metadata: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

@@ -1,0 +1,50 @@
+"""A placement is a permutation, and swaps keep it one."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hiermoe.topology.placement import Placement
+
+permutations = st.integers(1, 24).flatmap(lambda n: st.permutations(list(range(n))))
+
+
+@given(slots=permutations)
+@settings(max_examples=60, derandomize=True, deadline=None)
+def test_expert_at_a_slot_has_that_slot(slots: list[int]) -> None:
+    placement = Placement(torch.tensor(slots))
+    assert placement.num_experts == len(slots)
+    assert placement.slot_E[placement.expert_at()].tolist() == list(range(len(slots)))
+    assert placement.is_identity == (slots == sorted(slots))
+
+
+@given(slots=permutations, data=st.data())
+@settings(max_examples=60, derandomize=True, deadline=None)
+def test_swap_exchanges_two_experts_and_undoes_itself(slots: list[int], data: st.DataObject) -> None:
+    a, b = (data.draw(st.integers(0, len(slots) - 1)) for _ in range(2))
+    before = Placement(torch.tensor(slots))
+    after = before.swapped(a, b)
+    assert (after.slot_E[a], after.slot_E[b]) == (before.slot_E[b], before.slot_E[a])
+    untouched = [e for e in range(len(slots)) if e not in (a, b)]
+    assert torch.equal(after.slot_E[untouched], before.slot_E[untouched])
+    assert torch.equal(after.swapped(a, b).slot_E, before.slot_E)
+    assert before.slot_E.tolist() == slots
+
+
+def test_gpu_owns_neighbouring_slots() -> None:
+    assert Placement.identity(8).rank_of(4).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert Placement(torch.tensor([3, 2, 1, 0])).rank_of(2).tolist() == [1, 1, 0, 0]
+
+
+def test_experts_that_do_not_fit_the_gpus_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_experts=130 is not divisible by ep_size=32"):
+        Placement.identity(130).rank_of(32)
+
+
+@pytest.mark.parametrize(
+    "slot_E", [torch.tensor([0, 0]), torch.tensor([1, 2]), torch.tensor([0, -1]), torch.tensor([0.0, 1.0])]
+)
+def test_what_is_no_permutation_is_refused(slot_E: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"slot_E=\[.*\] is not an int64 permutation of 0\.\.1"):
+        Placement(slot_E)
