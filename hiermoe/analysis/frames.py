@@ -10,6 +10,7 @@ import yaml
 
 from hiermoe.harness.config import RunConfig
 from hiermoe.harness.sweep import Cell
+from hiermoe.records.project import PROJECT_ROOT
 from hiermoe.records.store import RunStore
 
 # What runs of each backend write as their source: needed only for runs that have no record yet.
@@ -74,6 +75,7 @@ class Run:
             "cluster": self.config.cluster.name,
             "routing": self.routing,
             "source": self.source,
+            "status": self.status,
         }
         return sizes[key] if key in sizes else self.swept.get(key)
 
@@ -122,6 +124,11 @@ class Results:
             self._tidy[name] = pd.concat(parts, ignore_index=True) if parts else self.records.iloc[:0]
         return self._tidy[name]
 
+    def of_source(self, source: str) -> "Results":
+        """Only the runs whose numbers came to be in one way."""
+        chosen = {name: [run for run in runs if run.source == source] for name, runs in self.runs.items()}
+        return Results(chosen, self.records, self.store)
+
     def find(self, sweep: str, **wanted: Any) -> list[Run]:  # noqa: ANN401 - numbers and names
         """Runs of a sweep whose values are all as wanted, in the sweep's order, whatever their status.
 
@@ -165,7 +172,8 @@ def _run(cell: Cell, run_id: str, frame: pd.DataFrame | None) -> Run:
         source = SOURCE_OF_BACKEND[cell.config.backend.name]
         return Run(run_id, cell.config, swept, source, "missing", f"no record of {run_id}; `hiermoe reproduce` makes it")
     first = frame.iloc[0]
-    return Run(run_id, cell.config, swept, first["source"], first["status"], first["reason"])
+    reason = first["reason"].replace(f"{PROJECT_ROOT}/", "")
+    return Run(run_id, cell.config, swept, first["source"], first["status"], reason)
 
 
 def _swept(override: str) -> tuple[str, Any]:

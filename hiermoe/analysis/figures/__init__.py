@@ -1,0 +1,20 @@
+"""The report's figures, one module each; `FIGURES` is their order in the report."""
+
+from hiermoe.analysis.figures import (
+    balance,
+    fig9,
+    fig10,
+    fig11,
+    fig12,
+    fig13,
+    swap_cost,
+    swap_policy,
+    table2,
+    table4,
+)
+from hiermoe.analysis.figures.spec import FigureSpec
+
+FIGURES: tuple[FigureSpec, ...] = tuple(
+    module.FIGURE
+    for module in (fig11, fig10, table2, fig9, fig12, fig13, table4, swap_policy, swap_cost, balance)
+)

@@ -1,0 +1,78 @@
+"""What a figure is: a table of what is plotted, a drawing of that table, and words about it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+
+from hiermoe.analysis.claims import Claim
+from hiermoe.analysis.figures.style import SETTINGS
+from hiermoe.analysis.frames import Results
+
+DPI = 150
+REPRODUCIBLE = {"CreationDate": None, "ModDate": None}  # the same table gives the same file
+
+
+@dataclass(frozen=True)
+class Words:
+    """What is said about a figure, all of it from its table.
+
+    Attributes:
+        title: what is seen, as a sentence.
+        caption: what is plotted, n, and what intervals are.
+        text: sentences on what differs and why.
+    """
+
+    title: str
+    caption: str
+    text: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FigureSpec:
+    """One figure of the report.
+
+    Attributes:
+        name: of its files.
+        heading: of its section.
+        sweep: whose runs it shows.
+        table: what is plotted; empty where there are no records.
+        draw: the drawing of a table that is not empty, under a title.
+        words: about a table that is not empty.
+    """
+
+    name: str
+    heading: str
+    sweep: str
+    table: Callable[[Results, Sequence[Claim]], pd.DataFrame]
+    draw: Callable[[pd.DataFrame, str], Figure]
+    words: Callable[[pd.DataFrame], Words]
+
+
+def render(spec: FigureSpec, table: pd.DataFrame, folder: Path, name: str) -> Words | None:
+    """Write ``<name>.png``, ``.pdf`` and ``.csv``.
+
+    Args:
+        spec: the figure.
+        table: what its ``table`` returned.
+        folder: where to.
+        name: of the files.
+
+    Returns:
+        The words about it; None where there was nothing to draw, and no file then.
+    """
+    stem = folder / name
+    if table.empty:
+        for suffix in (".png", ".pdf", ".csv"):
+            stem.with_suffix(suffix).unlink(missing_ok=True)
+        return None
+    words = spec.words(table)
+    with mpl.rc_context(SETTINGS):
+        figure = spec.draw(table, words.title)
+        figure.savefig(stem.with_suffix(".png"), dpi=DPI)
+        figure.savefig(stem.with_suffix(".pdf"), metadata=REPRODUCIBLE)
+    table.to_csv(stem.with_suffix(".csv"), index=False)
+    return words

@@ -1,0 +1,173 @@
+"""How every figure looks: one colour per system, one mark per routing, one mark for what the paper published."""
+
+import textwrap
+from collections.abc import Iterable
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+# Okabe and Ito's palette, safe for colour-blind eyes. Variants of a system share its colour; their labels differ.
+COLORS = {
+    "megatron": "#333333",
+    "tutel_2dh": "#E69F00",
+    "smartmoe": "#CC79A7",
+    "hd2_moe_smart": "#009E73",
+    "hd2_moe": "#56B4E9",
+    "hd_moe": "#0072B2",
+    "hiermoe": "#D55E00",
+    "hd": "#56B4E9",
+    "h": "#888888",
+}
+ROUTINGS = {
+    "recorded": ("o", "recorded routing", 0.0),
+    "uniform": ("s", "uniform routing", 0.5),
+    "group_limited": ("^", "group-limited routing", 0.5),
+    "none": ("o", "no routing", 0.0),
+}
+MODELS = {"qwen3_30b_a3b": "Qwen3-30B-A3B", "deepseek_v3": "DeepSeek-V3"}
+LEVELS = {"node": "nodes", "half": "QPI halves", "pair": "NVLink pairs", "gpu": "GPUs"}
+INK = "#222222"
+SETTINGS = {
+    "font.size": 12,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "lines.linewidth": 2.0,
+    "legend.frameon": False,
+    "legend.fontsize": 11.5,
+    "figure.dpi": 100,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "hiermoe",
+}
+
+
+def color(system: str) -> str:
+    """Colour of a system: its own, or that of the system whose variant it is."""
+    base = max((name for name in COLORS if system.startswith(name)), key=len)
+    return COLORS[base]
+
+
+def shade(system: str, routing: str) -> tuple[float, float, float]:
+    """The system's colour, paler for synthetic routing."""
+    paleness = ROUTINGS[routing][2]
+    red, green, blue = (value + (1 - value) * paleness for value in to_rgb(color(system)))
+    return red, green, blue
+
+
+def ordered(routings: Iterable[str]) -> list[str]:
+    """Routings in the order in which all figures show them."""
+    present = set(routings)
+    return [routing for routing in ROUTINGS if routing in present]
+
+
+def grid(title: str, rows: int, columns: int, size: tuple[float, float], **axes: object) -> tuple[Figure, list[Axes]]:
+    """A figure with panels and, as its title, what is to be seen.
+
+    Args:
+        title: a sentence.
+        rows: of panels.
+        columns: of panels.
+        size: of the figure, in inches.
+        **axes: of ``Figure.subplots`` (sharex, sharey, width_ratios).
+
+    Returns:
+        The figure and its panels, row by row.
+    """
+    with mpl.rc_context(SETTINGS):
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False, **axes)  # type: ignore[arg-type]
+        wrapped = textwrap.fill(title, int(size[0] * 8.2))
+        figure.suptitle(wrapped, x=0.01, ha="left", fontsize=13.5, fontweight="bold")
+    return figure, list(panels.flat)
+
+
+def published(panel: Axes, x: float, y: float, size: float = 11) -> None:
+    """A published number: an open diamond, everywhere."""
+    panel.plot(x, y, "D", markersize=size, markerfacecolor="none", markeredgecolor="black", markeredgewidth=1.8, zorder=5)
+
+
+def ours(panel: Axes, row: pd.Series, x: float, y: float, vertical: bool = False, size: float = 9) -> None:
+    """A number of ours: a filled mark with its interval.
+
+    Args:
+        panel: where.
+        row: has system, routing, value, low, high.
+        x: position.
+        y: position.
+        vertical: the value runs along y.
+        size: of the mark, in points.
+    """
+    tone = shade(row["system"], row["routing"])
+    error = [[max(row["value"] - row["low"], 0)], [max(row["high"] - row["value"], 0)]]
+    panel.errorbar(
+        x,
+        y,
+        **{"yerr" if vertical else "xerr": error},  # type: ignore[arg-type]
+        fmt=ROUTINGS[row["routing"]][0],
+        markersize=size,
+        color=tone,
+        markeredgecolor=color(row["system"]),
+        ecolor=color(row["system"]),
+        elinewidth=1.6,
+        capsize=3,
+        zorder=4,
+    )
+
+
+def dot_rows(panel: Axes, table: pd.DataFrame, systems: list[str], labels: dict[str, str]) -> None:
+    """One row per system, one mark per routing in it, the published number beside them.
+
+    Args:
+        panel: where.
+        table: columns system, routing, value, low, high, published (NaN where there is none).
+        systems: from top to bottom.
+        labels: of the systems.
+    """
+    routings = ordered(table["routing"])
+    step = 0.62 / max(len(routings), 1)
+    for position, system in enumerate(systems):
+        rows = table[table["system"] == system]
+        for _, row in rows.iterrows():
+            offset = (routings.index(row["routing"]) - (len(routings) - 1) / 2) * step
+            ours(panel, row, row["value"], position + offset)
+        known = rows["published"].dropna()
+        if len(known):
+            published(panel, known.iloc[0], position)
+    panel.set_yticks(range(len(systems)), [labels[system] for system in systems])
+    panel.set_ylim(len(systems) - 0.45, -0.55)
+    panel.grid(axis="y", visible=False)
+    for position in range(1, len(systems), 2):
+        panel.axhspan(position - 0.5, position + 0.5, color="#F5F5F5", zorder=0)
+
+
+def legend(figure: Figure, routings: Iterable[str], with_published: bool = True, extra: Iterable[Line2D] = ()) -> None:
+    """What marks mean, below the panels."""
+    marks = [
+        Line2D([], [], marker=ROUTINGS[routing][0], linestyle="", markersize=9, color=tone, label=ROUTINGS[routing][1])
+        for routing in ordered(routings)
+        for tone in [tuple(v + (1 - v) * ROUTINGS[routing][2] for v in to_rgb("#444444"))]
+    ]
+    if with_published:
+        marks.append(
+            Line2D([], [], marker="D", linestyle="", markersize=9, markerfacecolor="none", markeredgecolor="black",
+                   markeredgewidth=1.8, label="published")
+        )  # fmt: skip
+    handles = [*marks, *extra]
+    with mpl.rc_context(SETTINGS):
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=11.5)

@@ -1,0 +1,63 @@
+"""Rows that several figures plot: speed-ups of a sweep's runs, and the published number beside each."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from hiermoe.analysis.claims import Claim
+from hiermoe.analysis.frames import Results, Run
+from hiermoe.analysis.quantities import speedup
+from hiermoe.analysis.statistics import Estimate
+
+BASELINE_SWEEP = "fig11"
+
+
+def row_of(run: Run, estimate: Estimate, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - columns
+    """What every plotted number carries."""
+    return {
+        "source": run.source,
+        "system": run.system,
+        "label": run.config.system.label,
+        "model": run.config.model.name,
+        "cluster": run.config.cluster.name,
+        "routing": run.routing,
+        "value": estimate.value,
+        "low": estimate.low,
+        "high": estimate.high,
+        "n": estimate.n,
+        **more,
+    }
+
+
+def counterpart(run: Run, system: str, sweep: str, results: Results) -> Run | None:
+    """The run of another system that differs in nothing else that routing or prices depend on, if it has numbers.
+
+    Looked for in the same sweep, then among the baselines' runs (policies of one system share a baseline there).
+    """
+    keys = {key: run.value(key) for key in ("source", "model", "cluster", "routing", "num_experts", "topk")}
+    found = [*results.find(sweep, system=system, **keys), *results.find(BASELINE_SWEEP, system=system, **keys)]
+    return next((other for other in found if other.status == "ok"), None)
+
+
+def speedups(results: Results, sweep: str, baseline: str) -> pd.DataFrame:
+    """AlltoAll speed-up of every run of a sweep over a baseline, the baseline itself left out.
+
+    Returns:
+        One row per run, with one column per swept parameter.
+    """
+    rows = []
+    for run in results.find(sweep, status="ok"):
+        other = counterpart(run, baseline, sweep, results)
+        if other is not None and run.run_id != other.run_id:
+            rows.append(row_of(run, speedup(run, other, results)) | run.swept)
+    return pd.DataFrame(rows)
+
+
+def published(claims: Sequence[Claim], **fields: str) -> tuple[float, float]:
+    """Published ends of the first claim with these fields; NaN, NaN where there is none."""
+    for claim in claims:
+        if all(getattr(claim, name) == value for name, value in fields.items()):
+            return claim.low, claim.high
+    return math.nan, math.nan

@@ -1,0 +1,219 @@
+"""Where the paper's numbers, its constants and our counts do not fit together: computed, then put into words."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from hiermoe.analysis.claims import TESTBED_RANKS, Claim
+from hiermoe.analysis.end_to_end import share_needed
+from hiermoe.analysis.figures.tables import counterpart, published
+from hiermoe.analysis.figures.words import per_routing, span
+from hiermoe.analysis.frames import Results, Run
+from hiermoe.analysis.quantities import duplication_rate, speedup
+from hiermoe.planner.cost import ALLTOALLS_PER_STEP
+from hiermoe.planner.migration import STATE_BYTES_PER_PARAMETER, WEIGHT_BYTES_PER_PARAMETER
+from hiermoe.topology.cluster import Peers
+
+MODELS = {"qwen3_30b_a3b": "Qwen3-30B-A3B", "deepseek_v3": "DeepSeek-V3"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a reader of the paper should know."""
+
+    title: str
+    text: str
+
+
+def findings(claims: Sequence[Claim], results: Results) -> list[Finding]:
+    """All findings that the published numbers, and the records there are, allow."""
+    parts: tuple[Callable[[Sequence[Claim], Results], Iterator[Finding]], ...] = (
+        _swap_gain,
+        _shares,
+        _one_node,
+        _group_count,
+        _chance,
+        _two_stages,
+        _swap_price,
+        _lane_average,
+    )
+    return [finding for part in parts for finding in part(claims, results)]
+
+
+def _swap_gain(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
+    """HierMoE over HD-MoE, as the paper's own tables have it."""
+    ratios = {}
+    for model, name in MODELS.items():
+        full, fixed = (_published(claims, "Fig. 11", s, model) for s in ("hiermoe", "hd_moe"))
+        ratios[f"Fig. 11, {name}"] = full / fixed
+    table = [c for c in claims if c.where == "Table IV" and c.system == "hiermoe"]
+    columns = [c.low / published(claims, where="Table IV", system="hd_moe", condition=c.condition)[0] for c in table]
+    stated, _ = published(claims, where="Sec. V-E", condition="max=smooth")
+    parts = ", ".join(f"{ratio:.3f} in {where}" for where, ratio in ratios.items())
+    yield Finding(
+        "What a swap brings, by the paper's own numbers",
+        f"HierMoE over HD-MoE is {parts}, {span(columns, 3)} over the columns of Table IV, and {stated:g} in Sec. V-E for the same base "
+        "case. The gain of expert swap alone is thus known to a few percent only, and it is far smaller on DeepSeek-V3.",
+    )
+
+
+def _shares(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
+    """Reading 6."""
+    ends = published(claims, metric="e2e_speedup", system="hiermoe", baseline="megatron")
+    over_hd2 = published(claims, metric="e2e_speedup", system="hiermoe", baseline="hd2_moe")
+    stated = published(claims, metric="a2a_share_of_step")
+    alltoall = {name: _published(claims, "Fig. 11", "hiermoe", model) for model, name in MODELS.items()}
+    needed = {name: [share_needed(end, ratio) for end in ends] for name, ratio in alltoall.items()}
+    relative = {
+        name: [share_needed(end, alltoall[name] / _published(claims, "Fig. 11", "hd2_moe", model)) for end in over_hd2]
+        for model, name in MODELS.items()
+    }
+    parts = "; ".join(f"{name} {low:.0%} or {high:.0%}" for name, (low, high) in needed.items())
+    others = "; ".join(f"{name} {low:.0%} or {high:.0%}" for name, (low, high) in relative.items())
+    yield Finding(
+        "Which AlltoAll share the published speed-ups need",
+        f"For HierMoE over Megatron-LM, {ends[0]:g} or {ends[1]:g} end to end and the AlltoAll ratios of Fig. 11 agree if AlltoAll had this "
+        f"share of Megatron-LM's step: {parts} (the paper does not say which end belongs to which model; it states {stated[0]:.0%} to "
+        f"{stated[1]:.0%}). Over HD2-MoE ({over_hd2[0]:g} or {over_hd2[1]:g}), AlltoAll's share of HD2-MoE's step: {others}.",
+    )
+
+
+def _one_node(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
+    """HD-MoE over HD2-MoE on one node, published and priced."""
+    stated = [published(claims, where="Table IV", system=s, condition="G=8")[0] for s in ("hd_moe", "hd2_moe")]
+    rows = []
+    for run in results.find("table4", system="hd_moe", experiment="table4_g8", status="ok"):
+        fixed = results.find("table4", system="hd2_moe", experiment="table4_g8", status="ok", routing=run.routing)
+        if fixed:
+            steps = results.rows(run, "step")
+            same = (steps["dimension"] == 2).mean()
+            rows.append({"routing": run.routing, "value": speedup(run, fixed[0], results).value, "same": same})
+    if rows:
+        table = pd.DataFrame(rows)
+        yield Finding(
+            "One node: HD2-MoE's published speed-up does not follow from the published constants",
+            f"On 8 GPUs Table IV has {stated[1]:g} for HD2-MoE and {stated[0]:g} for HD-MoE, a ratio of {stated[0] / stated[1]:.2f}. Priced with Fig. 9 "
+            f"the ratio is {per_routing(table)}: Algorithm 1 takes d = 2, the same as HD2-MoE, in {span(table['same'] * 100, 0)} % of steps. Either "
+            "HD2-MoE splits one node in another way there, or the constants of Fig. 9 do not hold on one node alone.",
+        )
+
+
+def _group_count(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
+    """HD2-MoE against K, published and priced."""
+    stated = [published(claims, where="Table IV", system="hd2_moe", condition=f"K={k}")[0] for k in (6, 8, 10)]
+    rows = []
+    for run in results.find("table4", system="hd2_moe", status="ok"):
+        if str(run.swept["experiment"]).startswith("table4_k"):
+            megatron = counterpart(run, "megatron", "table4", results)
+            if megatron:
+                rows.append({"routing": run.routing, "topk": run.value("topk"), "value": speedup(run, megatron, results).value})
+    if rows:
+        table = pd.DataFrame(rows)
+        parts = "; ".join(
+            f"K={k} {per_routing(part)}" for k, part in table.groupby("topk")
+        )
+        yield Finding(
+            "HD2-MoE against K: a jump in the paper, a slope in the model",
+            f"Published: {stated[0]:g}, {stated[1]:g}, {stated[2]:g} for K = 6, 8, 10: a loss at 6, then a step of {stated[1] / stated[0] - 1:.0%} and one of "
+            f"{stated[2] / stated[1] - 1:.0%}. Ours: {parts}. Duplicates grow smoothly with K (Table II), so nothing in the cost model makes such a jump.",
+        )
+
+
+def _chance(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
+    """Table II beside uniform routing."""
+    gaps = []
+    for claim in claims:
+        if claim.metric == "duplication_rate":
+            groups = int(claim.condition.split()[0].removeprefix("groups="))
+            for run in results.find("table2", system="megatron", routing="uniform", status="ok", topk=claim.wanted["topk"]):
+                gaps.append(duplication_rate(run, groups, results).value - claim.low)
+    if gaps:
+        yield Finding(
+            "Table II is what chance gives",
+            f"Experts drawn uniformly give duplication rates {min(gaps) * 100:+.1f} to {max(gaps) * 100:+.1f} percentage points from the published "
+            f"ones in all {len(gaps)} cells. So the published rates need no structure in the routing; any that recorded routing has comes on top.",
+        )
+
+
+def _two_stages(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
+    """Tutel-2DH's ratio on perfectly even traffic, from the constants alone."""
+    parts = []
+    for model, name in MODELS.items():
+        run = _base_run(results, model)
+        if run is not None:
+            flat_ms = _even_ms(run, Peers("world"))
+            two_ms = _even_ms(run, Peers("inter", 1)) + _even_ms(run, Peers("intra", 1))
+            parts.append(f"{name} {flat_ms / two_ms:.2f} (published {_published(claims, 'Fig. 11', 'tutel_2dh', model):g})")
+    if parts:
+        yield Finding(
+            "Tutel-2DH's loss follows from the constants",
+            f"On perfectly even traffic the constants of Fig. 9 alone give Tutel-2DH over Megatron-LM: {'; '.join(parts)}. The paper does not say how "
+            "Tutel was configured; an unpadded two-stage AlltoAll fits, one padded to the largest count is slower (Fig. 11).",
+        )
+
+
+def _swap_price(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
+    """Reading 7: what one expert weighs against what the paper says that swapping gains."""
+    for model, name in MODELS.items():
+        run = _base_run(results, model)
+        if run is None:
+            continue
+        cluster, parameters = run.config.cluster, run.config.model.expert_parameters
+        full, fixed = (_published(claims, "Fig. 11", s, model) for s in ("hiermoe", "hd_moe"))
+        gain_ms = ALLTOALLS_PER_STEP * _even_ms(run, Peers("world")) * (1 / fixed - 1 / full)
+        link_ms_per_byte = 1 / (cluster.levels[0].link_gb_per_s * 1e6)
+        alltoall_ms_per_byte = cluster.constants(Peers("inter", 1)).beta_ms_per_byte
+        costs = ", ".join(
+            f"{what} ({parameters * size / 1e6:.0f} MB) {parameters * size * link_ms_per_byte:.1f} ms at the link's rate and "
+            f"{parameters * size * alltoall_ms_per_byte:.0f} ms at the AlltoAll's"
+            for what, size in (("full state", STATE_BYTES_PER_PARAMETER), ("weights alone", WEIGHT_BYTES_PER_PARAMETER))
+        )
+        yield Finding(
+            f"A swap's cost against its gain, {name}",
+            f"Moving one expert between nodes costs: {costs}. The published gain of HierMoE over HD-MoE is about {gain_ms:.1f} ms per layer and "
+            "step (its ratios, on an evenly loaded Megatron-LM AlltoAll). A swap in every step that moves optimizer state thus costs about as much "
+            "as it gains, or several times that; moving weights alone would let the optimizer's masters undo it.",
+        )
+
+
+def _lane_average(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
+    """Reading 1: rows that Q counts against rows that are priced."""
+    rows = []
+    for run in results.find("fig11", status="ok"):
+        if run.system in ("hd_moe", "hiermoe"):
+            stages = results.rows(run, "dispatch")
+            cost = stages["predicted_ms"].sum()
+            constants = [run.config.cluster.constants(_peers(stage)) for stage in stages["stage"]]
+            beta = pd.Series([c.beta_ms_per_byte for c in constants], index=stages.index)
+            missing_ms = (beta * (stages["rows"] - stages["group_rows"]) * run.config.model.token_bytes).sum()
+            rows.append({"routing": run.routing, "value": missing_ms / cost * 100})
+    if rows:
+        table = pd.DataFrame(rows)
+        yield Finding(
+            "What Q leaves out",
+            "Q divides a group's tokens evenly among its GPUs, times are priced at the busiest GPU (reading 1). Priced on Q's counts, the AlltoAll "
+            f"of HD-MoE and HierMoE would be {per_routing(table)} percent shorter, over both models.",
+        )
+
+
+def _published(claims: Sequence[Claim], where: str, system: str, model: str) -> float:
+    return published(claims, where=where, system=system, model=model, baseline="megatron")[0]
+
+
+def _base_run(results: Results, model: str) -> Run | None:
+    """Any run of the base case: only its configuration is used."""
+    return next(iter(results.find("fig11", model=model, num_ranks=TESTBED_RANKS)), None)
+
+
+def _even_ms(run: Run, peers: Peers) -> float:
+    """Time of one exchange of all token-expert pairs, evenly spread."""
+    constants = run.config.cluster.constants(peers)
+    size = run.config.tokens_per_rank * run.config.model.topk * run.config.model.token_bytes
+    return constants.alpha_ms + size * constants.beta_ms_per_byte
+
+
+def _peers(stage: str) -> Peers:
+    """``1:inter1`` back as peers."""
+    name = stage.split(":")[1]
+    return Peers("world") if name == "world" else Peers(name[:-1], int(name[-1]))  # type: ignore[arg-type]

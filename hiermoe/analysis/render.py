@@ -1,0 +1,51 @@
+"""From one Markdown text to a page that needs nothing beside itself."""
+
+import base64
+import html
+import re
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markdown_it import MarkdownIt
+
+from hiermoe.analysis.verdicts import VERDICTS
+from hiermoe.records.project import REPORTS
+
+TEMPLATES = REPORTS / "templates"
+
+
+def environment() -> Environment:
+    """Templates in which a missing value is an error."""
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+
+
+def to_html(markdown: str, title: str, folder: Path) -> str:
+    """A page with its style and images inside.
+
+    Args:
+        markdown: the report; images are linked relative to ``folder``.
+        title: of the page.
+        folder: where the images are.
+
+    Raises:
+        FileNotFoundError: an image that the text links to is missing.
+    """
+    body = MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown)
+    body = re.sub(r'<img src="([^":]+\.png)"', lambda m: f'<img src="{_data_uri(folder / m[1])}"', body)
+    body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
+    for verdict in VERDICTS:
+        name = verdict.replace(" ", "-")
+        body = re.sub(rf"(\S {verdict})(?=</td>|<br)", rf'<span class="verdict {name}">\1</span>', body)
+    style = (TEMPLATES / "style.css").read_text()
+    return environment().get_template("page.html.j2").render(title=html.escape(title), style=style, body=body)
+
+
+def _data_uri(image: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}"

@@ -1,0 +1,153 @@
+"""The report: verdicts, figures, findings, provenance; one Markdown text, and the same as a page of its own."""
+
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from PIL import Image
+
+from hiermoe.analysis.claims import Claim, Rules, load_claims, load_rules
+from hiermoe.analysis.figures import FIGURES
+from hiermoe.analysis.figures.spec import FigureSpec, Words, render
+from hiermoe.analysis.findings import findings
+from hiermoe.analysis.frames import NO_ROUTING, Results, load
+from hiermoe.analysis.provenance import run_provenance, trace_facts
+from hiermoe.analysis.render import environment, to_html
+from hiermoe.analysis.verdicts import VERDICTS, Judged, judge_all, to_frame
+from hiermoe.analysis.wording import GLYPHS, cell, in_words, number, system_labels
+from hiermoe.harness.sweep import Cell, expand, sweep_names
+from hiermoe.records.project import REPORTS
+from hiermoe.records.provenance import collect
+from hiermoe.records.store import RunStore
+
+TITLE = "HierMoE, reproduced"
+ROUTINGS = ("recorded", "uniform", "group_limited", NO_ROUTING)
+REFERENCE_WIDTH = 1100  # pixels of a committed figure
+
+
+@dataclass(frozen=True)
+class Section:
+    """One figure of the report; ``words`` is None where there was nothing to draw."""
+
+    heading: str
+    image: str
+    words: Words | None
+    left_out: tuple[str, ...]
+
+
+def write_report(
+    cells: Mapping[str, Sequence[Cell]] | None = None, store: RunStore | None = None, folder: Path = REPORTS
+) -> tuple[Path, pd.DataFrame]:
+    """Write report.html, report.md, verdicts.csv and figures/ from the records that are there.
+
+    Args:
+        cells: sweeps that are expanded already, by name; the others are expanded here.
+        store: where records are.
+        folder: where to write.
+
+    Returns:
+        The page, and the verdicts as a table.
+    """
+    given = cells or {}
+    results = load({name: given.get(name) or expand(name) for name in sweep_names()}, store)
+    claims, rules = load_claims(), load_rules()
+    judged = judge_all(claims, rules, results)
+    verdicts = to_frame(judged)
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    verdicts.to_csv(folder / "verdicts.csv", index=False)
+    sections = [_section(spec, source, claims, results, folder) for source in _sources(results) for spec in FIGURES]
+    context = _verdict_context(judged, rules, results) | _provenance_context(results)
+    text = environment().get_template("report.md.j2").render(
+        title=TITLE, sections=sections, rules=rules, findings=findings(claims, results), **context
+    )
+    (folder / "report.md").write_text(text)
+    page = folder / "report.html"
+    page.write_text(to_html(text, TITLE, folder))
+    return page, verdicts
+
+
+def write_reference(folder: Path = REPORTS / "reference", report: Path = REPORTS) -> Path:
+    """Copy report.md and its figures, made smaller, for committing.
+
+    Args:
+        folder: where to.
+        report: where :func:`write_report` has written.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: there is no report yet.
+    """
+    text = (report / "report.md").read_text()
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for old in (folder / "figures").glob("*.png"):
+        old.unlink()
+    (folder / "report.md").write_text(text)
+    for image in sorted((report / "figures").glob("*.png")):
+        with Image.open(image) as full:
+            size = (REFERENCE_WIDTH, round(full.height * REFERENCE_WIDTH / full.width))
+            small = full.convert("RGB").resize(size, Image.Resampling.LANCZOS).quantize(64)
+            small.save(folder / "figures" / image.name, optimize=True)
+    return folder
+
+
+def _sources(results: Results) -> list[str]:
+    """Kinds of numbers that there are; each gets figures of its own."""
+    present = {run.source for runs in results.runs.values() for run in runs}
+    return [source for source in ("simulated", "local", "emulated", "cluster") if source in present]
+
+
+def _section(spec: FigureSpec, source: str, claims: Sequence[Claim], results: Results, folder: Path) -> Section:
+    """Draw one figure of one source."""
+    own = results.of_source(source)
+    name = spec.name if source == "simulated" else f"{spec.name}_{source}"
+    words = render(spec, spec.table(own, claims), folder / "figures", name)
+    lacking = Counter((r.routing, r.status, r.reason) for r in own.find(spec.sweep) if r.status != "ok")
+    left_out = tuple(
+        f"{count} run{'s' * (count > 1)} on {routing} routing, {status.replace('_', ' ')}: {reason}"
+        for (routing, status, reason), count in lacking.items()
+    )
+    return Section(spec.heading, f"figures/{name}.png", words, left_out)
+
+
+def _verdict_context(judged: Sequence[Judged], rules: Rules, results: Results) -> dict[str, Any]:
+    """Counts, the headline table, and all verdicts."""
+    labels = system_labels(results)
+    present = [routing for routing in ROUTINGS if any(one.routing == routing for one in judged)]
+    counts = {routing: Counter(one.verdict for one in judged if one.routing == routing) for routing in present}
+    columns = [routing for routing in present if routing != NO_ROUTING]
+    headline = []
+    for name in rules.headline:
+        rows = [one for one in judged if one.claim.claim == name]
+        by_routing = [cell([one for one in rows if one.routing == routing]) for routing in columns]
+        headline.append((in_words(rows[0].claim, labels), rows[0].claim.published, by_routing))
+    return {
+        "verdict_names": VERDICTS,
+        "glyphs": GLYPHS,
+        "counts": counts,
+        "columns": columns,
+        "headline": headline,
+        "judged": judged,
+        "labels": labels,
+        "in_words": in_words,
+        "number": number,
+        "num_claims": len({one.claim.claim for one in judged}),
+    }
+
+
+def _provenance_context(results: Results) -> dict[str, Any]:
+    """What made the runs, the traces and this report."""
+    made = collect()
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": made["commit"],
+        "uncommitted_changes": made["uncommitted_changes"],
+        "runs": run_provenance(results),
+        "traces": trace_facts(results),
+        "sources": _sources(results),
+    }

@@ -1,0 +1,75 @@
+"""Claims and numbers as a reader of the report sees them."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from hiermoe.analysis.claims import BEST_OF, Claim
+from hiermoe.analysis.frames import Results
+from hiermoe.analysis.statistics import Estimate
+from hiermoe.analysis.verdicts import Judged
+
+MODELS = {"qwen3_30b_a3b": "Qwen3-30B-A3B", "deepseek_v3": "DeepSeek-V3", "both": "", "": ""}
+METRICS = {
+    "duplication_rate": "duplication rate",
+    "a2a_speedup": "AlltoAll speed-up",
+    "a2a_order": "AlltoAll speed-up",
+    "a2a_cv_order": "variation of AlltoAll time",
+    "e2e_speedup": "speed-up of the step",
+    "e2e_order": "speed-up of the step",
+    "fit_r2": "r² of the fit",
+    "alpha_ms;beta_ms_per_byte": "α in ms; β in ms/B",
+    "swap_share_of_step": "a swap's share of the step",
+    "a2a_share_of_step": "AlltoAll's share of the step",
+    "fit_time_ms": "time of the fit, ms",
+    "calibration_time_s": "time of the calibration, s",
+}
+GLYPHS = {
+    "reproduced": "✔",
+    "same direction": "≈",
+    "contradicted": "✘",
+    "by construction": "◇",
+    "not testable": "–",
+}
+
+
+def system_labels(results: Results) -> dict[str, str]:
+    """Label of every system that some run has."""
+    return {run.system: run.config.system.label for runs in results.runs.values() for run in runs}
+
+
+def in_words(claim: Claim, labels: Mapping[str, str]) -> str:
+    """A claim as a phrase, e.g. ``AlltoAll speed-up, HierMoE over Megatron-LM, DeepSeek-V3``."""
+
+    def named(side: str) -> str:
+        best = side.startswith(BEST_OF)
+        names = [labels.get(word, word) for word in side.removeprefix(BEST_OF).split()]
+        known = all(word in labels for word in side.removeprefix(BEST_OF).split())
+        return (BEST_OF if best else "") + (", ".join(names) if known else side)
+
+    who = f"{named(claim.system)} over {named(claim.baseline)}" if claim.baseline else named(claim.system)
+    return ", ".join(filter(None, [METRICS[claim.metric], who, MODELS[claim.model], claim.condition]))
+
+
+def number(value: float) -> str:
+    """Three significant digits; empty for NaN."""
+    if math.isnan(value):
+        return ""
+    return f"{value:.3g}" if abs(value) < 1e-3 or abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3f}"
+
+
+def with_interval(estimate: Estimate) -> str:
+    """``1.62 [1.61, 1.63]``, with as many digits as tell the ends from the value."""
+    if math.isnan(estimate.value):
+        return number(estimate.low) and f"{number(estimate.low)}; {number(estimate.high)}"
+    digits = 3 if abs(estimate.value - 1) < 0.05 or abs(estimate.value) < 0.1 else 2
+    return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+
+
+def cell(judged: Sequence[Judged]) -> str:
+    """All cases of a claim on one routing, in one table cell."""
+    parts = []
+    for one in judged:
+        which = one.reason.split(":")[0] if len(judged) > 1 and ":" in one.reason else ""
+        mark = f"{GLYPHS[one.verdict]} {one.verdict}"
+        parts.append(" ".join(filter(None, [f"{MODELS.get(which, which)}:" if which else "", with_interval(one.estimate), mark])))
+    return "<br>".join(parts) or "–"
