@@ -1,11 +1,17 @@
 """What moving experts costs on the paper's testbed."""
 
+import math
+from collections import Counter, defaultdict
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hiermoe.planner.migration import STATE_BYTES_PER_PARAMETER, WEIGHT_BYTES_PER_PARAMETER, price_migration
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.placement import Placement
+from tests.planner.cases import Case, cases, examples, random_cluster
 
 QWEN3_EXPERT = 3 * 2048 * 768  # parameters of one expert: gate, up and down projection
 HERE = Placement.identity(128)  # 4 experts a GPU, 8 a pair, 16 a half, 32 a node
@@ -66,3 +72,52 @@ def test_a_cycle_costs_what_its_busiest_end_does(a6000: Cluster) -> None:
 def test_the_way_back_costs_the_same(a6000: Cluster) -> None:
     away = Placement(torch.randperm(128, generator=torch.Generator().manual_seed(0)))
     assert price_migration(HERE, away, a6000, 1000) == price_migration(away, HERE, a6000, 1000)
+
+
+def test_a_gpu_that_receives_from_afar_waits_for_all_of_it(a6000: Cluster) -> None:
+    """GPU 0 gets an expert from node 1 and one from node 2, and passes two on to GPUs 1 and 2, which send theirs out.
+
+    Nobody sends more than one expert far away, but GPU 0 receives two.
+    """
+    slot_E = torch.arange(128)
+    slot_E[[0, 4, 32]] = slot_E[[4, 32, 0]]
+    slot_E[[1, 8, 64]] = slot_E[[8, 64, 1]]
+    cost = price_migration(HERE, Placement(slot_E), a6000, 1_000_000)
+    assert cost.alltoall_ms == pytest.approx(2e6 * 5.29e-7)
+
+
+@given(case=cases(depths=(1, 4)), seed=st.integers(0, 1000))
+@examples(40)
+def test_costs_equal_a_count_of_every_move(case: Case, seed: int) -> None:
+    """Links of any speed: inner ones may be the slow ones."""
+    hierarchy, cluster = case.hierarchy, random_cluster(case.hierarchy, seed)
+    generator = torch.Generator().manual_seed(seed)
+    speeds = (1 + 30 * torch.rand(hierarchy.depth, generator=generator)).tolist()
+    levels = tuple(
+        level.model_copy(update={"link_gb_per_s": s}) for level, s in zip(cluster.levels, speeds, strict=True)
+    )
+    cluster = cluster.model_copy(update={"levels": levels})
+    after = Placement(torch.randperm(case.step.num_experts, generator=generator))
+    old_E, new_E = case.placement.rank_of(hierarchy.num_ranks), after.rank_of(hierarchy.num_ranks)
+    leaving: Counter[tuple[int, int]] = Counter()  # experts that leave a group, by (level, group)
+    sending: dict[int, float] = defaultdict(float)
+    receiving: dict[int, float] = defaultdict(float)
+    for old, new in zip(old_E.tolist(), new_E.tolist(), strict=True):
+        apart = [i for i in range(1, hierarchy.depth + 1) if old // hierarchy.lanes(i) != new // hierarchy.lanes(i)]
+        if not apart:
+            continue
+        for level in apart:
+            leaving[level, old // hierarchy.lanes(level)] += 1
+        if apart[0] < hierarchy.depth:
+            constants = levels[apart[0] - 1].inter
+        else:
+            constants = levels[apart[0] - 2].intra if apart[0] > 1 else cluster.world
+        assert constants is not None
+        sending[old] += constants.beta_ms_per_byte
+        receiving[new] += constants.beta_ms_per_byte
+    cost = price_migration(case.placement, after, cluster, 5000)
+    link_ms = max((n * 5000 / (speeds[level - 1] * 1e6) for (level, _), n in leaving.items()), default=0.0)
+    busiest = max([*sending.values(), *receiving.values(), 0.0])
+    assert cost.moved_experts == int((old_E != new_E).sum())
+    assert math.isclose(cost.link_ms, link_ms, rel_tol=1e-12)
+    assert math.isclose(cost.alltoall_ms, 5000 * busiest, rel_tol=1e-12)
