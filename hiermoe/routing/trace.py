@@ -109,10 +109,9 @@ class RoutingTrace:
 
     def save(self, path: str | Path) -> None:
         """Write the trace as a zip of .npy files (``numpy.load`` reads it) and metadata.json with checksums."""
-        # Kept by choice first: all first choices, then all second ones. Nearby values are alike, so LZMA finds more.
-        arrays = {"expert_ids": np.moveaxis(self.expert_ids, -1, 0), "num_tokens": self.num_tokens}
+        arrays = {"expert_ids": self.expert_ids, "num_tokens": self.num_tokens}
         if self.weights is not None:
-            arrays["weights"] = np.moveaxis(self.weights, -1, 0)
+            arrays["weights"] = self.weights
         blobs = {name: _to_npy(array) for name, array in arrays.items()}
         header = {
             "format": FORMAT,
@@ -122,11 +121,11 @@ class RoutingTrace:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_LZMA) as archive:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_BZIP2) as archive:
             archive.writestr(zipfile.ZipInfo("metadata.json"), json.dumps(header, indent=1))
             for name, blob in blobs.items():
                 info = zipfile.ZipInfo(f"{name}.npy")  # a fixed date: the same trace gives the same bytes
-                info.compress_type = zipfile.ZIP_LZMA
+                info.compress_type = zipfile.ZIP_BZIP2
                 archive.writestr(info, blob)
         partial.replace(path)
 
@@ -150,7 +149,7 @@ class RoutingTrace:
                     blobs = {name: archive.read(f"{name}.npy") for name in {"expert_ids", "num_tokens", *checksums}}
         except (zipfile.BadZipFile, KeyError, EOFError, OSError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is truncated or not a trace: {error}") from error
-        except Exception as error:  # lzma and zlib raise their own kinds on altered bytes
+        except Exception as error:  # bz2 and zlib raise their own kinds on altered bytes
             raise ValueError(f"{path} is altered: {error}") from error
         if found != FORMAT:
             raise ValueError(f"{path} has format {found}, this version reads {FORMAT}")
@@ -163,12 +162,11 @@ class RoutingTrace:
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(f"{path} has bad metadata: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-        weights = arrays.get("weights")
         return cls(
-            expert_ids=np.moveaxis(arrays["expert_ids"], 0, -1),
+            expert_ids=arrays["expert_ids"],
             num_tokens=arrays["num_tokens"],
             metadata=metadata,
-            weights=None if weights is None else np.moveaxis(weights, 0, -1),
+            weights=arrays.get("weights"),
         )
 
     def reshard(self, num_ranks: int, tokens_per_rank: int) -> "RoutingTrace":

@@ -87,7 +87,7 @@ def test_numpy_reads_the_arrays_of_a_trace_file(tmp_path: Path) -> None:
     trace = a_trace()
     trace.save(tmp_path / "a.trace")
     with np.load(tmp_path / "a.trace") as arrays:
-        np.testing.assert_array_equal(np.moveaxis(arrays["expert_ids"], 0, -1), trace.expert_ids)
+        np.testing.assert_array_equal(arrays["expert_ids"], trace.expert_ids)
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
