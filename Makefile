@@ -25,6 +25,22 @@ reproduce: setup ## all of the paper's figures and tables, and the verdicts: rep
 report: setup ## the report alone, from the records there are
 	@$(BIN)/hiermoe report
 
+# What the shipped traces are too short for: Table IV's other E, and longer traces of every MoE layer.
+TRACES := $(addprefix results/traces/,qwen3_30b_a3b_e64.trace qwen3_30b_a3b_e256.trace large/qwen3_30b_a3b_e128.trace large/deepseek_v3_e256.trace)
+
+traces: setup ## record what is not shipped: other E, longer traces of all layers (hours on two cores)
+	@echo "recording $(words $(TRACES)) traces, half an hour to two hours each on two cores; those that exist are kept"
+	@$(MAKE) --no-print-directory $(TRACES)
+
+results/traces/qwen3_30b_a3b_e%.trace:
+	@$(BIN)/hiermoe record model=qwen3_30b_a3b_narrow model.num_experts=$* layers=[1] output=$@
+
+results/traces/large/qwen3_30b_a3b_e128.trace:
+	@$(BIN)/hiermoe record model=qwen3_30b_a3b_narrow record_steps=512 output=$@
+
+results/traces/large/deepseek_v3_e256.trace:
+	@$(BIN)/hiermoe record model=deepseek_v3_narrow record_steps=512 output=$@
+
 test: setup ## tests, at most 15 minutes on two cores
 	@$(BIN)/pytest -m 'not slow' -q
 
