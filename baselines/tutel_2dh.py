@@ -7,6 +7,7 @@ own local index on the destination's node, then inside. Tutel's splits are equal
 """
 
 from hiermoe.planner.scheme import DispatchScheme, Padding, Stage
+from hiermoe.records.status import NotApplicable
 from hiermoe.topology.cluster import Peers
 from hiermoe.topology.hierarchy import Hierarchy
 
@@ -23,10 +24,11 @@ def two_dimensional(
             capacity, what exceeds it is dropped.
 
     Raises:
-        ValueError: a hierarchy of one level, or a negative capacity factor.
+        NotApplicable: a hierarchy of one level.
+        ValueError: a negative capacity factor.
     """
     if hierarchy.depth < 2:
-        raise ValueError(f"Tutel's 2DH needs two levels, the hierarchy has {hierarchy.depth}")
+        raise NotApplicable(f"Tutel's 2DH needs two levels, the hierarchy has {hierarchy.depth}")
     inter = Stage(Peers("inter", 1), "pair")
     stages = (
         (Stage(Peers("intra", 1), "pair", key="lane"), inter)

@@ -43,7 +43,7 @@ def make_step(expert_ids_GTK: Tensor, num_tokens_G: Tensor, num_experts: int) ->
     num_ranks, tokens = expert_ids_GTK.shape[:2]
     source_N = torch.arange(num_ranks).repeat_interleave(num_tokens_G.long())
     if len(source_N) == num_ranks * tokens:
-        ids_NK = expert_ids_GTK.reshape(num_ranks * tokens, -1)
+        ids_NK = expert_ids_GTK.reshape(num_ranks * tokens, expert_ids_GTK.shape[2])
     else:
         ids_NK = expert_ids_GTK[torch.arange(tokens)[None, :] < num_tokens_G[:, None]]
     return RoutingStep(ids_NK.long(), source_N, num_ranks, num_experts)
