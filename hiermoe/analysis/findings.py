@@ -53,8 +53,9 @@ def _swap_gain(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
     parts = ", ".join(f"{ratio:.3f} in {where}" for where, ratio in ratios.items())
     yield Finding(
         "What a swap brings, by the paper's own numbers",
-        f"HierMoE over HD-MoE is {parts}, {span(columns, 3)} over the columns of Table IV, and {stated:g} in Sec. V-E for the same base "
-        "case. The gain of expert swap alone is thus known to a few percent only, and it is far smaller on DeepSeek-V3.",
+        f"HierMoE over HD-MoE is {parts}, {span(columns, 3)} over the columns of Table IV, and {stated:g} in Sec. V-E "
+        "for the same base case. The gain of expert swap alone is thus known to a few percent only, and it is far "
+        "smaller on DeepSeek-V3.",
     )
 
 
@@ -73,9 +74,10 @@ def _shares(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
     others = "; ".join(f"{name} {low:.0%} or {high:.0%}" for name, (low, high) in relative.items())
     yield Finding(
         "Which AlltoAll share the published speed-ups need",
-        f"For HierMoE over Megatron-LM, {ends[0]:g} or {ends[1]:g} end to end and the AlltoAll ratios of Fig. 11 agree if AlltoAll had this "
-        f"share of Megatron-LM's step: {parts} (the paper does not say which end belongs to which model; it states {stated[0]:.0%} to "
-        f"{stated[1]:.0%}). Over HD2-MoE ({over_hd2[0]:g} or {over_hd2[1]:g}), AlltoAll's share of HD2-MoE's step: {others}.",
+        f"For HierMoE over Megatron-LM, {ends[0]:g} or {ends[1]:g} end to end and the AlltoAll ratios of Fig. 11 agree "
+        f"if AlltoAll had this share of Megatron-LM's step: {parts} (the paper does not say which end belongs to which "
+        f"model; it states {stated[0]:.0%} to {stated[1]:.0%}). Over HD2-MoE ({over_hd2[0]:.2f} or {over_hd2[1]:.2f}), "
+        f"AlltoAll's share of HD2-MoE's step: {others}.",
     )
 
 
@@ -93,9 +95,10 @@ def _one_node(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
         table = pd.DataFrame(rows)
         yield Finding(
             "One node: HD2-MoE's published speed-up does not follow from the published constants",
-            f"On 8 GPUs Table IV has {stated[1]:g} for HD2-MoE and {stated[0]:g} for HD-MoE, a ratio of {stated[0] / stated[1]:.2f}. Priced with Fig. 9 "
-            f"the ratio is {per_routing(table)}: Algorithm 1 takes d = 2, the same as HD2-MoE, in {span(table['same'] * 100, 0)} % of steps. Either "
-            "HD2-MoE splits one node in another way there, or the constants of Fig. 9 do not hold on one node alone.",
+            f"On 8 GPUs Table IV has {stated[1]:g} for HD2-MoE and {stated[0]:g} for HD-MoE, a ratio of "
+            f"{stated[0] / stated[1]:.2f}. Priced with Fig. 9 the ratio is {per_routing(table)}: Algorithm 1 takes d = "
+            f"2, the same as HD2-MoE, in {span(table['same'] * 100, 0)} % of steps. Either HD2-MoE splits one node in "
+            "another way there, or the constants of Fig. 9 do not hold on one node alone.",
         )
 
 
@@ -107,16 +110,17 @@ def _group_count(claims: Sequence[Claim], results: Results) -> Iterator[Finding]
         if str(run.swept["experiment"]).startswith("table4_k"):
             megatron = counterpart(run, "megatron", "table4", results)
             if megatron:
-                rows.append({"routing": run.routing, "topk": run.value("topk"), "value": speedup(run, megatron, results).value})
+                rows.append(
+                    {"routing": run.routing, "topk": run.value("topk"), "value": speedup(run, megatron, results).value}
+                )
     if rows:
         table = pd.DataFrame(rows)
-        parts = "; ".join(
-            f"K={k} {per_routing(part)}" for k, part in table.groupby("topk")
-        )
+        parts = "; ".join(f"K={k} {per_routing(part)}" for k, part in table.groupby("topk"))
         yield Finding(
             "HD2-MoE against K: a jump in the paper, a slope in the model",
-            f"Published: {stated[0]:g}, {stated[1]:g}, {stated[2]:g} for K = 6, 8, 10: a loss at 6, then a step of {stated[1] / stated[0] - 1:.0%} and one of "
-            f"{stated[2] / stated[1] - 1:.0%}. Ours: {parts}. Duplicates grow smoothly with K (Table II), so nothing in the cost model makes such a jump.",
+            f"Published: {stated[0]:.2f}, {stated[1]:.2f}, {stated[2]:.2f} for K = 6, 8, 10: a loss at 6, then a step "
+            f"of {stated[1] / stated[0] - 1:.0%} and one of {stated[2] / stated[1] - 1:.0%}. Ours: {parts}. Duplicates "
+            "grow smoothly with K (Table II), so nothing in the cost model makes such a jump.",
         )
 
 
@@ -126,13 +130,14 @@ def _chance(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
     for claim in claims:
         if claim.metric == "duplication_rate":
             groups = int(claim.condition.split()[0].removeprefix("groups="))
-            for run in results.find("table2", system="megatron", routing="uniform", status="ok", topk=claim.wanted["topk"]):
-                gaps.append(duplication_rate(run, groups, results).value - claim.low)
+            runs = results.find("table2", system="megatron", routing="uniform", status="ok", **claim.wanted)
+            gaps += [duplication_rate(run, groups, results).value - claim.low for run in runs]
     if gaps:
         yield Finding(
             "Table II is what chance gives",
-            f"Experts drawn uniformly give duplication rates {min(gaps) * 100:+.1f} to {max(gaps) * 100:+.1f} percentage points from the published "
-            f"ones in all {len(gaps)} cells. So the published rates need no structure in the routing; any that recorded routing has comes on top.",
+            f"Experts drawn uniformly give duplication rates {min(gaps) * 100:+.1f} to {max(gaps) * 100:+.1f} "
+            f"percentage points from the published ones in all {len(gaps)} cells. So the published rates need no "
+            "structure in the routing; any that recorded routing has comes on top.",
         )
 
 
@@ -144,12 +149,15 @@ def _two_stages(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
         if run is not None:
             flat_ms = _even_ms(run, Peers("world"))
             two_ms = _even_ms(run, Peers("inter", 1)) + _even_ms(run, Peers("intra", 1))
-            parts.append(f"{name} {flat_ms / two_ms:.2f} (published {_published(claims, 'Fig. 11', 'tutel_2dh', model):g})")
+            parts.append(
+                f"{name} {flat_ms / two_ms:.2f} (published {_published(claims, 'Fig. 11', 'tutel_2dh', model):g})"
+            )
     if parts:
         yield Finding(
             "Tutel-2DH's loss follows from the constants",
-            f"On perfectly even traffic the constants of Fig. 9 alone give Tutel-2DH over Megatron-LM: {'; '.join(parts)}. The paper does not say how "
-            "Tutel was configured; an unpadded two-stage AlltoAll fits, one padded to the largest count is slower (Fig. 11).",
+            "On perfectly even traffic the constants of Fig. 9 alone give Tutel-2DH over Megatron-LM: "
+            f"{'; '.join(parts)}. The paper does not say how Tutel was configured; an unpadded two-stage AlltoAll "
+            "fits, one padded to the largest count is slower (Fig. 11).",
         )
 
 
@@ -164,16 +172,18 @@ def _swap_price(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
         gain_ms = ALLTOALLS_PER_STEP * _even_ms(run, Peers("world")) * (1 / fixed - 1 / full)
         link_ms_per_byte = 1 / (cluster.levels[0].link_gb_per_s * 1e6)
         alltoall_ms_per_byte = cluster.constants(Peers("inter", 1)).beta_ms_per_byte
+        full_ms = [STATE_BYTES_PER_PARAMETER * parameters * rate for rate in (link_ms_per_byte, alltoall_ms_per_byte)]
         costs = ", ".join(
-            f"{what} ({parameters * size / 1e6:.0f} MB) {parameters * size * link_ms_per_byte:.1f} ms at the link's rate and "
-            f"{parameters * size * alltoall_ms_per_byte:.0f} ms at the AlltoAll's"
+            f"{what} ({parameters * size / 1e6:.0f} MB) {parameters * size * link_ms_per_byte:.1f} ms at the link's "
+            f"rate and {parameters * size * alltoall_ms_per_byte:.0f} ms at the AlltoAll's"
             for what, size in (("full state", STATE_BYTES_PER_PARAMETER), ("weights alone", WEIGHT_BYTES_PER_PARAMETER))
         )
         yield Finding(
             f"A swap's cost against its gain, {name}",
-            f"Moving one expert between nodes costs: {costs}. The published gain of HierMoE over HD-MoE is about {gain_ms:.1f} ms per layer and "
-            "step (its ratios, on an evenly loaded Megatron-LM AlltoAll). A swap in every step that moves optimizer state thus costs about as much "
-            "as it gains, or several times that; moving weights alone would let the optimizer's masters undo it.",
+            f"Moving one expert between nodes costs: {costs}. The published gain of HierMoE over HD-MoE is about "
+            f"{gain_ms:.1f} ms per layer and step (its ratios, on an evenly loaded Megatron-LM AlltoAll). A swap in "
+            f"every step that moves full state thus costs {full_ms[0] / gain_ms:.1f} to {full_ms[1] / gain_ms:.1f} "
+            "times what the paper gains with it; moving weights alone would let the optimizer's masters undo the swap.",
         )
 
 
@@ -192,8 +202,9 @@ def _lane_average(claims: Sequence[Claim], results: Results) -> Iterator[Finding
         table = pd.DataFrame(rows)
         yield Finding(
             "What Q leaves out",
-            "Q divides a group's tokens evenly among its GPUs, times are priced at the busiest GPU (reading 1). Priced on Q's counts, the AlltoAll "
-            f"of HD-MoE and HierMoE would be {per_routing(table)} percent shorter, over both models.",
+            "Q divides a group's tokens evenly among its GPUs, times are priced at the busiest GPU (reading 1). "
+            "Priced on Q's counts, the AlltoAll of HD-MoE and HierMoE would be shorter by this many percent: "
+            f"{per_routing(table)}, over both models.",
         )
 
 

@@ -1,7 +1,7 @@
 """Records of sweeps as tidy tables: which runs a sweep has, how each ended, and what it measured."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -65,7 +65,7 @@ class Run:
         levels = [constants for level in cluster.levels for constants in (level.inter, level.intra) if constants]
         return not all(constants.published for constants in (cluster.world, *levels))
 
-    def value(self, key: str) -> Any:  # noqa: ANN401 - numbers and names
+    def value(self, key: str) -> Any:
         """A swept parameter, or a size of the run; None where the run has no such thing."""
         sizes = {
             "num_ranks": self.num_ranks,
@@ -93,11 +93,11 @@ class Results:
     runs: Mapping[str, Sequence[Run]]
     records: pd.DataFrame
     store: RunStore
-    _tidy: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False)
 
     @cached_property
-    def _by_run(self) -> dict[str, pd.DataFrame]:
-        return {str(run_id): rows for run_id, rows in self.records.groupby("run_id", sort=False)}
+    def _by_phase(self) -> dict[tuple[str, str], pd.DataFrame]:
+        grouped = self.records.groupby(["run_id", "phase"], sort=False)
+        return {(str(run_id), str(phase)): rows for (run_id, phase), rows in grouped}  # type: ignore[misc]
 
     def rows(self, run: Run, phase: str, measured_only: bool = True) -> pd.DataFrame:
         """Rows of one run and phase, in order of iteration.
@@ -107,29 +107,24 @@ class Results:
             phase: of the records.
             measured_only: leave out iterations before the counted window.
         """
-        frame = self._by_run[run.run_id]
-        chosen = frame["phase"] == phase
-        if measured_only:
-            chosen &= frame["measured"]
-        return frame[chosen]
+        rows = self._by_phase[run.run_id, phase]
+        return rows[rows["measured"]] if measured_only else rows
 
     def sweep(self, name: str) -> pd.DataFrame:
         """All records of a sweep, with the system's label and one column per swept parameter."""
-        if name not in self._tidy:
-            parts = []
-            for run in self.runs.get(name, ()):
-                if run.status == "ok":
-                    new = {key: value for key, value in run.swept.items() if key not in self.records.columns}
-                    parts.append(self._by_run[run.run_id].assign(label=run.config.system.label, **new))
-            self._tidy[name] = pd.concat(parts, ignore_index=True) if parts else self.records.iloc[:0]
-        return self._tidy[name]
+        columns = [
+            {"run_id": run.run_id, "label": run.config.system.label, **run.swept} for run in self.runs.get(name, ())
+        ]
+        added = pd.DataFrame(columns, columns=["run_id", "label"] if not columns else None)
+        added = added.drop(columns=[c for c in added if c != "run_id" and c in self.records])
+        return self.records.merge(added.drop_duplicates(), on="run_id")
 
     def of_source(self, source: str) -> "Results":
         """Only the runs whose numbers came to be in one way."""
         chosen = {name: [run for run in runs if run.source == source] for name, runs in self.runs.items()}
         return Results(chosen, self.records, self.store)
 
-    def find(self, sweep: str, **wanted: Any) -> list[Run]:  # noqa: ANN401 - numbers and names
+    def find(self, sweep: str, **wanted: Any) -> list[Run]:
         """Runs of a sweep whose values are all as wanted, in the sweep's order, whatever their status.
 
         ``system`` may be wanted too. Combinations without meaning are left out.
@@ -159,7 +154,10 @@ def load(cells: Mapping[str, Sequence[Cell]], store: RunStore | None = None) -> 
         for cell in sweep:
             run_id = cell.config.run_id
             if run_id not in frames:
-                frames[run_id] = store.read(run_id) if store.status(run_id) is not None else None
+                try:
+                    frames[run_id] = store.read(run_id)
+                except FileNotFoundError:
+                    frames[run_id] = None
             runs[name].append(_run(cell, run_id, frames[run_id]))
     ok = [frame for frame in frames.values() if frame is not None and frame["status"].iloc[0] == "ok"]
     empty = pd.DataFrame(columns=["run_id", "phase", "measured"])
@@ -170,7 +168,9 @@ def _run(cell: Cell, run_id: str, frame: pd.DataFrame | None) -> Run:
     swept = dict(_swept(override) for override in cell.overrides)
     if frame is None:
         source = SOURCE_OF_BACKEND[cell.config.backend.name]
-        return Run(run_id, cell.config, swept, source, "missing", f"no record of {run_id}; `hiermoe reproduce` makes it")
+        return Run(
+            run_id, cell.config, swept, source, "missing", f"no record of {run_id}; `hiermoe reproduce` makes it"
+        )
     first = frame.iloc[0]
     reason = first["reason"].replace(f"{PROJECT_ROOT}/", "")
     return Run(run_id, cell.config, swept, first["source"], first["status"], reason)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from hiermoe.analysis.frames import Results
 from hiermoe.records.project import PROJECT_ROOT
 from hiermoe.routing.trace import TraceMetadata, recorded_path
@@ -19,7 +21,7 @@ class TraceFacts:
     Attributes:
         path: below the project's root.
         metadata: as recorded; None where nobody recorded it.
-        imbalance: busiest GPU's token-expert pairs over the mean, measured iterations of Megatron-LM; None without records.
+        imbalance: busiest GPU's token-expert pairs over the mean, of Megatron-LM; None without records.
     """
 
     path: str
@@ -39,7 +41,7 @@ def trace_facts(results: Results) -> list[TraceFacts]:
     return [TraceFacts(_below_root(path), _metadata(path), imbalance) for path, imbalance in asked.items()]
 
 
-def _imbalance(steps: Any) -> float:  # noqa: ANN401 - a frame
+def _imbalance(steps: pd.DataFrame) -> float:
     return float((steps["expert_rows_max"] / steps["expert_rows_mean"]).mean())
 
 
@@ -61,7 +63,7 @@ def run_provenance(results: Results) -> list[dict[str, Any]]:
     for source, provenance in _provenances(results):
         shown = {
             "source": source,
-            "commit": provenance["commit"],
+            "commit": (provenance["commit"] or "unknown")[:10],
             "uncommitted_changes": provenance["uncommitted_changes"],
             "versions": provenance["versions"],
             "platform": provenance["platform"],

@@ -106,11 +106,14 @@ def _constants(case: Case, results: Results) -> Quantity:
     name = "world" if wanted.startswith("standard") else wanted
     fit = next(fit for peers, fit in fits(case.systems[0], results).items() if str(peers) == name)
     n = int((results.rows(case.systems[0], "calibration")["stage"] == name).sum())
-    return Quantity(Estimate(float("nan"), fit.alpha_ms, fit.beta_ms_per_byte, n), "low = alpha_ms, high = beta_ms_per_byte")
+    return Quantity(
+        Estimate(float("nan"), fit.alpha_ms, fit.beta_ms_per_byte, n), "low = alpha_ms, high = beta_ms_per_byte"
+    )
 
 
 def _swap_share(case: Case, results: Results) -> Quantity:
-    """Range over what may move, at which rate, and AlltoAll's share of the step; the value is full state at the link's rate."""
+    """Range over what may move, at which rate, and AlltoAll's share of the step; the value is full state at the "
+    "link's rate."""
     run = case.systems[0]
     (megatron,) = results.find(
         case.sweep, system="megatron", source=case.source, routing=case.routing, model=case.model

@@ -61,8 +61,10 @@ def write_report(
     verdicts.to_csv(folder / "verdicts.csv", index=False)
     sections = [_section(spec, source, claims, results, folder) for source in _sources(results) for spec in FIGURES]
     context = _verdict_context(judged, rules, results) | _provenance_context(results)
-    text = environment().get_template("report.md.j2").render(
-        title=TITLE, sections=sections, rules=rules, findings=findings(claims, results), **context
+    text = (
+        environment()
+        .get_template("report.md.j2")
+        .render(title=TITLE, sections=sections, rules=rules, findings=findings(claims, results), **context)
     )
     (folder / "report.md").write_text(text)
     page = folder / "report.html"
@@ -145,7 +147,7 @@ def _provenance_context(results: Results) -> dict[str, Any]:
     made = collect()
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": made["commit"],
+        "commit": (made["commit"] or "unknown")[:10],
         "uncommitted_changes": made["uncommitted_changes"],
         "runs": run_provenance(results),
         "traces": trace_facts(results),

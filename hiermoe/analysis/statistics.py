@@ -1,10 +1,11 @@
 """Ratios over iterations with their intervals.
 
 Two systems are compared over the same iterations of the same routing, so iterations are drawn as pairs. Neighbouring
-iterations of a training run are alike (routers drift, a swap stays), so whole blocks of neighbours are drawn: a moving-block
-bootstrap with blocks of about the cube root of n, the growth rate that is best for a variance (Hall, Horowitz, Jing
-1995). scipy.stats.bootstrap draws single observations, which would make the intervals too narrow here. What an interval
-covers is the spread over iterations of one run; it says nothing about other trainings, models or clusters.
+iterations of a training run are alike (routers drift, a swap stays), so whole blocks of neighbours are drawn: a
+moving-block bootstrap with blocks of about the cube root of n, the growth rate that is best for a variance (Hall,
+Horowitz, Jing 1995). scipy.stats.bootstrap draws single observations, which would make the intervals too narrow here.
+What an interval covers is the spread over iterations of one run; it says nothing about other trainings, models or
+clusters.
 """
 
 from collections.abc import Callable
@@ -99,5 +100,7 @@ def paired(first: pd.DataFrame, second: pd.DataFrame, column: str) -> tuple[np.n
     keys = ["iteration", "routing_iteration"]
     a, b = (x.set_index(keys)[column] for x in (first, second))
     if not a.index.equals(b.index):
-        raise ValueError(f"{first['run_id'].iloc[0]} and {second['run_id'].iloc[0]} did not walk through the same steps")
+        raise ValueError(
+            f"{first['run_id'].iloc[0]} and {second['run_id'].iloc[0]} did not walk through the same steps"
+        )
     return a.to_numpy(float), b.to_numpy(float)

@@ -85,7 +85,9 @@ def judge(ours: Estimate, low: float, high: float, rule: Rule) -> tuple[Verdict,
     Returns:
         The verdict, and in words what decided it.
     """
-    return {"value": _value, "speedup": _speedup, "order": _order, "at_most": _at_most}[rule.rule](ours, low, high, rule)
+    return {"value": _value, "speedup": _speedup, "order": _order, "at_most": _at_most}[rule.rule](
+        ours, low, high, rule
+    )
 
 
 def _value(ours: Estimate, low: float, high: float, rule: Rule) -> tuple[Verdict, str]:
@@ -110,7 +112,10 @@ def _speedup(ours: Estimate, low: float, high: float, rule: Rule) -> tuple[Verdi
         return "reproduced", f"within {rule.tolerance:.0%} of the published ratio"
     if within:
         return "same direction", f"less than {rule.least_effect:.0%} of the published effect"
-    return "same direction", f"more than {rule.tolerance:.0%} {'above' if ours.value > high else 'below'} the published ratio"
+    return (
+        "same direction",
+        f"more than {rule.tolerance:.0%} {'above' if ours.value > high else 'below'} the published ratio",
+    )
 
 
 def _order(ours: Estimate, low: float, high: float, rule: Rule) -> tuple[Verdict, str]:

@@ -54,7 +54,13 @@ def number(value: float) -> str:
     """Three significant digits; empty for NaN."""
     if math.isnan(value):
         return ""
-    return f"{value:.3g}" if abs(value) < 1e-3 or abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3f}"
+    return (
+        f"{value:.3g}"
+        if abs(value) < 1e-3 or abs(value) >= 100
+        else f"{value:.2f}"
+        if abs(value) >= 0.1
+        else f"{value:.3f}"
+    )
 
 
 def with_interval(estimate: Estimate) -> str:
@@ -67,9 +73,13 @@ def with_interval(estimate: Estimate) -> str:
 
 def cell(judged: Sequence[Judged]) -> str:
     """All cases of a claim on one routing, in one table cell."""
+    keys = [
+        (MODELS.get(one.case.model, ""), one.case.baseline, one.case.condition) if one.case else () for one in judged
+    ]
+    told_apart = [len(set(values)) > 1 for values in zip(*keys, strict=False)]
     parts = []
-    for one in judged:
-        which = one.reason.split(":")[0] if len(judged) > 1 and ":" in one.reason else ""
+    for one, key in zip(judged, keys, strict=True):
+        which = ", ".join(value for value, differs in zip(key, told_apart, strict=False) if differs and value)
         mark = f"{GLYPHS[one.verdict]} {one.verdict}"
-        parts.append(" ".join(filter(None, [f"{MODELS.get(which, which)}:" if which else "", with_interval(one.estimate), mark])))
+        parts.append(" ".join(filter(None, [f"{which}:" if which else "", with_interval(one.estimate), mark])))
     return "<br>".join(parts) or "–"

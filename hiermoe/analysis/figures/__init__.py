@@ -15,6 +15,5 @@ from hiermoe.analysis.figures import (
 from hiermoe.analysis.figures.spec import FigureSpec
 
 FIGURES: tuple[FigureSpec, ...] = tuple(
-    module.FIGURE
-    for module in (fig11, fig10, table2, fig9, fig12, fig13, table4, swap_policy, swap_cost, balance)
+    module.FIGURE for module in (fig11, fig10, table2, fig9, fig12, fig13, table4, swap_policy, swap_cost, balance)
 )

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from hiermoe.analysis.claims import Claim
 from hiermoe.analysis.figures import style
 from hiermoe.analysis.figures.spec import FigureSpec, Words
-from hiermoe.analysis.figures.tables import row_of
+from hiermoe.analysis.figures.tables import complete, row_of
 from hiermoe.analysis.figures.words import counted, headline, per_routing
 from hiermoe.analysis.frames import Results
 from hiermoe.analysis.statistics import ratio_of_sums
@@ -24,7 +24,7 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
             steps = results.rows(run, "step")
             balance = ratio_of_sums(steps["expert_rows_max"].to_numpy(float), steps["expert_rows_mean"].to_numpy(float))
             rows.append(row_of(run, balance, published=float("nan")))
-    return pd.DataFrame(rows)
+    return complete(pd.DataFrame(rows), {"megatron", "hiermoe", "smartmoe"}, ["model", "routing"])
 
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
@@ -58,8 +58,8 @@ def words(table: pd.DataFrame) -> Words:
     return Words(
         f"Busiest GPU's expert work over the mean, {lead} routing: Megatron-LM {main['megatron']:.2f}, HierMoE "
         f"{main['hiermoe']:.2f}, SmartMoE {main['smartmoe']:.2f}",
-        "Title: mean of both models. Compute time follows the busiest GPU; the AlltoAll speed-ups leave it out. HD-MoE keeps experts where they are, so it has Megatron-LM's "
-        f"balance. {counted(table)}",
+        "Title: mean of both models. Compute time follows the busiest GPU; the AlltoAll speed-ups leave it out. "
+        f"HD-MoE keeps experts where they are, so it has Megatron-LM's balance. {counted(table)}",
         (*text, "HierD-ES swaps for communication, SmartMoE for token counts: a gain of one may cost the other."),
     )
 

@@ -8,30 +8,27 @@ from matplotlib.figure import Figure
 from hiermoe.analysis.claims import Claim
 from hiermoe.analysis.figures import style
 from hiermoe.analysis.figures.spec import FigureSpec, Words
-from hiermoe.analysis.figures.tables import counterpart, published, speedups
+from hiermoe.analysis.figures.tables import complete, published, speedups
 from hiermoe.analysis.figures.words import counted, headline, per_routing
-from hiermoe.analysis.frames import Results
+from hiermoe.analysis.frames import Results, Run
 
 
 def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
     """One row per system, model and routing, with what the routing is like."""
-    rows = speedups(results, "fig11", "megatron")
-    if rows.empty:
-        return rows
-    known = [published(claims, where="Fig. 11", system=r.system, model=r.model, baseline="megatron")[0] for r in rows.itertuples()]
-    rows["published"] = known
-    dropped, nodes, imbalance = [], [], []
-    for run in results.find("fig11", status="ok"):
-        megatron = counterpart(run, "megatron", "fig11", results)
-        if megatron is None or run.run_id == megatron.run_id:
-            continue
-        steps, routing = results.rows(megatron, "step"), results.rows(megatron, "routing")
+
+    def describe(run: Run, megatron: Run) -> dict[str, float]:
+        fields = {"where": "Fig. 11", "system": run.system, "model": run.config.model.name, "baseline": "megatron"}
+        steps, routing, own = (results.rows(*of) for of in ((megatron, "step"), (megatron, "routing"), (run, "step")))
         outermost = routing[routing["dimension"] == 1]
-        lost = results.rows(run, "step")
-        dropped.append(lost["dropped_pairs"].sum() / lost["pairs"].sum())
-        nodes.append(outermost["rows"].sum() / (outermost["pairs"].sum() / run.value("topk")))
-        imbalance.append((steps["expert_rows_max"] / steps["expert_rows_mean"]).mean())
-    return rows.assign(dropped_share=dropped, nodes_per_token=nodes, expert_rows_max_over_mean=imbalance)
+        return {
+            "published": published(claims, **fields)[0],
+            "dropped_share": own["dropped_pairs"].sum() / own["pairs"].sum(),
+            "nodes_per_token": outermost["rows"].sum() / (outermost["pairs"].sum() / run.value("topk")),
+            "expert_rows_max_over_mean": (steps["expert_rows_max"] / steps["expert_rows_mean"]).mean(),
+        }
+
+    rows = speedups(results, "fig11", "megatron", describe)
+    return complete(rows, {"hd_moe", "hiermoe"}, ["model", "routing"])
 
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
@@ -61,25 +58,30 @@ def words(table: pd.DataFrame) -> Words:
         for _, row in of("hiermoe").iterrows()
     )
     text = []
-    for model in of("hiermoe")["model"]:
-        rows = table[table["model"] == model]
+    for model, rows in table.groupby("model", sort=False):
         routes = rows.drop_duplicates("routing")
         text.append(
-            f"{style.MODELS[model]}: HierMoE's speed-up over Megatron-LM is {per_routing(rows[rows['system'] == 'hiermoe'])}, HD-MoE's "
-            f"{per_routing(rows[rows['system'] == 'hd_moe'])}. A token touches {per_routing(routes, 'nodes_per_token')} nodes on average, "
-            f"and Megatron-LM's busiest GPU computes {per_routing(routes, 'expert_rows_max_over_mean')} times the mean: fewer "
-            "nodes a token favour deduplication, imbalance slows every system and leaves a placement something to gain."
+            f"{style.MODELS[str(model)]}: HD-MoE over Megatron-LM {per_routing(rows[rows['system'] == 'hd_moe'])}; "
+            f"HierMoE {per_routing(rows[rows['system'] == 'hiermoe'])}. Nodes that a token touches: "
+            f"{per_routing(routes, 'nodes_per_token')}; busiest GPU's token–expert pairs over the mean with experts in "
+            f"order: {per_routing(routes, 'expert_rows_max_over_mean')}."
         )
+    text.append(
+        "The fewer nodes a token touches, the more deduplication saves; the more uneven the load, the longer every "
+        "AlltoAll and the more a placement can gain. Uniform routing has neither, so what its speed-ups lack or "
+        "exceed is due to structure."
+    )
     lossy = table[table["dropped_share"] > 0]
     if len(lossy):
         text.append(
-            f"{lossy['label'].iloc[0]} drops {per_routing(lossy.assign(percent=lossy['dropped_share'] * 100), 'percent', 1)} "
-            "(in percent of all pairs), so its time is not that of the same work."
+            f"{lossy['label'].iloc[0]} drops "
+            f"{per_routing(lossy.assign(percent=lossy['dropped_share'] * 100), 'percent', 1)} (in percent of all "
+            "pairs), so its time is not that of the same work."
         )
     return Words(
         f"HierMoE's AlltoAll over Megatron-LM's on {lead} routing: {reached}",
-        f"Ratio of AlltoAll times summed over the measured iterations. The plotted Tutel-2DH is the unpadded, intra-node-first one; "
-        f"its variants stand below it. {counted(table)}",
+        "Ratio of AlltoAll times summed over the measured iterations. The plotted Tutel-2DH is the unpadded, "
+        f"intra-node-first one; its variants stand below it. {counted(table)}",
         tuple(text),
     )
 

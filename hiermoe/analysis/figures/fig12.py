@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from hiermoe.analysis.claims import Claim
 from hiermoe.analysis.figures import style
 from hiermoe.analysis.figures.spec import FigureSpec, Words
+from hiermoe.analysis.figures.tables import complete
 from hiermoe.analysis.figures.words import headline
 from hiermoe.analysis.frames import Results
 
@@ -20,7 +21,8 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
         ].assign(label=run.config.system.label)
         for run in results.find("fig12", status="ok")
     ]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    return complete(table, {"megatron", "hiermoe"}, ["routing"])
 
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
@@ -39,7 +41,7 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
             panel.plot(line["iteration"], line["predicted_ms"], color=style.color(line["system"].iloc[0]))
             end = line["predicted_ms"].iloc[-8:].mean()
             position = end if previous is None else min(end, previous - top * 0.075)
-            panel.annotate(label, (last + 1.5, position), color=style.color(line["system"].iloc[0]), va="center")
+            panel.annotate(str(label), (last + 1.5, position), color=style.color(line["system"].iloc[0]), va="center")
             previous = position
         panel.set_title(f"{style.ROUTINGS[routing][1]}")
         panel.set_xlabel("iteration")
@@ -52,7 +54,11 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
 
 def words(table: pd.DataFrame) -> Words:
     """Variation over the measured iterations, and how fast swaps take effect."""
-    counted = table[table["measured"]].groupby(["routing", "label", "system"], sort=False)["predicted_ms"].agg(["mean", "std", "size"])
+    counted = (
+        table[table["measured"]]
+        .groupby(["routing", "label", "system"], sort=False)["predicted_ms"]
+        .agg(["mean", "std", "size"])
+    )
     cv = (counted["std"] / counted["mean"]).rename("cv").reset_index()
     lead = headline(table)
 
@@ -65,13 +71,15 @@ def words(table: pd.DataFrame) -> Words:
         text.append(f"Coefficient of variation on {routing} routing: {parts}.")
         hier = table[(table["routing"] == routing) & (table["system"] == "hiermoe")].sort_values("iteration")
         early, late = hier["predicted_ms"].iloc[:4].mean(), hier.loc[hier["measured"], "predicted_ms"].mean()
-        text.append(f"HierMoE goes from {early:.1f} ms in its first four iterations to {late:.1f} ms in the measured ones.")
+        text.append(
+            f"HierMoE goes from {early:.1f} ms in its first four iterations to {late:.1f} ms in the measured ones."
+        )
     steadier = at(lead, "hiermoe") < at(lead, "megatron")
     return Words(
-        f"HierMoE is {'steadier' if steadier else 'not steadier'} than Megatron-LM on {lead} routing "
-        f"(coefficient of variation {at(lead, 'hiermoe'):.1%} against {at(lead, 'megatron'):.1%})",
-        f"{style.MODELS[table['model'].iloc[0]]}, one MoE layer. Shaded: the n = {counted['size'].iloc[0]} iterations that results count. "
-        "The paper prints a curve without numbers. Simulated times.",
+        f"HierMoE is {'steadier' if steadier else 'not steadier'} than Megatron-LM on {lead} routing (coefficient of "
+        f"variation {at(lead, 'hiermoe'):.1%} against {at(lead, 'megatron'):.1%})",
+        f"{style.MODELS[table['model'].iloc[0]]}, one MoE layer. Shaded: the n = {counted['size'].iloc[0]} iterations "
+        "that results count. The paper prints a curve without numbers. Simulated times.",
         tuple(text),
     )
 

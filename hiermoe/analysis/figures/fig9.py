@@ -70,7 +70,8 @@ def words(table: pd.DataFrame) -> Words:
     fitted = table.drop_duplicates("stage")
     beta = (fitted["fitted_beta_ms_per_byte"] / fitted["beta_ms_per_byte"] - 1).abs()
     alpha = (fitted["fitted_alpha_ms"] / fitted["alpha_ms"] - 1).abs()
-    fast, slow = fitted.loc[fitted["beta_ms_per_byte"].idxmin()], fitted.loc[fitted["beta_ms_per_byte"].idxmax()]
+    by_rate = fitted.sort_values("beta_ms_per_byte")
+    fast, slow = by_rate.iloc[0], by_rate.iloc[-1]
     return Words(
         f"The fit gives the published lines back, from points made from them (worst r² {fitted['r2'].min():.5f})",
         f"Lines: α + n·β with the published constants. Points: mean of n = {table['n'].iloc[0]} synthetic timings with "
@@ -79,8 +80,9 @@ def words(table: pd.DataFrame) -> Words:
         (
             f"Fitted β is within {beta.max():.1%} of the constant that the points were made from, fitted α within "
             f"{alpha.max():.0%}: noise is relative, so large messages set the slope and hardly anything sets α.",
-            f"A byte in the dearest exchange ({slow['stage']}) costs {slow['beta_ms_per_byte'] / fast['beta_ms_per_byte']:.0f} times a "
-            f"byte in the cheapest ({fast['stage']}): what leaves a node decides the time.",
+            f"A byte in the dearest exchange ({slow['stage']}) costs "
+            f"{slow['beta_ms_per_byte'] / fast['beta_ms_per_byte']:.0f} times a byte in the cheapest "
+            f"({fast['stage']}): what leaves a node decides the time.",
             "No routing enters this figure.",
         ),
     )

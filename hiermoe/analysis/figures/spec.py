@@ -73,6 +73,7 @@ def render(spec: FigureSpec, table: pd.DataFrame, folder: Path, name: str) -> Wo
     with mpl.rc_context(SETTINGS):
         figure = spec.draw(table, words.title)
         figure.savefig(stem.with_suffix(".png"), dpi=DPI)
+        figure.set_layout_engine("none")  # the layout is found; finding it again takes as long as drawing
         figure.savefig(stem.with_suffix(".pdf"), metadata=REPRODUCIBLE)
     table.to_csv(stem.with_suffix(".csv"), index=False)
     return words

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Iterable
+from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
@@ -31,7 +32,7 @@ ROUTINGS = {
 MODELS = {"qwen3_30b_a3b": "Qwen3-30B-A3B", "deepseek_v3": "DeepSeek-V3"}
 LEVELS = {"node": "nodes", "half": "QPI halves", "pair": "NVLink pairs", "gpu": "GPUs"}
 INK = "#222222"
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "font.size": 12,
     "axes.titlesize": 12,
     "axes.titleweight": "bold",
@@ -52,8 +53,6 @@ SETTINGS = {
     "legend.frameon": False,
     "legend.fontsize": 11.5,
     "figure.dpi": 100,
-    "pdf.fonttype": 42,
-    "svg.hashsalt": "hiermoe",
 }
 
 
@@ -65,8 +64,11 @@ def color(system: str) -> str:
 
 def shade(system: str, routing: str) -> tuple[float, float, float]:
     """The system's colour, paler for synthetic routing."""
-    paleness = ROUTINGS[routing][2]
-    red, green, blue = (value + (1 - value) * paleness for value in to_rgb(color(system)))
+    return _pale(color(system), ROUTINGS[routing][2])
+
+
+def _pale(tone: str, paleness: float) -> tuple[float, float, float]:
+    red, green, blue = (value + (1 - value) * paleness for value in to_rgb(tone))
     return red, green, blue
 
 
@@ -99,7 +101,9 @@ def grid(title: str, rows: int, columns: int, size: tuple[float, float], **axes:
 
 def published(panel: Axes, x: float, y: float, size: float = 11) -> None:
     """A published number: an open diamond, everywhere."""
-    panel.plot(x, y, "D", markersize=size, markerfacecolor="none", markeredgecolor="black", markeredgewidth=1.8, zorder=5)
+    panel.plot(
+        x, y, "D", markersize=size, markerfacecolor="none", markeredgecolor="black", markeredgewidth=1.8, zorder=5
+    )
 
 
 def ours(panel: Axes, row: pd.Series, x: float, y: float, vertical: bool = False, size: float = 9) -> None:
@@ -159,15 +163,12 @@ def dot_rows(panel: Axes, table: pd.DataFrame, systems: list[str], labels: dict[
 def legend(figure: Figure, routings: Iterable[str], with_published: bool = True, extra: Iterable[Line2D] = ()) -> None:
     """What marks mean, below the panels."""
     marks = [
-        Line2D([], [], marker=ROUTINGS[routing][0], linestyle="", markersize=9, color=tone, label=ROUTINGS[routing][1])
-        for routing in ordered(routings)
-        for tone in [tuple(v + (1 - v) * ROUTINGS[routing][2] for v in to_rgb("#444444"))]
+        Line2D([], [], marker=mark, linestyle="", markersize=9, color=_pale("#444444", paleness), label=name)
+        for mark, name, paleness in (ROUTINGS[routing] for routing in ordered(routings))
     ]
     if with_published:
-        marks.append(
-            Line2D([], [], marker="D", linestyle="", markersize=9, markerfacecolor="none", markeredgecolor="black",
-                   markeredgewidth=1.8, label="published")
-        )  # fmt: skip
+        diamond: dict[str, Any] = {"markerfacecolor": "none", "markeredgecolor": "black", "markeredgewidth": 1.8}
+        marks.append(Line2D([], [], marker="D", linestyle="", markersize=9, label="published", **diamond))
     handles = [*marks, *extra]
     with mpl.rc_context(SETTINGS):
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=11.5)

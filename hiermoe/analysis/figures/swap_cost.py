@@ -1,6 +1,7 @@
 """Sec. V-E: what moving experts costs beside what it saves."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -10,11 +11,17 @@ from hiermoe.analysis.claims import Claim
 from hiermoe.analysis.end_to_end import PUBLISHED_SHARES, migration_prices, migration_share
 from hiermoe.analysis.figures import style
 from hiermoe.analysis.figures.spec import FigureSpec, Words
-from hiermoe.analysis.figures.tables import counterpart, published
+from hiermoe.analysis.figures.tables import complete, counterpart, published
 from hiermoe.analysis.figures.words import headline
 from hiermoe.analysis.frames import Results
 
-FIXED = {"hiermoe": "hd_moe", "hiermoe_gated": "hd_moe", "hd2_moe_smart": "hd2_moe", "smartmoe": "megatron", "smartmoe_f1": "megatron"}  # fmt: skip
+FIXED = {  # the same dispatch with experts fixed
+    "hiermoe": "hd_moe",
+    "hiermoe_gated": "hd_moe",
+    "hd2_moe_smart": "hd2_moe",
+    "smartmoe": "megatron",
+    "smartmoe_f1": "megatron",
+}
 MARKS = {"weights": "o", "full state": "s"}
 
 
@@ -40,34 +47,45 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
                     "published_share": limit, "n": len(steps),
                 }
             )  # fmt: skip
-    return pd.DataFrame(rows)
+    return complete(pd.DataFrame(rows), {"hiermoe"}, ["model", "routing"])
 
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
     """Top: cost and gain per step. Bottom: share of the step. A column per model, on the leading routing."""
-    lead = headline(table)
     models = [model for model in style.MODELS if model in set(table["model"])]
     figure, panels = style.grid(title, 2, len(models), (12, 8.4), sharey="row", sharex="row")
     labels = dict(zip(table["system"], table["label"], strict=True))
     for column, model in enumerate(models):
-        rows = table[(table["model"] == model) & (table["routing"] == lead)]
+        rows = table[table["model"] == model]
+        rows = rows[rows["routing"] == headline(rows)]
         upper, lower = panels[column], panels[len(models) + column]
         for position, system in enumerate(labels):
             mine = rows[rows["system"] == system]
             for _, row in mine.iterrows():
                 offset = 0.16 if row["state"] == "full state" else -0.16
-                filled = style.color(system) if row["rate"] == "link rate" else "white"
-                mark = dict(color=style.color(system), markerfacecolor=filled, markeredgewidth=2, markersize=9)  # noqa: C408
+                tone = style.color(system)
+                mark: dict[str, Any] = {
+                    "color": tone,
+                    "markerfacecolor": tone if row["rate"] == "link rate" else "white",
+                }
+                mark |= {"markeredgewidth": 2, "markersize": 9}
                 upper.plot(row["cost_ms_per_step"], position + offset, MARKS[row["state"]], **mark)
                 shares = [row["share_low"] * 100, row["share_high"] * 100]
-                lower.plot(shares, [position + offset] * 2, color=style.color(system), linewidth=3, solid_capstyle="round")
+                lower.plot(
+                    shares, [position + offset] * 2, color=style.color(system), linewidth=3, solid_capstyle="round"
+                )
                 lower.plot(sum(shares) / 2, position + offset, MARKS[row["state"]], **mark)
             if len(mine):
-                upper.plot([mine["gain_ms_per_step"].iloc[0]] * 2, [position - 0.38, position + 0.38], color="black", linewidth=3)
+                upper.plot(
+                    [mine["gain_ms_per_step"].iloc[0]] * 2,
+                    [position - 0.38, position + 0.38],
+                    color="black",
+                    linewidth=3,
+                )
         for panel in (upper, lower):
             panel.set_yticks(range(len(labels)), list(labels.values()))
             panel.set_ylim(len(labels) - 0.5, -0.5)
-        upper.set_title(style.MODELS[model])
+        upper.set_title(f"{style.MODELS[model]}, {style.ROUTINGS[rows['routing'].iloc[0]][1]}")
         upper.set_xscale("symlog", linthresh=0.1)
         upper.set_xlabel("ms per step and layer (logarithmic beyond 0.1)")
         lower.axvline(rows["published_share"].iloc[0] * 100, color="black", linestyle="--", linewidth=1.5)
@@ -80,7 +98,16 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
                markerfacecolor="#444444" if p.rate == "link rate" else "white", label=p.label)
         for p in migration_prices()
     ]  # fmt: skip
-    gain = Line2D([], [], marker="|", linestyle="", markersize=14, markeredgewidth=3, color="black", label="gain over fixed experts")
+    gain = Line2D(
+        [],
+        [],
+        marker="|",
+        linestyle="",
+        markersize=14,
+        markeredgewidth=3,
+        color="black",
+        label="gain over fixed experts",
+    )
     limit = Line2D([], [], color="black", linestyle="--", label="published share, about 1 %")
     style.legend(figure, [], with_published=False, extra=[*marks, gain, limit])
     return figure
@@ -95,7 +122,8 @@ def words(table: pd.DataFrame) -> Words:
     ):
         costs = {f"{r.state} at the {r.rate}": r.cost_ms_per_step for r in rows.itertuples()}
         text.append(
-            f"{style.MODELS[str(model)]}, {routing} routing, {label}: {rows['moved_experts_per_step'].iloc[0]:.2f} experts move per step; that costs "
+            f"{style.MODELS[str(model)]}, {routing} routing, {label}: {rows['moved_experts_per_step'].iloc[0]:.2f} "
+            "experts move per step; that costs "
             + ", ".join(f"{cost:.2g} ms ({name})" for name, cost in costs.items())
             + f", and saves {rows['gain_ms_per_step'].iloc[0]:.2g} ms per step and layer."
         )
@@ -106,10 +134,12 @@ def words(table: pd.DataFrame) -> Words:
         return f"{rows['share_low'].min():.1%} to {rows['share_high'].max():.1%}"
 
     return Words(
-        f"HierMoE's swaps on {lead} routing: full state takes {percent(full)} of a step, weights alone {percent(weights)} (published: about 1 %)",
-        "Mean per measured step of one layer. Top: modelled cost of migration, and the AlltoAll time saved against the same dispatch with "
-        "experts fixed. Bottom: share of the step for AlltoAll shares from 30 to 60 % of Megatron-LM's step (line), since the paper gives no "
-        f"step time. n = {table['n'].iloc[0]} measured iterations. Simulated times.",
+        f"HierMoE's swaps on {lead} routing: full state takes {percent(full)} of a step, weights alone "
+        f"{percent(weights)} (published: about 1 %)",
+        "Mean per measured step of one layer. Top: modelled cost of migration, and the AlltoAll time saved against "
+        "the same dispatch with experts fixed. Bottom: share of the step for AlltoAll shares from 30 to 60 % of "
+        f"Megatron-LM's step (line), since the paper gives no step time. n = {table['n'].iloc[0]} measured iterations. "
+        "Simulated times.",
         tuple(text),
     )
 

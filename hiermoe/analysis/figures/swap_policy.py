@@ -54,9 +54,9 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
             panel.plot([x, x], [row["published_low"], row["published_high"]], color="black", linewidth=1.6)
             style.published(panel, x, (row["published_low"] + row["published_high"]) / 2)
         panel.axhline(1, color=style.color("hd_moe"), linewidth=1.5)
-        panel.set_xticks(range(len(settings)), [NAMES.get(setting, setting) for setting in settings])
+        panel.set_xticks(range(len(settings)), [NAMES.get(str(setting), str(setting)) for setting in settings])
         panel.set_xlabel(label)
-        panel.set_xlim(-0.5, len(settings) - 0.5)
+        panel.set_xlim(-0.5, max(len(settings), 1) - 0.5)
         panel.grid(axis="x", visible=False)
     panels[0].set_ylabel("HierMoE over HD-MoE, AlltoAll")
     style.legend(figure, routings)
@@ -69,18 +69,22 @@ def words(table: pd.DataFrame) -> Words:
     text = []
     for routing in style.ordered(table["routing"]):
         rows = table[table["routing"] == routing]
-        parts = "; ".join(f"{PANELS[sweep]} {span(part['value'], 3)}" for sweep, part in rows.groupby("varied", sort=False))
+        parts = "; ".join(
+            f"{PANELS[str(sweep)]} {span(part['value'], 3)}" for sweep, part in rows.groupby("varied", sort=False)
+        )
         text.append(f"On {routing} routing: {parts}.")
     if "uniform" in set(table["routing"]):
         text.append(
-            "Uniform routing has no structure that lasts from one step to the next: a swap chosen on one step's noise meets "
-            "another's, so there is nothing to gain, and a ratio of 1 there is what a correct simulation must give."
+            "Uniform routing has no structure that lasts from one step to the next: a swap chosen on one step's noise "
+            "meets another's, so there is nothing to gain, and a ratio of 1 there is what a correct simulation must "
+            "give."
         )
     ours = table[table["routing"] == lead]
     known = pd.concat([table["published_low"], table["published_high"]])
     return Words(
         f"Swaps on {lead} routing make HD-MoE's AlltoAll {span(ours['value'], 3)}× as fast (published: {span(known)}×)",
-        f"Ratio of AlltoAll times summed over the measured iterations, each swap acting from the next iteration on. {counted(table)}",
+        "Ratio of AlltoAll times summed over the measured iterations, each swap acting from the next iteration on. "
+        f"{counted(table)}",
         tuple(text),
     )
 

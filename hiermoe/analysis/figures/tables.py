@@ -1,7 +1,7 @@
 """Rows that several figures plot: speed-ups of a sweep's runs, and the published number beside each."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -14,7 +14,7 @@ from hiermoe.analysis.statistics import Estimate
 BASELINE_SWEEP = "fig11"
 
 
-def row_of(run: Run, estimate: Estimate, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - columns
+def row_of(run: Run, estimate: Estimate, **more: Any) -> dict[str, Any]:
     """What every plotted number carries."""
     return {
         "source": run.source,
@@ -41,8 +41,19 @@ def counterpart(run: Run, system: str, sweep: str, results: Results) -> Run | No
     return next((other for other in found if other.status == "ok"), None)
 
 
-def speedups(results: Results, sweep: str, baseline: str) -> pd.DataFrame:
+def speedups(
+    results: Results,
+    sweep: str,
+    baseline: str,
+    describe: Callable[[Run, Run], dict[str, float]] = lambda run, other: {},
+) -> pd.DataFrame:
     """AlltoAll speed-up of every run of a sweep over a baseline, the baseline itself left out.
+
+    Args:
+        results: all runs.
+        sweep: whose runs.
+        baseline: system.
+        describe: further columns, from the run and its baseline.
 
     Returns:
         One row per run, with one column per swept parameter.
@@ -51,11 +62,20 @@ def speedups(results: Results, sweep: str, baseline: str) -> pd.DataFrame:
     for run in results.find(sweep, status="ok"):
         other = counterpart(run, baseline, sweep, results)
         if other is not None and run.run_id != other.run_id:
-            rows.append(row_of(run, speedup(run, other, results)) | run.swept)
+            rows.append(row_of(run, speedup(run, other, results), **describe(run, other)) | run.swept)
     return pd.DataFrame(rows)
 
 
-def published(claims: Sequence[Claim], **fields: str) -> tuple[float, float]:
+def complete(table: pd.DataFrame, systems: set[str], by: list[str]) -> pd.DataFrame:
+    """Without the groups of rows that lack one of the systems that a figure speaks of."""
+    if table.empty:
+        return table
+    return pd.concat(
+        [rows.iloc[:0] if systems - set(rows["system"]) else rows for _, rows in table.groupby(by, sort=False)]
+    )
+
+
+def published(claims: Sequence[Claim], **fields: object) -> tuple[float, float]:
     """Published ends of the first claim with these fields; NaN, NaN where there is none."""
     for claim in claims:
         if all(getattr(claim, name) == value for name, value in fields.items()):

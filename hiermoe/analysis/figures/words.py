@@ -31,8 +31,8 @@ def per_routing(table: pd.DataFrame, column: str = "value", digits: int = 2) -> 
 def counted(table: pd.DataFrame) -> str:
     """n and what an interval is, for captions."""
     return (
-        f"n = {span(table['n'], 0)} measured iterations of one run; bars: 95 % interval over iterations "
-        "(moving-block bootstrap, paired where systems are compared; often narrower than the mark). Simulated times."
+        f"n = {span(table['n'], 0)} measured iterations of one run; bars: 95 % interval over iterations (moving-block "
+        "bootstrap, paired where systems are compared; often narrower than the mark). Simulated times."
     )
 
 
