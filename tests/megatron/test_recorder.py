@@ -57,10 +57,11 @@ def observe(model: torch.nn.Module) -> dict[str, Any]:
 
     routers = routers_of(model)
     chosen: dict[int, torch.Tensor] = {}
-    hooks = [
-        router.register_forward_hook(lambda _m, _i, output, layer=layer: chosen.update({layer: output[1]}))
-        for layer, router in routers.items()
-    ]
+
+    def keep(layer: int) -> Any:
+        return lambda _module, _inputs, output: chosen.update({layer: output[1]})
+
+    hooks = [router.register_forward_hook(keep(layer)) for layer, router in routers.items()]
     loss_before = forward().item()
     recorder = RouterRecorder(model, num_recorded=10)
     loss = forward()
