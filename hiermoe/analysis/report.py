@@ -53,7 +53,7 @@ def write_report(
         The page, and the verdicts as a table.
     """
     given = cells or {}
-    results = load({name: given.get(name) or expand(name) for name in sweep_names()}, store)
+    results = load({name: given[name] if name in given else expand(name) for name in sweep_names()}, store)
     claims, rules = load_claims(), load_rules()
     judged = judge_all(claims, rules, results)
     verdicts = to_frame(judged)

@@ -34,7 +34,7 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
 def draw(table: pd.DataFrame, title: str) -> Figure:
     """A panel per model, a row per system."""
     models = [model for model in style.MODELS if model in set(table["model"])]
-    figure, panels = style.grid(title, 1, len(models), (12, 7.2), sharey=True)
+    figure, panels = style.grid(title, 1, len(models), (12, 7.2), sharey=True, sharex=True)
     labels = dict(zip(table["system"], table["label"], strict=True))
     for panel, model in zip(panels, models, strict=True):
         style.dot_rows(panel, table[table["model"] == model], list(labels), labels)
@@ -51,7 +51,7 @@ def words(table: pd.DataFrame) -> Words:
     lead = headline(table)
 
     def of(system: str, routing: str = lead) -> pd.DataFrame:
-        return table[(table["system"] == system) & (table["routing"] == routing)].sort_values("model")
+        return table[(table["system"] == system) & (table["routing"] == routing)]
 
     reached = "; ".join(
         f"{style.MODELS[row['model']]} {row['value']:.2f}× (paper {row['published']:.2f}×)"

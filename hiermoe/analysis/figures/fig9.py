@@ -73,7 +73,7 @@ def words(table: pd.DataFrame) -> Words:
     by_rate = fitted.sort_values("beta_ms_per_byte")
     fast, slow = by_rate.iloc[0], by_rate.iloc[-1]
     return Words(
-        f"The fit gives the published lines back, from points made from them (worst r² {fitted['r2'].min():.5f})",
+        f"A fit of points made from the published lines gives them back (r² ≥ {fitted['r2'].min():.4f})",
         f"Lines: α + n·β with the published constants. Points: mean of n = {table['n'].iloc[0]} synthetic timings with "
         "multiplicative noise; r² of the line fitted through all of them. A self-test of the calibration, not a "
         "measurement: by construction.",

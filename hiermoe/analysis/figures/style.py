@@ -171,4 +171,6 @@ def legend(figure: Figure, routings: Iterable[str], with_published: bool = True,
         marks.append(Line2D([], [], marker="D", linestyle="", markersize=9, label="published", **diamond))
     handles = [*marks, *extra]
     with mpl.rc_context(SETTINGS):
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), fontsize=11.5)
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=len(handles) if len(handles) < 5 else 3, fontsize=11.5
+        )

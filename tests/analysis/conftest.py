@@ -1,0 +1,176 @@
+"""Cells of the real sweeps without Hydra, and small made-up records for them."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from hiermoe.analysis.frames import Results, load
+from hiermoe.harness.config import RunConfig
+from hiermoe.harness.sweep import Cell, sweep_names
+from hiermoe.records.project import CONF, SWEEPS
+from hiermoe.records.store import RunStore
+from hiermoe.routing.step import first_measured
+
+GROUPS = ("system", "model", "cluster", "routing", "backend")
+ITERATIONS = 8
+# Milliseconds of a step, made up: the order is the paper's.
+STEP_MS = {
+    "megatron": 80.0, "smartmoe": 79.0, "tutel": 94.0, "hd2_moe_smart": 66.0, "hd2": 63.0, "hd_moe": 46.0, "hd": 50.0,
+    "hiermoe": 40.0, "h1": 80.0, "h": 95.0,
+}  # fmt: skip
+
+
+@lru_cache
+def load_yaml(file: str) -> str:
+    """One file of conf/, as JSON: quick to copy."""
+    return json.dumps(yaml.safe_load((CONF / f"{file}.yaml").read_text()))
+
+
+def cell(overrides: dict[str, Any]) -> Cell:
+    """What ``expand`` makes of one combination, for the keys that the sweeps use."""
+    base = json.loads(load_yaml("config"))
+    names = {key: value for entry in base["defaults"] if isinstance(entry, dict) for key, value in entry.items()}
+    values = dict(overrides)
+    varied, size = str(values.get("+experiment", "")).removeprefix("table4_")[:1], values.get("+experiment", "")[8:]
+    if varied == "g":
+        values["cluster"] = f"a6000_{int(size) // 8}x8"
+    elif varied:
+        values["model.topk" if varied == "k" else "model.num_experts"] = int(size)
+    content: dict[str, Any] = {
+        group: json.loads(load_yaml(f"{group}/{values.get(group, names[group])}")) for group in GROUPS
+    }
+    for key, value in values.items():
+        if "." in key:
+            *path, last = key.split(".")
+            target = content
+            for part in path:
+                target = target[part]
+            target[last] = value
+    wandb = {"mode": "disabled", "project": "test"}
+    config = RunConfig(**content, iterations=ITERATIONS, tokens_per_rank=64, seed=0, wandb=wandb)  # type: ignore[arg-type]
+    return Cell(tuple(f"{key}={value}" for key, value in overrides.items()), config)
+
+
+@pytest.fixture(scope="session")
+def cells() -> dict[str, list[Cell]]:
+    """All sweeps, cell by cell as they are expanded."""
+    expanded = {}
+    for name in sweep_names():
+        params = yaml.safe_load((SWEEPS / f"{name}.yaml").read_text())["hydra"]["sweeper"]["params"]
+        choices = [[(key, yaml.safe_load(x)) for x in str(values).split(",")] for key, values in params.items()]
+        expanded[name] = [cell(dict(combination)) for combination in itertools.product(*choices)]
+    return expanded
+
+
+def step_ms(system: str) -> float:
+    """Made-up time of a system's step."""
+    return STEP_MS[max((name for name in STEP_MS if system.startswith(name)), key=len)]
+
+
+def records_of(config: RunConfig, scale: Callable[[RunConfig], float] = lambda config: 1.0) -> pd.DataFrame:
+    """Rows as the backends write them, with made-up numbers that differ between iterations."""
+    if config.backend.name == "synthetic_timings":
+        return _timings(config)
+    hierarchy = config.cluster.hierarchy
+    noise = np.random.default_rng(1)
+    measured_from = first_measured(ITERATIONS, None)
+    dimension = 2 if hierarchy.depth > 1 and config.system.name != "megatron" else 1
+    moves = 2 if config.system.name.startswith(("hiermoe", "smart", "hd2_moe_smart")) else 0
+    rows: list[dict[str, Any]] = []
+    for iteration in range(ITERATIONS):
+        keys = {
+            "iteration": iteration, "routing_iteration": iteration, "measured": iteration >= measured_from, "layer": 0,
+        }  # fmt: skip
+        time_ms = step_ms(config.system.name) * scale(config) * (1 + 0.01 * noise.standard_normal())
+        pairs = hierarchy.num_ranks * config.tokens_per_rank * config.model.topk
+        stages = ("world",) if dimension == 1 else ("inter1", "intra1")
+        rows += [
+            keys | {
+                "phase": "dispatch", "stage": f"{index + 1}:{stage}", "dimension": dimension, "rows": 500.0,
+                "group_rows": 490.0, "predicted_ms": time_ms / 4 / len(stages), "bytes": 1e6, "crossing_rows": 4e3,
+            }
+            for index, stage in enumerate(stages)
+        ]  # fmt: skip
+        rows += [
+            keys | {
+                "phase": "routing", "stage": name, "dimension": level, "pairs": pairs,
+                "rows": hierarchy.num_ranks * config.tokens_per_rank * min(groups, config.model.topk) * 0.9,
+            }
+            for level, (name, groups) in enumerate(zip(hierarchy.names, hierarchy.groups, strict=True), start=1)
+        ]  # fmt: skip
+        rows.append(
+            keys | {
+                "phase": "step", "stage": "all", "dimension": dimension, "predicted_ms": time_ms, "pairs": pairs,
+                "dropped_pairs": 5.0 if "cf1" in config.system.name else 0.0, "expert_rows_max": 600.0,
+                "expert_rows_mean": 512.0, "moved_experts": moves, "migration_bytes": moves * 6.6e7,
+                "migration_link_ms": moves * 1.3, "migration_alltoall_ms": moves * 17.0,
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _timings(config: RunConfig) -> pd.DataFrame:
+    from hiermoe.backends.synthetic_timings import synthetic_timings
+
+    return synthetic_timings(config.cluster, config.seed)
+
+
+def write(store: RunStore, config: RunConfig, rows: pd.DataFrame, status: str = "ok", reason: str = "") -> None:
+    """Store made-up records of a run, through the schema."""
+    keys = {
+        "run_id": config.run_id, "source": "simulated", "system": config.system.name, "model": config.model.name,
+        "cluster": config.cluster.name, "routing": config.routing.name, "seed": config.seed,
+        "num_experts": config.model.num_experts, "topk": config.model.topk,
+        "num_ranks": config.cluster.hierarchy.num_ranks, "tokens_per_rank": config.tokens_per_rank, "status": status,
+        "reason": reason,
+    }  # fmt: skip
+    provenance = {
+        "commit": "0" * 40, "uncommitted_changes": False, "versions": {"python": "3"}, "platform": "test",
+        "seconds": 1.0,
+    }  # fmt: skip
+    store.write(config.run_id, config.content, provenance, rows.assign(**keys))
+
+
+def not_run() -> pd.DataFrame:
+    """The one row of a run without measurements."""
+    return pd.DataFrame(
+        [{"iteration": -1, "routing_iteration": -1, "measured": False, "layer": -1, "phase": "run", "stage": "all"}]
+    )
+
+
+@pytest.fixture(scope="session")
+def filled(cells: dict[str, list[Cell]], tmp_path_factory: pytest.TempPathFactory) -> RunStore:
+    """Records for everything but recorded routing of DeepSeek-V3 (not applicable) and of other E (missing)."""
+    store = RunStore(tmp_path_factory.mktemp("filled"))
+    unique = {one.config.run_id: one.config for sweep in cells.values() for one in sweep}
+    for config in unique.values():
+        recorded = config.routing.name == "recorded"
+        if recorded and config.model.name == "deepseek_v3":
+            write(store, config, not_run(), "not_applicable", "no trace was recorded")
+        elif config.routing.name == "group_limited" and config.model.router.num_groups is None:
+            write(store, config, not_run(), "not_applicable", "the model's router has no group limit")
+        elif config.system.name in ("h4", "hd4") and config.cluster.hierarchy.depth < 4:
+            write(store, config, not_run(), "not_applicable", "dimension=4 is outside 1..3")
+        elif not (recorded and config.model.num_experts != 128):
+            write(store, config, records_of(config))
+    return store
+
+
+@pytest.fixture(scope="session")
+def results(cells: dict[str, list[Cell]], filled: RunStore) -> Results:
+    """Everything, loaded."""
+    return load(cells, filled)
+
+
+@pytest.fixture
+def small_store(tmp_path: Path) -> Iterator[RunStore]:
+    """An empty store."""
+    yield RunStore(tmp_path / "runs")

@@ -1,0 +1,113 @@
+"""The report: every figure is drawn and has its data, nothing is left open, nothing is loaded from elsewhere."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from hiermoe.analysis.claims import load_claims
+from hiermoe.analysis.figures import FIGURES
+from hiermoe.analysis.figures.spec import FigureSpec
+from hiermoe.analysis.frames import Results, load
+from hiermoe.analysis.report import write_reference, write_report
+from hiermoe.harness.sweep import Cell
+from hiermoe.records.store import RunStore
+from tests.analysis.conftest import records_of, write
+
+
+@pytest.fixture(scope="module")
+def written(
+    cells: dict[str, list[Cell]], filled: RunStore, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, pd.DataFrame]:
+    page, verdicts = write_report(cells, filled, tmp_path_factory.mktemp("report"))
+    return page.parent, verdicts
+
+
+@pytest.mark.parametrize("spec", FIGURES, ids=lambda spec: spec.name)
+def test_figure_is_drawn_with_its_data_beside_it(spec: FigureSpec, written: tuple[Path, pd.DataFrame]) -> None:
+    stem = written[0] / "figures" / spec.name
+    with Image.open(stem.with_suffix(".png")) as image:
+        assert image.width >= 1400
+        assert len(image.convert("L").getcolors() or []) > 10  # not blank
+    assert stem.with_suffix(".pdf").stat().st_size > 5000
+    assert set(pd.read_csv(stem.with_suffix(".csv"))["source"]) == {"simulated"}
+
+
+def test_verdicts_are_written_as_they_are_returned(written: tuple[Path, pd.DataFrame]) -> None:
+    folder, verdicts = written
+    stored = pd.read_csv(folder / "verdicts.csv")
+    assert stored["verdict"].tolist() == verdicts["verdict"].tolist()
+    assert set(stored["claim"]) == {claim.claim for claim in load_claims()}
+
+
+def test_nothing_is_left_open(written: tuple[Path, pd.DataFrame]) -> None:
+    for name in ("report.md", "report.html"):
+        text = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", (written[0] / name).read_text())
+        for sign in ("{{", "}}", "{%", "Undefined", "None", "NaN", "nan ", "TODO"):
+            assert sign not in text, f"{sign} in {name}"
+
+
+def test_page_needs_nothing_beside_itself(written: tuple[Path, pd.DataFrame]) -> None:
+    page = (written[0] / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(FIGURES)
+    assert not re.findall(r"<(?:link|script|iframe)\b", page)
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page)
+    assert "@import" not in page and "url(" not in page
+    assert 'name="viewport"' in page and "prefers-color-scheme: dark" in page
+
+
+def test_text_links_every_figure_and_says_what_is_left_out(written: tuple[Path, pd.DataFrame]) -> None:
+    text = (written[0] / "report.md").read_text()
+    for link in re.findall(r"\]\((.*?\.png)\)", text):
+        assert (written[0] / link).exists()
+    assert text.count("](figures/") == len(FIGURES)
+    assert "no trace was recorded" in text
+
+
+def test_text_names_no_folder_of_this_machine(written: tuple[Path, pd.DataFrame], filled: RunStore) -> None:
+    text = (written[0] / "report.md").read_text()
+    assert str(filled.folder) not in text
+    assert str(Path(__file__).resolve().parents[2]) not in text
+
+
+def test_reference_is_small_and_complete(written: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
+    folder = write_reference(tmp_path / "reference", written[0])
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.name for path in files} == {"report.md", *(f"{spec.name}.png" for spec in FIGURES)}
+    assert sum(path.stat().st_size for path in files) < 2e6
+
+
+def test_report_without_records_says_so(cells: dict[str, list[Cell]], tmp_path: Path) -> None:
+    page, verdicts = write_report(cells, RunStore(tmp_path / "none"), tmp_path)
+    assert set(verdicts["verdict"]) == {"not testable"}
+    text = (page.parent / "report.md").read_text()
+    assert text.count("Not drawn") == len(FIGURES)
+    assert not list((tmp_path / "figures").iterdir())
+
+
+@pytest.mark.parametrize("present", [{"megatron"}, {"megatron", "hd_moe"}, {"hiermoe", "h1", "hd2"}])
+def test_half_a_sweep_is_drawn_or_left_out_but_never_crashes(
+    present: set[str], cells: dict[str, list[Cell]], small_store: RunStore
+) -> None:
+    some = {name: [c for c in sweep if c.config.routing.name == "uniform"] for name, sweep in cells.items()}
+    for config in {c.config.run_id: c.config for sweep in some.values() for c in sweep}.values():
+        if config.system.name in present and config.model.name == "qwen3_30b_a3b" and config.model.num_experts == 128:
+            write(small_store, config, records_of(config))
+    results = load(some, small_store)
+    for spec in FIGURES:
+        table = spec.table(results, load_claims())
+        if not table.empty:
+            spec.words(table)
+            spec.draw(table, "a title")
+
+
+def test_figures_leave_models_without_the_leading_routing_on_their_own(results: Results) -> None:
+    """Recorded routing exists for one model only: the other is shown on what it has, and the panel says so."""
+    spec = next(spec for spec in FIGURES if spec.name == "fig10")
+    figure = spec.draw(spec.table(results, load_claims()), "a title")
+    assert [panel.get_title() or panel.get_title("left") for panel in figure.axes] == [
+        "Qwen3-30B-A3B, recorded routing",
+        "DeepSeek-V3, uniform routing",
+    ]
