@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def step_ms(system: str) -> float:
     return STEP_MS[max((name for name in STEP_MS if system.startswith(name)), key=len)]
 
 
-def records_of(config: RunConfig, scale: Callable[[RunConfig], float] = lambda config: 1.0) -> pd.DataFrame:
+def records_of(config: RunConfig) -> pd.DataFrame:
     """Rows as the backends write them, with made-up numbers that differ between iterations."""
     if config.backend.name == "synthetic_timings":
         return _timings(config)
@@ -89,7 +89,7 @@ def records_of(config: RunConfig, scale: Callable[[RunConfig], float] = lambda c
         keys = {
             "iteration": iteration, "routing_iteration": iteration, "measured": iteration >= measured_from, "layer": 0,
         }  # fmt: skip
-        time_ms = step_ms(config.system.name) * scale(config) * (1 + 0.01 * noise.standard_normal())
+        time_ms = step_ms(config.system.name) * (1 + 0.01 * noise.standard_normal())
         pairs = hierarchy.num_ranks * config.tokens_per_rank * config.model.topk
         stages = ("world",) if dimension == 1 else ("inter1", "intra1")
         rows += [
