@@ -1,8 +1,10 @@
 """The ``hiermoe`` command: run, record, reproduce, report."""
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import hydra
 from omegaconf import DictConfig
@@ -34,6 +36,7 @@ def main() -> None:
     command = sys.argv.pop(1)
     if command not in commands:
         _fail(f"command {command!r} is unknown; choose from {', '.join(commands)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as on Ctrl-C
     try:
         commands[command]()
     except (ValueError, OSError) as error:
@@ -63,24 +66,23 @@ def _run() -> None:
 
 def _record() -> None:
     from hiermoe.megatron import record
+    from hiermoe.megatron.launcher import RankFailedError
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="record")
     def task(config: DictConfig) -> None:
-        with _one_line_errors():
+        with _one_line_errors(RankFailedError):
             record.main(config)
 
     task()
 
 
-class _one_line_errors:
-    """Inside Hydra, turn bad input into one line: Hydra itself would print a traceback."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (ValueError, OSError)):
-            _fail(str(error))
+@contextmanager
+def _one_line_errors(*others: type[Exception]) -> Iterator[None]:
+    """Inside Hydra, turn bad input and the other expected errors into one line: Hydra would print a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, *others) as error:
+        _fail(str(error))
 
 
 def _reproduce() -> None:

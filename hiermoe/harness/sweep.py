@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import hydra
@@ -126,7 +129,7 @@ def run_all(
         return outcomes
     context = get_context("forkserver")
     context.set_forkserver_preload(["hiermoe.harness.sweep"])
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
         queue = sorted(groups.values(), key=len, reverse=True)
         running: dict[Future[Outcome], list[RunConfig]] = {}
         try:
@@ -145,3 +148,17 @@ def run_all(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return outcomes
+
+
+def _start_worker() -> None:
+    """One core a worker, and none outlives the process that it works for, however that ends."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
