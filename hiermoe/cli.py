@@ -92,8 +92,11 @@ def _reproduce() -> None:
     parser = argparse.ArgumentParser(prog="hiermoe reproduce", description="All sweeps of the paper, then the report.")
     parser.add_argument("--sweeps", nargs="+", metavar="NAME", help=f"only these of: {', '.join(sweep_names())}")
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core)")
+    parser.add_argument(
+        "--wandb", choices=("offline", "online", "disabled"), default="offline", help="mirror of verdicts"
+    )
     arguments = parser.parse_args()
-    reproduce(arguments.sweeps, arguments.workers)
+    reproduce(arguments.sweeps, arguments.workers, arguments.wandb)
 
 
 def _report() -> None:

@@ -9,17 +9,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hiermoe.analysis.report import write_report
 from hiermoe.analysis.verdicts import verdict_summary
+from hiermoe.harness.config import WandbMode
 from hiermoe.harness.run import Outcome
 from hiermoe.harness.sweep import Cell, expand, run_all, sweep_names
+from hiermoe.harness.tracking import mirror_table
 from hiermoe.records.store import RunStore
 
 
-def reproduce(sweeps: Iterable[str] | None = None, workers: int | None = None) -> None:
+def reproduce(
+    sweeps: Iterable[str] | None = None, workers: int | None = None, wandb_mode: WandbMode = "offline"
+) -> None:
     """Run what has no record yet, write the report, and print the verdicts.
 
     Args:
         sweeps: names; None for all. The report covers all of them, with what records there are.
         workers: processes; None for one a core.
+        wandb_mode: how the verdicts are mirrored in W&B, if any run is new.
 
     Raises:
         ValueError: an unknown sweep, or runs that failed; the report is written before that.
@@ -43,6 +48,9 @@ def reproduce(sweeps: Iterable[str] | None = None, workers: int | None = None) -
         console.print(f"[red]failed[/red] {outcome.run_id}: {outcome.reason}")
     with console.status("drawing figures and writing the report"):
         report, verdicts = write_report(cells)
+    if new:
+        with console.status(f"mirroring verdicts in W&B ({wandb_mode})"):
+            mirror_table("verdicts", verdicts, wandb_mode)
     console.print(verdict_summary(verdicts))
     console.print(f"report: [bold]{report}[/bold] ({time.perf_counter() - started:.0f} s in all)")
     if failed:

@@ -49,10 +49,13 @@ class BackendConfig(_Strict):
     name: Literal["simulated", "synthetic_timings"]
 
 
+WandbMode = Literal["offline", "online", "disabled"]
+
+
 class WandbConfig(_Strict):
     """Weights & Biases mirrors records; nothing reads it."""
 
-    mode: Literal["offline", "online", "disabled"]
+    mode: WandbMode
     project: str
 
 

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from hiermoe.harness.config import RunConfig
+from hiermoe.harness.config import RunConfig, WandbMode
 from hiermoe.records.project import PROJECT_ROOT
 
 
@@ -26,13 +26,13 @@ def mirror_run(config: RunConfig, records: pd.DataFrame) -> None:
     run.finish()
 
 
-def mirror_table(name: str, table: pd.DataFrame, mode: str, project: str) -> None:
+def mirror_table(name: str, table: pd.DataFrame, mode: WandbMode) -> None:
     """Log a table, e.g. the verdicts, as a run of its own."""
     if mode == "disabled":
         return
     import wandb
 
     settings = wandb.Settings(silent=True)
-    run = wandb.init(project=project, mode=mode, dir=PROJECT_ROOT, name=name, settings=settings)  # type: ignore[arg-type]
+    run = wandb.init(project="hiermoe", mode=mode, dir=PROJECT_ROOT, name=name, settings=settings)
     run.log({name: wandb.Table(dataframe=table.astype(str))})
     run.finish()
