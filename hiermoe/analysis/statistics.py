@@ -1,11 +1,12 @@
 """Ratios over iterations with their intervals.
 
 Two systems are compared over the same iterations of the same routing, so iterations are drawn as pairs. Neighbouring
-iterations of a training run are alike (routers drift, a swap stays), so whole blocks of neighbours are drawn: a
-moving-block bootstrap with blocks of about the cube root of n, the growth rate that is best for a variance (Hall,
-Horowitz, Jing 1995). scipy.stats.bootstrap draws single observations, which would make the intervals too narrow here.
-What an interval covers is the spread over iterations of one run; it says nothing about other trainings, models or
-clusters.
+iterations of a training run are alike (routers drift, a swap stays), so whole blocks of neighbours are drawn, of about
+the cube root of n iterations, the growth rate that is best for a variance (Hall, Horowitz, Jing 1995). Blocks wrap
+around the end (circular block bootstrap: Politis, Romano 1992), else the first and last iterations would be drawn less
+often than others and a trend would shift the interval. scipy.stats.bootstrap draws single observations, which would
+make the intervals too narrow here. What an interval covers is the spread over iterations of one run; it says nothing
+about other trainings, models or clusters.
 """
 
 from collections.abc import Callable
@@ -67,9 +68,8 @@ def bootstrap(statistic: Statistic, *series: np.ndarray) -> Estimate:
 def block_indices(n: int) -> np.ndarray:
     """Iterations of every resample, int64 [RESAMPLES, n]: blocks of neighbours, seeded, the same for every series."""
     length = max(1, round(n ** (1 / 3)))
-    blocks = -(-n // length)
-    starts = np.random.default_rng(0).integers(0, n - length + 1, (RESAMPLES, blocks))
-    return (starts[:, :, None] + np.arange(length)).reshape(RESAMPLES, -1)[:, :n]
+    starts = np.random.default_rng(0).integers(0, n, (RESAMPLES, -(-n // length)))
+    return ((starts[:, :, None] + np.arange(length)) % n).reshape(RESAMPLES, -1)[:, :n]
 
 
 def ratio_of_sums(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pandas as pd
+from rich.box import SIMPLE
 from rich.table import Table
 
 from hiermoe.analysis.cases import Case, cases
@@ -172,17 +173,17 @@ def _rows(judged: Sequence[Judged]) -> Iterator[dict[str, object]]:
 
 
 def verdict_summary(verdicts: pd.DataFrame) -> Table:
-    """Verdicts by source and routing, for the terminal.
+    """How many claims got which verdict, one column per source and routing, for the terminal.
 
     Args:
         verdicts: as :func:`to_frame` makes them.
     """
-    table = Table(title="Verdicts on the published numbers", title_justify="left")
-    for name in ("source", "routing"):
-        table.add_column(name)
+    table = Table(title="Verdicts on the published numbers", title_justify="left", box=SIMPLE)
+    table.add_column("")
+    counts = []
+    for (source, routing), group in verdicts.groupby(["source", "routing"], sort=False):
+        table.add_column(f"{source}\n{str(routing).replace('_', '-')}", justify="right")
+        counts.append(Counter(group["verdict"]))
     for verdict in VERDICTS:
-        table.add_column(verdict, justify="right", style=STYLES[verdict])
-    for keys, group in verdicts.groupby(["source", "routing"], sort=False):
-        counts = Counter(group["verdict"])
-        table.add_row(*map(str, keys), *(str(counts[verdict]) for verdict in VERDICTS))  # type: ignore[arg-type]
+        table.add_row(verdict, *(str(count[verdict]) for count in counts), style=STYLES[verdict])
     return table

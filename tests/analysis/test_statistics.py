@@ -52,7 +52,12 @@ def test_resamples_are_made_of_whole_blocks() -> None:
     indices = block_indices(27)
     assert indices.shape == (RESAMPLES, 27)
     assert indices.min() == 0 and indices.max() == 26
-    assert (np.diff(indices.reshape(RESAMPLES, 9, 3), axis=-1) == 1).all()
+    assert (np.diff(indices.reshape(RESAMPLES, 9, 3), axis=-1) % 27 == 1).all()
+
+
+def test_every_iteration_is_drawn_alike_so_a_trend_does_not_shift_the_interval() -> None:
+    drawn = np.bincount(block_indices(16).ravel())
+    assert drawn.min() > 0.9 * drawn.mean()
 
 
 def test_blocks_widen_the_interval_of_drifting_series() -> None:

@@ -86,7 +86,7 @@ def words(table: pd.DataFrame) -> Words:
     lead = headline(table)
     text = []
     reached = {}
-    for routing in style.ordered(table["routing"]):
+    for routing in dict.fromkeys([lead, "uniform"]):
         rows = table[(table["routing"] == routing) & (table["system"] == "hiermoe")].drop_duplicates(
             ["model", "migration"]
         )

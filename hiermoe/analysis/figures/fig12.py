@@ -17,12 +17,22 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
     """One row per system, routing and iteration."""
     parts = [
         results.rows(run, "step", measured_only=False)[
-            ["source", "system", "model", "routing", "iteration", "measured", "dimension", "predicted_ms"]
+            [
+                "source",
+                "system",
+                "model",
+                "routing",
+                "iteration",
+                "routing_iteration",
+                "measured",
+                "dimension",
+                "predicted_ms",
+            ]
         ].assign(label=run.config.system.label)
         for run in results.find("fig12", status="ok")
     ]
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-    return complete(table, {"megatron", "hiermoe"}, ["routing"])
+    return complete(table, {"megatron", "hd_moe", "hiermoe"}, ["routing"])
 
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
@@ -74,6 +84,18 @@ def words(table: pd.DataFrame) -> Words:
         text.append(
             f"HierMoE goes from {early:.1f} ms in its first four iterations to {late:.1f} ms in the measured ones."
         )
+    first = table[(table["routing"] == lead) & (table["system"] == "megatron") & ~table["measured"]]
+    passes = len(first) / first["routing_iteration"].nunique()
+    if passes > 1:
+        text.append(
+            f"Before the measured window the run passes {passes:.1f} times through the first half of the recorded "
+            "iterations; the second half is seen once, when it counts."
+        )
+    alone = at(lead, "hd_moe") <= at(lead, "hiermoe")
+    text.append(
+        f"HD-MoE, which never moves an expert, is {'steadier still' if alone else 'less steady'}: the steadiness comes "
+        f"from {'deduplication' if alone else 'both deduplication and swaps'}."
+    )
     steadier = at(lead, "hiermoe") < at(lead, "megatron")
     return Words(
         f"HierMoE is {'steadier' if steadier else 'not steadier'} than Megatron-LM on {lead} routing (coefficient of "

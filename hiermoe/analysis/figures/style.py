@@ -94,7 +94,9 @@ def grid(title: str, rows: int, columns: int, size: tuple[float, float], **axes:
     with mpl.rc_context(SETTINGS):
         figure = Figure(figsize=size, layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False, **axes)  # type: ignore[arg-type]
-        wrapped = textwrap.fill(title, int(size[0] * 8.2))
+        longest = int(size[0] * 8.2)
+        lines = -(-len(title) // longest)
+        wrapped = textwrap.fill(title, longest if lines == 1 else min(longest, len(title) // lines + 8))
         figure.suptitle(wrapped, x=0.01, ha="left", fontsize=13.5, fontweight="bold")
     return figure, list(panels.flat)
 

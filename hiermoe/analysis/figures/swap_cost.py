@@ -12,7 +12,7 @@ from hiermoe.analysis.end_to_end import PUBLISHED_SHARES, migration_prices, migr
 from hiermoe.analysis.figures import style
 from hiermoe.analysis.figures.spec import FigureSpec, Words
 from hiermoe.analysis.figures.tables import complete, counterpart, published
-from hiermoe.analysis.figures.words import headline
+from hiermoe.analysis.figures.words import headline, span
 from hiermoe.analysis.frames import Results
 
 FIXED = {  # the same dispatch with experts fixed
@@ -43,7 +43,8 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
                     "source": run.source, "system": run.system, "label": run.config.system.label,
                     "model": run.config.model.name, "routing": run.routing, "state": price.state, "rate": price.rate,
                     "cost_ms_per_step": price.of(steps).mean(), "gain_ms_per_step": gain,
-                    "moved_experts_per_step": steps["moved_experts"].mean(), "share_low": low, "share_high": high,
+                    "moved_experts_per_step": steps["moved_experts"].mean(),
+                    "modelled_gain_ms_per_swap": steps["modelled_gain_ms"].mean(), "share_low": low, "share_high": high,
                     "published_share": limit, "n": len(steps),
                 }
             )  # fmt: skip
@@ -115,33 +116,55 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
 
 def words(table: pd.DataFrame) -> Words:
     """Cost against gain of HierMoE, gated or not, and the share of a step."""
-    lead = headline(table)
     text = []
-    for (model, routing, label), rows in table[table["system"].isin(["hiermoe", "hiermoe_gated"])].groupby(
-        ["model", "routing", "label"], sort=False
-    ):
-        costs = {f"{r.state} at the {r.rate}": r.cost_ms_per_step for r in rows.itertuples()}
-        text.append(
-            f"{style.MODELS[str(model)]}, {routing} routing, {label}: {rows['moved_experts_per_step'].iloc[0]:.2f} "
-            "experts move per step; that costs "
-            + ", ".join(f"{cost:.2g} ms ({name})" for name, cost in costs.items())
-            + f", and saves {rows['gain_ms_per_step'].iloc[0]:.2g} ms per step and layer."
+    for model, rows in table.groupby("model", sort=False):
+        main = rows[(rows["system"] == "hiermoe") & (rows["routing"] == headline(rows))]
+        gain, moved = main["gain_ms_per_step"].iloc[0], main["moved_experts_per_step"].iloc[0]
+        costs = " and ".join(
+            f"{span(part['cost_ms_per_step'], 1)} ms for {state}" for state, part in main.groupby("state", sort=False)
         )
-    main = table[(table["system"] == "hiermoe") & (table["routing"] == lead)]
-    full, weights = (main[main["state"] == state] for state in ("full state", "weights"))
+        text.append(
+            f"{style.MODELS[str(model)]}, {main['routing'].iloc[0]} routing, per step and layer: HierMoE moves "
+            f"{moved:.2f} experts, which costs {costs} depending on the rate, and {_saves(gain)} of AlltoAll "
+            f"time{_beside(rows)}{_gated(rows)}. On the step that it was chosen from, a swap saved "
+            f"{main['modelled_gain_ms_per_swap'].iloc[0]:.2f} ms by the model."
+        )
+    main = table[(table["system"] == "hiermoe") & (table["routing"] == headline(table))]
+    shares = {state: part[["share_low", "share_high"]] for state, part in main.groupby("state")}
 
-    def percent(rows: pd.DataFrame) -> str:
-        return f"{rows['share_low'].min():.1%} to {rows['share_high'].max():.1%}"
+    def percent(state: str) -> str:
+        return f"{shares[state]['share_low'].min():.1%} to {shares[state]['share_high'].max():.1%}"
 
     return Words(
-        f"HierMoE's swaps on {lead} routing: full state takes {percent(full)} of a step, weights alone "
-        f"{percent(weights)} (published: about 1 %)",
+        f"HierMoE's swaps on {headline(table)} routing: full state takes {percent('full state')} of a step, weights "
+        f"alone {percent('weights')} (published: about 1 %)",
         "Mean per measured step of one layer. Top: modelled cost of migration, and the AlltoAll time saved against "
         "the same dispatch with experts fixed. Bottom: share of the step for AlltoAll shares from 30 to 60 % of "
-        f"Megatron-LM's step (line), since the paper gives no step time. n = {table['n'].iloc[0]} measured iterations. "
-        "Simulated times.",
+        f"Megatron-LM's step (line), since the paper gives no step time. n = {span(table['n'], 0)} measured "
+        "iterations. Simulated times.",
         tuple(text),
     )
+
+
+def _saves(gain_ms: float) -> str:
+    return f"{'saves' if gain_ms >= 0 else 'loses'} {abs(gain_ms):.2f} ms"
+
+
+def _beside(rows: pd.DataFrame) -> str:
+    """What HierMoE's swaps do on uniform routing, where that is not what the sentence is about."""
+    uniform = rows[(rows["system"] == "hiermoe") & (rows["routing"] == "uniform")]
+    if uniform.empty or headline(rows) == "uniform":
+        return ""
+    return f" (on uniform routing it {_saves(uniform['gain_ms_per_step'].iloc[0])})"
+
+
+def _gated(rows: pd.DataFrame) -> str:
+    """What the gated variant moves and saves."""
+    gated = rows[(rows["system"] == "hiermoe_gated") & (rows["routing"] == headline(rows))]
+    if gated.empty:
+        return ""
+    first = gated.iloc[0]
+    return f"; gated, it moves {first['moved_experts_per_step']:.2f} and {_saves(first['gain_ms_per_step'])}"
 
 
 FIGURE = FigureSpec("swap_cost", "Sec. V-E: cost of a swap", "swap_cost", table, draw, words)

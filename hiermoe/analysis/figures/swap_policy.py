@@ -1,6 +1,7 @@
 """Sec. V-E: HierMoE over HD-MoE by maximum function, gamma and update interval."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -10,7 +11,7 @@ from hiermoe.analysis.figures import style
 from hiermoe.analysis.figures.spec import FigureSpec, Words
 from hiermoe.analysis.figures.tables import published, speedups
 from hiermoe.analysis.figures.words import counted, headline, span
-from hiermoe.analysis.frames import Results
+from hiermoe.analysis.frames import Results, Run
 
 PANELS = {
     "max_function": "maximum in Q",
@@ -26,7 +27,7 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
     """One row per setting and routing."""
     parts = []
     for sweep, column in COLUMNS.items():
-        rows = speedups(results, sweep, "hd_moe")
+        rows = speedups(results, sweep, "hd_moe", partial(_updates, results))
         if rows.empty:
             continue
         setting = [f"{value:g}" if isinstance(value, float) else str(value) for value in rows[column]]
@@ -37,6 +38,12 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
         low, high = zip(*known, strict=True)
         parts.append(rows.assign(varied=sweep, setting=setting, published_low=low, published_high=high))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def _updates(results: Results, run: Run, fixed: Run) -> dict[str, float]:
+    """Updates that had moved experts when measuring began."""
+    steps = results.rows(run, "step", measured_only=False)
+    return {"updates_before": float((steps.loc[~steps["measured"], "moved_experts"] > 0).sum())}
 
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
@@ -73,6 +80,13 @@ def words(table: pd.DataFrame) -> Words:
             f"{PANELS[str(sweep)]} {span(part['value'], 3)}" for sweep, part in rows.groupby("varied", sort=False)
         )
         text.append(f"On {routing} routing: {parts}.")
+    intervals = table[(table["varied"] == "frequency") & (table["routing"] == lead)]
+    if len(intervals):
+        done = ", ".join(f"{row.updates_before:.0f} at every {row.setting}" for row in intervals.itertuples())
+        text.append(
+            f"Updates that had moved experts when measuring began, {lead} routing: {done}. Each swaps one pair, so "
+            "rarer updates have come less far; the paper does not say how long its runs were."
+        )
     if "uniform" in set(table["routing"]):
         text.append(
             "Uniform routing has no structure that lasts from one step to the next: a swap chosen on one step's noise "

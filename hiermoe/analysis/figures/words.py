@@ -19,19 +19,19 @@ def span(values: pd.Series | list[float], digits: int = 2) -> str:
 
 
 def per_routing(table: pd.DataFrame, column: str = "value", digits: int = 2) -> str:
-    """``1.93 on recorded, 1.62 on uniform routing``."""
+    """``1.93 (recorded), 1.62 (uniform)``."""
     parts = [
-        f"{span(table.loc[table['routing'] == routing, column], digits)} on {name}"
+        f"{span(table.loc[table['routing'] == routing, column], digits)} ({name})"
         for routing, name in ROUTING_WORDS.items()
         if (table["routing"] == routing).any()
     ]
-    return ", ".join(parts) + " routing"
+    return ", ".join(parts)
 
 
 def counted(table: pd.DataFrame) -> str:
     """n and what an interval is, for captions."""
     return (
-        f"n = {span(table['n'], 0)} measured iterations of one run; bars: 95 % interval over iterations (moving-block "
+        f"n = {span(table['n'], 0)} measured iterations of one run; bars: 95 % interval over iterations (block "
         "bootstrap, paired where systems are compared; often narrower than the mark). Simulated times."
     )
 
