@@ -93,7 +93,8 @@ def write_reference(folder: Path = REPORTS / "reference", report: Path = REPORTS
     for image in sorted((report / "figures").glob("*.png")):
         with Image.open(image) as full:
             size = (REFERENCE_WIDTH, round(full.height * REFERENCE_WIDTH / full.width))
-            small = full.convert("RGB").resize(size, Image.Resampling.LANCZOS).quantize(64)
+            small = full.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+            small = small.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
             small.save(folder / "figures" / image.name, optimize=True)
     return folder
 

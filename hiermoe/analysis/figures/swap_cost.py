@@ -1,5 +1,6 @@
 """Sec. V-E: what moving experts costs beside what it saves."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -126,8 +127,7 @@ def words(table: pd.DataFrame) -> Words:
         text.append(
             f"{style.MODELS[str(model)]}, {main['routing'].iloc[0]} routing, per step and layer: HierMoE moves "
             f"{moved:.2f} experts, which costs {costs} depending on the rate, and {_saves(gain)} of AlltoAll "
-            f"time{_beside(rows)}{_gated(rows)}. On the step that it was chosen from, a swap saved "
-            f"{main['modelled_gain_ms_per_swap'].iloc[0]:.2f} ms by the model."
+            f"time{_beside(rows)}{_gated(rows)}.{_promised(main)}"
         )
     main = table[(table["system"] == "hiermoe") & (table["routing"] == headline(table))]
     shares = {state: part[["share_low", "share_high"]] for state, part in main.groupby("state")}
@@ -156,6 +156,12 @@ def _beside(rows: pd.DataFrame) -> str:
     if uniform.empty or headline(rows) == "uniform":
         return ""
     return f" (on uniform routing it {_saves(uniform['gain_ms_per_step'].iloc[0])})"
+
+
+def _promised(main: pd.DataFrame) -> str:
+    """What Q saw in a swap, on the step that it was chosen from."""
+    gain_ms = main["modelled_gain_ms_per_swap"].iloc[0]
+    return "" if math.isnan(gain_ms) else f" On the step that it was chosen from, a swap saved {gain_ms:.2f} ms."
 
 
 def _gated(rows: pd.DataFrame) -> str:
