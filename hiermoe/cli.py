@@ -103,4 +103,4 @@ def _report() -> None:
     from hiermoe.analysis.report import write_report
 
     argparse.ArgumentParser(prog="hiermoe report", description="The report from the records there are.").parse_args()
-    print(write_report())
+    print(write_report()[0])

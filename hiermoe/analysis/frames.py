@@ -10,7 +10,6 @@ import yaml
 
 from hiermoe.harness.config import RunConfig
 from hiermoe.harness.sweep import Cell
-from hiermoe.records.project import PROJECT_ROOT
 from hiermoe.records.store import RunStore
 
 # What runs of each backend write as their source: needed only for runs that have no record yet.
@@ -172,8 +171,7 @@ def _run(cell: Cell, run_id: str, frame: pd.DataFrame | None) -> Run:
             run_id, cell.config, swept, source, "missing", f"no record of {run_id}; `hiermoe reproduce` makes it"
         )
     first = frame.iloc[0]
-    reason = first["reason"].replace(f"{PROJECT_ROOT}/", "")
-    return Run(run_id, cell.config, swept, first["source"], first["status"], reason)
+    return Run(run_id, cell.config, swept, first["source"], first["status"], first["reason"])
 
 
 def _swept(override: str) -> tuple[str, Any]:

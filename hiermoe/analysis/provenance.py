@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from hiermoe.analysis.frames import Results
-from hiermoe.records.project import PROJECT_ROOT
+from hiermoe.records.project import to_root
 from hiermoe.routing.trace import TraceMetadata, recorded_path
 
 
@@ -38,7 +38,7 @@ def trace_facts(results: Results) -> list[TraceFacts]:
             if asked.get(path) is None:
                 plain = run.status == "ok" and run.system == "megatron" and not {"topk", "experiment"} & set(run.swept)
                 asked[path] = _imbalance(results.rows(run, "step")) if plain else None
-    return [TraceFacts(_below_root(path), _metadata(path), imbalance) for path, imbalance in asked.items()]
+    return [TraceFacts(to_root(path), _metadata(path), imbalance) for path, imbalance in asked.items()]
 
 
 def _imbalance(steps: pd.DataFrame) -> float:
@@ -51,10 +51,6 @@ def _metadata(path: Path) -> TraceMetadata | None:
         return None
     with zipfile.ZipFile(path) as archive:
         return TraceMetadata(**json.loads(archive.read("metadata.json"))["metadata"])
-
-
-def _below_root(path: Path) -> str:
-    return path.relative_to(PROJECT_ROOT).as_posix() if path.is_relative_to(PROJECT_ROOT) else path.name
 
 
 def run_provenance(results: Results) -> list[dict[str, Any]]:

@@ -129,9 +129,9 @@ def train_tokenizer(documents: list[str], vocabulary: int) -> Tokenizer:
         ValueError: The documents hold too few different words for so many tokens.
     """
     tokenizer = Tokenizer(models.BPE())
-    # Words are whole lines, so that tokens may span words and signs ("self.", "):"). Split at every sign, as is usual, a
-    # few signs make up a twentieth of source text each; most of one token's occurrences choose the same experts, and
-    # no router balances that over a step.
+    # Words are whole lines, so that tokens may span words and signs ("self.", "):"). Split at every sign, as is usual,
+    # some signs are a twentieth of source text each; most of one token's occurrences choose the same experts, and no
+    # router balances that over a step.
     lines = pre_tokenizers.Split("\n", "merged_with_next")
     in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, in_bytes])  # type: ignore[assignment]

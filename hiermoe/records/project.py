@@ -13,3 +13,8 @@ PUBLISHED = PROJECT_ROOT / "results" / "published.csv"
 def from_root(path: str | Path) -> Path:
     """A path as given if absolute, else below the project's root, wherever the command was started."""
     return PROJECT_ROOT / path
+
+
+def to_root(path: Path) -> str:
+    """The other way round: below the project's root as a path from there, elsewhere as it is."""
+    return str(path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path)

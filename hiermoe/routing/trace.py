@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from hiermoe.records.project import from_root
+from hiermoe.records.project import from_root, to_root
 from hiermoe.records.status import NotApplicable
 from hiermoe.routing.step import RoutingRequest, RoutingStep, make_step
 
@@ -249,7 +249,7 @@ def open_recorded(request: RoutingRequest, path: str, layer: int = 0) -> Recorde
     """
     file = recorded_path(path, request)
     if not file.exists():
-        raise NotApplicable(f"no trace was recorded at {file}; `make traces` records more")
+        raise NotApplicable(f"no trace was recorded at {to_root(file)}; `make traces` records more")
     trace = RoutingTrace.load(file)
     if trace.metadata.num_experts != request.num_experts:
         raise ValueError(
