@@ -25,6 +25,9 @@ reproduce: setup ## all of the paper's figures and tables, and the verdicts: rep
 report: setup ## the report alone, from the records there are
 	@$(BIN)/hiermoe report
 
+reference: reproduce ## the small copy of the report that is committed: reports/reference
+	@$(BIN)/hiermoe report --reference
+
 # What the shipped traces are too short for: Table IV's other E, and longer traces of every MoE layer.
 TRACES := $(addprefix results/traces/,qwen3_30b_a3b_e64.trace qwen3_30b_a3b_e256.trace large/qwen3_30b_a3b_e128.trace large/deepseek_v3_e256.trace)
 

@@ -100,7 +100,11 @@ def _reproduce() -> None:
 
 
 def _report() -> None:
-    from hiermoe.analysis.report import write_report
+    from hiermoe.analysis.report import write_reference, write_report
 
-    argparse.ArgumentParser(prog="hiermoe report", description="The report from the records there are.").parse_args()
+    parser = argparse.ArgumentParser(prog="hiermoe report", description="The report from the records there are.")
+    parser.add_argument("--reference", action="store_true", help="also the small copy that is committed")
+    arguments = parser.parse_args()
     print(write_report()[0])
+    if arguments.reference:
+        print(write_reference())
