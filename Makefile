@@ -45,10 +45,10 @@ results/traces/large/deepseek_v3_e256.trace:
 	@$(BIN)/hiermoe record model=deepseek_v3_narrow record_steps=512 output=$@
 
 test: setup ## tests, at most 15 minutes on two cores
-	@$(BIN)/pytest -m 'not slow' -q
+	@$(BIN)/pytest -m 'not slow' --ignore=tests/benchmarks -q
 
 test-slow: setup ## the slower checks
-	@$(BIN)/pytest -m slow -q
+	@$(BIN)/pytest -m slow --ignore=tests/benchmarks -q
 
 bench: setup ## planner speed, as ratios against references in the same run
 	@$(BIN)/pytest tests/benchmarks --benchmark-only -q

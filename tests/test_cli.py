@@ -6,6 +6,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from hiermoe.cli import main
+from hiermoe.harness.sweep import expand
 from hiermoe.records.store import RunStore
 
 SMALL = ["routing=uniform", "iterations=4", "tokens_per_rank=64", "wandb.mode=disabled"]
@@ -69,3 +70,11 @@ def test_help_says_what_each_command_is_for(hiermoe) -> None:
     assert code == 0
     for command in ("run", "record", "reproduce", "report"):
         assert f"hiermoe {command}" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sweep", ["fig12", "fig9", "table2"])
+def test_multirun_of_a_sweep_makes_the_runs_that_reproduce_makes(sweep: str, hiermoe, store: RunStore) -> None:
+    code, _, _ = hiermoe("run", "-m", f"+sweeps={sweep}", "wandb.mode=disabled")
+    assert code == 0
+    assert {path.name for path in store.folder.iterdir()} == {cell.config.run_id for cell in expand(sweep)}

@@ -51,7 +51,7 @@ def test_trace_says_how_it_was_made(softmax_trace: RoutingTrace) -> None:
     assert metadata.layers == [1, 2]
     assert metadata.how_made == "hiermoe record tiny"
     assert metadata.router == "softmax, global_aux_loss 0.5"
-    assert "tokens of a byte-level BPE of 512" in metadata.corpus
+    assert "tokens of a byte-level BPE over whole lines, vocabulary 512" in metadata.corpus
     assert metadata.versions.keys() == {"python", "hiermoe", "torch", "megatron-core", "tokenizers"}
 
 
