@@ -33,7 +33,8 @@ def main(cfg: DictConfig) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{place}: {message}" if place else message) from None
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     record(config, command=shlex.join(["hiermoe", "record", *overrides]))
 
