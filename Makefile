@@ -36,7 +36,7 @@ traces: setup ## record what is not shipped: other E, longer traces of all layer
 	@$(MAKE) --no-print-directory $(TRACES)
 
 results/traces/qwen3_30b_a3b_e%.trace:
-	@$(BIN)/hiermoe record model=qwen3_30b_a3b_narrow model.num_experts=$* layers=[1] output=$@
+	@$(BIN)/hiermoe record model=qwen3_30b_a3b_narrow model.num_experts=$* train_steps=120 layers=[1] output=$@
 
 results/traces/large/qwen3_30b_a3b_e128.trace:
 	@$(BIN)/hiermoe record model=qwen3_30b_a3b_narrow record_steps=512 output=$@
@@ -62,5 +62,6 @@ format: setup ## ruff's formatter and fixes
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-clean: ## remove runs, reports and caches (not the virtual environment)
-	rm -rf results/runs reports/report.html reports/report.md reports/verdicts.csv reports/figures .cache .pytest_cache .ruff_cache
+clean: ## remove runs, reports and caches (not recordings, not the virtual environment)
+	rm -rf results/runs reports/report.html reports/report.md reports/verdicts.csv reports/figures wandb
+	rm -rf .cache/sweeps .cache/hydra .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -14,7 +14,9 @@ NUMBER_SOURCES = (
     "hiermoe/routing/*.py",
     "hiermoe/topology/*.py",
     "hiermoe/planner/*.py",
+    "hiermoe/megatron/model_config.py",
     "hiermoe/backends/*.py",
+    "hiermoe/harness/config.py",
     "baselines/*.py",
 )
 

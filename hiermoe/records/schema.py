@@ -33,7 +33,7 @@ RECORDS = pa.DataFrameSchema(
         "tokens_per_rank": pa.Column(int),
         "iteration": pa.Column(int),  # of the run; -1 in phase "run"
         "routing_iteration": pa.Column(int),  # of the routing source
-        "measured": pa.Column(bool),  # counts for results: last half of the run, tokens that no decision has seen
+        "measured": pa.Column(bool),  # counts for results: at most the last half, tokens that no decision has seen
         "layer": pa.Column(int),
         "phase": pa.Column(str, pa.Check.isin(PHASES)),
         "stage": pa.Column(str),  # "1:inter1"; phase "routing": the level's name; else "all"

@@ -103,7 +103,7 @@ def test_other_shapes_compose(overrides: list[str]) -> None:
         (["num_recorded=7"], "num_recorded=7 is outside 8..128"),
         (["model=deepseek_v3_narrow", "num_recorded=129"], "num_recorded=129 is outside 8..128"),
         (["model=deepseek_v3_narrow", "layers=[1]"], "layers=[1] have no experts; MoE layers are [2, 3]"),
-        (["model.topk=129"], "model: Value error, topk=129 exceeds num_experts=128"),
+        (["model.topk=129"], "model: topk=129 exceeds num_experts=128"),
         (["record_steps=0"], "record_steps: Input should be greater than 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

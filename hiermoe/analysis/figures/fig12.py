@@ -98,8 +98,8 @@ def words(table: pd.DataFrame) -> Words:
     )
     steadier = at(lead, "hiermoe") < at(lead, "megatron")
     return Words(
-        f"HierMoE is {'steadier' if steadier else 'not steadier'} than Megatron-LM on {lead} routing (coefficient of "
-        f"variation {at(lead, 'hiermoe'):.1%} against {at(lead, 'megatron'):.1%})",
+        f"In {counted['size'].iloc[0]} iterations of {lead} routing HierMoE varies {'less' if steadier else 'more'} "
+        f"than Megatron-LM (coefficient of variation {at(lead, 'hiermoe'):.1%} against {at(lead, 'megatron'):.1%})",
         f"{style.MODELS[table['model'].iloc[0]]}, one MoE layer. Shaded: the n = {counted['size'].iloc[0]} iterations "
         "that results count. The paper prints a curve without numbers. Simulated times.",
         tuple(text),

@@ -69,8 +69,8 @@ def words(table: pd.DataFrame) -> Words:
     return Words(
         f"Table IV on {lead} routing: our speed-ups are {span(leading)} times the published ones, median "
         f"{leading.median():.2f}",
-        "* G = 16: two constants are derived from the four-node ones (reading 3). Ratio of AlltoAll times summed over "
-        f"the measured iterations. {counted(table)}",
+        "G = 16 (starred): two constants are derived from the four-node ones (reading 3). Ratio of AlltoAll times "
+        f"summed over the measured iterations. {counted(table)}",
         tuple(text),
     )
 
