@@ -9,11 +9,10 @@ import pandas as pd
 import yaml
 
 from hiermoe.harness.config import RunConfig
+from hiermoe.harness.run import SOURCE_OF_BACKEND
 from hiermoe.harness.sweep import Cell
 from hiermoe.records.store import RunStore
 
-# What runs of each backend write as their source: needed only for runs that have no record yet.
-SOURCE_OF_BACKEND = {"simulated": "simulated", "synthetic_timings": "simulated"}
 NO_ROUTING = "none"  # the routing column of what no routing enters
 
 

@@ -13,6 +13,8 @@ from hiermoe.records.provenance import collect
 from hiermoe.records.status import NotApplicable, Status
 from hiermoe.records.store import RunStore
 
+SOURCE_OF_BACKEND = {"simulated": "simulated", "synthetic_timings": "simulated"}  # what a record says of its numbers
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -59,7 +61,7 @@ def execute(config: RunConfig, store: RunStore, progress: Callable[[int], None] 
         status, reason, rows = "failed", str(error), _single_row()
     keys = {
         "run_id": run_id,
-        "source": "simulated",
+        "source": SOURCE_OF_BACKEND[config.backend.name],
         "system": config.system.name,
         "model": config.model.name,
         "cluster": config.cluster.name,

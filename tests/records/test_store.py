@@ -79,6 +79,22 @@ def test_full_disk_loses_no_earlier_record(tmp_path: Path, monkeypatch: pytest.M
     assert {path.name for path in store.path("r").iterdir()} == {"config.yaml", "provenance.json", "records.parquet"}
 
 
+def test_interruption_before_the_rename_leaves_the_earlier_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RunStore(tmp_path)
+    before = store.write("r", {}, {}, rows())
+
+    def interrupted(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.write("r", {}, {}, rows(predicted_ms=9.0))
+    monkeypatch.undo()
+    pd.testing.assert_frame_equal(store.read("r"), before)
+
+
 def test_run_id_follows_configuration_and_inputs_alone(tmp_path: Path) -> None:
     config = {"system": {"name": "s"}, "model": {"name": "m"}, "iterations": 4}
     trace = tmp_path / "a.trace"
