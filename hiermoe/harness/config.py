@@ -2,7 +2,6 @@
 
 import json
 from functools import lru_cache
-from importlib import import_module
 from typing import Any, Literal
 
 from hydra.core.config_search_path import ConfigSearchPath
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hiermoe.backends.workload import CachedRouting, Workload
 from hiermoe.megatron.model_config import ModelConfig
+from hiermoe.planner.system import SystemConfig, build
 from hiermoe.records.project import PROJECT_ROOT
 from hiermoe.records.run_id import run_id
 from hiermoe.routing.step import RoutingRequest, experts_per_rank
@@ -22,18 +22,6 @@ from hiermoe.topology.cluster import Cluster
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SystemConfig(_Strict):
-    """A scheme (or several to choose from) and a placement policy: one file in conf/system/.
-
-    ``schemes`` and ``policy`` name what builds them in ``_target_``; their other entries are its arguments.
-    """
-
-    name: str
-    label: str
-    schemes: dict[str, Any]
-    policy: dict[str, Any]
 
 
 class RoutingConfig(_Strict):
@@ -106,12 +94,12 @@ class RunConfig(_Strict):
             ValueError: sizes that do not fit.
         """
         experts_per_rank(self.model.num_experts, self.cluster.hierarchy.num_ranks)
-        schemes = build(self.system.schemes, hierarchy=self.cluster.hierarchy)
+        schemes = self.system.build_schemes(self.cluster.hierarchy)
         routing, layer = _open_routing(json.dumps(self.routing.source), self.request)
-        build(self.system.policy)  # bad arguments end the run here, not in its middle
+        self.system.build_policy()  # bad arguments end the run here, not in its middle
         return Workload(
             schemes=schemes,
-            new_policy=lambda: build(self.system.policy),
+            new_policy=self.system.build_policy,
             cluster=self.cluster,
             routing=routing,
             layer=layer,
@@ -120,27 +108,6 @@ class RunConfig(_Strict):
             expert_parameters=self.model.expert_parameters,
             iterations=self.iterations,
         )
-
-
-def build(spec: dict[str, Any], **context: Any) -> Any:
-    """Call what ``_target_`` names with the other entries and the context as arguments.
-
-    Raises:
-        ValueError: no such target, or arguments that it does not take.
-    """
-    arguments = dict(spec)
-    target = arguments.pop("_target_", None)
-    if target is None:
-        raise ValueError(f"{spec}: _target_ is missing")
-    module, _, name = str(target).rpartition(".")
-    try:
-        function = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"_target_={target} cannot be imported: {error}") from error
-    try:
-        return function(**arguments, **context)
-    except TypeError as error:
-        raise ValueError(f"{target}: {error}") from error
 
 
 @lru_cache(maxsize=2)  # runs come grouped by routing; two keep a model's E and K neighbours without filling memory

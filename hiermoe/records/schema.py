@@ -6,12 +6,17 @@ import pandera.pandas as pa
 SOURCES = ("simulated", "local", "emulated", "cluster")
 STATUSES = ("ok", "failed", "not_applicable")
 
-# phase "dispatch": one row per stage of the iteration's AlltoAll.
+# phase "dispatch": one row per stage of the iteration's AlltoAll. Measured runs also have "combine" and, of the backward
+#                   pass, "dispatch_backward" and "combine_backward"; one row per rank, one per stage, and one with stage
+#                   "all" for the whole call.
 # phase "routing":  one row per level of the hierarchy, what the routing asks for whatever the system.
 # phase "step":     one row per iteration, the four AlltoAlls together, and what the placement policy did after it.
+# phase "train":    one row per training step and rank.
 # phase "calibration": one row per AlltoAll, size and repeat (iteration).
 # phase "run":      one row, for a run that failed or does not apply.
-PHASES = ("dispatch", "routing", "step", "calibration", "run")
+CALLS = ("dispatch", "combine", "combine_backward", "dispatch_backward")
+PHASES = (*CALLS, "routing", "step", "train", "calibration", "run")
+DEFAULTS = {"rank": -1, "status": "ok", "reason": ""}
 
 
 def _number(nullable: bool = True, low: float | None = 0.0) -> pa.Column:
@@ -35,6 +40,7 @@ RECORDS = pa.DataFrameSchema(
         "routing_iteration": pa.Column(int),  # of the routing source
         "measured": pa.Column(bool),  # counts for results: at most the last half, tokens that no decision has seen
         "layer": pa.Column(int),
+        "rank": pa.Column(int),  # that measured; -1: all ranks together
         "phase": pa.Column(str, pa.Check.isin(PHASES)),
         "stage": pa.Column(str),  # "1:inter1"; phase "routing": the level's name; else "all"
         "dimension": _number(low=1),  # d of the scheme used
@@ -52,6 +58,16 @@ RECORDS = pa.DataFrameSchema(
         "migration_link_ms": _number(),  # of them, at the link's rate
         "migration_alltoall_ms": _number(),  # of them, at the rate that the AlltoAll reaches
         "modelled_gain_ms": _number(low=None),  # what the policy expected to save per step
+        "dispatch_ms": _number(),  # measured: the whole call
+        "wire_ms": _number(),  # of it, in collectives: count exchange and metadata included
+        "local_ms": _number(),  # of it, everything else
+        "metadata_bytes": _number(),  # which experts and which weights, sent beside the rows
+        "num_wrong": _number(),  # elements of the result that differ from the known answer
+        "peak_memory_bytes": _number(),  # of the process (CPU) or its allocations (CUDA) during the iteration
+        "loss": _number(low=None),
+        "train_step_ms": _number(),  # measured: forward, backward and optimizer
+        "alltoall_forward_ms": _number(),  # of it, in dispatch and combine
+        "alltoall_backward_ms": _number(),
         "status": pa.Column(str, pa.Check.isin(STATUSES)),
         "reason": pa.Column(str),
     },
@@ -74,7 +90,7 @@ def validate(rows: pd.DataFrame) -> pd.DataFrame:
     for name, column in RECORDS.columns.items():
         if name not in frame:
             if not column.nullable:
-                frame[name] = {"status": "ok", "reason": ""}[name]
+                frame[name] = DEFAULTS[name]
             else:
                 frame[name] = float("nan")
     return RECORDS.validate(frame[list(RECORDS.columns)])

@@ -1,10 +1,15 @@
 """A cluster: its hierarchy and what an AlltoAll costs on each part of it."""
 
+import math
+import operator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from hiermoe.records.project import CONF
 from hiermoe.topology.hierarchy import Hierarchy
 
 PeerKind = Literal["world", "inter", "intra"]
@@ -101,3 +106,43 @@ class Cluster(BaseModel):
         if constants is None:
             raise ValueError(f"cluster {self.name} has no constants for {peers}")
         return constants
+
+    def reduced(self, num_ranks: int) -> "Cluster":
+        """A smaller cluster of the same kind, for runs that place its ranks on one machine.
+
+        From the outermost level on, the number of sub-groups is halved down to two until the GPUs match; if they are
+        still too many, innermost levels go. Constants of the levels that stay are kept.
+
+        Raises:
+            ValueError: ``num_ranks`` cannot be reached so.
+        """
+        fan_outs = [level.groups // outer for level, outer in zip(self.levels, self.hierarchy.U, strict=False)]
+        for i in range(len(fan_outs)):
+            while math.prod(fan_outs) > num_ranks and fan_outs[i] > 2 and fan_outs[i] % 2 == 0:
+                fan_outs[i] //= 2
+        while math.prod(fan_outs) > num_ranks and len(fan_outs) > 1:
+            fan_outs.pop()
+        if math.prod(fan_outs) != num_ranks:
+            raise ValueError(
+                f"world_size={num_ranks}: cluster {self.name} has {self.hierarchy.num_ranks} GPUs in levels of "
+                f"{list(self.hierarchy.groups)} groups and cannot be cut down to so many; name another cluster"
+            )
+        if num_ranks == self.hierarchy.num_ranks:
+            return self
+        groups = accumulate(fan_outs, operator.mul)
+        levels = [level.model_copy(update={"groups": n}) for level, n in zip(self.levels, groups, strict=False)]
+        levels[-1] = levels[-1].model_copy(update={"name": self.levels[-1].name, "inter": None, "intra": None})
+        return self.model_copy(update={"name": f"{self.name}@{num_ranks}", "levels": tuple(levels)})
+
+    @classmethod
+    def named(cls, name: str) -> "Cluster":
+        """The cluster of conf/cluster/<name>.yaml.
+
+        Raises:
+            ValueError: there is none, or it breaks a rule.
+        """
+        path = CONF / "cluster" / f"{name}.yaml"
+        if not path.exists():
+            names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+            raise ValueError(f"cluster={name} is unknown; choose from {names}")
+        return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
