@@ -1,7 +1,7 @@
 """Exact traffic of a scheme: rows from every GPU to every other, stage by stage."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,14 +58,27 @@ def exact_traffic(scheme: DispatchScheme, counts: RoutingCounts, hierarchy: Hier
     return Traffic(torch.stack(rows), dropped, total_pairs)
 
 
+def expert_capacity(padding: Padding, counts: RoutingCounts) -> int:
+    """C, rows for every (source, expert) of a padded scheme."""
+    if padding.capacity_factor == 0:
+        return int(counts.pairs_GE.max())
+    tokens, num_experts = int(counts.tokens_G.max()), counts.pairs_GE.shape[1]
+    return counts.topk * int(padding.capacity_factor * math.ceil(tokens / num_experts))
+
+
+def pair_traffic(scheme: DispatchScheme, counts: RoutingCounts, hierarchy: Hierarchy) -> Tensor:
+    """Token-expert pairs that ride on the rows of every stage: int64 [stage, source, destination].
+
+    For stages of pairs that is their rows; for stages of tokens it is what their metadata must name.
+    """
+    pairs = tuple(replace(stage, rows="pair") for stage in scheme.stages)
+    return exact_traffic(replace(scheme, stages=pairs), counts, hierarchy).rows_SGG
+
+
 def _padded_pairs(padding: Padding, counts: RoutingCounts) -> tuple[Tensor, int]:
     """C rows for every (source, expert): int64 [G, G], and how many pairs did not fit."""
     num_ranks, num_experts = counts.pairs_GE.shape
-    if padding.capacity_factor == 0:
-        capacity = int(counts.pairs_GE.max())
-    else:
-        tokens = int(counts.tokens_G.max())
-        capacity = counts.topk * int(padding.capacity_factor * math.ceil(tokens / num_experts))
+    capacity = expert_capacity(padding, counts)
     dropped = int((counts.pairs_GE - capacity).clamp(min=0).sum())
     rows = torch.full((num_ranks, num_ranks), capacity * (num_experts // num_ranks), dtype=torch.int64)
     return rows, dropped

@@ -1,0 +1,134 @@
+"""The process groups that the stages of a scheme exchange in, and the check that ranks sit where the hierarchy says."""
+
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from hiermoe.planner.scheme import DispatchScheme
+from hiermoe.topology.cluster import Peers
+from hiermoe.topology.hierarchy import Hierarchy
+
+HOST_VARIABLE = "HIERMOE_HOST"  # the host that a rank plays where one machine stands for several
+
+
+@dataclass(frozen=True)
+class Communicator:
+    """One rank's view of the peers of a stage.
+
+    Attributes:
+        group: process group.
+        members: ranks of the expert-parallel group that exchange, ascending.
+    """
+
+    group: dist.ProcessGroup
+    members: tuple[int, ...]
+
+
+class Communicators:
+    """The communicators of one rank for every kind of peers that some schemes need."""
+
+    def __init__(
+        self,
+        ep_group: dist.ProcessGroup,
+        hierarchy: Hierarchy,
+        schemes: Iterable[DispatchScheme],
+        timeout: timedelta | None = None,
+    ) -> None:
+        """Check the ranks' hosts and make the process groups.
+
+        *Collective: every rank of every expert-parallel group must call it.*
+
+        Args:
+            ep_group: expert-parallel group; its rank g is the hierarchy's GPU g.
+            hierarchy: groups of GPUs.
+            schemes: whose stages need communicators.
+            timeout: of a collective; None for torch's default.
+
+        Raises:
+            ValueError: the group and the hierarchy differ in size, or a host name contradicts the hierarchy.
+        """
+        self.ep_group = ep_group
+        self.hierarchy = hierarchy
+        self.rank = dist.get_rank(ep_group)
+        self.size = dist.get_world_size(ep_group)
+        if self.size != hierarchy.num_ranks:
+            raise ValueError(
+                f"ep_size={self.size}, but the cluster's hierarchy has {hierarchy.num_ranks} GPUs "
+                f"({list(hierarchy.groups)} groups)"
+            )
+        hosts: list[str] = [""] * self.size
+        dist.all_gather_object(hosts, os.environ.get(HOST_VARIABLE) or socket.gethostname(), group=ep_group)
+        check_hosts(hosts, hierarchy)
+        self._timeout = timeout
+        self._by_peers = {Peers("world"): Communicator(ep_group, tuple(range(self.size)))}
+        for scheme in schemes:
+            for stage in scheme.stages:
+                if stage.peers not in self._by_peers:
+                    self._by_peers[stage.peers] = self._make(stage.peers)
+
+    def of(self, peers: Peers) -> Communicator:
+        """The communicator for these peers.
+
+        Raises:
+            KeyError: no scheme that was announced has such a stage.
+        """
+        return self._by_peers[peers]
+
+    def _make(self, peers: Peers) -> Communicator:
+        members = members_of(peers, self.rank, self.hierarchy)
+        global_ranks = [dist.get_global_rank(self.ep_group, member) for member in members]
+        if global_ranks != sorted(global_ranks):
+            raise ValueError(f"ranks {global_ranks} of the expert-parallel group are not in ascending order")
+        same = [known for known in self._by_peers.values() if known.members == members]
+        if same:
+            return same[0]
+        group = dist.new_group(global_ranks, timeout=self._timeout, use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
+        return Communicator(group, members)
+
+
+def members_of(peers: Peers, rank: int, hierarchy: Hierarchy) -> tuple[int, ...]:
+    """The GPUs that ``rank`` exchanges with in a stage, itself included, ascending."""
+    if peers.kind == "world":
+        return tuple(range(hierarchy.num_ranks))
+    lanes = hierarchy.lanes(peers.level)
+    if peers.kind == "intra":
+        first = rank // lanes * lanes
+        return tuple(range(first, first + lanes))
+    outer = hierarchy.lanes(peers.level - 1)
+    first = rank // outer * outer + rank % lanes
+    return tuple(range(first, first + outer, lanes))
+
+
+def check_hosts(hosts: Sequence[str], hierarchy: Hierarchy) -> None:
+    """Two ranks must share a host exactly where the hierarchy puts them into one node.
+
+    The level named ``node`` tells; a hierarchy without it is one node.
+
+    Args:
+        hosts: host name of every rank.
+        hierarchy: groups of GPUs.
+
+    Raises:
+        ValueError: the first rank that contradicts.
+    """
+    lanes = hierarchy.lanes(hierarchy.names.index("node") + 1) if "node" in hierarchy.names else len(hosts)
+    host_of_node: dict[int, str] = {}
+    for rank, host in enumerate(hosts):
+        node = rank // lanes
+        expected = host_of_node.setdefault(node, host)
+        if host != expected:
+            raise ValueError(
+                f"rank {rank} runs on host {host}, but the hierarchy puts it into node {node} with rank {node * lanes} "
+                f"on host {expected}: order the ranks by host, {lanes} a host"
+            )
+        other = next((n for n, h in host_of_node.items() if h == host and n != node), None)
+        if other is not None:
+            raise ValueError(
+                f"rank {rank} runs on host {host} like rank {other * lanes}, but the hierarchy has them on different "
+                f"nodes of {lanes} ranks each; where one machine plays several nodes, set {HOST_VARIABLE}"
+            )

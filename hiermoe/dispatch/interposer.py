@@ -1,0 +1,220 @@
+"""Counts and times everything that ranks send, by standing between torch.distributed and its process groups.
+
+All functions of ``torch.distributed`` end in a method of ``ProcessGroup``, whoever calls them and whatever reference to
+them a caller kept. These methods are replaced while an `Interposer` is active, so the suite's own exchange and
+Megatron's classes are counted by the same code.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Kind = Literal["payload", "metadata"]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One collective or one point-to-point message, as this rank saw it.
+
+    Attributes:
+        operation: ``all_to_all``, ``all_gather``, ``all_reduce``, ``send``, ``receive`` or another method's name.
+        members: global ranks of the group, in group order.
+        kind: ``payload``: rows of hidden states or their gradients, known by being floating and two-dimensional.
+            ``metadata``: everything else (counts, expert numbers, routing weights and their gradients).
+        sent_bytes: to every member, own share included; of an operation without a certain receiver, the same to all.
+        received_bytes: from every member, own share included.
+        wire_ms: from the call until the result is there; of an asynchronous call, until it returns.
+        phase: what was going on, as named by the caller (``dispatch``, ``combine_backward``); empty for nothing special.
+        stage: which stage of a scheme this was (``1:inter1``); empty for none.
+    """
+
+    operation: str
+    members: tuple[int, ...]
+    kind: Kind
+    sent_bytes: tuple[int, ...]
+    received_bytes: tuple[int, ...]
+    wire_ms: float
+    phase: str
+    stage: str
+
+
+# What a method of ProcessGroup is called in the versions of torch that this project supports, and how to read its call.
+_ALL_TO_ALL = ("all_to_all_single", "alltoall_base")
+_ALL_GATHER = ("all_gather_single", "_allgather_base")
+_OTHERS = {
+    "allgather": "all_gather",
+    "allreduce": "all_reduce",
+    "allreduce_coalesced": "all_reduce",
+    "alltoall": "all_to_all",
+    "broadcast": "broadcast",
+    "reduce": "reduce",
+    "reduce_scatter": "reduce_scatter",
+    "reduce_scatter_single": "reduce_scatter",
+    "_reduce_scatter_base": "reduce_scatter",
+    "gather": "gather",
+    "scatter": "scatter",
+}
+
+
+class Interposer:
+    """Records every transfer of this process while it is active.
+
+    Example:
+        >>> with Interposer() as interposer:
+        ...     dist.all_reduce(x)
+        >>> interposer.drain()[0].operation
+        'all_reduce'
+
+    On CUDA every recorded call is followed by a synchronisation, so that its time is its own.
+
+    Attributes:
+        phase: name for transfers from now on.
+    """
+
+    _active: "Interposer | None" = None
+
+    def __init__(self) -> None:
+        """Prepare; nothing is replaced before the context is entered."""
+        self.phase = ""
+        self.stage = ""
+        self._transfers: list[Transfer] = []
+        self._originals: dict[str, Callable[..., Any]] = {}
+
+    @classmethod
+    def active(cls) -> "Interposer | None":
+        """The one that is recording."""
+        return cls._active
+
+    def __enter__(self) -> Self:
+        if Interposer._active is not None:
+            raise RuntimeError("an Interposer is active already: transfers would be counted twice")
+        group = dist.ProcessGroup
+        readers: dict[str, Callable[..., Any]] = {
+            **dict.fromkeys(_ALL_TO_ALL, _read_all_to_all),
+            **dict.fromkeys(_ALL_GATHER, _read_all_gather),
+            **{name: _reader_of(label) for name, label in _OTHERS.items()},
+            "send": _read_send,
+            "recv": _read_receive,
+        }
+        present = {name: reader for name, reader in readers.items() if hasattr(group, name)}
+        if not (set(_ALL_TO_ALL) & set(present) and set(_ALL_GATHER) & set(present)):
+            raise RuntimeError(f"torch {torch.__version__} names the methods of ProcessGroup in a way not known here")
+        for name, reader in present.items():
+            self._originals[name] = getattr(group, name)
+            setattr(group, name, self._recording(self._originals[name], reader))
+        Interposer._active = self
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for name, original in self._originals.items():
+            setattr(dist.ProcessGroup, name, original)
+        self._originals = {}
+        Interposer._active = None
+
+    def drain(self) -> list[Transfer]:
+        """Hand over what was recorded since the last call, in order, and forget it."""
+        drained, self._transfers = self._transfers, []
+        return drained
+
+    def _recording(self, original: Callable[..., Any], read: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+            operation, tensor, sent, received = read(group, *args, **kwargs)
+            _synchronise(tensor)
+            started = time.perf_counter()
+            work = original(group, *args, **kwargs)
+            asynchronous = operation in ("send", "receive") or any(getattr(x, "asyncOp", False) for x in args)
+            if work is not None and not asynchronous:
+                work.wait()
+                _synchronise(tensor)
+            elapsed_ms = (time.perf_counter() - started) * 1e3
+            kind: Kind = "payload" if tensor.is_floating_point() and tensor.dim() == 2 else "metadata"
+            members = tuple(dist.get_process_group_ranks(group))
+            self._transfers.append(
+                Transfer(operation, members, kind, sent, received, elapsed_ms, self.phase, self.stage)
+            )
+            return work
+
+        return recorded
+
+
+@contextmanager
+def staged(stage: str) -> Iterator[None]:
+    """Names the stage of the transfers inside; does nothing while no `Interposer` is active."""
+    interposer = Interposer.active()
+    if interposer is None:
+        yield
+        return
+    previous, interposer.stage = interposer.stage, stage
+    try:
+        yield
+    finally:
+        interposer.stage = previous
+
+
+def _synchronise(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _split_bytes(tensor: Tensor, splits: Sequence[int], size: int) -> tuple[int, ...]:
+    if len(splits) == 0:
+        return (_num_bytes(tensor) // size,) * size
+    per_row = _num_bytes(tensor) // len(tensor) if len(tensor) else 0
+    return tuple(int(rows) * per_row for rows in splits)
+
+
+def _read_all_to_all(
+    group: dist.ProcessGroup, output: Tensor, source: Tensor, output_splits: Any, input_splits: Any, *_rest: Any
+) -> Any:
+    size = group.size()
+    return (
+        "all_to_all",
+        source,
+        _split_bytes(source, input_splits, size),
+        _split_bytes(output, output_splits, size),
+    )
+
+
+def _read_all_gather(group: dist.ProcessGroup, output: Tensor, source: Tensor, *_rest: Any) -> Any:
+    size = group.size()
+    return "all_gather", source, (_num_bytes(source),) * size, (_num_bytes(output) // size,) * size
+
+
+def _reader_of(operation: str) -> Callable[..., Any]:
+    def read(group: dist.ProcessGroup, first: Any, *_rest: Any, **_kwargs: Any) -> Any:
+        tensors = list(_tensors(first))
+        tensor = tensors[0] if tensors else torch.empty(0)
+        each = (sum(_num_bytes(x) for x in tensors),) * group.size()
+        return operation, tensor, each, each
+
+    return read
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for item in value:
+            yield from _tensors(item)
+
+
+def _read_send(group: dist.ProcessGroup, tensors: list[Tensor], peer: int, *_rest: Any) -> Any:
+    amount = [0] * group.size()
+    amount[peer] = _num_bytes(tensors[0])
+    return "send", tensors[0], tuple(amount), (0,) * group.size()
+
+
+def _read_receive(group: dist.ProcessGroup, tensors: list[Tensor], peer: int, *_rest: Any) -> Any:
+    amount = [0] * group.size()
+    amount[peer] = _num_bytes(tensors[0])
+    return "receive", tensors[0], (0,) * group.size(), tuple(amount)

@@ -1,0 +1,295 @@
+"""The plan of one layer's dispatch in one micro-batch: made once from the routing, then only replayed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hiermoe.dispatch.communicators import Communicator, Communicators
+from hiermoe.dispatch.interposer import staged
+from hiermoe.dispatch.rows import RowCopies
+from hiermoe.planner.cost import choose_scheme
+from hiermoe.planner.counts import RoutingCounts
+from hiermoe.planner.scheme import DispatchScheme, Stage
+from hiermoe.planner.traffic import Traffic, expert_capacity, pair_traffic
+from hiermoe.routing.step import experts_per_rank
+from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.hierarchy import Hierarchy
+from hiermoe.topology.placement import Placement
+
+_FIRST_OF_ROW = -(2**15)  # sign bit of an expert's number in the metadata: a new row starts here
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One exchange of one rank.
+
+    Attributes:
+        name: ``1:inter1``.
+        communicator: who exchanges.
+        copies: from the rows held before the stage to the rows sent, grouped by receiver.
+        send_rows: rows to every member.
+        receive_rows: rows from every member.
+        pair_order_P: int64 [P], token-expert pairs held before the stage in the order in which they are sent.
+        send_pairs: pairs to every member.
+        receive_pairs: pairs from every member.
+    """
+
+    name: str
+    communicator: Communicator
+    copies: RowCopies
+    send_rows: list[int]
+    receive_rows: list[int]
+    pair_order_P: Tensor
+    send_pairs: list[int]
+    receive_pairs: list[int]
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """Scheme, placement and splits of one dispatch. Combine, backward and recomputation replay it and decide nothing.
+
+    Attributes:
+        scheme: what was chosen (HDd* of the step).
+        traffic: rows of all ranks, stage by stage.
+        counts: the routing of all ranks under the placement, as numbers of tokens and pairs.
+        stages: this rank's exchanges.
+        expand: from the rows that arrived to one row per (token, local expert), by expert.
+        tokens_per_expert: int64 [E / G] on the CPU, padding included.
+        by_expert_P: int64 [P], arrived pairs in the order of the expanded rows.
+        weights_P: routing weight of every expanded row.
+        pair_index_P: int64 [P], flat index into the [T, E] weights of every pair that this rank sends; T * E for padding.
+        routing_map_TE: what was routed, to recognise a recomputation.
+    """
+
+    scheme: DispatchScheme
+    traffic: Traffic
+    counts: RoutingCounts
+    stages: tuple[StagePlan, ...]
+    expand: RowCopies
+    tokens_per_expert: Tensor
+    by_expert_P: Tensor
+    weights_P: Tensor
+    pair_index_P: Tensor
+    routing_map_TE: Tensor
+
+
+@dataclass(frozen=True)
+class DispatchContext:
+    """What all plans of a layer have in common.
+
+    Attributes:
+        schemes: candidates; the cheapest on the micro-batch's own routing is used (Algorithm 1).
+        cluster: alpha and beta.
+        communicators: of this rank.
+        topk: K of the router.
+    """
+
+    schemes: Sequence[DispatchScheme]
+    cluster: Cluster
+    communicators: Communicators
+    topk: int
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Token-expert pairs on one rank, those of a row side by side and by rising slot.
+
+    Attributes:
+        row_P: int64 [P], row of each pair among the rows that the rank holds; ``num_rows`` for padding.
+        slot_P: int64 [P], slot of its expert.
+        weight_P: [P], its routing weight.
+        num_rows: rows held.
+    """
+
+    row_P: Tensor
+    slot_P: Tensor
+    weight_P: Tensor
+    num_rows: int
+
+
+def make_plan(
+    routing_map_TE: Tensor, probs_TE: Tensor, placement: Placement, context: DispatchContext, row_bytes: int
+) -> DispatchPlan:
+    """Exchange counts, choose the scheme, and tell every rank which experts its rows are for.
+
+    *Collective: every rank of the expert-parallel group must call it.* The numbers of tokens and pairs are gathered
+    once; splits of every stage follow from them on every rank by the planner's arithmetic. The metadata of a stage is
+    two bytes and the routing weight for every pair.
+
+    Args:
+        routing_map_TE: bool [T, E], which (logical) experts a token goes to.
+        probs_TE: [T, E], routing weights.
+        placement: where experts sit.
+        context: of the layer.
+        row_bytes: M * v, for the choice of the scheme.
+    """
+    hierarchy, communicators = context.cluster.hierarchy, context.communicators
+    per_rank = experts_per_rank(placement.num_experts, hierarchy.num_ranks)
+    with torch.no_grad():
+        pairs, index_P = _local_pairs(routing_map_TE, probs_TE, placement)
+        counts = _gather_counts(pairs, placement.num_experts, context)
+        chosen = choose_scheme(context.schemes, counts, context.cluster, row_bytes)
+        scheme = chosen.scheme
+        if scheme.padding:
+            pairs, index_P = _padded(pairs, index_P, probs_TE, expert_capacity(scheme.padding, counts))
+        rows_SGG = chosen.traffic.rows_SGG.tolist()
+        pairs_SGG = pair_traffic(scheme, counts, hierarchy).tolist()
+        stages = []
+        for index, stage in enumerate(scheme.stages):
+            name = f"{index + 1}:{stage.peers}"
+            communicator = communicators.of(stage.peers)
+            me, members = communicators.rank, communicator.members
+            peer_P = _peer_of(stage, pairs.slot_P // per_rank, hierarchy)
+            order_P = torch.argsort(peer_P, stable=True)
+            is_first_P = _starts_row(stage, pairs.row_P, peer_P)[order_P]
+            plan = StagePlan(
+                name=name,
+                communicator=communicator,
+                copies=RowCopies.of(
+                    pairs.row_P[order_P][is_first_P], pairs.num_rows, padded=bool(scheme.padding) and index == 0
+                ),
+                send_rows=[rows_SGG[index][me][peer] for peer in members],
+                receive_rows=[rows_SGG[index][peer][me] for peer in members],
+                pair_order_P=order_P,
+                send_pairs=[pairs_SGG[index][me][peer] for peer in members],
+                receive_pairs=[pairs_SGG[index][peer][me] for peer in members],
+            )
+            with staged(name):
+                pairs = _exchange_pairs(pairs, order_P, is_first_P, plan)
+            stages.append(plan)
+        local_P = pairs.slot_P - communicators.rank * per_rank
+        by_expert_P = torch.argsort(local_P, stable=True)
+        return DispatchPlan(
+            scheme=scheme,
+            traffic=chosen.traffic,
+            counts=counts,
+            stages=tuple(stages),
+            expand=RowCopies.of(pairs.row_P[by_expert_P], pairs.num_rows),
+            tokens_per_expert=torch.bincount(local_P, minlength=per_rank).cpu(),
+            by_expert_P=by_expert_P,
+            weights_P=pairs.weight_P[by_expert_P],
+            pair_index_P=index_P,
+            routing_map_TE=routing_map_TE,
+        )
+
+
+def _local_pairs(routing_map_TE: Tensor, probs_TE: Tensor, placement: Placement) -> tuple[_Pairs, Tensor]:
+    """This rank's pairs by token and slot, and their flat indices into [T, E] of logical experts."""
+    num_tokens, num_experts = routing_map_TE.shape
+    if placement.is_identity:
+        token_P, slot_P = routing_map_TE.nonzero(as_tuple=True)
+        index_P = token_P * num_experts + slot_P
+    else:
+        expert_at = placement.expert_at().to(routing_map_TE.device)
+        token_P, slot_P = routing_map_TE[:, expert_at].nonzero(as_tuple=True)
+        index_P = token_P * num_experts + expert_at[slot_P]
+    return _Pairs(token_P, slot_P, probs_TE.reshape(-1)[index_P], num_tokens), index_P
+
+
+def _gather_counts(pairs: _Pairs, num_experts: int, context: DispatchContext) -> RoutingCounts:
+    """Every rank's counts, from one all-gather of sum(U) + E + 1 numbers a rank. *Collective.*"""
+    hierarchy = context.cluster.hierarchy
+    same_row = pairs.row_P[1:] == pairs.row_P[:-1]
+    mine = []
+    for groups in hierarchy.groups:
+        group_P = pairs.slot_P // (num_experts // groups)
+        first_P = torch.ones_like(pairs.row_P, dtype=torch.bool)
+        first_P[1:] = ~same_row | (group_P[1:] != group_P[:-1])
+        mine.append(torch.bincount(group_P[first_P], minlength=groups))
+    mine.append(torch.bincount(pairs.slot_P, minlength=num_experts))
+    mine.append(pairs.slot_P.new_tensor([pairs.num_rows]))
+    counts = torch.cat(mine).int()
+    gathered = counts.new_empty(hierarchy.num_ranks * len(counts))
+    with staged("counts"):
+        dist.all_gather_into_tensor(gathered, counts, group=context.communicators.ep_group)
+    *tokens, pairs_GE, tokens_G1 = (
+        gathered.view(hierarchy.num_ranks, -1).cpu().long().split([*hierarchy.groups, num_experts, 1], dim=1)
+    )
+    return RoutingCounts(tuple(tokens), pairs_GE, tokens_G1[:, 0], context.topk)
+
+
+def _padded(pairs: _Pairs, index_P: Tensor, probs_TE: Tensor, capacity: int) -> tuple[_Pairs, Tensor]:
+    """Exactly C pairs for every expert: places fill choice by choice, then by token; the rest is zero rows.
+
+    A token's choices are ordered by falling routing weight.
+    """
+    num_tokens, num_experts = probs_TE.shape
+    # Within a token by falling weight; the position there is the choice.
+    by_weight = torch.argsort(pairs.weight_P, descending=True, stable=True)
+    by_token = by_weight[torch.argsort(pairs.row_P[by_weight], stable=True)]
+    pairs_of_token = torch.bincount(pairs.row_P, minlength=num_tokens)
+    first_of_token = (pairs_of_token.cumsum(0) - pairs_of_token)[pairs.row_P[by_token]]
+    choice = torch.arange(len(by_token), device=by_token.device) - first_of_token
+    # By expert, then choice, then token: the position there is the place.
+    by_choice = by_token[torch.argsort(choice, stable=True)]
+    by_place = by_choice[torch.argsort(pairs.slot_P[by_choice], stable=True)]
+    slot_P = pairs.slot_P[by_place]
+    pairs_of_slot = torch.bincount(slot_P, minlength=num_experts)
+    place = torch.arange(len(by_place), device=by_place.device) - (pairs_of_slot.cumsum(0) - pairs_of_slot)[slot_P]
+    kept = by_place[place < capacity]
+    target = pairs.slot_P[kept] * capacity + place[place < capacity]
+    total = num_experts * capacity
+    row_P = index_P.new_full((total,), num_tokens)
+    weight_P = pairs.weight_P.new_zeros(total)
+    index = index_P.new_full((total,), num_tokens * num_experts)
+    row_P[target], weight_P[target], index[target] = pairs.row_P[kept], pairs.weight_P[kept], index_P[kept]
+    slot_P = torch.arange(num_experts, device=row_P.device).repeat_interleave(capacity)
+    return _Pairs(row_P, slot_P, weight_P, num_tokens), index
+
+
+def _peer_of(stage: Stage, rank_P: Tensor, hierarchy: Hierarchy) -> Tensor:
+    """Position of a pair's receiver among the members of the stage's communicator."""
+    peers = stage.peers
+    if peers.kind == "world":
+        return rank_P
+    lanes = hierarchy.lanes(peers.level)
+    if peers.kind == "intra":
+        return rank_P % lanes
+    return rank_P // lanes % peers.size(hierarchy)
+
+
+def _starts_row(stage: Stage, row_P: Tensor, peer_P: Tensor) -> Tensor:
+    """Which pairs start a row of the stage: bool [P]; all of them where every pair is a row of its own."""
+    starts = torch.ones_like(row_P, dtype=torch.bool)
+    if stage.rows == "token":
+        starts[1:] = (row_P[1:] != row_P[:-1]) | (peer_P[1:] != peer_P[:-1])
+    return starts
+
+
+def _exchange_pairs(pairs: _Pairs, order_P: Tensor, is_first_P: Tensor, plan: StagePlan) -> _Pairs:
+    """Send the metadata of a stage: for every pair its slot, marked where a row starts, and its weight. *Collective.*"""
+    slot_P = torch.where(is_first_P, pairs.slot_P[order_P] + _FIRST_OF_ROW, pairs.slot_P[order_P]).to(torch.int16)
+    weight_P = pairs.weight_P[order_P].contiguous()
+    width = weight_P.element_size()
+    sent = torch.cat(
+        [slot_P.view(torch.uint8).view(len(slot_P), 2), weight_P.view(torch.uint8).view(len(slot_P), width)], dim=1
+    )
+    received = exchange(sent, plan.send_pairs, plan.receive_pairs, plan.communicator.group)
+    slot_P = received[:, :2].contiguous().view(torch.int16).view(-1).long()
+    weight_P = received[:, 2:].contiguous().view(weight_P.dtype).view(-1)
+    is_first_P = slot_P < 0
+    slot_P = torch.where(is_first_P, slot_P - _FIRST_OF_ROW, slot_P)
+    num_rows = sum(plan.receive_rows)
+    row_P = is_first_P.long().cumsum(0) - 1
+    assert int(is_first_P.sum()) == num_rows, "the metadata names another number of rows than the counts"
+    return _Pairs(row_P, slot_P, weight_P, num_rows)
+
+
+def exchange(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Uneven AlltoAll of rows. *Collective: every rank of the group must call it.*
+
+    Args:
+        rows: [sum(send), ...], grouped by receiver.
+        send: rows to every member of the group.
+        receive: rows from every member.
+        group: process group.
+
+    Returns:
+        [sum(receive), ...], grouped by sender.
+    """
+    received = rows.new_empty(sum(receive), *rows.shape[1:])
+    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
+    return received

@@ -1,0 +1,216 @@
+"""Turns a Megatron-Core model into one whose MoE layers use a given system, and back."""
+
+import copy
+from datetime import timedelta
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from hiermoe.dispatch.communicators import Communicators
+from hiermoe.dispatch.plan import DispatchContext
+from hiermoe.megatron.dispatcher import ReorderedTokenDispatcher, StagedTokenDispatcher
+from hiermoe.megatron.flex import flex_dispatcher
+from hiermoe.megatron.meter import Meter, MeteredDispatcher
+from hiermoe.planner.policy import StaticPolicy
+from hiermoe.planner.system import SystemConfig
+from hiermoe.records.status import NotApplicable
+from hiermoe.topology.cluster import Cluster
+
+_ORIGINAL = "_dispatcher_before_attach"
+
+
+def attach(
+    model: torch.nn.Module | list[torch.nn.Module],
+    system: SystemConfig | str,
+    cluster: Cluster | str,
+    *,
+    meter: Meter | None = None,
+    timeout: timedelta | None = None,
+) -> None:
+    """Give every MoE layer of a model the dispatcher of a system. Weights, router and loss stay as they are.
+
+    *Collective: every rank must call it*, after Megatron's process groups exist.
+
+    Args:
+        model: a Megatron-Core model with AlltoAll dispatchers, wrapped or not, or the list of its chunks.
+        system: a system, or the name of one in conf/system/.
+        cluster: hierarchy and constants of the cluster that the ranks run on, or the name of one in conf/cluster/.
+        meter: times and counts what the dispatchers do.
+        timeout: of a collective inside the system's own process groups; None for torch's default.
+
+    Raises:
+        ValueError: no MoE layer, a setting that is not supported, or ranks that do not fit the hierarchy.
+        NotApplicable: the system needs what this machine lacks, or moves experts.
+        RuntimeError: a system is attached already.
+    """
+    system = SystemConfig.named(system) if isinstance(system, str) else system
+    cluster = Cluster.named(cluster) if isinstance(cluster, str) else cluster
+    layers = moe_layers(model)
+    if any(hasattr(layer, _ORIGINAL) for layer in layers):
+        raise RuntimeError("a system is attached already: call detach() first")
+    for layer in layers:
+        check_supported(layer.config)
+    context = dispatch_context(system, cluster, layers[0].config, get_default_pg_collection(), timeout)
+    for layer in layers:
+        setattr(layer, _ORIGINAL, layer.token_dispatcher)
+        layer.token_dispatcher = _new_dispatcher(layer, system, context, meter)
+
+
+def detach(model: torch.nn.Module | list[torch.nn.Module]) -> None:
+    """Give every MoE layer the dispatcher back that it had before `attach`. Safe to call again."""
+    for layer in moe_layers(model):
+        if hasattr(layer, _ORIGINAL):
+            layer.token_dispatcher = getattr(layer, _ORIGINAL)
+            delattr(layer, _ORIGINAL)
+
+
+def with_system(spec: Any, system: SystemConfig | str, cluster: Cluster | str, *, meter: Meter | None = None) -> Any:
+    """A model spec whose MoE layers are built with a system: for models that are built from specs.
+
+    Args:
+        spec: spec of a layer, or the block spec of `get_gpt_decoder_block_spec`; left as it is.
+        system: as for `attach`.
+        cluster: as for `attach`.
+        meter: as for `attach`.
+
+    Returns:
+        A copy of the spec.
+
+    Raises:
+        ValueError: the spec has no MoE layer.
+    """
+    spec = copy.deepcopy(spec)
+    layer_specs = getattr(spec, "layer_specs", [spec])
+    found = [layer.submodules.mlp for layer in layer_specs if layer.submodules.mlp.module is MoELayer]
+    if not found:
+        raise ValueError("the spec has no MoE layer")
+    for mlp in found:
+        mlp.module = DispatchedMoELayer
+        mlp.params = {**(mlp.params or {}), "system": system, "cluster": cluster, "meter": meter}
+    assert isinstance(spec, ModuleSpec) or hasattr(spec, "layer_specs")
+    return spec
+
+
+class DispatchedMoELayer(MoELayer):
+    """Megatron's MoE layer with the dispatcher of a system."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        layer_number: int | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        system: SystemConfig | str,
+        cluster: Cluster | str,
+        meter: Meter | None = None,
+    ) -> None:
+        """Build the stock layer, then attach."""
+        super().__init__(config, submodules, layer_number, pg_collection)
+        attach(self, system, cluster, meter=meter)
+
+
+def moe_layers(model: torch.nn.Module | list[torch.nn.Module]) -> list[MoELayer]:
+    """All MoE layers of a model, in order.
+
+    Raises:
+        ValueError: there is none.
+    """
+    chunks = model if isinstance(model, list) else [model]
+    layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, MoELayer)]
+    if not layers:
+        raise ValueError("the model has no MoE layer")
+    return layers
+
+
+def check_supported(config: TransformerConfig) -> None:
+    """Refuse what would give wrong results or has no test.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    sizes = (
+        "tensor_model_parallel_size",
+        "expert_tensor_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+    )
+    for name in sizes:
+        if (getattr(config, name, None) or 1) > 1:
+            raise ValueError(f"{name}={getattr(config, name)} is not supported: only expert and data parallelism are")
+    unsupported = {
+        "moe_token_dispatcher_type": config.moe_token_dispatcher_type != "alltoall",
+        "moe_expert_capacity_factor": config.moe_expert_capacity_factor is not None,
+        "moe_pad_expert_input_to_capacity": config.moe_pad_expert_input_to_capacity,
+        "moe_router_padding_for_quantization": getattr(config, "moe_router_padding_for_quantization", False),
+        "cuda_graph_impl": getattr(config, "cuda_graph_impl", "none") != "none",
+    }
+    for name, refused in unsupported.items():
+        if refused:
+            raise ValueError(f"{name}={getattr(config, name)} is not supported by the dispatchers of this suite")
+
+
+def dispatch_context(
+    system: SystemConfig,
+    cluster: Cluster,
+    config: TransformerConfig,
+    pg_collection: ProcessGroupCollection,
+    timeout: timedelta | None = None,
+) -> DispatchContext:
+    """What the dispatchers of all layers share. *Collective: every rank must call it.*
+
+    Raises:
+        NotApplicable: the hierarchy has too few levels, or the system moves experts.
+        ValueError: ranks that do not fit the hierarchy.
+    """
+    if not isinstance(system.build_policy(), StaticPolicy):
+        raise NotApplicable("its placement policy moves experts; training does not migrate weights yet")
+    schemes = system.build_schemes(cluster.hierarchy)
+    communicators = Communicators(pg_collection.ep, cluster.hierarchy, schemes, timeout)
+    return DispatchContext(schemes, cluster, communicators, config.moe_router_topk)
+
+
+def new_dispatcher(
+    system: SystemConfig,
+    stock: MoETokenDispatcher,
+    config: TransformerConfig,
+    pg_collection: ProcessGroupCollection,
+    context: DispatchContext,
+) -> MoETokenDispatcher:
+    """What executes a system in one layer.
+
+    Args:
+        system: the system.
+        stock: the layer's own dispatcher, which some systems use or wrap.
+        config: of the layer.
+        pg_collection: of the layer.
+        context: from `dispatch_context`.
+
+    Raises:
+        NotApplicable: the system needs what this machine lacks.
+    """
+    if system.executor == "staged":
+        return StagedTokenDispatcher(config, pg_collection, context)
+    if system.executor == "flex":
+        return flex_dispatcher(stock, config, pg_collection)
+    assert isinstance(stock, MoEAlltoAllTokenDispatcher)
+    return ReorderedTokenDispatcher(stock) if system.executor == "reordered" else stock
+
+
+def _new_dispatcher(
+    layer: MoELayer, system: SystemConfig, context: DispatchContext, meter: Meter | None
+) -> MoETokenDispatcher:
+    stock = layer.token_dispatcher
+    assert stock is not None
+    dispatcher = new_dispatcher(system, stock, layer.config, get_default_pg_collection(), context)
+    if isinstance(dispatcher, StagedTokenDispatcher) and layer.shared_expert_overlap:
+        dispatcher.set_shared_experts(layer.shared_experts)
+    if meter is None:
+        return dispatcher
+    return MeteredDispatcher(dispatcher, layer.layer_number or 0, meter)

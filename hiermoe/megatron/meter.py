@@ -1,0 +1,172 @@
+"""Times dispatch and combine of any Megatron dispatcher, forward and backward, and says what they sent."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from torch import Tensor
+
+from hiermoe.dispatch.interposer import Interposer, Transfer
+from hiermoe.dispatch.plan import DispatchPlan
+from hiermoe.megatron.dispatcher import DelegatingDispatcher
+
+
+@dataclass(frozen=True)
+class Call:
+    """One dispatch or combine of one layer, or its backward, on this rank.
+
+    Attributes:
+        layer: Megatron's layer number.
+        phase: ``dispatch``, ``combine``, ``combine_backward`` or ``dispatch_backward``.
+        total_ms: all of the call, local work included.
+        transfers: what was sent in it.
+        plan: what it followed; None where the dispatcher has none (a stock class).
+    """
+
+    layer: int
+    phase: str
+    total_ms: float
+    transfers: tuple[Transfer, ...]
+    plan: DispatchPlan | None
+
+    @property
+    def wire_ms(self) -> float:
+        """Time in collectives, those of counts and metadata included."""
+        return sum(transfer.wire_ms for transfer in self.transfers)
+
+
+class Meter:
+    """Collects calls and transfers of all layers that it was attached to, while active.
+
+    Example:
+        >>> with Meter() as meter:
+        ...     attach(model, "hd2", "a6000_4x8", meter=meter)
+        ...     train_step()
+        >>> sum(call.wire_ms for call in meter.drain())
+    """
+
+    def __init__(self) -> None:
+        """Prepare; nothing is measured before the context is entered."""
+        self._interposer = Interposer()
+        self._calls: list[Call] = []
+        self._started: float | None = None
+        self.active = False
+
+    def __enter__(self) -> Self:
+        self._interposer.__enter__()
+        self.active = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.active = False
+        self._interposer.__exit__(*exception)
+
+    def drain(self) -> list[Call]:
+        """Hand over the finished calls since the last time, in order, and forget them."""
+        calls, self._calls = self._calls, []
+        return calls
+
+    def start(self, phase: str, device: torch.device) -> None:
+        """A call begins; what is sent from now on belongs to it."""
+        self._interposer.drain()
+        self._interposer.phase = phase
+        _synchronise(device)
+        self._started = time.perf_counter()
+
+    def stop(self, layer: int, phase: str, plan: DispatchPlan | None, device: torch.device) -> None:
+        """The call ends."""
+        _synchronise(device)
+        if self._started is None or self._interposer.phase != phase:
+            raise RuntimeError(f"{phase} of layer {layer} ends, but {self._interposer.phase or 'nothing'} had begun")
+        total_ms = (time.perf_counter() - self._started) * 1e3
+        self._calls.append(Call(layer, phase, total_ms, tuple(self._interposer.drain()), plan))
+        self._interposer.phase, self._started = "", None
+
+
+class MeteredDispatcher(DelegatingDispatcher):
+    """Another dispatcher whose calls a `Meter` times.
+
+    A forward call is timed from its first hook to its last. A backward call is timed between two marks in the autograd
+    graph, at the inputs and at the outputs of the forward call.
+    """
+
+    def __init__(self, inner: MoETokenDispatcher, layer: int, meter: Meter) -> None:
+        """Wrap ``inner``.
+
+        Args:
+            inner: what does the work.
+            layer: Megatron's layer number.
+            meter: where the times go.
+        """
+        super().__init__(inner)
+        self._layer, self._meter = layer, meter
+
+    def dispatch_preprocess(self, tokens: Tensor, routing_map: Tensor, probs: Tensor) -> Any:
+        """As the inner one; dispatch begins."""
+        tokens, probs = self._mark("dispatch_backward", False, tokens, probs)
+        self._start("dispatch", tokens)
+        return self.inner.dispatch_preprocess(tokens, routing_map, probs)
+
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> Any:
+        """As the inner one; dispatch ends."""
+        rows, tokens_per_expert, weights = self.inner.dispatch_postprocess(hidden_states, probs)
+        self._stop("dispatch", rows)
+        rows, weights = self._mark("dispatch_backward", True, rows, weights)
+        return rows, tokens_per_expert, weights
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Any:
+        """As the inner one; combine begins."""
+        (hidden_states,) = self._mark("combine_backward", False, hidden_states)
+        self._start("combine", hidden_states)
+        return self.inner.combine_preprocess(hidden_states)
+
+    def combine_postprocess(self, hidden_states: Tensor) -> Any:
+        """As the inner one; combine ends."""
+        output = self.inner.combine_postprocess(hidden_states)
+        self._stop("combine", output)
+        return self._mark("combine_backward", True, output)[0]
+
+    def _start(self, phase: str, tensor: Tensor) -> None:
+        if self._meter.active:
+            self._meter.start(phase, tensor.device)
+
+    def _stop(self, phase: str, tensor: Tensor) -> None:
+        if self._meter.active:
+            self._meter.stop(self._layer, phase, getattr(self.inner, "plan", None), tensor.device)
+
+    def _mark(self, phase: str, begins: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """In backward, when the gradients of all these tensors are there, the phase begins or ends."""
+        plan = getattr(self.inner, "plan", None) if begins else None
+
+        def notify(device: torch.device) -> None:
+            if not self._meter.active:
+                return
+            if begins:
+                self._meter.start(phase, device)
+                self._plan_in_backward = plan
+            else:
+                self._meter.stop(self._layer, phase, self._plan_in_backward, device)
+
+        return _Mark.apply(notify, *tensors)  # type: ignore[return-value]
+
+
+class _Mark(torch.autograd.Function):
+    """The identity; tells when backward passes it."""
+
+    @staticmethod
+    def forward(ctx: Any, notify: Callable[[torch.device], None], *tensors: Tensor) -> Any:
+        ctx.notify = notify
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ctx.notify(gradients[0].device)
+        return None, *gradients
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
