@@ -65,8 +65,8 @@ def _run() -> None:
 
 
 def _record() -> None:
+    from hiermoe.dispatch.ranks import RankFailedError
     from hiermoe.megatron import record
-    from hiermoe.megatron.launcher import RankFailedError
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="record")
     def task(config: DictConfig) -> None:

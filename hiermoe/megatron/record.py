@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
 from hiermoe import __version__
+from hiermoe.dispatch.ranks import run_ranks
 from hiermoe.megatron.corpus import Corpus, load_corpus
-from hiermoe.megatron.launcher import run_ranks
 from hiermoe.megatron.record_config import RecordConfig
 from hiermoe.megatron.record_progress import RecordProgress
 from hiermoe.records.project import from_root

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 from tiny_run import composed, tiny_record_config
 
-from hiermoe.megatron.launcher import RankFailedError
+from hiermoe.dispatch.ranks import RankFailedError
 from hiermoe.megatron.record import main, max_over_mean_load, record
 from hiermoe.megatron.record_config import RecordConfig
 from hiermoe.routing.trace import RoutingTrace

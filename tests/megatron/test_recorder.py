@@ -14,7 +14,7 @@ cpu.expect_fallbacks()
 
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 
-from hiermoe.megatron.launcher import run_ranks  # noqa: E402
+from hiermoe.dispatch.ranks import run_ranks  # noqa: E402
 from hiermoe.megatron.model_config import ModelConfig  # noqa: E402
 from hiermoe.megatron.recorder import RouterRecorder, ranked_experts  # noqa: E402
 from hiermoe.records.project import CONF  # noqa: E402

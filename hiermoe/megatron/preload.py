@@ -1,0 +1,12 @@
+"""Imported by the fork server that ranks come from, so that no rank pays for importing torch and megatron.
+
+Safe to fork after: none of these imports starts a thread of its own or touches a device.
+"""
+
+from hiermoe.megatron import cpu
+
+cpu.expect_fallbacks()
+
+import hiermoe.megatron.record  # noqa: E402
+import hiermoe.megatron.recorder  # noqa: E402
+import hiermoe.megatron.training  # noqa: E402, F401
