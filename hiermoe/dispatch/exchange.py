@@ -40,8 +40,8 @@ def sum_over_experts(y_PM: Tensor, plan: DispatchPlan) -> Tensor:
 def expert_weights(probs_TE: Tensor, plan: DispatchPlan) -> Tensor:
     """Routing weights of the expanded rows: [P] from this rank's [T, E].
 
-    They came with the plan's metadata, so going forward nothing is sent. *Collective in backward*: their gradients travel
-    back to the ranks whose routers they belong to.
+    They came with the plan's metadata, so going forward nothing is sent. *Collective in backward*: their gradients
+    travel back to the ranks whose routers they belong to.
     """
 
     def gradient(g_P: Tensor) -> Tensor:

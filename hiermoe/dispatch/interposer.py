@@ -30,7 +30,7 @@ class Transfer:
         sent_bytes: to every member, own share included; of an operation without a certain receiver, the same to all.
         received_bytes: from every member, own share included.
         wire_ms: from the call until the result is there; of an asynchronous call, until it returns.
-        phase: what was going on, as named by the caller (``dispatch``, ``combine_backward``); empty for nothing special.
+        phase: what was going on, as named by the caller (``dispatch``, ``combine_backward``); empty for nothing.
         stage: which stage of a scheme this was (``1:inter1``); empty for none.
     """
 

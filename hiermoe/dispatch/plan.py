@@ -60,7 +60,7 @@ class DispatchPlan:
         tokens_per_expert: int64 [E / G] on the CPU, padding included.
         by_expert_P: int64 [P], arrived pairs in the order of the expanded rows.
         weights_P: routing weight of every expanded row.
-        pair_index_P: int64 [P], flat index into the [T, E] weights of every pair that this rank sends; T * E for padding.
+        pair_index_P: int64 [P], flat index into the [T, E] weights of every pair that this rank sends; T * E: padding.
         routing_map_TE: what was routed, to recognise a recomputation.
     """
 

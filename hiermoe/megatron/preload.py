@@ -7,6 +7,7 @@ from hiermoe.megatron import cpu
 
 cpu.expect_fallbacks()
 
+import hiermoe.megatron.attach  # noqa: E402
 import hiermoe.megatron.record  # noqa: E402
 import hiermoe.megatron.recorder  # noqa: E402
 import hiermoe.megatron.training  # noqa: E402, F401

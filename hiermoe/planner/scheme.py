@@ -66,7 +66,9 @@ class DispatchScheme:
         if self.padding and any(stage.rows != "pair" for stage in self.stages):
             raise ValueError(f"scheme {self.name}: only token-expert pairs can be padded per expert")
         if any(a.rows == "pair" and b.rows == "token" for a, b in pairwise(self.stages)):
-            raise ValueError(f"scheme {self.name}: once a token is split into its pairs, no later stage can send it whole")
+            raise ValueError(
+                f"scheme {self.name}: once a token is split into its pairs, no later stage can send it whole"
+            )
 
     @property
     def dimension(self) -> int:
