@@ -8,11 +8,10 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from hiermoe.dispatch.ranks import HOST_VARIABLE
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.topology.cluster import Peers
 from hiermoe.topology.hierarchy import Hierarchy
-
-HOST_VARIABLE = "HIERMOE_HOST"  # the host that a rank plays where one machine stands for several
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,16 @@ def members_of(peers: Peers, rank: int, hierarchy: Hierarchy) -> tuple[int, ...]
     return tuple(range(first, first + outer, lanes))
 
 
+def played_hosts(hierarchy: Hierarchy) -> list[str]:
+    """A host name for every rank, for one machine that plays all nodes of the hierarchy."""
+    return [f"node{rank // _lanes_of_node(hierarchy)}" for rank in range(hierarchy.num_ranks)]
+
+
+def _lanes_of_node(hierarchy: Hierarchy) -> int:
+    """GPUs of a node: of the level that is named so; without one, all of them."""
+    return hierarchy.lanes(hierarchy.names.index("node") + 1 if "node" in hierarchy.names else 0)
+
+
 def check_hosts(hosts: Sequence[str], hierarchy: Hierarchy) -> None:
     """Two ranks must share a host exactly where the hierarchy puts them into one node.
 
@@ -116,7 +125,7 @@ def check_hosts(hosts: Sequence[str], hierarchy: Hierarchy) -> None:
     Raises:
         ValueError: the first rank that contradicts.
     """
-    lanes = hierarchy.lanes(hierarchy.names.index("node") + 1) if "node" in hierarchy.names else len(hosts)
+    lanes = _lanes_of_node(hierarchy)
     host_of_node: dict[int, str] = {}
     for rank, host in enumerate(hosts):
         node = rank // lanes

@@ -145,12 +145,12 @@ def make_plan(
             peer_P = _peer_of(stage, pairs.slot_P // per_rank, hierarchy)
             order_P = torch.argsort(peer_P, stable=True)
             is_first_P = _starts_row(stage, pairs.row_P, peer_P)[order_P]
+            source_R = pairs.row_P[order_P][is_first_P]
+            padded = scheme.padding is not None and index == 0
             plan = StagePlan(
                 name=name,
                 communicator=communicator,
-                copies=RowCopies.of(
-                    pairs.row_P[order_P][is_first_P], pairs.num_rows, padded=bool(scheme.padding) and index == 0
-                ),
+                copies=RowCopies.of(source_R, pairs.num_rows, padded),
                 send_rows=[rows_SGG[index][me][peer] for peer in members],
                 receive_rows=[rows_SGG[index][peer][me] for peer in members],
                 pair_order_P=order_P,
@@ -260,13 +260,12 @@ def _starts_row(stage: Stage, row_P: Tensor, peer_P: Tensor) -> Tensor:
 
 
 def _exchange_pairs(pairs: _Pairs, order_P: Tensor, is_first_P: Tensor, plan: StagePlan) -> _Pairs:
-    """Send the metadata of a stage: for every pair its slot, marked where a row starts, and its weight. *Collective.*"""
+    """Send a stage's metadata: of every pair its slot, marked where a row starts, and its weight. *Collective.*"""
     slot_P = torch.where(is_first_P, pairs.slot_P[order_P] + _FIRST_OF_ROW, pairs.slot_P[order_P]).to(torch.int16)
     weight_P = pairs.weight_P[order_P].contiguous()
     width = weight_P.element_size()
-    sent = torch.cat(
-        [slot_P.view(torch.uint8).view(len(slot_P), 2), weight_P.view(torch.uint8).view(len(slot_P), width)], dim=1
-    )
+    parts = [slot_P.view(torch.uint8).view(len(slot_P), 2), weight_P.view(torch.uint8).view(len(slot_P), width)]
+    sent = torch.cat(parts, dim=1)
     received = exchange(sent, plan.send_pairs, plan.receive_pairs, plan.communicator.group)
     slot_P = received[:, :2].contiguous().view(torch.int16).view(-1).long()
     weight_P = received[:, 2:].contiguous().view(weight_P.dtype).view(-1)

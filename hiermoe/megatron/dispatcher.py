@@ -19,8 +19,9 @@ _MAX_PENDING = 8  # plans that wait for their recomputation; without pipeline pa
 class StagedTokenDispatcher(MoETokenDispatcher):
     """Runs any scheme in the place of Megatron's dispatcher.
 
-    A placement is a permutation of the routing map's columns made in here, so router, auxiliary loss and expert bias see
-    logical experts. Routing weights are applied inside the experts, as with the stock class, so combine is a plain sum.
+    A placement is a permutation of the routing map's columns made in here, so router, auxiliary loss and expert bias
+    see logical experts. Routing weights are applied inside the experts, as with the stock class, so combine is a plain
+    sum.
 
     Attributes:
         context: schemes, cluster and communicators.
@@ -169,7 +170,7 @@ class DelegatingDispatcher(MoETokenDispatcher):
 
 
 class ReorderedTokenDispatcher(DelegatingDispatcher):
-    """Another dispatcher that gets every rank's tokens in reverse: a control that changes nothing but orders of sums."""
+    """Another dispatcher that gets every rank's tokens in reverse: a control that only changes the order of sums."""
 
     def dispatch_preprocess(self, tokens: Tensor, routing_map: Tensor, probs: Tensor) -> Any:
         """Reverse, then as the inner one."""

@@ -31,9 +31,7 @@ def flex_dispatcher(
     """
     installed = flex_backends()
     if not installed:
-        raise NotApplicable(
-            f"Megatron's flex dispatcher needs a GPU and one of {', '.join(_BACKENDS)}; none is installed"
-        )
+        raise NotApplicable(f"Megatron's flex dispatcher needs a GPU and {' or '.join(_BACKENDS)}; none is installed")
     assert isinstance(stock, MoEAlltoAllTokenDispatcher)
     flex_config = copy.copy(config)
     flex_config.moe_token_dispatcher_type = "flex"

@@ -6,9 +6,8 @@ import pandera.pandas as pa
 SOURCES = ("simulated", "local", "emulated", "cluster")
 STATUSES = ("ok", "failed", "not_applicable")
 
-# phase "dispatch": one row per stage of the iteration's AlltoAll. Measured runs also have "combine" and, of the backward
-#                   pass, "dispatch_backward" and "combine_backward"; one row per rank, one per stage, and one with stage
-#                   "all" for the whole call.
+# phase "dispatch": one row per stage of the iteration's AlltoAll. Measured runs have one per rank, another with
+#                   stage "all" for the whole call, and the same for the three other calls of a training step.
 # phase "routing":  one row per level of the hierarchy, what the routing asks for whatever the system.
 # phase "step":     one row per iteration, the four AlltoAlls together, and what the placement policy did after it.
 # phase "train":    one row per training step and rank.
