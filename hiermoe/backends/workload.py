@@ -7,6 +7,7 @@ from functools import lru_cache
 from hiermoe.planner.counts import RoutingCounts, count_routing
 from hiermoe.planner.policy import PlacementPolicy
 from hiermoe.planner.scheme import DispatchScheme
+from hiermoe.planner.system import SystemConfig
 from hiermoe.routing.step import RoutingSource, RoutingStep
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
@@ -18,24 +19,30 @@ class Workload:
     """A run, ready to be walked through.
 
     Attributes:
+        system: what runs.
         schemes: candidates; the cheapest is used in every step.
         new_policy: makes a placement policy for one layer.
         cluster: hierarchy and constants.
         routing: where steps come from.
         layer: model layer that the routing stands for.
         num_experts: E.
+        topk: K.
         row_bytes: M * v.
+        element_bytes: v.
         expert_parameters: of one expert.
         iterations: to walk through.
     """
 
+    system: SystemConfig
     schemes: tuple[DispatchScheme, ...]
     new_policy: Callable[[], PlacementPolicy]
     cluster: Cluster
     routing: "CachedRouting"
     layer: int
     num_experts: int
+    topk: int
     row_bytes: int
+    element_bytes: int
     expert_parameters: int
     iterations: int
 

@@ -5,6 +5,7 @@ them a caller kept. These methods are replaced while an `Interposer` is active, 
 Megatron's classes are counted by the same code.
 """
 
+import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -75,16 +76,22 @@ class Interposer:
 
     Attributes:
         phase: name for transfers from now on.
+        stage: likewise; set by `staged`.
     """
 
     _active: "Interposer | None" = None
 
-    def __init__(self) -> None:
-        """Prepare; nothing is replaced before the context is entered."""
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Prepare; nothing is replaced before the context is entered.
+
+        Args:
+            clock: in seconds; ``time.thread_time`` leaves out what the process waits.
+        """
+        self._clock = clock
         self.phase = ""
         self.stage = ""
         self._transfers: list[Transfer] = []
-        self._originals: dict[str, Callable[..., Any]] = {}
+        self._originals: dict[str, Any] = {}
 
     @classmethod
     def active(cls) -> "Interposer | None":
@@ -106,8 +113,9 @@ class Interposer:
         if not (set(_ALL_TO_ALL) & set(present) and set(_ALL_GATHER) & set(present)):
             raise RuntimeError(f"torch {torch.__version__} names the methods of ProcessGroup in a way not known here")
         for name, reader in present.items():
-            self._originals[name] = getattr(group, name)
-            setattr(group, name, self._recording(self._originals[name], reader))
+            # What the class holds, and not what getattr() makes of it: that would no longer bind its group.
+            self._originals[name] = inspect.getattr_static(group, name)
+            setattr(group, name, self._recording(getattr(group, name), reader))
         Interposer._active = self
         return self
 
@@ -126,13 +134,13 @@ class Interposer:
         def recorded(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
             operation, tensor, sent, received = read(group, *args, **kwargs)
             _synchronise(tensor)
-            started = time.perf_counter()
+            started = self._clock()
             work = original(group, *args, **kwargs)
             asynchronous = operation in ("send", "receive") or any(getattr(x, "asyncOp", False) for x in args)
             if work is not None and not asynchronous:
                 work.wait()
                 _synchronise(tensor)
-            elapsed_ms = (time.perf_counter() - started) * 1e3
+            elapsed_ms = (self._clock() - started) * 1e3
             kind: Kind = "payload" if tensor.is_floating_point() and tensor.dim() == 2 else "metadata"
             members = tuple(dist.get_process_group_ranks(group))
             self._transfers.append(

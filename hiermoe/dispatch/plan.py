@@ -268,7 +268,8 @@ def _exchange_pairs(pairs: _Pairs, order_P: Tensor, is_first_P: Tensor, plan: St
     sent = torch.cat(parts, dim=1)
     received = exchange(sent, plan.send_pairs, plan.receive_pairs, plan.communicator.group)
     slot_P = received[:, :2].contiguous().view(torch.int16).view(-1).long()
-    weight_P = received[:, 2:].contiguous().view(weight_P.dtype).view(-1)
+    # A copy even of a single row, which counts as contiguous but does not start where a weight may.
+    weight_P = received[:, 2:].clone(memory_format=torch.contiguous_format).view(weight_P.dtype).view(-1)
     is_first_P = slot_P < 0
     slot_P = torch.where(is_first_P, slot_P - _FIRST_OF_ROW, slot_P)
     num_rows = sum(plan.receive_rows)
@@ -289,6 +290,8 @@ def exchange(rows: Tensor, send: list[int], receive: list[int], group: dist.Proc
     Returns:
         [sum(receive), ...], grouped by sender.
     """
+    if group.size() == 1:
+        return rows
     received = rows.new_empty(sum(receive), *rows.shape[1:])
     dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
     return received

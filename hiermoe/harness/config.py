@@ -8,7 +8,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hiermoe.backends.workload import CachedRouting, Workload
 from hiermoe.megatron.model_config import ModelConfig
@@ -34,7 +34,13 @@ class RoutingConfig(_Strict):
 class BackendConfig(_Strict):
     """Where the run happens: one file in conf/backend/."""
 
-    name: Literal["simulated", "synthetic_timings"]
+    name: Literal["simulated", "synthetic_timings", "local"]
+    timeout_s: float | None = Field(default=None, gt=0)  # of a collective, where there are ranks
+
+    @property
+    def starts_ranks(self) -> bool:
+        """Whether real processes exchange real bytes."""
+        return self.name == "local"
 
 
 WandbMode = Literal["offline", "online", "disabled"]
@@ -55,10 +61,22 @@ class RunConfig(_Strict):
     cluster: Cluster
     routing: RoutingConfig
     backend: BackendConfig
+    world_size: int | None = Field(default=None, ge=1)
     iterations: int = Field(ge=2)
     tokens_per_rank: int = Field(ge=1)
     seed: int = Field(ge=0)
     wandb: WandbConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cut_cluster(cls, values: Any) -> Any:
+        """Where ranks are started, ``world_size`` may ask for fewer than the cluster has GPUs."""
+        if values.get("world_size") is None:
+            return values
+        if not BackendConfig.model_validate(values["backend"]).starts_ranks:
+            raise ValueError(f"world_size={values['world_size']} is for backends that start ranks; choose cluster=...")
+        cluster = Cluster.model_validate(values["cluster"]).reduced(int(values["world_size"]))
+        return {**values, "cluster": cluster}
 
     @property
     def request(self) -> RoutingRequest:
@@ -98,13 +116,16 @@ class RunConfig(_Strict):
         routing, layer = _open_routing(json.dumps(self.routing.source), self.request)
         self.system.build_policy()  # bad arguments end the run here, not in its middle
         return Workload(
+            system=self.system,
             schemes=schemes,
             new_policy=self.system.build_policy,
             cluster=self.cluster,
             routing=routing,
             layer=layer,
             num_experts=self.model.num_experts,
+            topk=self.model.topk,
             row_bytes=self.model.token_bytes,
+            element_bytes=self.model.element_bytes,
             expert_parameters=self.model.expert_parameters,
             iterations=self.iterations,
         )

@@ -3,17 +3,24 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import pandas as pd
 
+from hiermoe.backends.local import run_local
 from hiermoe.backends.simulated import simulate
+from hiermoe.backends.streams import RunDied
 from hiermoe.backends.synthetic_timings import synthetic_timings
 from hiermoe.harness.config import RunConfig
 from hiermoe.records.provenance import collect
 from hiermoe.records.status import NotApplicable, Status
 from hiermoe.records.store import RunStore
 
-SOURCE_OF_BACKEND = {"simulated": "simulated", "synthetic_timings": "simulated"}  # what a record says of its numbers
+SOURCE_OF_BACKEND = {
+    "simulated": "simulated",
+    "synthetic_timings": "simulated",
+    "local": "local",
+}  # what a record says of its numbers
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ def execute(config: RunConfig, store: RunStore, progress: Callable[[int], None] 
         rows = _measure(config, progress)
     except NotApplicable as error:
         status, reason, rows = "not_applicable", str(error), _single_row()
+    except RunDied as error:
+        status, reason, rows = "failed", str(error), _single_row() if error.rows.empty else error.rows
     except (ValueError, OSError) as error:
         status, reason, rows = "failed", str(error), _single_row()
     keys = {
@@ -82,6 +91,9 @@ def execute(config: RunConfig, store: RunStore, progress: Callable[[int], None] 
 def _measure(config: RunConfig, progress: Callable[[int], None]) -> pd.DataFrame:
     if config.backend.name == "synthetic_timings":
         return synthetic_timings(config.cluster, config.seed)
+    if config.backend.starts_ranks:
+        assert config.backend.timeout_s is not None
+        return run_local(config.workload(), timedelta(seconds=config.backend.timeout_s), progress)
     return simulate(config.workload(), progress)
 
 

@@ -16,6 +16,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from hiermoe.megatron.training_config import TrainingConfig
+from hiermoe.records.project import from_root
+
 _END_OF_DOCUMENT = "<|endoftext|>"
 
 
@@ -82,6 +85,15 @@ def standard_library(max_documents: int | None = None) -> list[str]:
         if text.strip():
             documents.append(text)
     return documents
+
+
+def training_corpus(config: TrainingConfig) -> Corpus:
+    """The corpus of a training run, tokenised or from the cache.
+
+    Raises:
+        ValueError: The text is too short for the model's vocabulary.
+    """
+    return load_corpus(config.model.vocab_size, config.seed, from_root(config.cache_dir), config.corpus_files)
 
 
 def load_corpus(vocabulary: int, seed: int, cache_dir: str | Path, max_documents: int | None = None) -> Corpus:

@@ -43,7 +43,10 @@ _THE_STREAM = _NoStream()
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Redirects the device='cuda' literals of factory functions to the CPU."""
+    """Redirects the device='cuda' literals of factory functions to the CPU, and calls tensors by their CUDA type.
+
+    The latter is how the mixed-precision optimizer tells parameters that need a master copy from others.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -52,7 +55,10 @@ class _CudaMeansCpu(TorchFunctionMode):
         device = kwargs.get("device")
         if isinstance(device, str) and device.startswith("cuda"):
             kwargs = {**kwargs, "device": _CPU}
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
 
 
 @contextmanager

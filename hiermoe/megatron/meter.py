@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from hiermoe.dispatch.interposer import Interposer, Transfer
 from hiermoe.dispatch.plan import DispatchPlan
 from hiermoe.megatron.dispatcher import DelegatingDispatcher
+
+_STOCK_STAGES = {"all_gather": "counts", "all_to_all": "1:world"}
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,14 @@ class Meter:
         >>> sum(call.wire_ms for call in meter.drain())
     """
 
-    def __init__(self) -> None:
-        """Prepare; nothing is measured before the context is entered."""
-        self._interposer = Interposer()
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Prepare; nothing is measured before the context is entered.
+
+        Args:
+            clock: in seconds; ``time.thread_time`` leaves out what the process waits.
+        """
+        self._clock = clock
+        self._interposer = Interposer(clock)
         self._calls: list[Call] = []
         self._started: float | None = None
         self.active = False
@@ -74,15 +81,18 @@ class Meter:
         self._interposer.drain()
         self._interposer.phase = phase
         _synchronise(device)
-        self._started = time.perf_counter()
+        self._started = self._clock()
 
     def stop(self, layer: int, phase: str, plan: DispatchPlan | None, device: torch.device) -> None:
         """The call ends."""
         _synchronise(device)
         if self._started is None or self._interposer.phase != phase:
             raise RuntimeError(f"{phase} of layer {layer} ends, but {self._interposer.phase or 'nothing'} had begun")
-        total_ms = (time.perf_counter() - self._started) * 1e3
-        self._calls.append(Call(layer, phase, total_ms, tuple(self._interposer.drain()), plan))
+        total_ms = (self._clock() - self._started) * 1e3
+        transfers = self._interposer.drain()
+        if plan is None:  # a stock class does not name its stages
+            transfers = [replace(t, stage=_STOCK_STAGES.get(t.operation, t.stage)) for t in transfers]
+        self._calls.append(Call(layer, phase, total_ms, tuple(transfers), plan))
         self._interposer.phase, self._started = "", None
 
 

@@ -11,8 +11,16 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from hiermoe.megatron.model_config import GroupedQueryAttention, LatentAttention, ModelConfig
 
 
-def transformer_config(model: ModelConfig, *, ep_size: int, params_dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, *, ep_size: int, params_dtype: torch.dtype, recompute: bool = False
+) -> TransformerConfig:
     """Megatron's configuration of `model`, expert-parallel over `ep_size` ranks, with no fused kernel.
+
+    Args:
+        model: What to build.
+        ep_size: Ranks that share the experts of a layer.
+        params_dtype: Type of weights and activations.
+        recompute: Whether backward computes the MoE layers again.
 
     Raises:
         ValueError: The experts cannot be spread evenly over the ranks.
@@ -23,6 +31,9 @@ def transformer_config(model: ModelConfig, *, ep_size: int, params_dtype: torch.
     settings |= {
         "expert_model_parallel_size": ep_size,
         "params_dtype": params_dtype,
+        "bf16": params_dtype == torch.bfloat16,
+        "recompute_granularity": "selective" if recompute else None,
+        "recompute_modules": ["moe"] if recompute else None,
         "moe_router_dtype": "fp64" if params_dtype == torch.float64 else "fp32",
         "attention_softmax_in_fp32": params_dtype != torch.float64,
     }
@@ -50,7 +61,12 @@ def transformer_config(model: ModelConfig, *, ep_size: int, params_dtype: torch.
 
 
 def build_model(
-    model: ModelConfig, *, seq_length: int, ep_size: int, params_dtype: torch.dtype = torch.float32
+    model: ModelConfig,
+    *,
+    seq_length: int,
+    ep_size: int,
+    params_dtype: torch.dtype = torch.float32,
+    recompute: bool = False,
 ) -> GPTModel:
     """A stock GPT model with local layer specs. Megatron's process groups and RNG tracker must be initialised.
 
@@ -59,8 +75,9 @@ def build_model(
         seq_length: Longest sequence, in tokens.
         ep_size: Ranks that share the experts of a layer.
         params_dtype: Type of weights and activations.
+        recompute: Whether backward computes the MoE layers again and keeps none of their activations.
     """
-    config = transformer_config(model, ep_size=ep_size, params_dtype=params_dtype)
+    config = transformer_config(model, ep_size=ep_size, params_dtype=params_dtype, recompute=recompute)
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
     return GPTModel(
         config=config,

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from hiermoe import __version__
 from hiermoe.dispatch.ranks import run_ranks
-from hiermoe.megatron.corpus import Corpus, load_corpus
+from hiermoe.megatron.corpus import Corpus, training_corpus
 from hiermoe.megatron.record_config import RecordConfig
 from hiermoe.megatron.record_progress import RecordProgress
 from hiermoe.records.project import from_root
@@ -49,24 +49,21 @@ def record(config: RecordConfig, command: str) -> None:
     Raises:
         RankFailedError: A rank failed; no trace is written.
     """
-    _corpus(config)  # tokenised here, so that the ranks find it in the cache
     timeout = timedelta(minutes=config.timeout_minutes)
-    run_ranks(train_and_record, config.ep_size, (config, command, timeout), timeout)
+    run_ranks(train_and_record, config.world_size, (config, training_corpus(config), command, timeout), timeout)
 
 
-def train_and_record(rank: int, config: RecordConfig, command: str, timeout: timedelta) -> None:
+def train_and_record(rank: int, config: RecordConfig, corpus: Corpus, command: str, timeout: timedelta) -> None:
     """One rank of the run; rank 0 writes the trace. *Collective: every rank of the world must call it.*"""
     from hiermoe.megatron import cpu
 
     cpu.expect_fallbacks()
-    # Only the ranks pay for importing megatron.
+    # Only the ranks need megatron; the fork server has imported it for them.
     from hiermoe.megatron.recorder import RouterRecorder, gather_ranks
     from hiermoe.megatron.training import Trainer
 
-    corpus = _corpus(config)
     trainer = Trainer(config, timeout)
     layers = config.recorded_layers
-    share = config.sequences_per_step // config.ep_size
     recorded: list[np.ndarray] = []
     losses: list[float] = []
     with (
@@ -75,8 +72,7 @@ def train_and_record(rank: int, config: RecordConfig, command: str, timeout: tim
     ):
         for step in range(config.train_steps + config.record_steps):
             started = time.perf_counter()
-            batch = corpus.step_batch(step, config.sequences_per_step, config.seq_length)
-            loss = trainer.step(torch.from_numpy(batch[rank * share : (rank + 1) * share]))
+            loss = trainer.step(trainer.batch(corpus, step))
             drained = recorder.drain()
             # [layer, b * s, k]: token after token of a sequence, sequence after sequence.
             ids_LTK = torch.stack([drained[layer][0].transpose(0, 1).flatten(0, 1) for layer in layers])
@@ -152,10 +148,6 @@ def write_trace(
     return trace
 
 
-def _corpus(config: RecordConfig) -> Corpus:
-    return load_corpus(config.model.vocab_size, config.seed, from_root(config.cache_dir), config.corpus_files)
-
-
 def _notes(config: RecordConfig, losses: list[float], loads_IL: np.ndarray) -> str:
     layers = "; ".join(
         f"layer {layer}: max/mean expert load per step {load.mean():.2f} on average, {load.max():.2f} at most"
@@ -163,6 +155,6 @@ def _notes(config: RecordConfig, losses: list[float], loads_IL: np.ndarray) -> s
     )
     return (
         f"Layers are numbered from 1. {config.train_steps} steps of {config.sequences_per_step} sequences of "
-        f"{config.seq_length} tokens before the first recorded step, Adam at {config.learning_rate:g}, fp32. "
+        f"{config.seq_length} tokens before the first recorded step, Adam at {config.learning_rate:g}, {config.dtype}. "
         f"Loss of the first training step {losses[0]:.3f}. {layers}."
     )

@@ -2,57 +2,34 @@
 
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from hiermoe.megatron.model_config import ModelConfig
+from hiermoe.megatron.training_config import TrainingConfig
 
 
-class RecordConfig(BaseModel):
+class RecordConfig(TrainingConfig):
     """A recording run: train a model on gloo ranks, then keep what its routers choose.
 
     Attributes:
-        model: The model to train.
-        seq_length: Tokens of a sequence.
-        sequences_per_step: Sequences of a training step, over all ranks.
         train_steps: Steps before recording starts.
         record_steps: Consecutive steps that are recorded; training goes on through them.
         logical_ranks: Ranks of the trace; each holds an equal, contiguous share of a step's tokens.
         num_recorded: Experts kept per token.
         layers: Layer numbers (from 1) to record; None for every MoE layer.
-        learning_rate: Of Adam, constant after the warm-up.
-        lr_warmup_steps: Steps over which the learning rate rises from 0.
-        seed: Of weights and of the order of documents.
-        ep_size: Processes, each with an equal share of the experts and of the sequences.
-        corpus_files: Use only so many files of the corpus; None for all.
-        cache_dir: Folder for the tokenised corpus.
         output: Where the trace goes.
         timeout_minutes: A rank that waits longer than this for another one ends the run.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: ModelConfig
-    seq_length: PositiveInt
-    sequences_per_step: PositiveInt
     train_steps: NonNegativeInt
     record_steps: PositiveInt
     logical_ranks: PositiveInt
     num_recorded: PositiveInt
     layers: list[PositiveInt] | None
-    learning_rate: PositiveFloat
-    lr_warmup_steps: NonNegativeInt
-    seed: NonNegativeInt
-    ep_size: PositiveInt
-    corpus_files: PositiveInt | None
-    cache_dir: str
     output: str
     timeout_minutes: PositiveFloat
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name, value in (("num_experts", self.model.num_experts), ("sequences_per_step", self.sequences_per_step)):
-            if value % self.ep_size:
-                raise ValueError(f"{name}={value} is not divisible by ep_size={self.ep_size}")
         if self.tokens_per_step % self.logical_ranks:
             raise ValueError(
                 f"sequences_per_step * seq_length = {self.tokens_per_step} is not divisible by "

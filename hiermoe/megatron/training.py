@@ -1,32 +1,45 @@
 """One rank's share of training a stock Megatron-Core model with expert parallelism."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
 
 from hiermoe.megatron import cpu
+from hiermoe.megatron.corpus import Corpus
 from hiermoe.megatron.models import build_model
-from hiermoe.megatron.record_config import RecordConfig
+from hiermoe.megatron.precision import PARAMS_DTYPE, float32_means_float64, make_float64
+from hiermoe.megatron.training_config import TrainingConfig
 
 
 class Trainer:
     """Model, optimizer and learning-rate schedule of one rank, on CPU.
 
     *Collective: every rank of the world must build it and call its methods.*
+
+    Attributes:
+        model: The model, wrapped for data parallelism.
+        optimizer: Megatron's optimizer.
     """
 
-    def __init__(self, config: RecordConfig, timeout: timedelta) -> None:
+    def __init__(
+        self, config: TrainingConfig, timeout: timedelta, prepare: Callable[[GPTModel], None] = lambda model: None
+    ) -> None:
         """Set up Megatron's process groups and build everything.
 
         Args:
-            config: The run; the world has `config.ep_size` ranks.
+            config: The run; the world has `config.world_size` ranks.
             timeout: Of Megatron's process groups.
+            prepare: Called with the built model before it is wrapped, to change it.
         """
         cpu.install()
         parallel_state.initialize_model_parallel(
@@ -35,20 +48,34 @@ class Trainer:
         )
         torch.manual_seed(config.seed)
         model_parallel_cuda_manual_seed(config.seed)
-        with cpu.cuda_means_cpu():
-            model = build_model(config.model, seq_length=config.seq_length, ep_size=config.ep_size)
+        self._config = config
+        self._precision = float32_means_float64 if config.dtype == "fp64" else nullcontext
+        with cpu.cuda_means_cpu(), self._precision():
+            model = build_model(
+                config.model,
+                seq_length=config.seq_length,
+                ep_size=config.ep_size,
+                params_dtype=PARAMS_DTYPE[config.dtype],
+                recompute=config.recompute,
+            )
+        if config.dtype == "fp64":
+            make_float64(model)
+        prepare(model)
+        with cpu.cuda_means_cpu(), self._precision():
             self.model = DistributedDataParallel(
-                model.config, DistributedDataParallelConfig(overlap_grad_reduce=False), model
+                model.config,
+                DistributedDataParallelConfig(overlap_grad_reduce=False, grad_reduce_in_fp32=config.dtype == "bf16"),
+                Float16Module(model.config, model) if config.dtype == "bf16" else model,
             )
             self.model.broadcast_params()
-            self._optimizer = get_megatron_optimizer(_optimizer_config(config), [self.model])
+            self.optimizer = get_megatron_optimizer(_optimizer_config(config), [self.model])
         self._schedule = OptimizerParamScheduler(
-            self._optimizer,
+            self.optimizer,
             init_lr=0.0,
             max_lr=config.learning_rate,
             min_lr=config.learning_rate,
             lr_warmup_steps=config.lr_warmup_steps,
-            lr_decay_steps=max(config.train_steps + config.record_steps, config.lr_warmup_steps + 1),
+            lr_decay_steps=config.lr_warmup_steps + 1,  # must be more, and says nothing of a constant rate
             lr_decay_style="constant",
             start_wd=0.1,
             end_wd=0.1,
@@ -57,6 +84,12 @@ class Trainer:
         )
         self._schedule.step(1)  # otherwise the first step's learning rate is 0
         self.model.train()
+
+    def batch(self, corpus: Corpus, step: int) -> torch.Tensor:
+        """This rank's sequences of a step: int64 [b, s + 1], inputs and, shifted by one, targets."""
+        share = self._config.sequences_per_rank
+        sequences = corpus.step_batch(step, self._config.sequences_per_step, self._config.seq_length)
+        return torch.from_numpy(sequences[dist.get_rank() * share : (dist.get_rank() + 1) * share])
 
     def step(self, sequences: torch.Tensor) -> float:
         """Train on this rank's sequences.
@@ -70,19 +103,20 @@ class Trainer:
         inputs, targets = sequences[:, :-1], sequences[:, 1:].contiguous()
         positions = torch.arange(inputs.shape[1]).expand_as(inputs)
         self.model.zero_grad_buffer()
-        self._optimizer.zero_grad()
-        loss = self.model(inputs, positions, attention_mask=None, labels=targets).mean()
-        loss.backward()
-        finalize_model_grads([self.model])
-        with cpu.cuda_means_cpu():
-            self._optimizer.step()
+        self.optimizer.zero_grad()
+        with self._precision():
+            loss = self.model(inputs, positions, attention_mask=None, labels=targets).mean()
+            loss.backward()
+            finalize_model_grads([self.model])
+            with cpu.cuda_means_cpu():
+                self.optimizer.step()
         self._schedule.step(1)
         mean_loss = loss.detach().clone()
         dist.all_reduce(mean_loss)
         return mean_loss.item() / dist.get_world_size()
 
 
-def _optimizer_config(config: RecordConfig) -> OptimizerConfig:
+def _optimizer_config(config: TrainingConfig) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam",
         lr=config.learning_rate,
@@ -91,6 +125,7 @@ def _optimizer_config(config: RecordConfig) -> OptimizerConfig:
         adam_beta1=0.9,
         adam_beta2=0.95,
         clip_grad=1.0,
-        params_dtype=torch.float32,
+        bf16=config.dtype == "bf16",
+        params_dtype=PARAMS_DTYPE[config.dtype],
         use_distributed_optimizer=False,
     )

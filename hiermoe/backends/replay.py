@@ -1,0 +1,266 @@
+"""Replays a routing trace through the real dispatchers on real ranks: rows move, experts are replaced by known factors.
+
+Inputs, factors, routing weights and output gradients are small integers, so every result has a known answer that a rank
+can compute alone and that no dtype rounds. It is compared in every iteration, beside the times.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hiermoe.backends.memory import PeakMemory
+from hiermoe.backends.streams import RowStream
+from hiermoe.planner.system import SystemConfig
+from hiermoe.records.schema import CALLS
+from hiermoe.routing.step import RoutingStep
+from hiermoe.topology.cluster import Cluster
+
+Row = dict[str, Any]
+
+_DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
+_LARGEST_EXACT = {torch.bfloat16: 2**8, torch.float32: 2**24, torch.float64: 2**53}
+_FACTORS = 3  # experts multiply by 1, 2 or 3
+_WEIGHTS = 2  # routing weights are 1 or 2
+
+
+@dataclass(frozen=True)
+class ReplayJob:
+    """What every rank must know.
+
+    Attributes:
+        system: what to run.
+        cluster: hierarchy and constants.
+        num_experts: E.
+        topk: K.
+        hidden_size: M.
+        element_bytes: v, of a hidden state's element.
+        layer: what records call the layer.
+        measured: for every iteration, whether it counts.
+        routing_iterations: for every iteration, which one of the source it is.
+        routing: folder of one file for every iteration of the routing source.
+        timeout: of a collective.
+    """
+
+    system: SystemConfig
+    cluster: Cluster
+    num_experts: int
+    topk: int
+    hidden_size: int
+    element_bytes: int
+    layer: int
+    measured: tuple[bool, ...]
+    routing_iterations: tuple[int, ...]
+    routing: Path
+    timeout: timedelta
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states."""
+        return _DTYPES[self.element_bytes]
+
+    def save(self, routing_iteration: int, step: RoutingStep) -> None:
+        """Write one iteration of the source for the ranks to read."""
+        with self._path(routing_iteration).open("wb") as file:
+            np.savez(
+                file, ids=step.expert_ids_NK.numpy().astype(np.int16), source=step.source_N.numpy().astype(np.int32)
+            )
+
+    def load(self, routing_iteration: int, rank: int) -> Tensor:
+        """Experts of one rank's tokens: int64 [T, K]."""
+        with np.load(self._path(routing_iteration)) as stored:
+            return torch.from_numpy(stored["ids"][stored["source"] == rank].astype(np.int64))
+
+    def _path(self, routing_iteration: int) -> Path:
+        return self.routing / f"{routing_iteration}.npz"
+
+    def check(self) -> None:
+        """Refuse what has no exact answer.
+
+        Raises:
+            ValueError: an element size without a dtype, or so many experts per token that sums would round.
+        """
+        if self.element_bytes not in _DTYPES:
+            raise ValueError(f"element_bytes={self.element_bytes} has no dtype here; choose from {sorted(_DTYPES)}")
+        if self.topk * _FACTORS * _WEIGHTS > _LARGEST_EXACT[self.dtype]:
+            raise ValueError(f"topk={self.topk}: sums of so many integers round in {self.dtype}; use element_bytes=4")
+
+
+def replay(rank: int, job: ReplayJob, folder: Path) -> None:
+    """One rank's share of all iterations. *Collective: every rank of the world must call it.*
+
+    Args:
+        rank: of the world, and GPU of the hierarchy.
+        job: what to do.
+        folder: where ranks stream their rows to.
+    """
+    # Only the ranks pay for importing megatron.
+    from hiermoe.megatron.bench_layer import bench_dispatcher
+    from hiermoe.megatron.meter import Meter
+
+    meter = Meter()
+    dispatcher = bench_dispatcher(
+        job.system,
+        job.cluster,
+        num_experts=job.num_experts,
+        topk=job.topk,
+        hidden_size=job.hidden_size,
+        layer=job.layer,
+        meter=meter,
+        timeout=job.timeout,
+    )
+    memory = PeakMemory()
+    with RowStream(folder, rank) as stream, meter:
+        for iteration, routing_iteration in enumerate(job.routing_iterations):
+            ids_TK = job.load(routing_iteration, rank)
+            generator = torch.Generator().manual_seed(iteration * job.cluster.hierarchy.num_ranks + rank)
+            question = Question.draw(ids_TK, job, generator)
+            dist.barrier()
+            memory.reset()
+            num_wrong = question.ask(dispatcher, job)
+            keys = {
+                "iteration": iteration,
+                "routing_iteration": routing_iteration,
+                "measured": job.measured[iteration],
+                "layer": job.layer,
+                "rank": rank,
+                "num_wrong": num_wrong,
+            }
+            calls = meter.drain()
+            stream.write([keys | row for row in (*_call_rows(calls, rank, job), _step_row(calls, memory))])
+
+
+@dataclass(frozen=True)
+class Question:
+    """One rank's inputs of one iteration, whose answer is known.
+
+    Attributes:
+        ids_TK: int64 [T, K], experts of its tokens.
+        x_TM: hidden states.
+        weight_TK: routing weights, float32.
+        gradient_TM: of the output.
+    """
+
+    ids_TK: Tensor
+    x_TM: Tensor
+    weight_TK: Tensor
+    gradient_TM: Tensor
+
+    @classmethod
+    def draw(cls, ids_TK: Tensor, job: ReplayJob, generator: torch.Generator) -> "Question":
+        """Random integers."""
+
+        def integers(low: int, high: int, *shape: int) -> Tensor:
+            return torch.randint(low, high + 1, shape, generator=generator, dtype=torch.int8)
+
+        num_tokens = len(ids_TK)
+        return cls(
+            ids_TK=ids_TK,
+            x_TM=integers(-1, 1, num_tokens, job.hidden_size).to(job.dtype),
+            weight_TK=integers(1, _WEIGHTS, *ids_TK.shape).float(),
+            gradient_TM=integers(-1, 1, num_tokens, job.hidden_size).to(job.dtype),
+        )
+
+    def ask(self, dispatcher: Any, job: ReplayJob) -> int:
+        """Dispatch, let experts multiply, combine, and go backward. *Collective.*
+
+        Returns:
+            Elements of the output, of the inputs' gradient and of the routing weights' gradient that are wrong.
+        """
+        num_experts = job.num_experts
+        x_TM = self.x_TM.detach().requires_grad_()
+        probs_TE = torch.zeros(len(x_TM), num_experts).scatter_(1, self.ids_TK, self.weight_TK).requires_grad_()
+        routing_map_TE = torch.zeros(len(x_TM), num_experts, dtype=torch.bool).scatter_(1, self.ids_TK, True)
+        hidden, probs = dispatcher.dispatch_preprocess(x_TM.unsqueeze(1), routing_map_TE, probs_TE)
+        hidden, probs = dispatcher.token_dispatch(hidden, probs)
+        rows_PM, rows_per_expert, weight_P = dispatcher.dispatch_postprocess(hidden, probs)
+        first = dispatcher.ep_group.rank() * len(rows_per_expert)
+        local_experts = torch.arange(first, first + len(rows_per_expert))
+        factor_P = factor_of(local_experts).repeat_interleave(torch.as_tensor(rows_per_expert))
+        y_PM = (rows_PM * (weight_P * factor_P)[:, None]).to(rows_PM.dtype)
+        output = dispatcher.combine_postprocess(dispatcher.token_combine(dispatcher.combine_preprocess(y_PM)))
+        output_TM = output.view_as(x_TM)
+        output_TM.backward(self.gradient_TM)
+        assert x_TM.grad is not None and probs_TE.grad is not None
+        kept_TK = kept_pairs(dispatcher, routing_map_TE).gather(1, self.ids_TK)
+        factor_TK = factor_of(self.ids_TK) * kept_TK
+        scale_T1 = (self.weight_TK * factor_TK).sum(1, keepdim=True)
+        alignment_T1 = (self.gradient_TM.float() * self.x_TM.float()).sum(1, keepdim=True)
+        wrong = output_TM.detach().float().ne(self.x_TM.float() * scale_T1).sum()
+        wrong += x_TM.grad.float().ne(self.gradient_TM.float() * scale_T1).sum()
+        wrong += probs_TE.grad.gather(1, self.ids_TK).ne(alignment_T1 * factor_TK).sum()
+        return int(wrong)
+
+
+def factor_of(expert_ids: Tensor) -> Tensor:
+    """What an expert multiplies by: float32 in the shape of the ids."""
+    return (1 + expert_ids % _FACTORS).float()
+
+
+def kept_pairs(dispatcher: Any, routing_map_TE: Tensor) -> Tensor:
+    """Which pairs a lossy scheme kept: bool [T, E]; all of them where it is not lossy."""
+    plan = getattr(dispatcher, "plan", None)
+    if plan is None or not plan.scheme.lossy:
+        return routing_map_TE
+    kept = torch.zeros(routing_map_TE.numel() + 1, dtype=torch.bool)
+    kept[plan.pair_index_P] = True
+    return kept[:-1].view_as(routing_map_TE)
+
+
+def _call_rows(calls: list[Any], rank: int, job: ReplayJob) -> Iterator[Row]:
+    """For every call one row a stage and one for the whole."""
+    row_bytes = job.hidden_size * job.element_bytes
+    for call in calls:
+        incoming = call.phase in ("dispatch", "combine_backward")  # towards the experts; else what is sent counts
+        dimension = len({t.stage for t in call.transfers if t.kind == "payload"})
+        total = {"phase": call.phase, "dimension": dimension}
+        stages = dict.fromkeys(t.stage for t in call.transfers)
+        for stage in stages:
+            transfers = [t for t in call.transfers if t.stage == stage]
+            payload = [t for t in transfers if t.kind == "payload"]
+            moved = [t.received_bytes if incoming else t.sent_bytes for t in payload]
+            num_bytes = sum(map(sum, moved))
+            own = sum(
+                n for t, bytes_ in zip(payload, moved, strict=True) for m, n in _by_member(t, bytes_) if m == rank
+            )
+            metadata = [t.received_bytes if incoming else t.sent_bytes for t in transfers if t.kind == "metadata"]
+            yield total | {
+                "stage": stage,
+                "wire_ms": sum(t.wire_ms for t in transfers),
+                "rows": num_bytes // row_bytes,
+                "bytes": num_bytes,
+                "crossing_rows": (num_bytes - own) // row_bytes,
+                "metadata_bytes": sum(map(sum, metadata)),
+            }
+        yield total | {
+            "stage": "all",
+            "wire_ms": call.wire_ms,
+            "local_ms": call.total_ms - call.wire_ms,
+            "dispatch_ms": call.total_ms,
+        }
+
+
+def _by_member(transfer: Any, amounts: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    return zip(transfer.members, amounts, strict=True)
+
+
+def _step_row(calls: list[Any], memory: PeakMemory) -> Row:
+    """The four calls together."""
+    assert [call.phase for call in calls] == list(CALLS), f"calls of an iteration: {[call.phase for call in calls]}"
+    plan = calls[0].plan
+    dropped = {} if plan is None else {"pairs": plan.traffic.total_pairs, "dropped_pairs": plan.traffic.dropped_pairs}
+    total_ms, wire_ms = sum(call.total_ms for call in calls), sum(call.wire_ms for call in calls)
+    return dropped | {
+        "phase": "step",
+        "stage": "all",
+        "dispatch_ms": total_ms,
+        "wire_ms": wire_ms,
+        "local_ms": total_ms - wire_ms,
+        "peak_memory_bytes": memory.peak_bytes(),
+    }

@@ -1,0 +1,116 @@
+"""Rows of a run on several ranks: every rank streams its own to a file, so that what it measured outlives it."""
+
+import json
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+
+from hiermoe.dispatch.ranks import RankFailedError, run_ranks
+
+_POLL_SECONDS = 0.2
+
+
+class RunDied(RuntimeError):
+    """A rank failed in mid-run.
+
+    Attributes:
+        rows: what all ranks had measured before, of iterations that every rank finished.
+    """
+
+    def __init__(self, message: str, rows: pd.DataFrame) -> None:
+        """Keep the rows beside the message."""
+        super().__init__(message)
+        self.rows = rows
+
+
+class RowStream:
+    """One rank's rows, appended to a file iteration by iteration."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        """Start the rank's file."""
+        self._file = _path(folder, rank).open("w", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._file.close()
+
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Append all rows of one finished iteration; each has the key ``iteration``."""
+        self._file.write(json.dumps(rows) + "\n")
+        self._file.flush()
+
+
+def run_streaming(
+    function: Callable[..., Any],
+    world_size: int,
+    args: tuple[Any, ...],
+    timeout: timedelta,
+    hosts: Sequence[str],
+    progress: Callable[[int], None] = lambda iteration: None,
+) -> pd.DataFrame:
+    """Run ``function(rank, *args, folder)`` on new ranks; it makes ``RowStream(folder, rank)`` and writes to it.
+
+    Args:
+        function: an importable function.
+        world_size: number of ranks.
+        args: further arguments.
+        timeout: of a collective.
+        hosts: host that each rank plays.
+        progress: called in this process with every iteration that rank 0 has finished.
+
+    Returns:
+        The rows of all ranks.
+
+    Raises:
+        RunDied: a rank failed; has the rows of the iterations before.
+    """
+    with tempfile.TemporaryDirectory(prefix="hiermoe-rows-") as name:
+        folder = Path(name)
+        done = threading.Event()
+        watcher = threading.Thread(target=_watch, args=(folder, done, progress), daemon=True)
+        watcher.start()
+        try:
+            run_ranks(function, world_size, (*args, folder), timeout, hosts=hosts)
+        except RankFailedError as error:
+            raise RunDied(str(error).splitlines()[0], _collect(folder, world_size)) from error
+        finally:
+            done.set()
+            watcher.join()
+        return _collect(folder, world_size)
+
+
+def _path(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}.jsonl"
+
+
+def _finished(path: Path) -> list[list[dict[str, Any]]]:
+    """Whole iterations of a file; a last line that was cut short is left out."""
+    if not path.exists():
+        return []
+    content = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in content[: content.rfind("\n") + 1].splitlines()]
+
+
+def _collect(folder: Path, world_size: int) -> pd.DataFrame:
+    ranks = [_finished(_path(folder, rank)) for rank in range(world_size)]
+    common = min(len(iterations) for iterations in ranks)
+    return pd.DataFrame([row for iterations in ranks for rows in iterations[:common] for row in rows])
+
+
+def _watch(folder: Path, done: threading.Event, progress: Callable[[int], None]) -> None:
+    """Report rank 0's iterations as they come."""
+    reported = 0
+    while True:
+        ended = done.wait(_POLL_SECONDS)
+        for iteration in range(reported, len(_finished(_path(folder, 0)))):
+            progress(iteration)
+            reported = iteration + 1
+        if ended:
+            return

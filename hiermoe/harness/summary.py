@@ -1,0 +1,74 @@
+"""What a single run came to, for the eye."""
+
+import pandas as pd
+from rich.table import Table
+
+from hiermoe.records.schema import CALLS
+
+
+def summary(records: pd.DataFrame, title: str) -> Table:
+    """A table of one run's record, whichever kind of numbers it has."""
+    return _predicted(records, title) if records["source"].iloc[0] == "simulated" else _measured(records, title)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=bool(columns))
+    table.add_column(columns[0] if columns else "", style="cyan", no_wrap=True)
+    for column in columns[1:] or ("",):
+        table.add_column(column, justify="right")
+    return table
+
+
+def _measured(records: pd.DataFrame, title: str) -> Table:
+    """Times are those of the busiest rank in an iteration, then the median over the iterations that count."""
+    counted = records[records["measured"]]
+    table = _table(title, "", "dispatch_ms", "wire_ms", "local_ms", "MB", "metadata", "num_wrong")
+
+    def add(name: str, rows: pd.DataFrame) -> None:
+        busiest = rows.groupby("iteration")[["dispatch_ms", "wire_ms", "local_ms", "bytes"]].max().median()
+        times = ["" if pd.isna(ms) else f"{ms:.2f}" for ms in busiest[["dispatch_ms", "wire_ms", "local_ms"]]]
+        megabytes = "" if pd.isna(busiest["bytes"]) else f"{busiest['bytes'] / 1e6:.2f}"
+        sent, metadata = rows["bytes"].sum(), rows["metadata_bytes"].sum()
+        share = f"{metadata / sent:.1%}" if sent and metadata else ""
+        wrong = f"{rows['num_wrong'].sum():.0f}" if times[0] else ""
+        table.add_row(name, *times, megabytes, share, wrong)
+
+    for call in CALLS:
+        rows = counted[counted["phase"] == call]
+        add(call, rows[rows["stage"] == "all"])
+        for stage, stage_rows in rows[rows["stage"] != "all"].groupby("stage"):
+            add(f"  {stage}", stage_rows)
+        table.add_section()
+    steps = counted[counted["phase"] == "step"]
+    add("all four", steps)
+    dimensions = counted.loc[counted["phase"] == "dispatch", "dimension"].astype(int).value_counts(normalize=True)
+    table.caption = (
+        f"Busiest of {records['num_ranks'].iloc[0]} ranks, median of {steps['iteration'].nunique()} iterations. "
+        f"d: {', '.join(f'{d} ({share:.0%})' for d, share in dimensions.items())}. "
+        f"Peak memory of a rank: {steps['peak_memory_bytes'].max() / 1e6:.0f} MB."
+    )
+    return table
+
+
+def _predicted(records: pd.DataFrame, title: str) -> Table:
+    counted = records[records["measured"]]
+    steps = counted[counted["phase"] == "step"]
+    every_step = records[records["phase"] == "step"]
+    table = _table(title)
+    first, last = steps["iteration"].min(), steps["iteration"].max()
+    table.add_row("AlltoAll per step and layer (predicted)", f"{steps['predicted_ms'].mean():.2f} ms")
+    table.add_row("counted iterations", f"{first}-{last} of {len(every_step)}")
+    dimensions = steps["dimension"].astype(int).value_counts()
+    table.add_row("dimension d", ", ".join(f"{d} ({n / len(steps):.0%})" for d, n in dimensions.items()))
+    for stage, rows in counted[counted["phase"] == "dispatch"].groupby("stage"):
+        table.add_row(f"stage {stage}", f"{rows['predicted_ms'].mean():.2f} ms, {rows['bytes'].mean() / 1e6:.1f} MB")
+    for level, rows in counted[counted["phase"] == "routing"].groupby("stage", sort=False):
+        table.add_row(f"duplication per {level}", f"{1 - rows['rows'].sum() / rows['pairs'].sum():.1%}")
+    table.add_row(
+        "busiest GPU's expert rows / mean", f"{(steps['expert_rows_max'] / steps['expert_rows_mean']).mean():.2f}"
+    )
+    if steps["dropped_pairs"].any():
+        table.add_row("dropped pairs", f"{steps['dropped_pairs'].sum() / steps['pairs'].sum():.1%}")
+    if every_step["moved_experts"].any():
+        table.add_row("experts moved", f"{every_step['moved_experts'].sum():.0f} in {len(every_step)} iterations")
+    return table

@@ -1,0 +1,69 @@
+"""A dispatcher without a model around it, for runs that bring their own routing."""
+
+from datetime import timedelta
+
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from hiermoe.megatron import cpu
+from hiermoe.megatron.attach import dispatch_context, new_dispatcher
+from hiermoe.megatron.meter import Meter, MeteredDispatcher
+from hiermoe.planner.system import SystemConfig
+from hiermoe.topology.cluster import Cluster
+
+
+def bench_dispatcher(
+    system: SystemConfig,
+    cluster: Cluster,
+    *,
+    num_experts: int,
+    topk: int,
+    hidden_size: int,
+    layer: int,
+    meter: Meter,
+    timeout: timedelta,
+) -> MoETokenDispatcher:
+    """The metered dispatcher of a system on this rank, with Megatron's process groups set up for it.
+
+    *Collective: every rank of the world must call it.* The world is one expert-parallel group.
+
+    Args:
+        system: what to run.
+        cluster: hierarchy and constants; as many GPUs as the world has ranks.
+        num_experts: E.
+        topk: K.
+        hidden_size: M.
+        layer: what the meter calls the layer.
+        meter: times and counts.
+        timeout: of a collective.
+
+    Raises:
+        NotApplicable: the system cannot run here.
+        ValueError: ranks or experts that do not fit the hierarchy.
+    """
+    cpu.install()
+    ep_size = cluster.hierarchy.num_ranks
+    if not parallel_state.model_parallel_is_initialized():
+        minutes = max(1, round(timeout.total_seconds() / 60))
+        parallel_state.initialize_model_parallel(
+            expert_model_parallel_size=ep_size, distributed_timeout_minutes=minutes
+        )
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=hidden_size,
+        num_attention_heads=1,
+        num_moe_experts=num_experts,
+        moe_router_topk=topk,
+        moe_token_dispatcher_type="alltoall",
+        expert_model_parallel_size=ep_size,
+        add_bias_linear=False,
+        moe_grouped_gemm=False,
+    )
+    groups = get_default_pg_collection()
+    per_rank = num_experts // ep_size
+    first = groups.ep.rank() * per_rank
+    stock = MoEAlltoAllTokenDispatcher(per_rank, list(range(first, first + per_rank)), config, groups)
+    context = dispatch_context(system, cluster, config, groups, timeout)
+    return MeteredDispatcher(new_dispatcher(system, stock, config, groups, context), layer, meter)
