@@ -17,12 +17,12 @@ from hiermoe.dispatch.plan import DispatchContext
 from hiermoe.megatron.dispatcher import ReorderedTokenDispatcher, StagedTokenDispatcher
 from hiermoe.megatron.flex import flex_dispatcher
 from hiermoe.megatron.meter import Meter, MeteredDispatcher
+from hiermoe.megatron.placement import ExpertPlacement, LayerPlacement
 from hiermoe.planner.policy import StaticPolicy
 from hiermoe.planner.system import SystemConfig
-from hiermoe.records.status import NotApplicable
 from hiermoe.topology.cluster import Cluster
 
-_ORIGINAL = "_dispatcher_before_attach"
+_BEFORE = "_before_attach"  # on a layer: its own dispatcher, and the placement that it has meanwhile
 
 
 def attach(
@@ -32,8 +32,8 @@ def attach(
     *,
     meter: Meter | None = None,
     timeout: timedelta | None = None,
-) -> None:
-    """Give every MoE layer of a model the dispatcher of a system. Weights, router and loss stay as they are.
+) -> ExpertPlacement:
+    """Give every MoE layer of a model the dispatcher of a system. Router and loss stay as they are.
 
     *Collective: every rank must call it*, after Megatron's process groups exist.
 
@@ -44,30 +44,55 @@ def attach(
         meter: times and counts what the dispatchers do.
         timeout: of a collective inside the system's own process groups; None for torch's default.
 
+    Returns:
+        Where the experts are. Its ``step`` belongs behind every optimizer step; a system that moves no experts does
+        nothing there.
+
     Raises:
         ValueError: no MoE layer, a setting that is not supported, or ranks that do not fit the hierarchy.
-        NotApplicable: the system needs what this machine lacks, or moves experts.
+        NotApplicable: the system needs what this machine lacks.
         RuntimeError: a system is attached already.
     """
     system = SystemConfig.named(system) if isinstance(system, str) else system
     cluster = Cluster.named(cluster) if isinstance(cluster, str) else cluster
     layers = moe_layers(model)
-    if any(hasattr(layer, _ORIGINAL) for layer in layers):
+    if any(hasattr(layer, _BEFORE) for layer in layers):
         raise RuntimeError("a system is attached already: call detach() first")
     for layer in layers:
         check_supported(layer.config)
     context = dispatch_context(system, cluster, layers[0].config, get_default_pg_collection(), timeout)
+    moving = []
     for layer in layers:
-        setattr(layer, _ORIGINAL, layer.token_dispatcher)
-        layer.token_dispatcher = _new_dispatcher(layer, system, context, meter)
+        original, placement = layer.token_dispatcher, None
+        assert original is not None
+        dispatcher = new_dispatcher(system, original, layer.config, get_default_pg_collection(), context)
+        if isinstance(dispatcher, StagedTokenDispatcher):
+            if layer.shared_expert_overlap:
+                dispatcher.set_shared_experts(layer.shared_experts)
+            policy = system.build_policy()
+            if not isinstance(policy, StaticPolicy):
+                placement = LayerPlacement(layer, dispatcher, policy)
+                moving.append(placement)
+        if meter is not None:
+            dispatcher = MeteredDispatcher(dispatcher, layer.layer_number or 0, meter)
+        layer.token_dispatcher = dispatcher
+        setattr(layer, _BEFORE, (original, placement))
+    return ExpertPlacement(moving)
 
 
 def detach(model: torch.nn.Module | list[torch.nn.Module]) -> None:
-    """Give every MoE layer the dispatcher back that it had before `attach`. Safe to call again."""
+    """Give every MoE layer the dispatcher back that it had before `attach`. Safe to call again.
+
+    Raises:
+        RuntimeError: experts have moved; `ExpertPlacement.go_home` comes first.
+    """
     for layer in moe_layers(model):
-        if hasattr(layer, _ORIGINAL):
-            layer.token_dispatcher = getattr(layer, _ORIGINAL)
-            delattr(layer, _ORIGINAL)
+        if hasattr(layer, _BEFORE):
+            original, placement = getattr(layer, _BEFORE)
+            if placement is not None:
+                placement.release()
+            layer.token_dispatcher = original
+            delattr(layer, _BEFORE)
 
 
 def with_system(spec: Any, system: SystemConfig | str, cluster: Cluster | str, *, meter: Meter | None = None) -> Any:
@@ -166,11 +191,11 @@ def dispatch_context(
     """What the dispatchers of all layers share. *Collective: every rank must call it.*
 
     Raises:
-        NotApplicable: the hierarchy has too few levels, or the system moves experts.
-        ValueError: ranks that do not fit the hierarchy.
+        NotApplicable: the hierarchy has too few levels.
+        ValueError: ranks that do not fit the hierarchy, or a placement policy for a class that cannot follow it.
     """
-    if not isinstance(system.build_policy(), StaticPolicy):
-        raise NotApplicable("its placement policy moves experts; training does not migrate weights yet")
+    if system.executor != "staged" and not isinstance(system.build_policy(), StaticPolicy):
+        raise ValueError(f"system={system.name}: only the staged executor can have experts placed elsewhere")
     schemes = system.build_schemes(cluster.hierarchy)
     communicators = Communicators(pg_collection.ep, cluster.hierarchy, schemes, timeout)
     return DispatchContext(schemes, cluster, communicators, config.moe_router_topk)
@@ -201,16 +226,3 @@ def new_dispatcher(
         return flex_dispatcher(stock, config, pg_collection)
     assert isinstance(stock, MoEAlltoAllTokenDispatcher)
     return ReorderedTokenDispatcher(stock) if system.executor == "reordered" else stock
-
-
-def _new_dispatcher(
-    layer: MoELayer, system: SystemConfig, context: DispatchContext, meter: Meter | None
-) -> MoETokenDispatcher:
-    stock = layer.token_dispatcher
-    assert stock is not None
-    dispatcher = new_dispatcher(system, stock, layer.config, get_default_pg_collection(), context)
-    if isinstance(dispatcher, StagedTokenDispatcher) and layer.shared_expert_overlap:
-        dispatcher.set_shared_experts(layer.shared_experts)
-    if meter is None:
-        return dispatcher
-    return MeteredDispatcher(dispatcher, layer.layer_number or 0, meter)

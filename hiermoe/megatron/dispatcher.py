@@ -1,6 +1,8 @@
 """The suite's exchange behind the six hooks of Megatron's token dispatcher, and the control that reorders sums."""
 
 from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ class StagedTokenDispatcher(MoETokenDispatcher):
         context: schemes, cluster and communicators.
         placement: where experts sit; may change between steps, and then the experts' weights must change with it.
         plan: of the latest forward.
+        row_bytes: M * v of the latest forward.
+        observe: called with the routing map [T, E] of every forward that is no recomputation; None for nobody.
     """
 
     def __init__(
@@ -44,6 +48,9 @@ class StagedTokenDispatcher(MoETokenDispatcher):
         self.context = context
         self.placement = Placement.identity(config.num_moe_experts)
         self.plan: DispatchPlan | None = None
+        self.row_bytes = 0
+        self.observe: Callable[[Tensor], None] | None = None
+        self._half_moved = False
         self._recomputes = config.recompute_granularity is not None
         self._pending: deque[DispatchPlan] = deque(maxlen=_MAX_PENDING)
         self._hidden_shape = torch.Size()
@@ -60,16 +67,20 @@ class StagedTokenDispatcher(MoETokenDispatcher):
             Tokens [T, M] and the routing weights.
 
         Raises:
-            RuntimeError: a recomputation routes other tokens than its forward did.
+            RuntimeError: a recomputation routes other tokens than its forward did, or experts are half moved.
         """
+        if self._half_moved:
+            raise RuntimeError("the experts of this layer are half moved: its weights are not valid")
         self._hidden_shape = tokens.shape
         x_TM = tokens.view(-1, tokens.shape[-1])
         if self.shared_experts is not None:
             self.shared_experts.pre_forward_comm(tokens)
         self.plan = self._replayed(routing_map)
         if self.plan is None:
-            row_bytes = x_TM.shape[1] * x_TM.element_size()
-            self.plan = make_plan(routing_map, probs.detach(), self.placement, self.context, row_bytes)
+            self.row_bytes = x_TM.shape[1] * x_TM.element_size()
+            self.plan = make_plan(routing_map, probs.detach(), self.placement, self.context, self.row_bytes)
+            if self.observe is not None:
+                self.observe(routing_map)
             if self._recomputes and not torch.is_grad_enabled():
                 self._pending.append(self.plan)
         return x_TM, probs
@@ -109,6 +120,13 @@ class StagedTokenDispatcher(MoETokenDispatcher):
             self.shared_experts.post_forward_comm()
             output = output + self.shared_experts.get_output()
         return output
+
+    @contextmanager
+    def moving(self) -> Iterator[None]:
+        """While experts move; if that fails, the layer refuses to be used."""
+        self._half_moved = True
+        yield
+        self._half_moved = False
 
     @property
     def _plan(self) -> DispatchPlan:

@@ -1,0 +1,252 @@
+"""Runs a system's placement policy in training: measure in every forward, decide and move experts after every step."""
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from torch import Tensor
+
+from hiermoe.megatron.dispatcher import StagedTokenDispatcher
+from hiermoe.megatron.migration import check_optimizer, expert_parameters, migrate
+from hiermoe.planner.policy import PlacementPolicy, PlacementUpdate, StepContext
+from hiermoe.topology.placement import Placement
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """What was decided for one layer after one step, and done.
+
+    Attributes:
+        layer: Megatron's layer number.
+        placement: the new one.
+        modelled_gain_ms: as in `PlacementUpdate`.
+        moved_experts: experts that changed their slot.
+        sent_bytes: by this rank.
+        migration_ms: of this rank, its waiting included.
+    """
+
+    layer: int
+    placement: Placement
+    modelled_gain_ms: float | None
+    moved_experts: int
+    sent_bytes: int
+    migration_ms: float
+
+
+class LayerPlacement:
+    """One layer's experts, its policy, and what its routing measured since the last step."""
+
+    def __init__(self, layer: MoELayer, dispatcher: StagedTokenDispatcher, policy: PlacementPolicy) -> None:
+        """Make the dispatcher report its routing, and checkpoints name experts as the router does."""
+        self.number = layer.layer_number or 0
+        self.dispatcher, self.policy = dispatcher, policy
+        self.measured: Tensor | None = None
+        self.measuring_ms = 0.0
+        self.iteration = 0
+        self._layer = layer
+        assert layer.experts is not None
+        self.parameters = expert_parameters(layer.experts, layer.num_local_experts)
+        dispatcher.observe = self.observe
+        if isinstance(layer.experts, SequentialMLP):
+            layer.experts.sharded_state_dict = self._sharded_state_dict  # type: ignore[method-assign]
+
+    def release(self) -> None:
+        """Give the layer back as it was. Experts stay where they are, so they must be at home.
+
+        Raises:
+            RuntimeError: an expert is not in the slot that stock Megatron expects it in.
+        """
+        if not self.dispatcher.placement.is_identity:
+            raise RuntimeError(f"experts of layer {self.number} are not in their own slots: call go_home() first")
+        self.dispatcher.observe = None
+        assert self._layer.experts is not None
+        vars(self._layer.experts).pop("sharded_state_dict", None)
+
+    def observe(self, routing_map_TE: Tensor) -> None:
+        """Measure one micro-batch; evaluation does not count."""
+        if not self._layer.training:
+            return
+        started = time.perf_counter()
+        ids_TK = routing_map_TE.nonzero()[:, 1].view(len(routing_map_TE), -1).cpu()
+        hierarchy = self.dispatcher.context.cluster.hierarchy
+        measured = self.policy.measure(ids_TK, self.dispatcher.placement, hierarchy, self.iteration)
+        if measured is not None:
+            self.measured = measured if self.measured is None else self.measured + measured
+        self.measuring_ms += (time.perf_counter() - started) * 1e3
+
+    def votes(self) -> Tensor:
+        """Which scheme the latest micro-batch of this rank used: int64 [schemes], one of them 1."""
+        plan, schemes = self.dispatcher.plan, self.dispatcher.context.schemes
+        assert plan is not None
+        return torch.tensor([int(scheme == plan.scheme) for scheme in schemes])
+
+    def context(self, votes: Tensor | None) -> StepContext:
+        """What the policy decides with: among it the scheme that most ranks used, the first on ties."""
+        dispatcher = self.dispatcher
+        winner = 0 if votes is None else votes.tolist().index(int(votes.max()))
+        return StepContext(
+            iteration=self.iteration,
+            cluster=dispatcher.context.cluster,
+            scheme=dispatcher.context.schemes[winner],
+            row_bytes=dispatcher.row_bytes,
+            expert_parameters=sum(parameter.numel() for parameter in self.parameters[0]),
+        )
+
+    def _sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """Megatron's, with every expert under its logical number instead of its slot."""
+        experts = self._layer.experts
+        assert isinstance(experts, SequentialMLP)
+        expert_at = self.dispatcher.placement.expert_at().tolist()
+        first = self._layer.local_expert_indices[0]
+        result = {}
+        for i, expert in enumerate(experts.local_experts):
+            # Stock code numbers the only expert of this stand-in by its rank among E ranks.
+            group = SimpleNamespace(size=lambda: len(expert_at), rank=lambda i=i: expert_at[first + i])
+            alone = SimpleNamespace(
+                local_experts=[expert], num_local_experts=1, ep_group=group, dp_group=experts.dp_group
+            )
+            part = SequentialMLP.sharded_state_dict(alone, prefix, sharded_offsets, metadata)  # type: ignore[arg-type]
+            stem = f"{prefix}local_experts."
+            result |= {key.replace(f"{stem}0.", f"{stem}{i}.", 1): value for key, value in part.items()}
+        return result
+
+
+class ExpertPlacement:
+    """The placement of a model's experts while it trains.
+
+    Example:
+        >>> placement = attach(model, "hiermoe", cluster)
+        >>> for batch in data:
+        ...     ...                       # forward, backward, optimizer.step()
+        ...     placement.step(optimizer)  # what it decides acts from the next step on
+    """
+
+    def __init__(self, layers: list[LayerPlacement]) -> None:
+        """Take charge of these layers; none for a system that moves no experts."""
+        self.layers = layers
+        self.planning_ms = 0.0  # of the latest step, all layers: measuring, reducing and deciding
+        self._iteration = 0
+
+    def step(self, optimizer: MegatronOptimizer | None) -> list[LayerUpdate]:
+        """Decide from what the step's routing measured, and move experts. Call it after the optimizer's step.
+
+        *Collective: every rank must call it.* Measurements of all layers are summed over all ranks at once; every rank
+        derives the same decisions, and a hash of them is compared.
+
+        Args:
+            optimizer: whose state moves with the weights; None where there is none.
+
+        Returns:
+            The updates, of layers that had one.
+
+        Raises:
+            ValueError: an optimizer that keeps state elsewhere.
+            RuntimeError: ranks decided differently, or a rank died while experts moved.
+        """
+        if not self.layers:
+            return []
+        if optimizer is not None:
+            check_optimizer(optimizer)
+        started = time.perf_counter()
+        updates = self._decide()
+        self.planning_ms = (time.perf_counter() - started) * 1e3 + sum(layer.measuring_ms for layer in self.layers)
+        done = [self._move(layer, update, optimizer) for layer, update in updates]
+        self._iteration += 1
+        for layer in self.layers:
+            layer.measured, layer.measuring_ms, layer.iteration = None, 0.0, self._iteration
+        return done
+
+    def go_home(self, optimizer: MegatronOptimizer | None) -> None:
+        """Move every expert to the slot of its own number. *Collective: every rank must call it.*"""
+        for layer in self.layers:
+            home = Placement.identity(layer.dispatcher.placement.num_experts)
+            self._move(layer, PlacementUpdate(home, None), optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Placements, as plain values to be stored beside a checkpoint."""
+        return {
+            "iteration": self._iteration,
+            "slot_of_expert": {layer.number: layer.dispatcher.placement.slot_E.tolist() for layer in self.layers},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take placements over, before the weights are loaded: experts are not moved.
+
+        Raises:
+            ValueError: a layer is missing.
+        """
+        for layer in self.layers:
+            if layer.number not in state["slot_of_expert"]:
+                raise ValueError(f"the stored placement has no layer {layer.number}")
+            layer.dispatcher.placement = Placement(torch.tensor(state["slot_of_expert"][layer.number]))
+            layer.iteration = state["iteration"]
+        self._iteration = state["iteration"]
+
+    def _decide(self) -> list[tuple[LayerPlacement, PlacementUpdate]]:
+        measuring = [layer for layer in self.layers if layer.measured is not None]
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        sums: dict[int, tuple[Tensor, Tensor]] = {}
+        if measuring:
+            parts = [(layer.measured.reshape(-1), layer.votes()) for layer in measuring if layer.measured is not None]
+            flat = torch.cat([torch.cat([stats, votes.to(stats.dtype)]) for stats, votes in parts])
+            flat = _summed(flat, group)
+            for layer, (stats, votes) in zip(measuring, parts, strict=True):
+                mine, flat = flat[: len(stats) + len(votes)], flat[len(stats) + len(votes) :]
+                assert layer.measured is not None
+                sums[layer.number] = (mine[: len(stats)].view_as(layer.measured), mine[len(stats) :])
+        updates = []
+        for layer in self.layers:
+            stats, votes = sums.get(layer.number, (None, None))
+            update = layer.policy.decide(stats, layer.dispatcher.placement, layer.context(votes))
+            if update is not None:
+                updates.append((layer, update))
+        _check_same([(layer.number, update.placement.slot_E.tolist()) for layer, update in updates], group)
+        return updates
+
+    def _move(self, layer: LayerPlacement, update: PlacementUpdate, optimizer: MegatronOptimizer | None) -> LayerUpdate:
+        started = time.perf_counter()
+        dispatcher = layer.dispatcher
+        old = dispatcher.placement
+        with dispatcher.moving():  # a rank that dies leaves the layer unusable on all others
+            migrated = migrate(layer.parameters, optimizer, old, update.placement, dispatcher.ep_group)
+            dispatcher.placement = update.placement
+        return LayerUpdate(
+            layer=layer.number,
+            placement=update.placement,
+            modelled_gain_ms=update.modelled_gain_ms,
+            moved_experts=migrated.moved_experts,
+            sent_bytes=migrated.sent_bytes,
+            migration_ms=(time.perf_counter() - started) * 1e3,
+        )
+
+
+def _summed(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum over the ranks, on whatever device the group needs, and back on the CPU. *Collective.*"""
+    device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    tensor = tensor.to(device)
+    dist.all_reduce(tensor, group=group)
+    return tensor.cpu()
+
+
+def _check_same(decision: Any, group: dist.ProcessGroup) -> None:
+    """Compare a hash of a decision over the ranks. *Collective.*
+
+    Raises:
+        RuntimeError: on every rank, if they differ.
+    """
+    digest = hashlib.sha256(json.dumps(decision).encode()).digest()
+    mine = torch.tensor([int.from_bytes(digest[:4], "big"), -int.from_bytes(digest[:4], "big")])
+    device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    extremes = mine.to(device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    if not torch.equal(extremes.cpu(), mine):
+        raise RuntimeError("ranks decided on different placements: their routing statistics or versions differ")
