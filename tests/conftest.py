@@ -32,7 +32,7 @@ class Composer:
     def __call__(self, *overrides: str) -> RunConfig:
         """The checked configuration; small by default."""
         small = ["tokens_per_rank=64", "iterations=4", "routing=uniform", "wandb.mode=disabled"]
-        return parse(compose("config", overrides=[*small, *overrides]))
+        return parse(compose("config", overrides=[*small, *overrides]), RunConfig)
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hiermoe.records.status import NotApplicable
+
 HOST_VARIABLE = "HIERMOE_HOST"
 """Environment variable of a rank: the name of the host that it plays."""
 
@@ -61,6 +63,7 @@ def run_ranks(
 
     Raises:
         RankFailedError: A rank raised or died, or the deadline passed; all ranks have been ended.
+        NotApplicable: A rank raised it.
         ValueError: ``hosts`` does not name one host a rank.
     """
     if hosts is not None and len(hosts) != world_size:
@@ -107,6 +110,7 @@ def _wait(ranks: Sequence[BaseProcess], folder: Path, ends: float | None, deadli
 
     Raises:
         RankFailedError: a rank failed, or ``ends`` (on the monotonic clock) passed.
+        NotApplicable: a rank raised it.
     """
     running: dict[Any, int] = {process.sentinel: rank for rank, process in enumerate(ranks)}
     while running:
@@ -120,15 +124,15 @@ def _wait(ranks: Sequence[BaseProcess], folder: Path, ends: float | None, deadli
             stop = time.monotonic() + _GRACE_SECONDS
             while running and (left := stop - time.monotonic()) > 0:
                 ended.extend(running.pop(sentinel) for sentinel in connection.wait(list(running), left))
-            raise RankFailedError(_first_failure(ranks, folder, ended))
+            raise _first_failure(ranks, folder, ended)
 
 
 def _succeeded(process: BaseProcess, folder: Path, rank: int) -> bool:
     return process.exitcode == 0 and _result_path(folder, rank).exists()
 
 
-def _first_failure(ranks: Sequence[BaseProcess], folder: Path, ended: list[int]) -> str:
-    """Who failed first and why, the traceback below.
+def _first_failure(ranks: Sequence[BaseProcess], folder: Path, ended: list[int]) -> Exception:
+    """Says who failed first and why, the traceback below.
 
     A rank that was killed left no report and no time. Nobody but this process kills ranks, and that is after this, so
     such a rank is the cause and the errors of the others its consequence.
@@ -141,10 +145,12 @@ def _first_failure(ranks: Sequence[BaseProcess], folder: Path, ended: list[int])
         if not path.exists():
             code = ranks[rank].exitcode or 0
             reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            return f"rank {rank} of {len(ranks)} died by {reason}"
+            return RankFailedError(f"rank {rank} of {len(ranks)} died by {reason}")
         reports.append(json.loads(path.read_text(encoding="utf-8")) | {"rank": rank})
     first = min(reports, key=lambda report: report["monotonic_ns"])
-    return f"rank {first['rank']} of {len(ranks)} failed: {first['cause']}\n{first['trace']}"
+    if first["not_applicable"] is not None:
+        return NotApplicable(first["not_applicable"])
+    return RankFailedError(f"rank {first['rank']} of {len(ranks)} failed: {first['cause']}\n{first['trace']}")
 
 
 def _end(ranks: Sequence[BaseProcess]) -> None:
@@ -189,6 +195,7 @@ def _rank_main(rank: int, world_size: int, folder: Path, timeout: timedelta, hos
             "monotonic_ns": time.monotonic_ns(),
             "cause": "".join(traceback.format_exception_only(error)).strip().splitlines()[0],
             "trace": traceback.format_exc().strip(),
+            "not_applicable": str(error) if isinstance(error, NotApplicable) else None,
         }
         _report_path(folder, rank).write_text(json.dumps(report), encoding="utf-8")
         # At once, without closing the group, so that the others fail too and do not wait.

@@ -2,7 +2,7 @@
 
 import json
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
@@ -18,6 +18,8 @@ from hiermoe.records.run_id import run_id
 from hiermoe.routing.step import RoutingRequest, experts_per_rank
 from hiermoe.routing.trace import RecordedRouting, recorded_path
 from hiermoe.topology.cluster import Cluster
+
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class _Strict(BaseModel):
@@ -102,7 +104,7 @@ class RunConfig(_Strict):
         """The name of the run, by its content."""
         path = self.routing.source.get("path")
         inputs = () if path is None else (recorded_path(path, self.request),)
-        return run_id(self.content, inputs)
+        return run_id(self.content, inputs, measured=self.backend.starts_ranks)
 
     def workload(self) -> Workload:
         """Everything that a backend needs.
@@ -139,20 +141,20 @@ def _open_routing(source: str, request: RoutingRequest) -> tuple[CachedRouting, 
     return CachedRouting(opened), layer
 
 
-def parse(config: DictConfig) -> RunConfig:
+def parse(config: DictConfig, schema: type[Schema]) -> Schema:
     """Check a composed configuration.
 
     Raises:
         ValueError: one line that names the first key that breaks a rule.
     """
     try:
-        return RunConfig.model_validate(OmegaConf.to_container(config, resolve=True))
+        return schema.model_validate(OmegaConf.to_container(config, resolve=True))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part not in ("gqa", "mla"))
         message = first["msg"].removeprefix("Value error, ")
         given = "" if isinstance(first["input"], dict) else f"={first['input']}"
-        raise ValueError(f"{where}{given}: {message}") from None
+        raise ValueError(f"{where}{given}: {message}" if where else message) from None
 
 
 class ProjectSearchPath(SearchPathPlugin):

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import pandas as pd
 
@@ -51,25 +52,9 @@ def execute(config: RunConfig, store: RunStore, progress: Callable[[int], None] 
         progress: called with the number of every finished iteration.
 
     Returns:
-        The outcome. A run that does not apply or that failed on bad input keeps a row with the reason.
+        The outcome.
     """
-    started = time.perf_counter()
-    run_id = config.run_id
-    if store.is_done(run_id):
-        first = store.read(run_id).iloc[0]
-        return Outcome(run_id, first["status"], first["reason"], True, time.perf_counter() - started)
-    status: Status = "ok"
-    reason = ""
-    try:
-        rows = _measure(config, progress)
-    except NotApplicable as error:
-        status, reason, rows = "not_applicable", str(error), _single_row()
-    except RunDied as error:
-        status, reason, rows = "failed", str(error), _single_row() if error.rows.empty else error.rows
-    except (ValueError, OSError) as error:
-        status, reason, rows = "failed", str(error), _single_row()
     keys = {
-        "run_id": run_id,
         "source": SOURCE_OF_BACKEND[config.backend.name],
         "system": config.system.name,
         "model": config.model.name,
@@ -80,11 +65,42 @@ def execute(config: RunConfig, store: RunStore, progress: Callable[[int], None] 
         "topk": config.model.topk,
         "num_ranks": config.cluster.hierarchy.num_ranks,
         "tokens_per_rank": config.tokens_per_rank,
-        "status": status,
-        "reason": reason,
     }
+    return keep_record(config.run_id, config.content, keys, lambda: _measure(config, progress), store)
+
+
+def keep_record(
+    run_id: str, content: dict[str, Any], keys: dict[str, Any], measure: Callable[[], pd.DataFrame], store: RunStore
+) -> Outcome:
+    """Measure and store the record, unless it is there.
+
+    Args:
+        run_id: name of the run.
+        content: its configuration.
+        keys: key columns that all its rows share.
+        measure: makes the rows, without these keys.
+        store: where records are.
+
+    Returns:
+        The outcome. A run that does not apply or that failed keeps a row with the reason, or the rows that it had.
+    """
+    started = time.perf_counter()
+    if store.is_done(run_id):
+        first = store.read(run_id).iloc[0]
+        return Outcome(run_id, first["status"], first["reason"], True, time.perf_counter() - started)
+    status: Status = "ok"
+    reason = ""
+    try:
+        rows = measure()
+    except NotApplicable as error:
+        status, reason, rows = "not_applicable", str(error), _single_row()
+    except RunDied as error:
+        status, reason, rows = "failed", str(error), _single_row() if error.rows.empty else error.rows
+    except (ValueError, OSError) as error:
+        status, reason, rows = "failed", str(error), _single_row()
     seconds = time.perf_counter() - started
-    store.write(run_id, config.content, collect() | {"seconds": round(seconds, 3)}, rows.assign(**keys))
+    rows = rows.assign(run_id=run_id, **keys, status=status, reason=reason)
+    store.write(run_id, content, collect() | {"seconds": round(seconds, 3)}, rows)
     return Outcome(run_id, status, reason, False, seconds)
 
 

@@ -1,16 +1,20 @@
 """One run from the command line: progress, a summary for the eye, a mirror in W&B."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 
+import pandas as pd
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-from hiermoe.harness.config import parse
-from hiermoe.harness.run import execute
+from hiermoe.harness.config import RunConfig, parse
+from hiermoe.harness.run import Outcome, execute
 from hiermoe.harness.summary import summary
-from hiermoe.harness.tracking import mirror_run
+from hiermoe.harness.tracking import Mirrored, mirror_run
 from hiermoe.records.store import RunStore
 
 
@@ -20,23 +24,47 @@ def run_and_print(composed: DictConfig) -> None:
     Raises:
         ValueError: the run does not apply or failed; its record has the reason too.
     """
-    torch.set_num_threads(1)
-    config, store, console = parse(composed), RunStore(), Console()
+    config = parse(composed, RunConfig)
     title = f"{config.system.label} · {config.model.name} · {config.cluster.name} · {config.routing.name}"
+    present(config, title, config.iterations, partial(execute, config), summary)
+
+
+def present(
+    config: Mirrored,
+    title: str,
+    iterations: int,
+    run: Callable[[RunStore, Callable[[int], None]], Outcome],
+    summarise: Callable[[pd.DataFrame, str], Table],
+) -> None:
+    """Run something that leaves a record, with progress, and print and mirror what came out.
+
+    Args:
+        config: what runs.
+        title: of progress and summary.
+        iterations: how many there will be.
+        run: takes the store and what to call with every finished iteration.
+        summarise: makes a table of the record, under the title.
+
+    Raises:
+        ValueError: the run does not apply or failed; its record has the reason too.
+    """
+    torch.set_num_threads(1)
+    store, console = RunStore(), Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title, total=config.iterations)
-        outcome = execute(config, store, lambda _: progress.advance(task))
+        task = progress.add_task(title, total=iterations)
+        outcome = run(store, lambda _: progress.advance(task))
     if outcome.status == "not_applicable" and composed_by_sweep():
         console.print(f"[yellow]not applicable[/yellow] {title}: {outcome.reason}")
         return
     if outcome.status != "ok":
         raise ValueError(outcome.reason)
-    console.print(summary(store.read(outcome.run_id), title))
+    records = store.read(outcome.run_id)
+    console.print(summarise(records, title))
     where = store.path(outcome.run_id)
     console.print(f"{'kept from before' if outcome.cached else f'{outcome.seconds:.1f} s'} · record: {where}\n")
     if not outcome.cached:
-        mirror_run(config, store.read(outcome.run_id))
+        mirror_run(config, records)
 
 
 def composed_by_sweep() -> bool:

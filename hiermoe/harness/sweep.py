@@ -79,7 +79,9 @@ def _compose(path: Path) -> list[Cell]:
     overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
     (batch,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     with _hydra():
-        return [Cell(tuple(cell), parse(compose("config", [f"+sweeps={path.stem}", *cell]))) for cell in batch]
+        return [
+            Cell(tuple(cell), parse(compose("config", [f"+sweeps={path.stem}", *cell]), RunConfig)) for cell in batch
+        ]
 
 
 @contextmanager

@@ -1,13 +1,34 @@
 """W&B mirrors what the records say. Offline by default; files are the truth and nothing reads W&B."""
 
+from typing import Any, Protocol
+
 import pandas as pd
 
-from hiermoe.harness.config import RunConfig, WandbMode
+from hiermoe.harness.config import WandbConfig, WandbMode
 from hiermoe.records.project import PROJECT_ROOT
 
 
-def mirror_run(config: RunConfig, records: pd.DataFrame) -> None:
-    """Log a run's step rows, one W&B step an iteration."""
+class Mirrored(Protocol):
+    """What mirroring must know of a run's configuration."""
+
+    @property
+    def wandb(self) -> WandbConfig:
+        """Whether and where."""
+        ...
+
+    @property
+    def run_id(self) -> str:
+        """Name of the run."""
+        ...
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """Configuration of the run."""
+        ...
+
+
+def mirror_run(config: Mirrored, records: pd.DataFrame) -> None:
+    """Log a run's step rows, one W&B step an iteration; of several ranks the largest number."""
     if config.wandb.mode == "disabled":
         return
     import wandb  # seconds to import; most commands never need it
@@ -20,7 +41,8 @@ def mirror_run(config: RunConfig, records: pd.DataFrame) -> None:
         config=config.content,
         settings=wandb.Settings(silent=True),
     )
-    steps = records[records["phase"] == "step"].select_dtypes("number").dropna(axis=1)
+    rows = records[records["phase"].isin(("step", "train"))].select_dtypes("number").dropna(axis=1)
+    steps = rows.groupby("iteration", as_index=False).max()
     for row in steps.to_dict("records"):
         run.log({str(key): value for key, value in row.items()}, step=int(row["iteration"]))
     run.finish()

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from hiermoe.dispatch.ranks import HOST_VARIABLE, RankFailedError, run_ranks
+from hiermoe.records.status import NotApplicable
 
 TIMEOUT = timedelta(seconds=100)
 SOON = 15.0  # seconds, far below the timeout, far above what ending takes
@@ -82,6 +83,17 @@ def test_a_rank_that_fails_ends_the_others_in_their_collective_and_is_named(how:
     assert str(caught.value).splitlines()[0] == message
     assert time.monotonic() - started < SOON
     assert not ranks_of(os.getpid())
+
+
+def not_applicable_on_rank_one(rank: int) -> None:
+    if rank == 1:
+        raise NotApplicable("needs four levels")
+    dist.barrier()
+
+
+def test_a_run_without_meaning_is_no_failure() -> None:
+    with pytest.raises(NotApplicable, match="^needs four levels$"):
+        run_ranks(not_applicable_on_rank_one, 2, (), TIMEOUT)
 
 
 def test_a_result_that_cannot_be_sent_is_the_ranks_failure() -> None:
