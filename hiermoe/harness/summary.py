@@ -11,6 +11,27 @@ def summary(records: pd.DataFrame, title: str) -> Table:
     return _predicted(records, title) if records["source"].iloc[0] == "simulated" else _measured(records, title)
 
 
+def train_summary(records: pd.DataFrame, title: str) -> Table:
+    """A table of a training run's record. Times are as in `_measured`."""
+    losses = records[records["rank"] == 0].set_index("iteration")["loss"]
+    counted = records[records["measured"]]
+    busiest = counted.groupby("iteration")[["train_step_ms", "alltoall_forward_ms", "alltoall_backward_ms", "wire_ms"]]
+    median = busiest.max().median()
+    alltoall = counted["alltoall_forward_ms"] + counted["alltoall_backward_ms"]
+    table = _table(title)
+    table.add_row("loss", f"{losses.iloc[0]:.6f} → {losses.iloc[-1]:.6f} in {len(losses)} steps")
+    table.add_row("step", f"{median['train_step_ms']:.1f} ms")
+    table.add_row("dispatch and combine, forward", f"{median['alltoall_forward_ms']:.1f} ms")
+    table.add_row("dispatch and combine, backward", f"{median['alltoall_backward_ms']:.1f} ms")
+    table.add_row("of them on the wire", f"{median['wire_ms']:.1f} ms")
+    table.add_row("their share of the step, mean", f"{(alltoall / counted['train_step_ms']).mean():.1%}")
+    table.caption = (
+        f"Busiest of {records['num_ranks'].iloc[0]} ranks, median of {counted['iteration'].nunique()} steps, "
+        "waiting for other ranks included."
+    )
+    return table
+
+
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", show_header=bool(columns))
     table.add_column(columns[0] if columns else "", style="cyan", no_wrap=True)

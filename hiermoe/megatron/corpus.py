@@ -96,6 +96,11 @@ def training_corpus(config: TrainingConfig) -> Corpus:
     return load_corpus(config.model.vocab_size, config.seed, from_root(config.cache_dir), config.corpus_files)
 
 
+def corpus_key(config: TrainingConfig) -> str:
+    """Name of a training run's corpus: a hash of its text and of how it is tokenised and ordered."""
+    return _content_key(standard_library(config.corpus_files), config.model.vocab_size, config.seed)
+
+
 def load_corpus(vocabulary: int, seed: int, cache_dir: str | Path, max_documents: int | None = None) -> Corpus:
     """Tokenise the standard library, or read the result of an earlier call from the cache.
 

@@ -1,0 +1,118 @@
+"""Training on this machine: stock Megatron on gloo ranks, its MoE layers given the dispatcher of a system."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch.distributed as dist
+
+from hiermoe.backends.streams import RowStream, run_streaming
+from hiermoe.dispatch.communicators import played_hosts
+from hiermoe.megatron.corpus import Corpus, training_corpus
+from hiermoe.megatron.training_config import TrainingConfig
+from hiermoe.planner.system import SystemConfig
+from hiermoe.routing.step import first_measured
+from hiermoe.topology.cluster import Cluster
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What every rank must know.
+
+    Attributes:
+        training: model, sequences and optimizer.
+        system: what moves tokens.
+        cluster: hierarchy and constants, of `training.ep_size` GPUs.
+        steps: of the optimizer.
+        timeout: of a collective.
+    """
+
+    training: TrainingConfig
+    system: SystemConfig
+    cluster: Cluster
+    steps: int
+    timeout: timedelta
+
+
+def run_training(job: TrainingJob, progress: Callable[[int], None] = lambda step: None) -> pd.DataFrame:
+    """Train on new ranks.
+
+    Args:
+        job: what to do.
+        progress: called with the number of every finished step.
+
+    Returns:
+        Rows of the phase train, one per step and rank, without the run's own keys.
+
+    Raises:
+        NotApplicable: the system moves experts, needs more levels than the hierarchy has, or what this machine lacks.
+        ValueError: a bad scheme, or a text too short for the vocabulary.
+        RunDied: a rank failed.
+    """
+    job.system.require_static_placement()
+    job.system.build_schemes(job.cluster.hierarchy)
+    # Hosts are checked inside each expert-parallel group, so replicas may play the same ones.
+    hosts = played_hosts(job.cluster.hierarchy) * job.training.data_parallel
+    corpus = training_corpus(job.training)
+    return run_streaming(train, job.training.world_size, (job, corpus), job.timeout, hosts, progress)
+
+
+def train(rank: int, job: TrainingJob, corpus: Corpus, folder: Path) -> None:
+    """One rank's share of all steps. *Collective: every rank of the world must call it.*
+
+    Args:
+        rank: of the world.
+        job: what to do.
+        corpus: what to train on.
+        folder: where ranks stream their rows to.
+    """
+    from hiermoe.megatron import cpu
+
+    cpu.expect_fallbacks()
+    # Only the ranks need megatron; the fork server has imported it for them.
+    from hiermoe.megatron.attach import attach
+    from hiermoe.megatron.meter import Meter
+    from hiermoe.megatron.training import Trainer
+
+    meter = Meter()
+    trainer = Trainer(
+        job.training,
+        job.timeout,
+        lambda model: attach(model, job.system, job.cluster, meter=meter, timeout=job.timeout),
+    )
+    with RowStream(folder, rank) as stream, meter:
+        measured_from = first_measured(job.steps, None)
+        for step in range(job.steps):
+            sequences = trainer.batch(corpus, step)
+            dist.barrier()
+            started = time.perf_counter()
+            loss = trainer.step(sequences)
+            step_ms = (time.perf_counter() - started) * 1e3
+            row = {
+                "iteration": step,
+                "routing_iteration": step,
+                "measured": step >= measured_from,
+                "layer": -1,
+                "rank": rank,
+                "phase": "train",
+                "stage": "all",
+                "loss": loss,
+                "train_step_ms": step_ms,
+            }
+            stream.write([row | _alltoall_times(meter.drain())])
+
+
+def _alltoall_times(calls: list[Any]) -> dict[str, float]:
+    """What dispatch and combine of all layers took in one step; recomputed ones count as forward."""
+    backward = [call.total_ms for call in calls if call.phase.endswith("_backward")]
+    total_ms, wire_ms = sum(call.total_ms for call in calls), sum(call.wire_ms for call in calls)
+    return {
+        "alltoall_forward_ms": total_ms - sum(backward),
+        "alltoall_backward_ms": sum(backward),
+        "wire_ms": wire_ms,
+        "local_ms": total_ms - wire_ms,
+    }
