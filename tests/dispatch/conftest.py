@@ -1,0 +1,24 @@
+"""Runs of ranks whose results several files check."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+
+from hiermoe.dispatch.ranks import run_ranks
+from tests.dispatch import contract
+from tests.dispatch.worlds import DEADLINE, TIMEOUT, World, cases_of
+
+
+@pytest.fixture(scope="session")
+def contract_results() -> Callable[[World], list[dict[Any, Any]]]:
+    """For a world, what every rank got from all systems on all cases; run once."""
+
+    @cache
+    def results(world: World) -> list[dict[Any, Any]]:
+        return run_ranks(
+            contract.run_all, world.num_ranks, (world, cases_of(world)), TIMEOUT, deadline=DEADLINE, hosts=world.hosts
+        )
+
+    return results
