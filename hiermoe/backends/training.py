@@ -49,12 +49,12 @@ def run_training(job: TrainingJob, progress: Callable[[int], None] = lambda step
         Rows of the phase train, one per step and rank, without the run's own keys.
 
     Raises:
-        NotApplicable: the system moves experts, needs more levels than the hierarchy has, or what this machine lacks.
-        ValueError: a bad scheme, or a text too short for the vocabulary.
+        NotApplicable: the system needs more levels than the hierarchy has, or what this machine lacks.
+        ValueError: a bad scheme or policy, or a text too short for the vocabulary.
         RunDied: a rank failed.
     """
-    job.system.require_static_placement()
     job.system.build_schemes(job.cluster.hierarchy)
+    job.system.build_policy()  # bad arguments end the run here, not on the ranks
     # Hosts are checked inside each expert-parallel group, so replicas may play the same ones.
     hosts = played_hosts(job.cluster.hierarchy) * job.training.data_parallel
     corpus = training_corpus(job.training)
@@ -79,11 +79,8 @@ def train(rank: int, job: TrainingJob, corpus: Corpus, folder: Path) -> None:
     from hiermoe.megatron.training import Trainer
 
     meter = Meter()
-    trainer = Trainer(
-        job.training,
-        job.timeout,
-        lambda model: attach(model, job.system, job.cluster, meter=meter, timeout=job.timeout),
-    )
+    trainer = Trainer(job.training, job.timeout)
+    placement = attach(trainer.model, job.system, job.cluster, meter=meter, timeout=job.timeout)
     with RowStream(folder, rank) as stream, meter:
         measured_from = first_measured(job.steps, None)
         for step in range(job.steps):
@@ -92,6 +89,8 @@ def train(rank: int, job: TrainingJob, corpus: Corpus, folder: Path) -> None:
             started = time.perf_counter()
             loss = trainer.step(sequences)
             step_ms = (time.perf_counter() - started) * 1e3
+            calls = meter.drain()
+            updates = placement.step(trainer.optimizer)
             row = {
                 "iteration": step,
                 "routing_iteration": step,
@@ -102,8 +101,12 @@ def train(rank: int, job: TrainingJob, corpus: Corpus, folder: Path) -> None:
                 "stage": "all",
                 "loss": loss,
                 "train_step_ms": step_ms,
+                "planning_ms": placement.planning_ms,
+                "moved_experts": sum(update.moved_experts for update in updates),
+                "migration_bytes": sum(update.sent_bytes for update in updates),
+                "migration_ms": sum(update.migration_ms for update in updates),
             }
-            stream.write([row | _alltoall_times(meter.drain())])
+            stream.write([row | _alltoall_times(calls)])
 
 
 def _alltoall_times(calls: list[Any]) -> dict[str, float]:

@@ -32,7 +32,7 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainingConfig, timeout: timedelta, prepare: Callable[[GPTModel], None] = lambda model: None
+        self, config: TrainingConfig, timeout: timedelta, prepare: Callable[[GPTModel], object] = lambda model: None
     ) -> None:
         """Set up Megatron's process groups and build everything.
 

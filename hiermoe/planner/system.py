@@ -6,10 +6,9 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hiermoe.planner.policy import PlacementPolicy, StaticPolicy
+from hiermoe.planner.policy import PlacementPolicy
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.records.project import CONF
-from hiermoe.records.status import NotApplicable
 from hiermoe.topology.hierarchy import Hierarchy
 
 Executor = Literal["staged", "stock", "reordered", "flex"]
@@ -50,16 +49,6 @@ class SystemConfig(BaseModel):
             ValueError: a bad target or bad arguments.
         """
         return build(self.policy)
-
-    def require_static_placement(self) -> None:
-        """For what trains real weights.
-
-        Raises:
-            NotApplicable: the system moves experts.
-            ValueError: a bad policy.
-        """
-        if not isinstance(self.build_policy(), StaticPolicy):
-            raise NotApplicable("its placement policy moves experts; training does not migrate weights yet")
 
     @classmethod
     def named(cls, name: str) -> Self:

@@ -53,7 +53,7 @@ RECORDS = pa.DataFrameSchema(
         "expert_rows_max": _number(),  # token-expert pairs at the busiest GPU: compute balance
         "expert_rows_mean": _number(),
         "moved_experts": _number(),  # after this iteration
-        "migration_bytes": _number(),  # full state: weights, fp32 masters, Adam moments
+        "migration_bytes": _number(),  # full state: weights, fp32 masters, Adam moments; measured: what the rank sent
         "migration_link_ms": _number(),  # of them, at the link's rate
         "migration_alltoall_ms": _number(),  # of them, at the rate that the AlltoAll reaches
         "modelled_gain_ms": _number(low=None),  # what the policy expected to save per step
@@ -67,6 +67,8 @@ RECORDS = pa.DataFrameSchema(
         "train_step_ms": _number(),  # measured: forward, backward and optimizer
         "alltoall_forward_ms": _number(),  # of it, in dispatch and combine
         "alltoall_backward_ms": _number(),
+        "planning_ms": _number(),  # measured, beside the step: what the placement policy measured, summed and decided
+        "migration_ms": _number(),  # measured, after the step: moving experts
         "status": pa.Column(str, pa.Check.isin(STATUSES)),
         "reason": pa.Column(str),
     },
