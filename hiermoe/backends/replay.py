@@ -46,6 +46,7 @@ class ReplayJob:
         routing_iterations: for every iteration, which one of the source it is.
         routing: folder of one file for every iteration of the routing source.
         timeout: of a collective.
+        device: of the tensors.
     """
 
     system: SystemConfig
@@ -59,6 +60,7 @@ class ReplayJob:
     routing_iterations: tuple[int, ...]
     routing: Path
     timeout: timedelta
+    device: str = "cpu"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,6 +116,7 @@ def replay(rank: int, job: ReplayJob, folder: Path) -> None:
         layer=job.layer,
         meter=meter,
         timeout=job.timeout,
+        device=job.device,
     )
     memory = PeakMemory()
     with RowStream(folder, rank) as stream, meter:
@@ -157,11 +160,11 @@ class Question:
         """Random integers."""
 
         def integers(low: int, high: int, *shape: int) -> Tensor:
-            return torch.randint(low, high + 1, shape, generator=generator, dtype=torch.int8)
+            return torch.randint(low, high + 1, shape, generator=generator, dtype=torch.int8).to(job.device)
 
         num_tokens = len(ids_TK)
         return cls(
-            ids_TK=ids_TK,
+            ids_TK=ids_TK.to(job.device),
             x_TM=integers(-1, 1, num_tokens, job.hidden_size).to(job.dtype),
             weight_TK=integers(1, _WEIGHTS, *ids_TK.shape).float(),
             gradient_TM=integers(-1, 1, num_tokens, job.hidden_size).to(job.dtype),
@@ -175,14 +178,15 @@ class Question:
         """
         num_experts = job.num_experts
         x_TM = self.x_TM.detach().requires_grad_()
-        probs_TE = torch.zeros(len(x_TM), num_experts).scatter_(1, self.ids_TK, self.weight_TK).requires_grad_()
-        routing_map_TE = torch.zeros(len(x_TM), num_experts, dtype=torch.bool).scatter_(1, self.ids_TK, True)
+        probs_TE = self.weight_TK.new_zeros(len(x_TM), num_experts).scatter_(1, self.ids_TK, self.weight_TK)
+        probs_TE.requires_grad_()
+        routing_map_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter_(1, self.ids_TK, True)
         hidden, probs = dispatcher.dispatch_preprocess(x_TM.unsqueeze(1), routing_map_TE, probs_TE)
         hidden, probs = dispatcher.token_dispatch(hidden, probs)
         rows_PM, rows_per_expert, weight_P = dispatcher.dispatch_postprocess(hidden, probs)
         first = dispatcher.ep_group.rank() * len(rows_per_expert)
         local_experts = torch.arange(first, first + len(rows_per_expert))
-        factor_P = factor_of(local_experts).repeat_interleave(torch.as_tensor(rows_per_expert))
+        factor_P = factor_of(local_experts).repeat_interleave(torch.as_tensor(rows_per_expert).cpu()).to(job.device)
         y_PM = (rows_PM * (weight_P * factor_P)[:, None]).to(rows_PM.dtype)
         output = dispatcher.combine_postprocess(dispatcher.token_combine(dispatcher.combine_preprocess(y_PM)))
         output_TM = output.view_as(x_TM)
@@ -208,7 +212,7 @@ def kept_pairs(dispatcher: Any, routing_map_TE: Tensor) -> Tensor:
     plan = getattr(dispatcher, "plan", None)
     if plan is None or not plan.scheme.lossy:
         return routing_map_TE
-    kept = torch.zeros(routing_map_TE.numel() + 1, dtype=torch.bool)
+    kept = routing_map_TE.new_zeros(routing_map_TE.numel() + 1)
     kept[plan.pair_index_P] = True
     return kept[:-1].view_as(routing_map_TE)
 

@@ -24,6 +24,7 @@ def bench_dispatcher(
     layer: int,
     meter: Meter,
     timeout: timedelta,
+    device: str = "cpu",
 ) -> MoETokenDispatcher:
     """The metered dispatcher of a system on this rank, with Megatron's process groups set up for it.
 
@@ -38,12 +39,14 @@ def bench_dispatcher(
         layer: what the meter calls the layer.
         meter: times and counts.
         timeout: of a collective.
+        device: cpu or cuda; on cpu, stand-ins for CUDA are installed in this process.
 
     Raises:
         NotApplicable: the system cannot run here.
         ValueError: ranks or experts that do not fit the hierarchy.
     """
-    cpu.install()
+    if device == "cpu":
+        cpu.install()
     ep_size = cluster.hierarchy.num_ranks
     if not parallel_state.model_parallel_is_initialized():
         minutes = max(1, round(timeout.total_seconds() / 60))

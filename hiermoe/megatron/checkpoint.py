@@ -1,7 +1,7 @@
 """Checkpoints of a training run by Megatron's distributed checkpointing, with experts in logical order.
 
-Every system writes the same content, so what one saved loads in any other and in stock Megatron. The placement is stored
-beside it. A checkpoint appears whole or not at all: it is written under another name and renamed.
+Every system writes the same content, so what one saved loads in any other and in stock Megatron. The placement is
+stored beside it. A checkpoint appears whole or not at all: it is written under another name and renamed.
 """
 
 import multiprocessing
@@ -86,7 +86,7 @@ def load_checkpoint(
         model: not wrapped.
         optimizer: its optimizer.
         schedule: its learning-rate schedule.
-        placement: of the system that goes on. Experts go where the checkpoint's system had them, or home if it had none.
+        placement: of the system that goes on; experts go where the checkpoint's system had them.
 
     Returns:
         Training steps that were finished.

@@ -1,0 +1,106 @@
+"""Local work of the dispatchers on a GPU at DeepSeek-V3's sizes, against stock and against memory bandwidth.
+
+One rank, so nothing crosses a wire (NCCL takes one rank a GPU). The bound is what a device copy of the rows that must
+be read and written would take: dispatch writes K rows a token and reads one, combine the other way round.
+"""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hiermoe.backends.replay import Question, ReplayJob
+from hiermoe.planner.system import SystemConfig
+from hiermoe.topology.cluster import AlphaBeta, Cluster, Level
+from tests.benchmarks.conftest import RATIOS
+
+SYSTEMS = ("megatron", "h1", "hd1")
+ROUNDS = 10
+LINE = AlphaBeta(alpha_ms=0, beta_ms_per_byte=0, source="one GPU", published=False)
+ONE_GPU = Cluster(
+    name="one_gpu",
+    description="one GPU",
+    world=LINE,
+    levels=(Level(name="gpu", groups=1, link_gb_per_s=1),),
+)
+
+
+def local_work(device: str, backend: str, tokens: int, hidden: int, experts: int, topk: int, folder: Path) -> Any:
+    """Milliseconds of dispatch and combine, forward, by system: {system: {phase: [ms, ...]}}."""
+    from hiermoe.megatron.bench_layer import bench_dispatcher
+    from hiermoe.megatron.meter import Meter
+
+    timeout = timedelta(minutes=2)
+    dist.init_process_group(backend, init_method=(folder / "rendezvous").as_uri(), rank=0, world_size=1)
+    found: dict[str, dict[str, list[float]]] = {}
+    meter = Meter()
+    with meter:
+        for name in SYSTEMS:
+            job = ReplayJob(
+                system=SystemConfig.named(name),
+                cluster=ONE_GPU,
+                num_experts=experts,
+                topk=topk,
+                hidden_size=hidden,
+                element_bytes=2,
+                layer=1,
+                measured=(),
+                routing_iterations=(),
+                routing=folder,
+                timeout=timeout,
+                device=device,
+            )
+            dispatcher = bench_dispatcher(
+                job.system,
+                job.cluster,
+                num_experts=experts,
+                topk=topk,
+                hidden_size=hidden,
+                layer=1,
+                meter=meter,
+                timeout=timeout,
+                device=device,
+            )
+            found[name] = {"dispatch": [], "combine": []}
+            for round_ in range(ROUNDS + 1):
+                generator = torch.Generator().manual_seed(round_)
+                ids_TK = torch.rand(tokens, experts, generator=generator).topk(topk, dim=1).indices
+                assert Question.draw(ids_TK, job, generator).ask(dispatcher, job) == 0
+                for call in meter.drain():
+                    if round_ and call.phase in found[name]:  # the first round warms up
+                        found[name][call.phase].append(call.total_ms - call.wire_ms)
+    dist.destroy_process_group()
+    return found
+
+
+def copy_ms(num_bytes: int) -> float:
+    """Shortest time in which the GPU reads and writes so many bytes together."""
+    source = torch.empty(num_bytes // 2, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    laps = []
+    for _ in range(ROUNDS):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        laps.append(begin.elapsed_time(end))
+    return min(laps)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: local work on CUDA tensors cannot be timed here")
+def test_local_work_on_a_gpu(benchmark: Any, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    tokens, hidden, experts, topk = 4096, 7168, 256, 8
+    found = benchmark.pedantic(local_work, ("cuda", "nccl", tokens, hidden, experts, topk, tmp_path), rounds=1)
+    bound_ms = copy_ms(tokens * (topk + 1) * hidden * 2)
+    rows = request.config.stash[RATIOS].rows
+    for phase in ("dispatch", "combine"):
+        stock_ms = min(found["megatron"][phase])
+        rows.append((f"GPU: local work of {phase}, stock Megatron", stock_ms, "memory bandwidth", bound_ms))
+        for name in SYSTEMS[1:]:
+            ms = min(found[name][phase])
+            rows.append((f"GPU: local work of {phase}, {name}", ms, "stock Megatron", stock_ms))
+            rows.append((f"GPU: local work of {phase}, {name}", ms, "memory bandwidth", bound_ms))
