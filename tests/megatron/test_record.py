@@ -98,7 +98,7 @@ def test_other_shapes_compose(overrides: list[str]) -> None:
     ("overrides", "message"),
     [
         (["ep_size=3"], "num_experts=128 is not divisible by ep_size=3"),
-        (["sequences_per_step=7"], "sequences_per_step=7 is not divisible by ep_size=2"),
+        (["sequences_per_step=7"], "sequences_per_step=7 is not divisible by world_size=2"),
         (["logical_ranks=31"], "sequences_per_step * seq_length = 8192 is not divisible by logical_ranks=31"),
         (["num_recorded=7"], "num_recorded=7 is outside 8..128"),
         (["model=deepseek_v3_narrow", "num_recorded=129"], "num_recorded=129 is outside 8..128"),
