@@ -48,6 +48,20 @@ class SmartMoEPolicy:
             return None
         return PlacementUpdate(packed, None)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tokens of every expert since the last update: int64 [E]; nothing right after one."""
+        return {} if self._sum_E is None else {"sum_E": self._sum_E}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: the state of another policy.
+        """
+        if state.keys() - {"sum_E"}:
+            raise ValueError(f"SmartMoEPolicy remembers sum_E, the state has {', '.join(state)}")
+        self._sum_E = state.get("sum_E")
+
 
 def pack(load_E: Tensor, placement: Placement, num_ranks: int) -> Placement:
     """Greedy packing: experts by falling load, each to the least loaded GPU with a free slot.

@@ -1,6 +1,7 @@
 """What every traffic figure is made of: how many tokens of a source need which group."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class RoutingCounts:
         return 1.0 - int(self.tokens[level - 1].sum()) / pairs if pairs else float("nan")
 
 
+@lru_cache(maxsize=16)
 def separating_level(hierarchy: Hierarchy) -> Tensor:
     """First level at which two GPUs are in different groups: int64 [G, G]; D + 1 on the diagonal."""
     rank = torch.arange(hierarchy.num_ranks)

@@ -9,10 +9,12 @@ from hiermoe.planner.cost import ALLTOALLS_PER_STEP
 from hiermoe.planner.maxima import MaxFunction
 from hiermoe.planner.migration import STATE_BYTES_PER_PARAMETER, price_migration
 from hiermoe.planner.scheme import DispatchScheme
-from hiermoe.planner.swap import SwapStatistics, best_swap, measure_swaps, swap_times
+from hiermoe.planner.swap import SwapStatistics, measure_swaps, swap_times, time_of_counts
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
+
+PLAIN = MaxFunction("plain")
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class PlacementUpdate:
 
     Attributes:
         placement: the new one.
-        modelled_gain_ms: AlltoAll time per step that the policy expects to save (four AlltoAlls, plain maximum); None
-            where the policy has no model of time.
+        modelled_gain_ms: AlltoAll time per step that the policy expects to save (four AlltoAlls, plain maximum) on the
+            tokens that it decided from; None where the policy has no model of time.
     """
 
     placement: Placement
@@ -54,15 +56,40 @@ class PlacementPolicy(Protocol):
     def measure(
         self, expert_ids_NK: Tensor, placement: Placement, hierarchy: Hierarchy, iteration: int
     ) -> Tensor | None:
-        """What the policy must know of a micro-batch, as one tensor that ranks can sum; None: nothing."""
+        """What the policy must know of a micro-batch, as one tensor that micro-batches and ranks sum; None: nothing."""
         ...
 
     def decide(self, summed: Tensor | None, placement: Placement, context: StepContext) -> PlacementUpdate | None:
         """Decide on the placement of the next step from the summed measurements; None: stay."""
         ...
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the policy remembers from one iteration to the next, the same on every rank; for checkpoints."""
+        ...
 
-class StaticPolicy:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        ...
+
+
+class Memoryless:
+    """The state of a policy that remembers nothing."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Nothing to load.
+
+        Raises:
+            ValueError: the state of another policy.
+        """
+        if state:
+            raise ValueError(f"{type(self).__name__} remembers nothing, the state has {', '.join(state)}")
+
+
+class StaticPolicy(Memoryless):
     """Experts stay where they are."""
 
     def measure(
@@ -76,8 +103,14 @@ class StaticPolicy:
         return None
 
 
-class HierDESPolicy:
-    """HierD-ES: per update the one swap of two experts that minimises the modelled AlltoAll time (paper, Sec. IV)."""
+class HierDESPolicy(Memoryless):
+    """HierD-ES: per update the one swap of two experts that minimises the modelled AlltoAll time (paper, Sec. IV).
+
+    With ``max_swaps`` above 1 further swaps follow in the same update, each the best one after those before it. What
+    they save is modelled from the same counts, exactly where no group exchanges more than one expert and else from an
+    upper bound on what groups need (:meth:`SwapStatistics.swapped`): on the tokens that it was chosen from, an update
+    saves at least what it says.
+    """
 
     def __init__(
         self,
@@ -86,6 +119,7 @@ class HierDESPolicy:
         gamma: float = 10.0,
         gated: bool = False,
         horizon: int = 100,
+        max_swaps: int = 1,
     ) -> None:
         """Set the policy up for one layer.
 
@@ -96,13 +130,14 @@ class HierDESPolicy:
             gated: adopt a swap only if what it saves over ``horizon`` iterations exceeds its migration (full optimizer
                 state over the idle link).
             horizon: iterations that a gated swap may take to pay.
+            max_swaps: swaps in one update.
 
         Raises:
-            ValueError: an interval or horizon below 1, an unknown max function, gamma not positive.
+            ValueError: an interval, horizon or max_swaps below 1, an unknown max function, gamma not positive.
         """
-        if interval < 1 or horizon < 1:
-            raise ValueError(f"interval={interval}, horizon={horizon}: both must be at least 1")
-        self.interval, self.gated, self.horizon = interval, gated, horizon
+        if min(interval, horizon, max_swaps) < 1:
+            raise ValueError(f"interval={interval}, horizon={horizon}, max_swaps={max_swaps}: all must be at least 1")
+        self.interval, self.gated, self.horizon, self.max_swaps = interval, gated, horizon, max_swaps
         self.max_function = MaxFunction(max_function, gamma)  # type: ignore[arg-type] - checked by MaxFunction
 
     def measure(
@@ -111,27 +146,34 @@ class HierDESPolicy:
         """Swap statistics, in iterations that end with an update."""
         if (iteration + 1) % self.interval:
             return None
-        return measure_swaps(expert_ids_NK, placement, hierarchy).pack()
+        return measure_swaps(expert_ids_NK, placement, hierarchy)
 
     def decide(self, summed: Tensor | None, placement: Placement, context: StepContext) -> PlacementUpdate | None:
-        """The best swap, if there is one and, gated, if it pays."""
+        """The best swaps, as long as there are any and, gated, they pay."""
         if summed is None:
             return None
         stats = SwapStatistics.unpack(summed, placement.num_experts, context.cluster.hierarchy)
-
-        def q(max_function: MaxFunction) -> Tensor:
-            return swap_times(stats, context.scheme, context.cluster, context.row_bytes, max_function)
-
-        pair = best_swap(q(self.max_function))
-        if pair is None:
+        priced = context.scheme, context.cluster, context.row_bytes
+        before_ms = now_ms = time_of_counts(stats, *priced, PLAIN)
+        planned = placement
+        for _ in range(self.max_swaps):
+            pair = swap_times(stats, *priced, self.max_function).best()
+            if pair is None:
+                break
+            after, expert_at = stats.swapped(*pair), planned.expert_at()
+            after_ms = time_of_counts(after, *priced, PLAIN)
+            swapped = planned.swapped(int(expert_at[pair[0]]), int(expert_at[pair[1]]))
+            if self.gated and not self._pays(ALLTOALLS_PER_STEP * (now_ms - after_ms), planned, swapped, context):
+                break
+            stats, planned, now_ms = after, swapped, after_ms
+        if planned is placement:
             return None
-        plain = q(MaxFunction("plain"))
-        gain_ms = ALLTOALLS_PER_STEP * float(plain[0, 0] - plain[pair])
-        expert_at = placement.expert_at()
-        update = PlacementUpdate(placement.swapped(int(expert_at[pair[0]]), int(expert_at[pair[1]])), gain_ms)
-        if self.gated:
-            expert_bytes = STATE_BYTES_PER_PARAMETER * context.expert_parameters
-            cost_ms = price_migration(placement, update.placement, context.cluster, expert_bytes).link_ms
-            if gain_ms * self.horizon <= cost_ms:
-                return None
-        return update
+        return PlacementUpdate(planned, ALLTOALLS_PER_STEP * (before_ms - now_ms))
+
+    def _pays(self, gain_ms: float, old: Placement, new: Placement, context: StepContext) -> bool:
+        """Whether a swap saves more over the horizon than its own migration takes.
+
+        Each swap is priced alone: moved together they would share links, and take no longer than one after the other.
+        """
+        expert_bytes = STATE_BYTES_PER_PARAMETER * context.expert_parameters
+        return gain_ms * self.horizon > price_migration(old, new, context.cluster, expert_bytes).link_ms

@@ -4,114 +4,274 @@ Only tokens that select exactly one of r and c see a swap. For r in group A and 
 tokens whose only expert in A is r (unless they select c, which moves in) and gains the tokens that select c and nothing
 in A. Both are sums over tokens of products of indicators: counted once for all pairs and all levels by two histograms
 over the K x K pairs of every token, O(N * K^2) where the paper's method takes O(D * N * K * E).
+
+Several swaps at once: what a group needs depends on its set of experts alone. So swaps that change different groups add
+up exactly; where two of them change the same group, the pairs counted here give an upper bound (:meth:`swapped`).
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from hiermoe.planner.counts import sort_choices
+from hiermoe.planner.counts import separating_level, sort_choices
 from hiermoe.planner.maxima import MaxFunction
-from hiermoe.planner.scheme import DispatchScheme
+from hiermoe.planner.scheme import DispatchScheme, Stage
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
 
+LARGEST_SUM = 2**31  # token-expert pairs below which no int32 count can overflow: each counts a token once at most
+PAIRS_UNIT = 1024  # token-expert pairs are summed in this unit, so that their own sum cannot overflow
+
+
+@dataclass(frozen=True)
+class SlotPairs:
+    """All pairs of slots r < c on different GPUs, those that an outer level separates first.
+
+    So the pairs that are apart at a level are the first ``count[level]``, at every level.
+
+    Attributes:
+        slots_2P: int64 [2, P]; r and c of every pair.
+        count: for levels 0..D, number of pairs in different groups.
+        place_EE: int64 [E * E], flat; where the ordered pair (r, c) is kept in a list of both directions of every pair:
+            2p for r < c, 2p + 1 for r > c; 2P + r for (r, r). Pairs on one GPU have no place of their own.
+        group_E: for levels 1..D, int64 [E], group of each slot.
+        entry_2P: for levels 1..D, int64 [2, count]; index into a flat [U, E] of (r's group, c) and of (c's group, r).
+        groups_P: for levels 1..D, int64 [count]; index into a flat [U, U] of (r's group, c's group).
+    """
+
+    slots_2P: Tensor
+    count: tuple[int, ...]
+    place_EE: Tensor
+    group_E: tuple[Tensor, ...]
+    entry_2P: tuple[Tensor, ...]
+    groups_P: tuple[Tensor, ...]
+
+
+@lru_cache(maxsize=16)
+def slot_pairs(num_experts: int, hierarchy: Hierarchy) -> SlotPairs:
+    """Pairs of slots of E experts on a hierarchy, in the order that all ranks share."""
+    rank_E = torch.arange(num_experts) // (num_experts // hierarchy.num_ranks)
+    slots_2P = torch.triu_indices(num_experts, num_experts, offset=1)
+    level_P = separating_level(hierarchy)[rank_E[slots_2P[0]], rank_E[slots_2P[1]]]
+    order = torch.argsort(level_P, stable=True)[: int((level_P <= hierarchy.depth).sum())]
+    slots_2P, level_P = slots_2P[:, order].contiguous(), level_P[order]
+    r_P, c_P = slots_2P
+    place = torch.zeros(num_experts, num_experts, dtype=torch.int64)
+    place[r_P, c_P] = 2 * torch.arange(len(r_P))
+    place[c_P, r_P] = 2 * torch.arange(len(r_P)) + 1
+    place.diagonal().copy_(2 * len(r_P) + torch.arange(num_experts))
+    levels = range(1, hierarchy.depth + 1)
+    count = tuple(int((level_P <= level).sum()) for level in range(hierarchy.depth + 1))
+    group_E = tuple(rank_E // hierarchy.lanes(level) for level in levels)
+    entries, groups = [], []
+    for level, group in zip(levels, group_E, strict=True):
+        r, c = slots_2P[:, : count[level]]
+        entries.append(torch.stack([group[r] * num_experts + c, group[c] * num_experts + r]))
+        groups.append(group[r] * hierarchy.U[level] + group[c])
+    return SlotPairs(slots_2P, count, place.view(-1), group_E, tuple(entries), tuple(groups))
+
+
+@dataclass(frozen=True)
+class LevelCounts:
+    """What the planner must know of the tokens at one level; views of a sum over ranks, all by slot.
+
+    Attributes:
+        alone_P2: int [count, 2]; for every pair apart at the level: tokens that select c and have r as their only
+            expert in r's group, and the same with r and c exchanged.
+        alone_E: int [E]; tokens whose only expert in the slot's group is the slot's.
+        absent_UE: int [U, E]; tokens that select the slot's expert and nothing in the group.
+        needed_U: int [U]; tokens that need the group.
+    """
+
+    alone_P2: Tensor
+    alone_E: Tensor
+    absent_UE: Tensor
+    needed_U: Tensor
+
 
 @dataclass(frozen=True)
 class SwapStatistics:
-    """What the planner must know of the tokens; sums over ranks, all by slot.
+    """Counts of every level under one placement.
 
     Attributes:
-        alone_DEE: int64 [D, E, E]; [i - 1, r, c]: tokens that select c and have r as their only expert in r's group of
-            level i.
-        present_DEG: int64 [D, E, G]; [i - 1, c, g]: tokens that select c and whose first expert in some group of level
-            i sits on GPU g. Summed over the GPUs of a group: tokens that select c and need the group.
-        needed_DG: int64 [D, G]; [i - 1, g]: tokens whose first expert in some group of level i sits on GPU g.
-        selected_E: int64 [E]: tokens that select the expert.
+        num_experts: E.
+        hierarchy: groups of GPUs.
+        levels: of levels 1..D.
+        moved: slots whose experts have been exchanged since the tokens were counted.
     """
 
-    alone_DEE: Tensor
-    present_DEG: Tensor
-    needed_DG: Tensor
-    selected_E: Tensor
+    num_experts: int
+    hierarchy: Hierarchy
+    levels: tuple[LevelCounts, ...]
+    moved: tuple[int, ...] = ()
 
-    def pack(self) -> Tensor:
-        """One int64 vector, summable over ranks."""
-        return torch.cat(
-            [self.alone_DEE.flatten(), self.present_DEG.flatten(), self.needed_DG.flatten(), self.selected_E]
-        )
+    @property
+    def pairs(self) -> SlotPairs:
+        """The pairs of slots that a swap may exchange."""
+        return slot_pairs(self.num_experts, self.hierarchy)
 
     @classmethod
-    def unpack(cls, packed: Tensor, num_experts: int, hierarchy: Hierarchy) -> "SwapStatistics":
-        """Inverse of :meth:`pack`."""
-        depth, ranks = hierarchy.depth, hierarchy.num_ranks
-        sizes = [depth * num_experts**2, depth * num_experts * ranks, depth * ranks, num_experts]
-        alone, present, needed, selected = packed.split(sizes)
-        return cls(
-            alone.view(depth, num_experts, num_experts),
-            present.view(depth, num_experts, ranks),
-            needed.view(depth, ranks),
-            selected,
+    def unpack(cls, summed: Tensor, num_experts: int, hierarchy: Hierarchy) -> "SwapStatistics":
+        """Read the sum of what :func:`measure_swaps` has returned, without copying it.
+
+        Args:
+            summed: int [X], over all micro-batches and ranks.
+            num_experts: E.
+            hierarchy: groups of GPUs.
+
+        Raises:
+            ValueError: so many tokens were summed that an int32 count might have overflowed.
+        """
+        if int(summed[-1]) * PAIRS_UNIT >= LARGEST_SUM:
+            raise ValueError(
+                f"swap statistics of about {int(summed[-1]) * PAIRS_UNIT} token-expert pairs: int32 counts are safe "
+                f"below {LARGEST_SUM}, summed over ranks and micro-batches; sum fewer micro-batches"
+            )
+        parts = iter(summed.split([*_part_sizes(num_experts, hierarchy), 1]))
+        levels = tuple(
+            LevelCounts(next(parts).view(-1, 2), next(parts), next(parts).view(groups, num_experts), next(parts))
+            for groups in hierarchy.groups
         )
+        return cls(num_experts, hierarchy, levels)
+
+    def swapped(self, r: int, c: int) -> "SwapStatistics":
+        """Counts after slots r and c have exchanged their experts, as far as these counts determine them.
+
+        What each group needs is exact where it has exchanged one expert, and an upper bound where it has exchanged
+        several: a token whose only two experts in the group both leave is still counted, one that selects two of those
+        that come is counted twice. Counts of experts that stay follow the same rule; those of the two that have moved
+        are lost, so neither can move again.
+
+        Args:
+            r: slot, its expert not moved before.
+            c: slot, its expert not moved before.
+        """
+        levels = tuple(self._swapped_at(level, r, c) for level in range(1, self.hierarchy.depth + 1))
+        return SwapStatistics(self.num_experts, self.hierarchy, levels, (*self.moved, r, c))
+
+    def _swapped_at(self, level: int, r: int, c: int) -> LevelCounts:
+        counts, size = self.levels[level - 1], self.num_experts // self.hierarchy.U[level]
+        if r // size == c // size:
+            return counts
+        place_EE, alone = self.pairs.place_EE.view(self.num_experts, -1), counts.alone_P2.view(-1)
+        alone_E, absent_UE, needed_U = (x.clone() for x in (counts.alone_E, counts.absent_UE, counts.needed_U))
+        for out, into in ((r, c), (c, r)):
+            group = out // size
+            inside = slice(group * size, (group + 1) * size)
+            needed_U[group] += counts.absent_UE[group, into] - counts.alone_E[out] + alone[place_EE[out, into]]
+            alone_E[inside] -= alone[place_EE[inside, into]]
+            for outside in (slice(inside.start), slice(inside.stop, None)):
+                absent_UE[group, outside] += alone[place_EE[out, outside]]
+        return LevelCounts(counts.alone_P2, alone_E, absent_UE, needed_U)
 
 
-def measure_swaps(expert_ids_NK: Tensor, placement: Placement, hierarchy: Hierarchy) -> SwapStatistics:
-    """Count what :func:`swap_times` needs.
+def _part_sizes(num_experts: int, hierarchy: Hierarchy) -> list[int]:
+    """Entries of each part of the packed statistics, level by level."""
+    count = slot_pairs(num_experts, hierarchy).count
+    return [
+        size
+        for level, groups in enumerate(hierarchy.groups, start=1)
+        for size in (2 * count[level], num_experts, groups * num_experts, groups)
+    ]
+
+
+def measure_swaps(expert_ids_NK: Tensor, placement: Placement, hierarchy: Hierarchy) -> Tensor:
+    """Count what :func:`swap_times` needs, as one vector that can be summed over micro-batches and ranks.
 
     Args:
         expert_ids_NK: int64 [N, K], logical experts.
         placement: where they sit now.
         hierarchy: groups of GPUs.
+
+    Returns:
+        int32 [X], read by :meth:`SwapStatistics.unpack`; 0.99 MB for 256 experts on 32 GPUs in four levels.
     """
     depth, ranks, experts = hierarchy.depth, hierarchy.num_ranks, placement.num_experts
     choices = sort_choices(expert_ids_NK, placement, hierarchy)
-    slot_NK = choices.slot_NK
+    pairs, slot_NK = slot_pairs(experts, hierarchy), choices.slot_NK
 
-    def histogram(level_NK: Tensor, row_NK: Tensor, row_size: int, column_NK: Tensor, column_size: int) -> Tensor:
-        """Pairs (k, k') of a token by level and row of k and column of k', cumulated: [D, rows, columns]."""
-        key_NK = (level_NK * row_size + row_NK) * column_size
-        code = (key_NK[:, :, None] + column_NK[:, None, :]).view(-1)
-        counted = torch.bincount(code, minlength=(depth + 2) * row_size * column_size)
-        return counted.view(depth + 2, row_size, column_size)[1 : depth + 1].cumsum(0)
+    def histogram(level_NK: Tensor, index: Tensor, size: int) -> Tensor:
+        """Entries of an index by the level from which on they hold, cumulated over levels: int32 [D, size]."""
+        code = ((level_NK - 1) * size).view(*level_NK.shape, *[1] * (index.dim() - 2)) + index
+        counted = torch.bincount(code.view(-1), minlength=(depth + 1) * size).view(depth + 1, size)[:depth].int()
+        for level in range(1, depth):
+            counted[level] += counted[level - 1]
+        return counted
 
-    alone_DEE = histogram(choices.alone_from_NK, slot_NK, experts, slot_NK, experts)
-    present_DGE = histogram(choices.first_from_NK, choices.rank_NK, ranks, slot_NK, experts)
-    needed = torch.bincount(
-        (choices.first_from_NK * ranks + choices.rank_NK).view(-1), minlength=(depth + 2) * ranks
-    ).view(depth + 2, ranks)
-    selected_E = torch.bincount(slot_NK.reshape(-1), minlength=experts)
-    return SwapStatistics(
-        alone_DEE, present_DGE.transpose(1, 2).contiguous(), needed[1 : depth + 1].cumsum(0), selected_E
+    both_NKK = slot_NK[:, :, None] * experts + slot_NK[:, None, :]
+    place_NKK = pairs.place_EE.index_select(0, both_NKK.view(-1)).view(both_NKK.shape)
+    alone = histogram(choices.alone_from_NK, place_NKK, len(pairs.slots_2P[0]) * 2 + experts)
+    present = histogram(
+        choices.first_from_NK, (choices.rank_NK * experts)[:, :, None] + slot_NK[:, None, :], ranks * experts
     )
+    needed = histogram(choices.first_from_NK, choices.rank_NK, ranks)
+    selected_E = torch.bincount(slot_NK.reshape(-1), minlength=experts).int()
+    parts = []
+    for level, groups in enumerate(hierarchy.groups, start=1):
+        absent_UE = selected_E - present[level - 1].view(groups, -1, experts).sum(1, dtype=torch.int32)
+        parts += [
+            alone[level - 1, : 2 * pairs.count[level]],
+            alone[level - 1, -experts:],
+            absent_UE.view(-1),
+            needed[level - 1].view(groups, -1).sum(1, dtype=torch.int32),
+        ]
+    return torch.cat([*parts, torch.tensor([-(-expert_ids_NK.numel() // PAIRS_UNIT)], dtype=torch.int32)])
 
 
-def counts_after_swap(stats: SwapStatistics, hierarchy: Hierarchy, level: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens that need each group of a level, now and after every swap (the paper's Z).
+def counts_after_swap(stats: SwapStatistics, level: int) -> Tensor:
+    """Tokens that need r's group and c's group after every swap of two slots that are apart at a level (paper: Z).
 
     Returns:
-        Z_U: int64 [U[level]], now.
-        group_E: int64 [E], group of each slot.
-        new_EE: int64 [E, E]; ``new_EE[r, c]`` is the count of r's group after slots r and c have exchanged their
-            experts. ``new_EE[c, r]`` is that of c's group; all other groups keep theirs. Where r and c share their
-            group the entry has no meaning: nothing changes there.
+        float64 [2, count[level]], whole numbers; all other groups keep what they need.
     """
-    groups, lanes = hierarchy.U[level], hierarchy.lanes(level)
-    num_experts = len(stats.selected_E)
-    group_E = torch.arange(num_experts) // (num_experts // groups)
-    Z_U = stats.needed_DG[level - 1].view(groups, lanes).sum(1)
-    present_EU = stats.present_DEG[level - 1].view(num_experts, groups, lanes).sum(2)
-    alone_EE = stats.alone_DEE[level - 1]
-    leaves = alone_EE.diagonal()[:, None] - alone_EE  # r was the only one in its group, and c does not move in
-    arrives = (stats.selected_E[:, None] - present_EU)[:, group_E].T  # c is selected, and nothing in r's group
-    return Z_U, group_E, Z_U[group_E][:, None] - leaves + arrives
+    pairs, counts = stats.pairs, stats.levels[level - 1]
+    stays_E = (counts.needed_U[pairs.group_E[level - 1]] - counts.alone_E).double()  # need the group without the slot
+    comes = counts.absent_UE.double().view(-1).index_select(0, pairs.entry_2P[level - 1].view(-1))
+    slots_2P = pairs.slots_2P[:, : pairs.count[level]]
+    result = counts.alone_P2.T.to(torch.float64, memory_format=torch.contiguous_format)
+    result += comes.view(result.shape)
+    for row, slot_P in zip(result, slots_2P, strict=True):
+        row += stays_E.index_select(0, slot_P)
+    return result
+
+
+@dataclass(frozen=True)
+class SwapTimes:
+    """Q: modelled time of one AlltoAll after every swap.
+
+    Attributes:
+        slots_2P: int64 [2, P]; the pairs of slots, r < c.
+        now_ms: without a swap.
+        after_ms_P: float64 [P]; infinite where one of the two has moved before. Pairs on one GPU change nothing and
+            have no entry.
+    """
+
+    slots_2P: Tensor
+    now_ms: float
+    after_ms_P: Tensor
+
+    def best(self) -> tuple[int, int] | None:
+        """Slots of the swap with the smallest time, the lowest (r, c) on ties; None where no swap beats the present.
+
+        A gain of less than a part in 10^9 is rounding, not gain. Times that differ by less than a part in 10^12 are a
+        tie: a smooth maximum of the same counts in another order of groups rounds differently.
+        """
+        if not len(self.after_ms_P):
+            return None
+        smallest = float(self.after_ms_P.min())
+        if not smallest < self.now_ms * (1 - 1e-9):
+            return None
+        tied = (self.after_ms_P <= smallest * (1 + 1e-12)).nonzero().flatten()
+        return min(zip(*self.slots_2P[:, tied].tolist(), strict=True))
 
 
 def swap_times(
     stats: SwapStatistics, scheme: DispatchScheme, cluster: Cluster, row_bytes: int, max_function: MaxFunction
-) -> Tensor:
-    """Q: modelled time of one AlltoAll after the exchange of every two slots; the diagonal is no swap.
+) -> SwapTimes:
+    """Q: modelled time of one AlltoAll after the exchange of every two slots.
 
     Group counts are divided by the lanes of the stage, the GPUs of a group that share its traffic.
 
@@ -122,36 +282,40 @@ def swap_times(
         row_bytes: M * v.
         max_function: smooths the maximum over groups.
 
-    Returns:
-        float64 [E, E], in ms, by slot, symmetric.
+    Raises:
+        ValueError: the scheme does not deduplicate.
+    """
+    pairs, hierarchy = stats.pairs, stats.hierarchy
+    after_ms_P = torch.zeros(pairs.slots_2P.shape[1], dtype=torch.float64)
+    for stage in _planned_stages(scheme):
+        level, constants = stage.level(hierarchy), cluster.constants(stage.peers)
+        ms_per_row = constants.beta_ms_per_byte * row_bytes / hierarchy.lanes(level)
+        Z_U, apart = stats.levels[level - 1].needed_U.double(), pairs.count[level]
+        peak_P = max_function.after_replacing(Z_U, pairs.groups_P[level - 1], counts_after_swap(stats, level))
+        after_ms_P[:apart] += peak_P.mul_(ms_per_row).add_(constants.alpha_ms)
+        after_ms_P[apart:] += constants.alpha_ms + ms_per_row * float(max_function(Z_U))
+    for slot in stats.moved:
+        after_ms_P.masked_fill_((pairs.slots_2P == slot).any(0), float("inf"))
+    return SwapTimes(pairs.slots_2P, time_of_counts(stats, scheme, cluster, row_bytes, max_function), after_ms_P)
+
+
+def time_of_counts(
+    stats: SwapStatistics, scheme: DispatchScheme, cluster: Cluster, row_bytes: int, max_function: MaxFunction
+) -> float:
+    """Modelled time of one AlltoAll, in ms, where experts sit now; arguments as for :func:`swap_times`.
 
     Raises:
         ValueError: the scheme does not deduplicate.
     """
+    total_ms = 0.0
+    for stage in _planned_stages(scheme):
+        level, constants = stage.level(stats.hierarchy), cluster.constants(stage.peers)
+        rows = float(max_function(stats.levels[level - 1].needed_U.double())) / stats.hierarchy.lanes(level)
+        total_ms += constants.alpha_ms + constants.beta_ms_per_byte * row_bytes * rows
+    return total_ms
+
+
+def _planned_stages(scheme: DispatchScheme) -> tuple[Stage, ...]:
     if not scheme.deduplicates:
         raise ValueError(f"HierD-ES prices deduplicated traffic; scheme {scheme.name} sends token-expert pairs")
-    hierarchy = cluster.hierarchy
-    num_experts = len(stats.selected_E)
-    Q_EE = torch.zeros(num_experts, num_experts, dtype=torch.float64)
-    for stage in scheme.stages:
-        level = stage.level(hierarchy)
-        Z_U, group_E, new_EE = counts_after_swap(stats, hierarchy, level)
-        constants = cluster.constants(stage.peers)
-        peak_EE = max_function.after_replacing(Z_U.double(), group_E, new_EE.double())
-        Q_EE += constants.alpha_ms + constants.beta_ms_per_byte * row_bytes / hierarchy.lanes(level) * peak_EE
-    return Q_EE
-
-
-def best_swap(Q_EE: Tensor) -> tuple[int, int] | None:
-    """Slots of the swap with the smallest time, the lowest (r, c) on ties; None where no swap beats the present.
-
-    A gain of less than a part in 10^9 is rounding, not gain. Times that differ by less than a part in 10^12 are a tie:
-    a smooth maximum of the same counts in another order of groups rounds differently.
-    """
-    lower = torch.ones_like(Q_EE, dtype=torch.bool).tril(-1)
-    upper_EE = Q_EE.masked_fill(lower, float("inf"))
-    smallest = upper_EE.min()
-    if not smallest < Q_EE[0, 0] * (1 - 1e-9):
-        return None
-    r, c = (upper_EE <= smallest * (1 + 1e-12)).nonzero()[0].tolist()
-    return r, c
+    return scheme.stages

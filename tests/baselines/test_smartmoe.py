@@ -131,6 +131,27 @@ def test_acts_every_tenth_iteration_on_the_sum_of_the_ten() -> None:
     ]  # 48, 48, 3, 3: the first 3 stays, the second fills up
 
 
+def test_resuming_in_the_middle_of_an_interval_decides_as_if_never_stopped() -> None:
+    placement, hierarchy = Placement.identity(4), Hierarchy((2,))
+    loads = [[9, 8, 0, 0], [0, 0, 1, 1], [1, 0, 1, 0], [0, 1, 0, 1]]  # the last two alone would change nothing
+
+    def run(policy: SmartMoEPolicy, iterations: range) -> list[PlacementUpdate | None]:
+        measured = [policy.measure(tokens_for(loads[i]), placement, hierarchy, i) for i in iterations]
+        return [policy.decide(m, placement, context(i)) for m, i in zip(measured, iterations, strict=True)]
+
+    stopped, resumed = SmartMoEPolicy(interval=4), SmartMoEPolicy(interval=4)
+    run(stopped, range(2))
+    resumed.load_state_dict(stopped.state_dict())
+    *_, straight = run(SmartMoEPolicy(interval=4), range(4))
+    *_, after_stop = run(resumed, range(2, 4))
+    assert straight is not None and after_stop is not None
+    assert torch.equal(after_stop.placement.slot_E, straight.placement.slot_E)
+    assert run(SmartMoEPolicy(interval=4), range(2, 4)) == [None, None]
+    assert resumed.state_dict() == {}
+    with pytest.raises(ValueError, match="remembers sum_E, the state has alone"):
+        resumed.load_state_dict({"alone": torch.zeros(1)})
+
+
 def test_measure_counts_logical_experts_whatever_the_placement() -> None:
     placement = Placement(torch.tensor([3, 2, 1, 0]))
     ids_NK = torch.tensor([[0, 1], [0, 2]])

@@ -205,7 +205,8 @@ def test_routing_must_fit_hierarchy_and_placement() -> None:
         ((Stage(Peers("inter", 2), "pair"), Stage(Peers("inter", 1), "pair")), "outside its communicator"),
         ((Stage(Peers("inter", 1), "pair", key="lane"), Stage(Peers("intra", 1), "pair")), "only the group can pick"),
         ((Stage(Peers("intra", 1), "pair", key="lane"), Stage(Peers("world"), "pair", key="lane")), None),
-        ((Stage(Peers("intra", 1), "pair", key="lane"), Stage(Peers("inter", 1), "token")), "once per group"),
+        ((Stage(Peers("intra", 1), "token", key="lane"), Stage(Peers("inter", 1), "token")), "once per group"),
+        ((Stage(Peers("intra", 1), "pair", key="lane"), Stage(Peers("inter", 1), "token")), "can send it whole"),
     ],
 )
 def test_a_scheme_that_does_not_deliver_is_refused(stages: tuple[Stage, ...], message: str | None) -> None:
