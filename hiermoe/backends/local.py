@@ -42,6 +42,7 @@ def run_local(
             topk=workload.topk,
             hidden_size=workload.row_bytes // workload.element_bytes,
             element_bytes=workload.element_bytes,
+            expert_parameters=workload.expert_parameters,
             layer=workload.layer,
             measured=tuple(iteration >= measured_from for iteration in range(workload.iterations)),
             routing_iterations=tuple(schedule),

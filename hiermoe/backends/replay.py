@@ -41,6 +41,7 @@ class ReplayJob:
         topk: K.
         hidden_size: M.
         element_bytes: v, of a hidden state's element.
+        expert_parameters: of one expert.
         layer: what records call the layer.
         measured: for every iteration, whether it counts.
         routing_iterations: for every iteration, which one of the source it is.
@@ -55,6 +56,7 @@ class ReplayJob:
     topk: int
     hidden_size: int
     element_bytes: int
+    expert_parameters: int
     layer: int
     measured: tuple[bool, ...]
     routing_iterations: tuple[int, ...]
@@ -103,16 +105,17 @@ def replay(rank: int, job: ReplayJob, folder: Path) -> None:
         folder: where ranks stream their rows to.
     """
     # Only the ranks pay for importing megatron.
-    from hiermoe.megatron.bench_layer import bench_dispatcher
+    from hiermoe.megatron.bench_layer import bench_layer
     from hiermoe.megatron.meter import Meter
 
     meter = Meter()
-    dispatcher = bench_dispatcher(
+    dispatcher, placement = bench_layer(
         job.system,
         job.cluster,
         num_experts=job.num_experts,
         topk=job.topk,
         hidden_size=job.hidden_size,
+        expert_parameters=job.expert_parameters,
         layer=job.layer,
         meter=meter,
         timeout=job.timeout,
@@ -136,7 +139,8 @@ def replay(rank: int, job: ReplayJob, folder: Path) -> None:
                 "num_wrong": num_wrong,
             }
             calls = meter.drain()
-            stream.write([keys | row for row in (*_call_rows(calls, rank, job), _step_row(calls, memory))])
+            step = _step_row(calls, memory) | _update_columns(placement)
+            stream.write([keys | row for row in (*_call_rows(calls, rank, job), step)])
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,9 @@ class Question:
         hidden, probs = dispatcher.token_dispatch(hidden, probs)
         rows_PM, rows_per_expert, weight_P = dispatcher.dispatch_postprocess(hidden, probs)
         first = dispatcher.ep_group.rank() * len(rows_per_expert)
-        local_experts = torch.arange(first, first + len(rows_per_expert))
+        placement = getattr(dispatcher, "placement", None)  # stock classes have experts in their own slots
+        expert_at = torch.arange(num_experts) if placement is None else placement.expert_at()
+        local_experts = expert_at[first : first + len(rows_per_expert)]
         factor_P = factor_of(local_experts).repeat_interleave(torch.as_tensor(rows_per_expert).cpu()).to(job.device)
         y_PM = (rows_PM * (weight_P * factor_P)[:, None]).to(rows_PM.dtype)
         output = dispatcher.combine_postprocess(dispatcher.token_combine(dispatcher.combine_preprocess(y_PM)))
@@ -200,6 +206,18 @@ class Question:
         wrong += x_TM.grad.float().ne(self.gradient_TM.float() * scale_T1).sum()
         wrong += probs_TE.grad.gather(1, self.ids_TK).ne(alignment_T1 * factor_TK).sum()
         return int(wrong)
+
+
+def _update_columns(placement: Any) -> Row:
+    """Decide and move experts after the iteration. *Collective.*"""
+    updates = placement.step(None)
+    gains = [update.modelled_gain_ms for update in updates if update.modelled_gain_ms is not None]
+    return {
+        "planning_ms": placement.planning_ms,
+        "moved_experts": sum(update.moved_experts for update in updates),
+        "migration_bytes": sum(update.sent_bytes for update in updates),
+        "migration_ms": sum(update.migration_ms for update in updates),
+    } | ({"modelled_gain_ms": sum(gains)} if gains else {})
 
 
 def factor_of(expert_ids: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What a single run came to, for the eye."""
 
 import pandas as pd
+from rich import box
 from rich.table import Table
 
 from hiermoe.records.schema import CALLS
@@ -33,7 +34,7 @@ def train_summary(records: pd.DataFrame, title: str) -> Table:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", show_header=bool(columns))
+    table = Table(title=title, title_justify="left", show_header=bool(columns), box=box.SIMPLE_HEAD, show_edge=False)
     table.add_column(columns[0] if columns else "", style="cyan", no_wrap=True)
     for column in columns[1:] or ("",):
         table.add_column(column, justify="right")
@@ -43,7 +44,7 @@ def _table(title: str, *columns: str) -> Table:
 def _measured(records: pd.DataFrame, title: str) -> Table:
     """Times are those of the busiest rank in an iteration, then the median over the iterations that count."""
     counted = records[records["measured"]]
-    table = _table(title, "", "dispatch_ms", "wire_ms", "local_ms", "MB", "metadata", "num_wrong")
+    table = _table(title, "", "dispatch_ms", "wire_ms", "local_ms", "MB", "meta", "num_wrong")
 
     def add(name: str, rows: pd.DataFrame) -> None:
         busiest = rows.groupby("iteration")[["dispatch_ms", "wire_ms", "local_ms", "bytes"]].max().median()

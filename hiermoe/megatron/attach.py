@@ -16,9 +16,11 @@ from hiermoe.dispatch.communicators import Communicators
 from hiermoe.dispatch.plan import DispatchContext
 from hiermoe.megatron.dispatcher import ReorderedTokenDispatcher, StagedTokenDispatcher
 from hiermoe.megatron.flex import flex_dispatcher
+from hiermoe.megatron.logical_names import name_experts_by_slot, name_experts_logically
 from hiermoe.megatron.meter import Meter, MeteredDispatcher
+from hiermoe.megatron.migration import expert_parameters
 from hiermoe.megatron.placement import ExpertPlacement, LayerPlacement
-from hiermoe.planner.policy import StaticPolicy
+from hiermoe.planner.policy import PlacementPolicy, StaticPolicy
 from hiermoe.planner.system import SystemConfig
 from hiermoe.topology.cluster import Cluster
 
@@ -71,7 +73,7 @@ def attach(
                 dispatcher.set_shared_experts(layer.shared_experts)
             policy = system.build_policy()
             if not isinstance(policy, StaticPolicy):
-                placement = LayerPlacement(layer, dispatcher, policy)
+                placement = _place_experts(layer, dispatcher, policy)
                 moving.append(placement)
         if meter is not None:
             dispatcher = MeteredDispatcher(dispatcher, layer.layer_number or 0, meter)
@@ -91,6 +93,7 @@ def detach(model: torch.nn.Module | list[torch.nn.Module]) -> None:
             original, placement = getattr(layer, _BEFORE)
             if placement is not None:
                 placement.release()
+                name_experts_by_slot(layer)
             layer.token_dispatcher = original
             delattr(layer, _BEFORE)
 
@@ -226,3 +229,11 @@ def new_dispatcher(
         return flex_dispatcher(stock, config, pg_collection)
     assert isinstance(stock, MoEAlltoAllTokenDispatcher)
     return ReorderedTokenDispatcher(stock) if system.executor == "reordered" else stock
+
+
+def _place_experts(layer: MoELayer, dispatcher: StagedTokenDispatcher, policy: PlacementPolicy) -> LayerPlacement:
+    assert layer.experts is not None
+    parameters = expert_parameters(layer.experts, layer.num_local_experts)
+    name_experts_logically(layer, dispatcher)
+    size = sum(parameter.numel() for parameter in parameters[0])
+    return LayerPlacement(layer.layer_number or 0, dispatcher, policy, parameters, size, lambda: layer.training)

@@ -1,7 +1,8 @@
-"""A dispatcher without a model around it, for runs that bring their own routing."""
+"""A dispatcher and a placement without a model around them, for runs that bring their own routing."""
 
 from datetime import timedelta
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
@@ -9,24 +10,29 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hiermoe.megatron import cpu
 from hiermoe.megatron.attach import dispatch_context, new_dispatcher
+from hiermoe.megatron.dispatcher import StagedTokenDispatcher
 from hiermoe.megatron.meter import Meter, MeteredDispatcher
+from hiermoe.megatron.placement import ExpertPlacement, LayerPlacement
+from hiermoe.planner.migration import STATE_BYTES_PER_PARAMETER
+from hiermoe.planner.policy import StaticPolicy
 from hiermoe.planner.system import SystemConfig
 from hiermoe.topology.cluster import Cluster
 
 
-def bench_dispatcher(
+def bench_layer(
     system: SystemConfig,
     cluster: Cluster,
     *,
     num_experts: int,
     topk: int,
     hidden_size: int,
+    expert_parameters: int,
     layer: int,
     meter: Meter,
     timeout: timedelta,
     device: str = "cpu",
-) -> MoETokenDispatcher:
-    """The metered dispatcher of a system on this rank, with Megatron's process groups set up for it.
+) -> tuple[MoETokenDispatcher, ExpertPlacement]:
+    """The metered dispatcher of a system on this rank, and where its experts are; sets Megatron's process groups up.
 
     *Collective: every rank of the world must call it.* The world is one expert-parallel group.
 
@@ -36,6 +42,8 @@ def bench_dispatcher(
         num_experts: E.
         topk: K.
         hidden_size: M.
+        expert_parameters: of one expert. What moves is as large as its full training state and all zeros; memory is
+            taken only for experts that do move.
         layer: what the meter calls the layer.
         meter: times and counts.
         timeout: of a collective.
@@ -69,4 +77,12 @@ def bench_dispatcher(
     first = groups.ep.rank() * per_rank
     stock = MoEAlltoAllTokenDispatcher(per_rank, list(range(first, first + per_rank)), config, groups)
     context = dispatch_context(system, cluster, config, groups, timeout)
-    return MeteredDispatcher(new_dispatcher(system, stock, config, groups, context), layer, meter)
+    dispatcher = new_dispatcher(system, stock, config, groups, context)
+    policy, moving = system.build_policy(), []
+    if isinstance(dispatcher, StagedTokenDispatcher) and not isinstance(policy, StaticPolicy):
+        states = [
+            torch.zeros(STATE_BYTES_PER_PARAMETER * expert_parameters, dtype=torch.uint8) for _ in range(per_rank)
+        ]
+        parameters = [[torch.nn.Parameter(state.to(device), requires_grad=False)] for state in states]
+        moving = [LayerPlacement(layer, dispatcher, policy, parameters, expert_parameters)]
+    return MeteredDispatcher(dispatcher, layer, meter), ExpertPlacement(moving)

@@ -17,6 +17,8 @@ from torch import Tensor
 from hiermoe.routing.step import experts_per_rank
 from hiermoe.topology.placement import Placement
 
+BUFFER_BYTES = 2**25  # at most so much leaves a rank at once, and as much arrives
+
 
 @dataclass(frozen=True)
 class Migrated:
@@ -90,10 +92,10 @@ def migrate(
     new: Placement,
     group: dist.ProcessGroup,
 ) -> Migrated:
-    """Bring every expert of one layer from its old slot to its new one.
+    """Bring every expert of one layer from its old slot to its new one, in place.
 
-    *Collective: every rank of the group must call it.* One message for every pair of ranks that exchange experts;
-    buffers hold the experts that move, nothing else. Nothing is overwritten before all messages have arrived.
+    *Collective: every rank of the group must call it.* Experts move piece by piece, the same piece of all of them at
+    once, in one message for every pair of ranks; so buffers stay small even if every expert moves.
 
     Args:
         parameters: of every local expert, by slot.
@@ -105,59 +107,68 @@ def migrate(
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     per_rank = experts_per_rank(old.num_experts, size)
     moved = (old.slot_E != new.slot_E).nonzero().view(-1)
-    from_slot, to_slot = old.slot_E[moved].tolist(), new.slot_E[moved].tolist()
-    tensors = {
-        slot: [tensor for parameter in parameters[slot % per_rank] for tensor in state_tensors(parameter, optimizer)]
-        for slot in {*from_slot, *to_slot}
-        if slot // per_rank == rank
-    }
-    leaving: dict[int, list[int]] = {}  # by peer, experts by number
+    if not len(moved):
+        return Migrated(0, 0)
+    from_slot, to_slot = old.slot_E[moved], new.slot_E[moved]
+    leaving: dict[int, list[int]] = {}  # local slots by peer, experts by number: the order in which they travel
     arriving: dict[int, list[int]] = {}
-    for source, target in zip(from_slot, to_slot, strict=True):
+    for source, target in zip(from_slot.tolist(), to_slot.tolist(), strict=True):
         if source // per_rank == rank:
-            leaving.setdefault(target // per_rank, []).append(source)
+            leaving.setdefault(target // per_rank, []).append(source % per_rank)
         if target // per_rank == rank:
-            arriving.setdefault(source // per_rank, []).append(target)
-    outgoing = {peer: _packed([t for slot in slots for t in tensors[slot]]) for peer, slots in leaving.items()}
+            arriving.setdefault(source // per_rank, []).append(target % per_rank)
+    states = [
+        [_bytes_of(tensor) for parameter in expert for tensor in state_tensors(parameter, optimizer)]
+        for expert in parameters
+    ]
+    busiest = int(torch.bincount(from_slot // per_rank).max())  # as many leave a rank as arrive there
+    piece = max(1, BUFFER_BYTES // busiest)
+    sent_bytes = 0
+    for number, tensor in enumerate(states[0]):
+        for start in range(0, len(tensor), piece):
+            pieces = [expert[number][start : start + piece] for expert in states]
+            sent_bytes += _exchange(pieces, leaving, arriving, rank, group)
+    return Migrated(sent_bytes, len(moved))
+
+
+def _exchange(
+    pieces: list[Tensor],
+    leaving: dict[int, list[int]],
+    arriving: dict[int, list[int]],
+    rank: int,
+    group: dist.ProcessGroup,
+) -> int:
+    """Move one piece of every moving expert; nothing is overwritten before all messages are there. *Collective.*
+
+    Returns:
+        Bytes sent over the wire.
+    """
+    outgoing = {peer: torch.cat([pieces[slot] for slot in slots]) for peer, slots in leaving.items()}
     incoming = {
-        peer: outgoing[rank] if peer == rank else _empty_for([t for slot in slots for t in tensors[slot]])
+        peer: outgoing[rank] if peer == rank else pieces[0].new_empty(len(slots) * len(pieces[0]))
         for peer, slots in arriving.items()
     }
     operations = [
-        dist.P2POp(dist.isend, buffer, dist.get_global_rank(group, peer), group)
-        for peer, buffer in sorted(outgoing.items())
-        if peer != rank
-    ] + [
-        dist.P2POp(dist.irecv, buffer, dist.get_global_rank(group, peer), group)
-        for peer, buffer in sorted(incoming.items())
+        dist.P2POp(operation, buffer, dist.get_global_rank(group, peer), group)
+        for operation, buffers in ((dist.isend, outgoing), (dist.irecv, incoming))
+        for peer, buffer in sorted(buffers.items())
         if peer != rank
     ]
     if operations:
         for work in dist.batch_isend_irecv(operations):
             work.wait()
     for peer, slots in arriving.items():
-        _unpack(incoming[peer], [tensor for slot in slots for tensor in tensors[slot]])
-    sent_bytes = sum(buffer.numel() for peer, buffer in outgoing.items() if peer != rank)
-    return Migrated(sent_bytes, len(moved))
+        for slot, received in zip(slots, incoming[peer].split(len(pieces[0])), strict=True):
+            pieces[slot].copy_(received)
+    return sum(len(buffer) for peer, buffer in outgoing.items() if peer != rank)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
-def _packed(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
-
-
-def _empty_for(tensors: list[Tensor]) -> Tensor:
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return torch.empty(num_bytes, dtype=torch.uint8, device=tensors[0].device)
-
-
-def _unpack(buffer: Tensor, tensors: list[Tensor]) -> None:
-    start = 0
-    for tensor in tensors:
-        end = start + tensor.numel() * tensor.element_size()
-        # A copy, because a view as another type must start at a multiple of its size.
-        tensor.copy_(buffer[start:end].clone().view(tensor.dtype).view_as(tensor))
-        start = end
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The tensor's memory: uint8, one-dimensional."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"a tensor of shape {list(tensor.shape)} is not contiguous in memory: cannot move it in place")
+    return tensor.view(-1).view(torch.uint8)

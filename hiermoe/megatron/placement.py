@@ -3,20 +3,18 @@
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from hiermoe.megatron.dispatcher import StagedTokenDispatcher
-from hiermoe.megatron.migration import check_optimizer, expert_parameters, migrate
+from hiermoe.megatron.migration import check_optimizer, migrate
 from hiermoe.planner.policy import PlacementPolicy, PlacementUpdate, StepContext
 from hiermoe.topology.placement import Placement
 
@@ -45,22 +43,35 @@ class LayerUpdate:
 class LayerPlacement:
     """One layer's experts, its policy, and what its routing measured since the last step."""
 
-    def __init__(self, layer: MoELayer, dispatcher: StagedTokenDispatcher, policy: PlacementPolicy) -> None:
-        """Make the dispatcher report its routing, and checkpoints name experts as the router does."""
-        self.number = layer.layer_number or 0
-        self.dispatcher, self.policy = dispatcher, policy
+    def __init__(
+        self,
+        number: int,
+        dispatcher: StagedTokenDispatcher,
+        policy: PlacementPolicy,
+        parameters: list[list[torch.nn.Parameter]],
+        expert_parameters: int,
+        is_training: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Make the dispatcher report its routing.
+
+        Args:
+            number: Megatron's layer number.
+            dispatcher: of the layer.
+            policy: of the layer.
+            parameters: of every local expert, by slot; what moves.
+            expert_parameters: of one expert, for the policy's estimate of what a move costs.
+            is_training: whether a forward counts.
+        """
+        self.number, self.dispatcher, self.policy, self.parameters = number, dispatcher, policy, parameters
+        self.expert_parameters = expert_parameters
         self.measured: Tensor | None = None
         self.measuring_ms = 0.0
         self.iteration = 0
-        self._layer = layer
-        assert layer.experts is not None
-        self.parameters = expert_parameters(layer.experts, layer.num_local_experts)
+        self._is_training = is_training
         dispatcher.observe = self.observe
-        if isinstance(layer.experts, SequentialMLP):
-            layer.experts.sharded_state_dict = self._sharded_state_dict  # type: ignore[method-assign]
 
     def release(self) -> None:
-        """Give the layer back as it was. Experts stay where they are, so they must be at home.
+        """Let the dispatcher go. Experts stay where they are, so they must be at home.
 
         Raises:
             RuntimeError: an expert is not in the slot that stock Megatron expects it in.
@@ -68,12 +79,10 @@ class LayerPlacement:
         if not self.dispatcher.placement.is_identity:
             raise RuntimeError(f"experts of layer {self.number} are not in their own slots: call go_home() first")
         self.dispatcher.observe = None
-        assert self._layer.experts is not None
-        vars(self._layer.experts).pop("sharded_state_dict", None)
 
     def observe(self, routing_map_TE: Tensor) -> None:
         """Measure one micro-batch; evaluation does not count."""
-        if not self._layer.training:
+        if not self._is_training():
             return
         started = time.perf_counter()
         ids_TK = routing_map_TE.nonzero()[:, 1].view(len(routing_map_TE), -1).cpu()
@@ -98,26 +107,8 @@ class LayerPlacement:
             cluster=dispatcher.context.cluster,
             scheme=dispatcher.context.schemes[winner],
             row_bytes=dispatcher.row_bytes,
-            expert_parameters=sum(parameter.numel() for parameter in self.parameters[0]),
+            expert_parameters=self.expert_parameters,
         )
-
-    def _sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """Megatron's, with every expert under its logical number instead of its slot."""
-        experts = self._layer.experts
-        assert isinstance(experts, SequentialMLP)
-        expert_at = self.dispatcher.placement.expert_at().tolist()
-        first = self._layer.local_expert_indices[0]
-        result = {}
-        for i, expert in enumerate(experts.local_experts):
-            # Stock code numbers the only expert of this stand-in by its rank among E ranks.
-            group = SimpleNamespace(size=lambda: len(expert_at), rank=lambda i=i: expert_at[first + i])
-            alone = SimpleNamespace(
-                local_experts=[expert], num_local_experts=1, ep_group=group, dp_group=experts.dp_group
-            )
-            part = SequentialMLP.sharded_state_dict(alone, prefix, sharded_offsets, metadata)  # type: ignore[arg-type]
-            stem = f"{prefix}local_experts."
-            result |= {key.replace(f"{stem}0.", f"{stem}{i}.", 1): value for key, value in part.items()}
-        return result
 
 
 class ExpertPlacement:

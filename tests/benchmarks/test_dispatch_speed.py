@@ -34,6 +34,7 @@ def job_of(system: str) -> ReplayJob:
         topk=TOPK,
         hidden_size=HIDDEN,
         element_bytes=2,
+        expert_parameters=1,
         layer=1,
         measured=(),
         routing_iterations=(),
@@ -44,22 +45,23 @@ def job_of(system: str) -> ReplayJob:
 
 def local_work(rank: int) -> dict[str, dict[str, list[float]]]:
     """CPU milliseconds of this rank's local work: by system and call, one a round."""
-    from hiermoe.megatron.bench_layer import bench_dispatcher
+    from hiermoe.megatron.bench_layer import bench_layer
     from hiermoe.megatron.meter import Meter
 
     meter = Meter(time.thread_time)
     jobs = {system: job_of(system) for system in SYSTEMS}
     dispatchers: dict[str, Any] = {
-        system: bench_dispatcher(
+        system: bench_layer(
             job.system,
             job.cluster,
             num_experts=EXPERTS,
             topk=TOPK,
             hidden_size=HIDDEN,
+            expert_parameters=1,
             layer=1,
             meter=meter,
             timeout=TIMEOUT,
-        )
+        )[0]
         for system, job in jobs.items()
     }
     found: dict[str, dict[str, list[float]]] = {system: defaultdict(list) for system in SYSTEMS}

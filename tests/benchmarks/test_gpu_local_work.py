@@ -30,7 +30,7 @@ ONE_GPU = Cluster(
 
 def local_work(device: str, backend: str, tokens: int, hidden: int, experts: int, topk: int, folder: Path) -> Any:
     """Milliseconds of dispatch and combine, forward, by system: {system: {phase: [ms, ...]}}."""
-    from hiermoe.megatron.bench_layer import bench_dispatcher
+    from hiermoe.megatron.bench_layer import bench_layer
     from hiermoe.megatron.meter import Meter
 
     timeout = timedelta(minutes=2)
@@ -46,6 +46,7 @@ def local_work(device: str, backend: str, tokens: int, hidden: int, experts: int
                 topk=topk,
                 hidden_size=hidden,
                 element_bytes=2,
+                expert_parameters=1,
                 layer=1,
                 measured=(),
                 routing_iterations=(),
@@ -53,12 +54,13 @@ def local_work(device: str, backend: str, tokens: int, hidden: int, experts: int
                 timeout=timeout,
                 device=device,
             )
-            dispatcher = bench_dispatcher(
+            dispatcher, _ = bench_layer(
                 job.system,
                 job.cluster,
                 num_experts=experts,
                 topk=topk,
                 hidden_size=hidden,
+                expert_parameters=1,
                 layer=1,
                 meter=meter,
                 timeout=timeout,
