@@ -4,6 +4,7 @@ from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 RUNS = PROJECT_ROOT / "results" / "runs"
+CLUSTERS = PROJECT_ROOT / "results" / "clusters"  # calibrated ones
 CONF = PROJECT_ROOT / "conf"
 SWEEPS = PROJECT_ROOT / "sweeps"
 REPORTS = PROJECT_ROOT / "reports"

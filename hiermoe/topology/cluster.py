@@ -3,13 +3,13 @@
 import math
 import operator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from hiermoe.records.project import CONF
+from hiermoe.topology.cluster_files import cluster_file, cluster_names
 from hiermoe.topology.hierarchy import Hierarchy
 
 PeerKind = Literal["world", "inter", "intra"]
@@ -65,6 +65,7 @@ class Level(BaseModel):
     link_gb_per_s: float = Field(gt=0)  # one point-to-point transfer between two groups of this level, links idle
     inter: AlphaBeta | None = None  # among sibling groups of this level, equal lanes; not for the innermost level
     intra: AlphaBeta | None = None  # among all GPUs of one group of this level; not for the innermost level
+    shaped_mbit_per_s: float | None = Field(default=None, gt=0, le=10_000)  # of a group's emulated link, each way
 
 
 class Cluster(BaseModel):
@@ -90,12 +91,26 @@ class Cluster(BaseModel):
         if self.levels[-1].inter is not None or self.levels[-1].intra is not None:
             raise ValueError(f"innermost level {self.levels[-1].name}: its exchange is the intra of the level above")
         assert hierarchy.num_ranks >= 1
+        for outer, inner in pairwise(self.levels):
+            if inner.shaped_mbit_per_s is not None and outer.shaped_mbit_per_s is None:
+                raise ValueError(f"level {inner.name} is shaped, but {outer.name} around it is not: shape outer levels")
         return self
 
     @property
     def hierarchy(self) -> Hierarchy:
         """U and the level names."""
         return Hierarchy(tuple(x.groups for x in self.levels), tuple(x.name for x in self.levels))
+
+    @property
+    def shaped_rates(self) -> tuple[float, ...]:
+        """Mbit/s of a group's link, for every level whose links an emulated network shapes, outermost first."""
+        return tuple(x.shaped_mbit_per_s for x in self.levels if x.shaped_mbit_per_s is not None)
+
+    @property
+    def exchanges(self) -> tuple[Peers, ...]:
+        """All kinds of peers that a stage may have, each with constants of its own."""
+        levels = range(1, self.hierarchy.depth)
+        return (Peers("world"), *(Peers(kind, level) for level in levels for kind in ("inter", "intra")))
 
     def constants(self, peers: Peers) -> AlphaBeta:
         """Alpha and beta of a stage among these peers."""
@@ -136,13 +151,14 @@ class Cluster(BaseModel):
 
     @classmethod
     def named(cls, name: str) -> "Cluster":
-        """The cluster of conf/cluster/<name>.yaml.
+        """The cluster of this name or file, as `cluster_file` finds it.
 
         Raises:
             ValueError: there is none, or it breaks a rule.
         """
-        path = CONF / "cluster" / f"{name}.yaml"
-        if not path.exists():
-            names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
-            raise ValueError(f"cluster={name} is unknown; choose from {names}")
+        path = cluster_file(name)
+        if path is None:
+            raise ValueError(
+                f"cluster={name} is unknown; choose from {', '.join(cluster_names())}, or name a .yaml file"
+            )
         return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))

@@ -131,3 +131,47 @@ def test_constants_that_break_a_rule_are_refused(changes: dict[str, Any]) -> Non
 def test_link_without_speed_is_refused() -> None:
     with pytest.raises(ValueError, match="link_gb_per_s"):
         Level(name="gpu", groups=4, link_gb_per_s=0.0)
+
+
+def test_shaped_level_inside_an_unshaped_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="level gpu is shaped, but node around it is not"):
+        a_cluster(NODE, GPU.model_copy(update={"shaped_mbit_per_s": 100.0}))
+
+
+SLOWDOWN = 450  # of the emulated links against the paper's
+
+
+@pytest.mark.parametrize("name", ["emulated_4x8", "emulated_4x2"])
+def test_emulated_links_are_the_papers_slowed_down_alike(name: str) -> None:
+    """A link carries what its GPUs send over it in the published time of the exchange that crosses it."""
+    cluster, paper = load(name), load("a6000_4x8")
+    for level, rate in enumerate(cluster.shaped_rates, start=1):
+        published_beta = paper.constants(INTER[level]).beta_ms_per_byte
+        siblings, lanes = INTER[level].size(paper.hierarchy), paper.hierarchy.lanes(level)
+        bytes_per_ms = lanes * (1 - 1 / siblings) / published_beta
+        assert rate == pytest.approx(bytes_per_ms * 8 / 1e3 / SLOWDOWN, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["emulated_4x8", "emulated_4x2"])
+def test_derived_constants_are_what_emulated_links_allow(name: str) -> None:
+    cluster = load(name)
+    hierarchy = cluster.hierarchy
+    crossed = {WORLD: 1} | {
+        peers: level for level in range(1, len(cluster.shaped_rates) + 1) for peers in (INTER[level], INTRA[level - 1])
+    }
+    for peers, level in crossed.items():
+        if peers == INTRA[0]:
+            continue
+        siblings = hierarchy.U[level] // hierarchy.U[level - 1]
+        crossing = hierarchy.lanes(level) * (1 - 1 / siblings)
+        bytes_per_ms = cluster.shaped_rates[level - 1] / 8 * 1e3
+        assert cluster.constants(peers).beta_ms_per_byte == pytest.approx(crossing / bytes_per_ms, rel=1e-3)
+        assert not cluster.constants(peers).published
+
+
+def test_cluster_is_found_by_its_file_too(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text((CONF / "cluster" / "a6000_1x8.yaml").read_text().replace("name: a6000_1x8", "name: mine"))
+    assert Cluster.named(str(path)).name == "mine"
+    with pytest.raises(ValueError, match=r"cluster=nothing is unknown; choose from a6000_1x8, "):
+        Cluster.named("nothing")
