@@ -9,6 +9,7 @@ Several swaps at once: what a group needs depends on its set of experts alone. S
 up exactly; where two of them change the same group, the pairs counted here give an upper bound (:meth:`swapped`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,6 +24,7 @@ from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
 
 LARGEST_SUM = 2**31  # token-expert pairs below which no int32 count can overflow: each counts a token once at most
+CHUNK_TOKENS = 4096  # counted at once, so that what is made of [tokens, K, K] stays in the cache
 PAIRS_UNIT = 1024  # token-expert pairs are summed in this unit, so that their own sum cannot overflow
 
 
@@ -35,7 +37,7 @@ class SlotPairs:
     Attributes:
         slots_2P: int64 [2, P]; r and c of every pair.
         count: for levels 0..D, number of pairs in different groups.
-        place_EE: int64 [E * E], flat; where the ordered pair (r, c) is kept in a list of both directions of every pair:
+        place_EE: int32 [E * E], flat; where the ordered pair (r, c) is kept in a list of both directions of every pair:
             2p for r < c, 2p + 1 for r > c; 2P + r for (r, r). Pairs on one GPU have no place of their own.
         group_E: for levels 1..D, int64 [E], group of each slot.
         entry_2P: for levels 1..D, int64 [2, count]; index into a flat [U, E] of (r's group, c) and of (c's group, r).
@@ -71,7 +73,7 @@ def slot_pairs(num_experts: int, hierarchy: Hierarchy) -> SlotPairs:
         r, c = slots_2P[:, : count[level]]
         entries.append(torch.stack([group[r] * num_experts + c, group[c] * num_experts + r]))
         groups.append(group[r] * hierarchy.U[level] + group[c])
-    return SlotPairs(slots_2P, count, place.view(-1), group_E, tuple(entries), tuple(groups))
+    return SlotPairs(slots_2P, count, place.int().view(-1), group_E, tuple(entries), tuple(groups))
 
 
 @dataclass(frozen=True)
@@ -191,23 +193,34 @@ def measure_swaps(expert_ids_NK: Tensor, placement: Placement, hierarchy: Hierar
     """
     depth, ranks, experts = hierarchy.depth, hierarchy.num_ranks, placement.num_experts
     choices = sort_choices(expert_ids_NK, placement, hierarchy)
-    pairs, slot_NK = slot_pairs(experts, hierarchy), choices.slot_NK
+    pairs = slot_pairs(experts, hierarchy)
+    slot_NK, rank_NK, first_from_NK, alone_from_NK = (
+        x.int() for x in (choices.slot_NK, choices.rank_NK, choices.first_from_NK, choices.alone_from_NK)
+    )
 
-    def histogram(level_NK: Tensor, index: Tensor, size: int) -> Tensor:
-        """Entries of an index by the level from which on they hold, cumulated over levels: int32 [D, size]."""
-        code = ((level_NK - 1) * size).view(*level_NK.shape, *[1] * (index.dim() - 2)) + index
-        counted = torch.bincount(code.view(-1), minlength=(depth + 1) * size).view(depth + 1, size)[:depth].int()
+    one = torch.ones((), dtype=torch.int32)
+
+    def histogram(level_NK: Tensor, size: int, index: Callable[[slice], Tensor]) -> Tensor:
+        """Entries of an index by the level from which on they hold, cumulated over levels: int32 [D + 1, size]."""
+        counted = torch.zeros(depth + 1, size, dtype=torch.int32)
+        for start in range(0, len(level_NK), CHUNK_TOKENS):
+            part = slice(start, start + CHUNK_TOKENS)
+            code = index(part)
+            code += ((level_NK[part] - 1) * size).view(*level_NK[part].shape, *[1] * (code.dim() - 2))
+            counted.view(-1).index_add_(0, code.view(-1), one.expand(code.numel()))
         for level in range(1, depth):
             counted[level] += counted[level - 1]
         return counted
 
-    both_NKK = slot_NK[:, :, None] * experts + slot_NK[:, None, :]
-    place_NKK = pairs.place_EE.index_select(0, both_NKK.view(-1)).view(both_NKK.shape)
-    alone = histogram(choices.alone_from_NK, place_NKK, len(pairs.slots_2P[0]) * 2 + experts)
+    def place(part: slice) -> Tensor:
+        both_NKK = slot_NK[part, :, None] * experts + slot_NK[part, None, :]
+        return pairs.place_EE.index_select(0, both_NKK.view(-1)).view(both_NKK.shape)
+
+    alone = histogram(alone_from_NK, len(pairs.slots_2P[0]) * 2 + experts, place)
     present = histogram(
-        choices.first_from_NK, (choices.rank_NK * experts)[:, :, None] + slot_NK[:, None, :], ranks * experts
+        first_from_NK, ranks * experts, lambda part: rank_NK[part, :, None] * experts + slot_NK[part, None, :]
     )
-    needed = histogram(choices.first_from_NK, choices.rank_NK, ranks)
+    needed = histogram(first_from_NK, ranks, lambda part: rank_NK[part].clone())
     selected_E = torch.bincount(slot_NK.reshape(-1), minlength=experts).int()
     parts = []
     for level, groups in enumerate(hierarchy.groups, start=1):
