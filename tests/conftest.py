@@ -1,6 +1,7 @@
 """Fixtures that every test may use."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from hiermoe.cli import main
 from hiermoe.harness.config import RunConfig, parse, register_search_path
 from hiermoe.records.project import CONF
 from hiermoe.records.store import RunStore
@@ -42,3 +44,24 @@ def composed() -> Iterator[Composer]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="test"):
         yield Composer()
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def hiermoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], store: RunStore) -> Command:
+    """The command, on an empty store: takes its arguments, gives exit code, output and errors."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["hiermoe", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return call

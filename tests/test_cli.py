@@ -1,34 +1,15 @@
 """The command: what a user types, what it prints, how it exits."""
 
-import sys
-
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
-from hiermoe.cli import main
 from hiermoe.harness.sweep import expand
 from hiermoe.records.store import RunStore
+from tests.conftest import Command
 
 SMALL = ["routing=uniform", "iterations=4", "tokens_per_rank=64", "wandb.mode=disabled"]
 
 
-@pytest.fixture
-def hiermoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], store: RunStore):
-    def call(*arguments: str) -> tuple[int, str, str]:
-        GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["hiermoe", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        output = capsys.readouterr()
-        return code, output.out, output.err
-
-    return call
-
-
-def test_run_prints_a_summary_and_writes_a_record(hiermoe, store: RunStore) -> None:
+def test_run_prints_a_summary_and_writes_a_record(hiermoe: Command, store: RunStore) -> None:
     code, out, _ = hiermoe("run", "system=hiermoe", "model=deepseek_v3", "cluster=a6000_4x8", *SMALL)
     assert code == 0
     assert "HierMoE" in out and "AlltoAll per step" in out
@@ -38,7 +19,7 @@ def test_run_prints_a_summary_and_writes_a_record(hiermoe, store: RunStore) -> N
     assert "kept from before" in again
 
 
-def test_multirun_goes_on_where_a_combination_has_no_meaning(hiermoe, store: RunStore) -> None:
+def test_multirun_goes_on_where_a_combination_has_no_meaning(hiermoe: Command, store: RunStore) -> None:
     code, out, _ = hiermoe("run", "-m", "system=h4,hd3", "cluster=a6000_1x8", *SMALL)
     assert code == 0
     assert "not applicable" in out and "HD3" in out
@@ -58,23 +39,23 @@ def test_multirun_goes_on_where_a_combination_has_no_meaning(hiermoe, store: Run
         (["reproduce", "--sweeps", "fig99"], "sweep 'fig99' is unknown; choose from"),
     ],
 )
-def test_bad_input_ends_with_one_clear_message(arguments: list[str], message: str, hiermoe) -> None:
+def test_bad_input_ends_with_one_clear_message(arguments: list[str], message: str, hiermoe: Command) -> None:
     code, _, err = hiermoe(*arguments)
     assert code != 0
     assert message in err
     assert "Traceback" not in err
 
 
-def test_help_says_what_each_command_is_for(hiermoe) -> None:
+def test_help_says_what_each_command_is_for(hiermoe: Command) -> None:
     code, out, _ = hiermoe("--help")
     assert code == 0
-    for command in ("run", "record", "reproduce", "report"):
+    for command in ("run", "train", "record", "reproduce", "report"):
         assert f"hiermoe {command}" in out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sweep", ["fig12", "fig9", "table2"])
-def test_multirun_of_a_sweep_makes_the_runs_that_reproduce_makes(sweep: str, hiermoe, store: RunStore) -> None:
+def test_multirun_of_a_sweep_makes_the_runs_that_reproduce_makes(sweep: str, hiermoe: Command, store: RunStore) -> None:
     code, _, _ = hiermoe("run", "-m", f"+sweeps={sweep}", "wandb.mode=disabled")
     assert code == 0
     assert {path.name for path in store.folder.iterdir()} == {cell.config.run_id for cell in expand(sweep)}

@@ -10,6 +10,7 @@ import platform
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -75,16 +76,20 @@ def standard_library(max_documents: int | None = None) -> list[str]:
     Args:
         max_documents: Keep only so many files; None for all.
     """
-    root = Path(sysconfig.get_path("stdlib"))
-    foreign = {"site-packages", "dist-packages", "__pycache__"}
-    paths = sorted(p for p in root.rglob("*.py") if not foreign.intersection(p.relative_to(root).parts))
     documents: list[str] = []
-    for path in paths[:max_documents]:
+    for path in _library_paths()[:max_documents]:
         # A few files of the test suite are deliberately not UTF-8.
         text = path.read_bytes().decode("utf-8", errors="replace")
         if text.strip():
             documents.append(text)
     return documents
+
+
+@lru_cache(maxsize=1)
+def _library_paths() -> list[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    foreign = {"site-packages", "dist-packages", "__pycache__"}
+    return sorted(p for p in root.rglob("*.py") if not foreign.intersection(p.relative_to(root).parts))
 
 
 def training_corpus(config: TrainingConfig) -> Corpus:
