@@ -136,9 +136,11 @@ class StagedTokenDispatcher(MoETokenDispatcher):
     def _replayed(self, routing_map_TE: Tensor) -> DispatchPlan | None:
         """The plan of the forward that is being recomputed, if this is a recomputation.
 
-        Megatron's checkpointing runs a layer first without and, in backward, with gradients.
+        Megatron's checkpointing runs a layer first without and, in backward, with gradients. A forward outside of
+        backward is none, though plans of an evaluation without gradients may be waiting.
         """
-        if not (self._pending and torch.is_grad_enabled()):
+        in_backward = torch._C._current_graph_task_id() != -1  # as torch's own checkpointing tells
+        if not (self._pending and in_backward and torch.is_grad_enabled()):
             return None
         plan = self._pending.pop()
         if not torch.equal(plan.routing_map_TE, routing_map_TE):
