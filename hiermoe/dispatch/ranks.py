@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hiermoe.dispatch.network_namespace import enter
 from hiermoe.records.status import NotApplicable
 
 HOST_VARIABLE = "HIERMOE_HOST"
@@ -44,6 +45,7 @@ def run_ranks(
     *,
     deadline: timedelta | None = None,
     hosts: Sequence[str] | None = None,
+    namespaces: Sequence[Path] | None = None,
 ) -> list[Any]:
     """Run ``function(rank, *args)`` on new processes that form one gloo group, one thread each.
 
@@ -57,6 +59,8 @@ def run_ranks(
         timeout: How long a collective of the group may wait for the slowest rank.
         deadline: How long the whole run may take; None for any time.
         hosts: For each rank the name of the host that it plays, put into the rank's environment; None for none.
+        namespaces: For each rank the network namespace that it lives in, with one interface besides loopback, which
+            the ranks exchange over; None for this process's own.
 
     Returns:
         What each rank returned, in rank order. Tensors are on the CPU.
@@ -64,10 +68,11 @@ def run_ranks(
     Raises:
         RankFailedError: A rank raised or died, or the deadline passed; all ranks have been ended.
         NotApplicable: A rank raised it.
-        ValueError: ``hosts`` does not name one host a rank.
+        ValueError: ``hosts`` or ``namespaces`` does not name one a rank.
     """
-    if hosts is not None and len(hosts) != world_size:
-        raise ValueError(f"hosts names {len(hosts)} hosts for world_size={world_size} ranks")
+    for name, given in (("hosts", hosts), ("namespaces", namespaces)):
+        if given is not None and len(given) != world_size:
+            raise ValueError(f"{name} names {len(given)} {name} for world_size={world_size} ranks")
     ends = None if deadline is None else time.monotonic() + deadline.total_seconds()
     context = get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -79,7 +84,14 @@ def run_ranks(
         ranks = [
             context.Process(
                 target=_rank_main,
-                args=(rank, world_size, folder, timeout, None if hosts is None else hosts[rank]),
+                args=(
+                    rank,
+                    world_size,
+                    folder,
+                    timeout,
+                    None if hosts is None else hosts[rank],
+                    None if namespaces is None else namespaces[rank],
+                ),
                 daemon=True,
             )
             for rank in range(world_size)
@@ -170,7 +182,9 @@ def _report_path(folder: Path, rank: int) -> Path:
     return folder / f"failure-{rank}.json"
 
 
-def _rank_main(rank: int, world_size: int, folder: Path, timeout: timedelta, host: str | None) -> None:
+def _rank_main(
+    rank: int, world_size: int, folder: Path, timeout: timedelta, host: str | None, namespace: Path | None
+) -> None:
     """A rank's process, from the group's start to the result or the report of a failure."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
     end_with_parent()
@@ -179,8 +193,11 @@ def _rank_main(rank: int, world_size: int, folder: Path, timeout: timedelta, hos
         os.environ.update(environment)  # the fork server may be older than the caller's
         if host is not None:
             os.environ[HOST_VARIABLE] = host
+        if namespace is not None:
+            enter(namespace)  # before anything opens a socket or starts a thread that may
+            os.environ["GLOO_SOCKET_IFNAME"] = _interface(loopback=False)
         # All ranks are on this host. gloo otherwise asks the host's name for an address, which need not be reachable.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback_interface())
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(loopback=True))
         torch.set_num_threads(1)
         dist.init_process_group(
             "gloo",
@@ -205,8 +222,9 @@ def _rank_main(rank: int, world_size: int, folder: Path, timeout: timedelta, hos
     dist.destroy_process_group()
 
 
-def _loopback_interface() -> str:
+def _interface(loopback: bool) -> str:
+    """The loopback interface, or the first other one."""
     for _, name in socket.if_nameindex():
-        if name.startswith("lo"):
+        if name.startswith("lo") == loopback:
             return name
-    raise RuntimeError("this host has no loopback interface: set GLOO_SOCKET_IFNAME to one that the ranks can use")
+    raise RuntimeError("the ranks have no such network interface: set GLOO_SOCKET_IFNAME to one that they can use")
