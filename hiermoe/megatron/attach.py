@@ -233,7 +233,7 @@ def new_dispatcher(
 
 def _place_experts(layer: MoELayer, dispatcher: StagedTokenDispatcher, policy: PlacementPolicy) -> LayerPlacement:
     assert layer.experts is not None
-    parameters = expert_parameters(layer.experts, layer.num_local_experts)
+    parameters = expert_parameters(layer.experts)
     name_experts_logically(layer, dispatcher)
     size = sum(parameter.numel() for parameter in parameters[0])
     return LayerPlacement(layer.layer_number or 0, dispatcher, policy, parameters, size, lambda: layer.training)

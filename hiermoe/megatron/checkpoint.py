@@ -1,12 +1,26 @@
 """Checkpoints of a training run by Megatron's distributed checkpointing, with experts in logical order.
 
-Every system writes the same content, so what one saved loads in any other and in stock Megatron. The placement is
-stored beside it. A checkpoint appears whole or not at all: it is written under another name and renamed.
+Every system writes the same content under Megatron's own names, so what one saved loads in any other and in stock
+Megatron. Where the experts were, and what their policies remember, is stored beside it. A checkpoint appears whole or
+not at all: it is written under another name and renamed.
+
+A training loop that may be killed at any time:
+
+    checkpoint = latest_checkpoint(folder)
+    start = load_checkpoint(checkpoint, model, optimizer, schedule, placement) if checkpoint else 0
+    for step in range(start, steps):
+        ...  # forward, backward, optimizer.step()
+        placement.step(optimizer)
+        if (step + 1) % 100 == 0:
+            save_checkpoint(folder, step + 1, model, optimizer, schedule, placement, keep=2)
+
+States of random number generators and the position in the data are the caller's.
 """
 
 import multiprocessing
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +30,8 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from hiermoe.megatron import cpu
 from hiermoe.megatron.placement import ExpertPlacement
@@ -30,46 +46,55 @@ def save_checkpoint(
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
     placement: ExpertPlacement | None = None,
+    *,
+    keep: int | None = None,
 ) -> Path:
     """Write everything that training needs to go on. *Collective: every rank must call it.*
 
     Args:
-        folder: of all checkpoints of the run, on a disk that all ranks share.
+        folder: of all checkpoints of the run and of nothing else, on a disk that all ranks share.
         step: finished training steps.
-        model: not wrapped.
+        model: wrapped or not.
         optimizer: its optimizer.
         schedule: its learning-rate schedule.
-        placement: where experts are; None for stock Megatron.
+        placement: from `attach`; None for stock Megatron.
+        keep: so many of the newest checkpoints stay; None for all.
 
     Returns:
         The checkpoint.
 
     Raises:
-        OSError: the disk is full or not writable; earlier checkpoints are left as they were.
+        OSError: the disk is full or not writable; earlier checkpoints are left as they were. Where only one rank
+            raises, others wait for it, so it must end.
     """
     final = folder / f"{_PREFIX}{step:08d}"
     partial = folder / f".{final.name}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
+    _on_first_rank(lambda: _start(partial))
     with cpu.cuda_means_cpu(), _children_allowed():
         state = _sharded(model, optimizer, is_loading=False)
-        state |= {"step": step, "schedule": schedule.state_dict()}
+        state |= {"iteration": step, "opt_param_scheduler": schedule.state_dict()}
         if placement is not None:
             state["placement"] = placement.state_dict()
-        dist_checkpointing.save(state, str(partial))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    dist.barrier()
+        _write(state, partial)
+    _on_first_rank(lambda: _publish(partial, final, keep))
     return final
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint; None if there is none."""
     return max(folder.glob(f"{_PREFIX}*"), default=None)
+
+
+def finished_steps(checkpoint: Path) -> int:
+    """Training steps that a checkpoint of `save_checkpoint` comes after.
+
+    Raises:
+        ValueError: it is no such checkpoint.
+    """
+    number = checkpoint.name.removeprefix(_PREFIX)
+    if not (checkpoint.is_dir() and checkpoint.name.startswith(_PREFIX) and number.isdecimal()):
+        raise ValueError(f"{checkpoint} is not a checkpoint: a folder {_PREFIX}<steps> is")
+    return int(number)
 
 
 def load_checkpoint(
@@ -83,28 +108,99 @@ def load_checkpoint(
 
     Args:
         checkpoint: from `save_checkpoint`.
-        model: not wrapped.
+        model: wrapped or not.
         optimizer: its optimizer.
         schedule: its learning-rate schedule.
-        placement: of the system that goes on; experts go where the checkpoint's system had them.
+        placement: of the system that goes on; experts go where the checkpoint's system had them, or stay where they
+            are if it moved none.
 
     Returns:
         Training steps that were finished.
     """
     common = dist_checkpointing.load_common_state_dict(str(checkpoint))
-    if placement is not None and "placement" in common:
-        placement.load_state_dict(common["placement"])
+    step = int(common["iteration"])
+    if placement is not None:
+        placement.load_state_dict(common.get("placement") or {"iteration": step, "layers": []})
     with cpu.cuda_means_cpu():
         state = dist_checkpointing.load(_sharded(model, optimizer, is_loading=True), str(checkpoint))
-    model.load_state_dict(state["model"])
+    unwrap_model(model).load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(common["schedule"])
-    return int(common["step"])
+    schedule.load_state_dict(common["opt_param_scheduler"])
+    return step
 
 
 def _sharded(model: torch.nn.Module, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
-    shards = model.sharded_state_dict()  # type: ignore[operator] - every Megatron module has it
+    shards = unwrap_model(model).sharded_state_dict()
     return {"model": shards, "optimizer": optimizer.sharded_state_dict(shards, is_loading=is_loading)}
+
+
+def _start(partial: Path) -> None:
+    """An empty folder to write to; what killed runs left behind goes."""
+    for left_behind in partial.parent.glob(f".{_PREFIX}*"):
+        shutil.rmtree(left_behind)
+    partial.mkdir(parents=True)
+
+
+def _write(state: dict[str, Any], partial: Path) -> None:
+    """Let Megatron write. *Collective.*
+
+    Raises:
+        OSError: with the reason.
+    """
+    try:
+        dist_checkpointing.save(state, str(partial))
+    except CheckpointException as error:  # raised on every rank, but only rank 0 knows what happened
+        reasons = [f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items()]
+        _on_first_rank(lambda: _fail(partial, "; ".join(reasons)))
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"cannot write the checkpoint {partial}: {error}") from error
+
+
+def _fail(partial: Path, reason: str) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise OSError(f"cannot write the checkpoint {partial}: {reason}")
+
+
+def _publish(partial: Path, final: Path, keep: int | None) -> None:
+    """Give a whole checkpoint its name, once it is on disk."""
+    for path in [*partial.rglob("*"), partial]:
+        _flush(path)
+    if final.exists():  # of an earlier run that got further than the checkpoint from which this one resumed
+        replaced = final.with_name(f".{final.name}.replaced")
+        final.rename(replaced)
+        partial.rename(final)
+        shutil.rmtree(replaced)
+    else:
+        partial.rename(final)
+    _flush(final.parent)
+    if keep is not None:
+        for old in sorted(final.parent.glob(f"{_PREFIX}*"))[:-keep]:
+            shutil.rmtree(old)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _on_first_rank(action: Callable[[], object]) -> None:
+    """Run something on rank 0 while all others wait. *Collective: every rank must call it.*
+
+    Raises:
+        OSError: on every rank, if rank 0 had one.
+    """
+    reason: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            reason = [str(error)]
+    dist.broadcast_object_list(reason, src=0)
+    if reason[0] is not None:
+        raise OSError(reason[0])
 
 
 @contextmanager

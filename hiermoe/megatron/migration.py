@@ -1,6 +1,5 @@
 """Moves experts between ranks: weights, fp32 masters and optimizer moments, in place, between two steps."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,24 +32,19 @@ class Migrated:
     moved_experts: int
 
 
-def expert_parameters(experts: torch.nn.Module, num_local_experts: int) -> list[list[torch.nn.Parameter]]:
+def expert_parameters(experts: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
     """Parameters of every local expert, in the same order for each.
 
     Raises:
         ValueError: experts whose parameters cannot be told apart.
     """
-    local = getattr(experts, "local_experts", None)  # one module an expert
-    if local is not None:
-        return [list(expert.parameters()) for expert in local]
-    numbered: list[list[torch.nn.Parameter]] = [[] for _ in range(num_local_experts)]
-    for name, parameter in experts.named_parameters():  # grouped GEMM: weight0, weight1, ...
-        number = re.search(r"(\d+)$", name)
-        if number is None or int(number[1]) >= num_local_experts:
-            raise ValueError(
-                f"{type(experts).__name__} keeps several experts in one parameter ({name}): cannot move one"
-            )
-        numbered[int(number[1])].append(parameter)
-    return numbered
+    local = getattr(experts, "local_experts", None)
+    if local is None:
+        raise ValueError(
+            f"{type(experts).__name__} keeps its experts together: only SequentialMLP's can be moved "
+            "(moe_grouped_gemm=False)"
+        )
+    return [list(expert.parameters()) for expert in local]
 
 
 def check_optimizer(optimizer: MegatronOptimizer) -> None:
@@ -68,7 +62,11 @@ def check_optimizer(optimizer: MegatronOptimizer) -> None:
 
 
 def state_tensors(parameter: torch.nn.Parameter, optimizer: MegatronOptimizer | None) -> Iterator[Tensor]:
-    """Everything that must move with a parameter: itself, its fp32 master, and moments; the same order on all ranks."""
+    """Everything that must move with a parameter: itself, its fp32 master, and moments; the same order on all ranks.
+
+    Raises:
+        ValueError: the optimizer keeps something else of this parameter.
+    """
     yield parameter.data
     if optimizer is None:
         return
@@ -81,8 +79,14 @@ def state_tensors(parameter: torch.nn.Parameter, optimizer: MegatronOptimizer | 
         if key in state:
             for name in sorted(state[key]):
                 value = state[key][name]
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    yield value
+                if not isinstance(value, Tensor) or value.dim() == 0:
+                    continue  # a count of steps, the same for all
+                if value.shape != parameter.shape:
+                    raise ValueError(
+                        f"{name} of shape {list(value.shape)} belongs to a parameter of shape {list(parameter.shape)}: "
+                        "such optimizer state cannot be moved"
+                    )
+                yield value
 
 
 def migrate(
@@ -103,6 +107,9 @@ def migrate(
         old: placement that the parameters are in.
         new: placement to reach.
         group: expert-parallel group.
+
+    Raises:
+        ValueError: state that cannot be moved; nothing has been then.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     per_rank = experts_per_rank(old.num_experts, size)
@@ -143,7 +150,10 @@ def _exchange(
     Returns:
         Bytes sent over the wire.
     """
-    outgoing = {peer: torch.cat([pieces[slot] for slot in slots]) for peer, slots in leaving.items()}
+    outgoing = {
+        peer: pieces[slots[0]] if len(slots) == 1 and peer != rank else torch.cat([pieces[slot] for slot in slots])
+        for peer, slots in leaving.items()
+    }
     incoming = {
         peer: outgoing[rank] if peer == rank else pieces[0].new_empty(len(slots) * len(pieces[0]))
         for peer, slots in arriving.items()

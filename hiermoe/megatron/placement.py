@@ -143,60 +143,81 @@ class ExpertPlacement:
             ValueError: an optimizer that keeps state elsewhere.
             RuntimeError: ranks decided differently, or a rank died while experts moved.
         """
-        if not self.layers:
-            return []
-        if optimizer is not None:
+        if optimizer is not None and self.layers:
             check_optimizer(optimizer)
         started = time.perf_counter()
-        updates = self._decide()
+        updates = self._decide() if self.layers else []
         self.planning_ms = (time.perf_counter() - started) * 1e3 + sum(layer.measuring_ms for layer in self.layers)
         done = [self._move(layer, update, optimizer) for layer, update in updates]
-        self._iteration += 1
-        for layer in self.layers:
-            layer.measured, layer.measuring_ms, layer.iteration = None, 0.0, self._iteration
+        self._start_iteration(self._iteration + 1)
         return done
 
     def go_home(self, optimizer: MegatronOptimizer | None) -> None:
-        """Move every expert to the slot of its own number. *Collective: every rank must call it.*"""
+        """Move every expert to the slot of its own number. *Collective: every rank must call it.*
+
+        Raises:
+            ValueError: an optimizer that keeps state elsewhere.
+        """
+        if optimizer is not None:
+            check_optimizer(optimizer)
         for layer in self.layers:
             home = Placement.identity(layer.dispatcher.placement.num_experts)
             self._move(layer, PlacementUpdate(home, None), optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Placements, as plain values to be stored beside a checkpoint."""
+        """Placements and what policies remember, the same on every rank; belongs beside a checkpoint."""
         return {
             "iteration": self._iteration,
-            "slot_of_expert": {layer.number: layer.dispatcher.placement.slot_E.tolist() for layer in self.layers},
+            "layers": [
+                {
+                    "slot_E": layer.dispatcher.placement.slot_E.clone(),
+                    "policy": _kind(layer.policy),
+                    "policy_state": layer.policy.state_dict(),
+                }
+                for layer in self.layers
+            ],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take placements over, before the weights are loaded: experts are not moved.
 
+        A policy of another kind than the stored one starts without memory. Of a system that moved no experts only the
+        iteration is stored.
+
         Raises:
-            ValueError: a layer is missing.
+            ValueError: the state of a model with other layers.
         """
+        stored = state["layers"]
+        if stored and self.layers and len(stored) != len(self.layers):
+            raise ValueError(f"the stored placement has {len(stored)} layers, the model has {len(self.layers)}")
+        for layer, values in zip(self.layers, stored, strict=False):
+            layer.dispatcher.placement = Placement(values["slot_E"])
+            if values["policy"] == _kind(layer.policy):
+                layer.policy.load_state_dict(values["policy_state"])
+        self._start_iteration(state["iteration"])
+
+    def _start_iteration(self, iteration: int) -> None:
+        self._iteration = iteration
         for layer in self.layers:
-            if layer.number not in state["slot_of_expert"]:
-                raise ValueError(f"the stored placement has no layer {layer.number}")
-            layer.dispatcher.placement = Placement(torch.tensor(state["slot_of_expert"][layer.number]))
-            layer.iteration = state["iteration"]
-        self._iteration = state["iteration"]
+            layer.measured, layer.measuring_ms, layer.iteration = None, 0.0, iteration
 
     def _decide(self) -> list[tuple[LayerPlacement, PlacementUpdate]]:
-        measuring = [layer for layer in self.layers if layer.measured is not None]
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        sums: dict[int, tuple[Tensor, Tensor]] = {}
-        if measuring:
-            parts = [(layer.measured.reshape(-1), layer.votes()) for layer in measuring if layer.measured is not None]
-            flat = torch.cat([torch.cat([stats, votes.to(stats.dtype)]) for stats, votes in parts])
-            flat = _summed(flat, group)
-            for layer, (stats, votes) in zip(measuring, parts, strict=True):
-                mine, flat = flat[: len(stats) + len(votes)], flat[len(stats) + len(votes) :]
-                assert layer.measured is not None
-                sums[layer.number] = (mine[: len(stats)].view_as(layer.measured), mine[len(stats) :])
+        flat = {
+            index: torch.cat([layer.measured.reshape(-1), layer.votes().to(layer.measured.dtype)])
+            for index, layer in enumerate(self.layers)
+            if layer.measured is not None
+        }
+        sums: dict[int, Tensor] = {}
+        if flat:
+            summed = _summed(torch.cat(list(flat.values())), group)
+            sums = dict(zip(flat, summed.split([len(part) for part in flat.values()]), strict=True))
         updates = []
-        for layer in self.layers:
-            stats, votes = sums.get(layer.number, (None, None))
+        for index, layer in enumerate(self.layers):
+            stats = votes = None
+            if layer.measured is not None:
+                stats, votes = sums[index].split([layer.measured.numel(), len(layer.dispatcher.context.schemes)])
+                stats = stats.view_as(layer.measured)
             update = layer.policy.decide(stats, layer.dispatcher.placement, layer.context(votes))
             if update is not None:
                 updates.append((layer, update))
@@ -218,6 +239,10 @@ class ExpertPlacement:
             sent_bytes=migrated.sent_bytes,
             migration_ms=(time.perf_counter() - started) * 1e3,
         )
+
+
+def _kind(policy: PlacementPolicy) -> str:
+    return f"{type(policy).__module__}.{type(policy).__qualname__}"
 
 
 def _summed(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -1,0 +1,252 @@
+"""An expert that moves takes its weights, masters and moments along, to the bit, and nothing else travels."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hiermoe.megatron import cpu
+
+cpu.expect_fallbacks()
+
+from moving import DEADLINE, SHUFFLED, TIMEOUT, Run, cluster_of, launch, small  # noqa: E402
+
+from hiermoe.dispatch.ranks import RankFailedError, run_ranks  # noqa: E402
+from hiermoe.megatron.corpus import Corpus, training_corpus  # noqa: E402
+from hiermoe.megatron.training_config import TrainingConfig  # noqa: E402
+from hiermoe.planner.migration import STATE_BYTES_PER_PARAMETER, price_migration  # noqa: E402
+from hiermoe.topology.placement import Placement  # noqa: E402
+
+ROUNDS = 40
+PER_RANK = 2
+
+
+def random_placement(old: Placement, round_: int) -> Placement:
+    """Of all kinds: any permutation, swaps inside a rank and across ranks, cycles, none."""
+    generator = torch.Generator().manual_seed(round_)
+    experts, order = old.num_experts, torch.randperm(old.num_experts, generator=generator).tolist()
+    slot_E, expert_at = old.slot_E.clone(), old.expert_at().tolist()
+    match round_ % 5:
+        case 0:
+            return Placement(torch.tensor(order))
+        case 1:  # every pair of slots of a rank, or only one of them
+            placement = old
+            for rank in range(1 if round_ % 2 else experts // PER_RANK):
+                placement = placement.swapped(*expert_at[rank * PER_RANK : (rank + 1) * PER_RANK])
+            return placement
+        case 2:
+            return old.swapped(order[0], order[1])
+        case 3:  # a cycle of some, inside ranks and across them
+            cycle = order[: 3 + round_ % 4]
+            slot_E[cycle] = old.slot_E[cycle[1:] + cycle[:1]]
+            return Placement(slot_E)
+    return old
+
+
+def move_at_random(rank: int, config: TrainingConfig, corpus: Corpus, buffers: list[int]) -> list[dict[str, Any]]:
+    from hiermoe.dispatch.interposer import Interposer
+    from hiermoe.megatron import migration
+
+    run = Run(config, corpus, SHUFFLED).train(1)
+    layer = run.placement.layers[0]
+    group, cluster = layer.dispatcher.ep_group, cluster_of(config)
+    expected = run.copied()
+    seen = []
+    for round_ in range(ROUNDS):
+        migration.BUFFER_BYTES = buffers[round_ % len(buffers)]
+        old = layer.dispatcher.placement
+        new = random_placement(old, round_)
+        with Interposer() as interposer:
+            moved = migration.migrate(layer.parameters, run.trainer.optimizer, old, new, group)
+            transfers = interposer.drain()
+        layer.dispatcher.placement = new
+        expert_bytes = sum(
+            tensor.numel() * tensor.element_size() for p in layer.parameters[0] for _, tensor in run.states_of(p)
+        )
+        was, now = old.rank_of(config.ep_size), new.rank_of(config.ep_size)
+        seen.append(
+            {
+                "sent_bytes": moved.sent_bytes,
+                "wire_bytes": sum(sum(x.sent_bytes) for x in transfers),
+                "received_bytes": sum(sum(x.received_bytes) for x in transfers),
+                "left_bytes": int(((was == rank) & (now != rank)).sum()) * expert_bytes,
+                "operations": {x.operation for x in transfers},
+                "largest_batch": largest_batch([sum(x.sent_bytes) for x in transfers]),
+                "buffer": migration.BUFFER_BYTES,
+                "moved_experts": moved.moved_experts,
+                "changed": int((old.slot_E != new.slot_E).sum()),
+                "priced_bytes": price_migration(old, new, cluster, expert_bytes).moved_bytes,
+                "expert_bytes": expert_bytes,
+                "parameters": layer.expert_parameters,
+                "tensors": run.copied(),
+            }
+        )
+    seen.append({"tensors": expected})
+    return seen
+
+
+def largest_batch(sent: list[int]) -> int:
+    """Sends are posted together and then receives, which sent nothing: the most that is under way at once."""
+    largest = now = 0
+    for amount in sent:
+        now = now + amount if amount else 0
+        largest = max(largest, now)
+    return largest
+
+
+@pytest.fixture(scope="module", params=["fp32", "bf16"])
+def moves(request: pytest.FixtureRequest, cache_dir: str) -> list[list[dict[str, Any]]]:
+    """By rank and round."""
+    config = small("qwen3_30b_a3b", cache_dir, dtype=request.param)
+    # Pieces of odd sizes, cut inside tensors and inside elements; and all at once.
+    return launch(move_at_random, config, training_corpus(config), [777, 2**25, 2049, 4096])
+
+
+def test_every_expert_keeps_all_its_bits_through_any_sequence_of_placements(
+    moves: list[list[dict[str, Any]]],
+) -> None:
+    before = all_experts([rank[-1]["tensors"] for rank in moves])
+    kinds = {name.split()[1] for name in before}
+    assert {"weight", "exp_avg", "exp_avg_sq"} <= kinds
+    assert len({tuple(tensor.reshape(-1)[:8].tolist()) for tensor in before.values()}) > len(before) // 2
+    for round_ in range(ROUNDS):
+        after = all_experts([rank[round_]["tensors"] for rank in moves])
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before), f"round {round_}"
+
+
+def all_experts(ranks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Of all ranks; each is at one of them."""
+    experts = [{name: x for name, x in rank.items() if "experts.local_experts" in name} for rank in ranks]
+    found = {name: x for rank in experts for name, x in rank.items()}
+    assert len(found) == sum(map(len, experts))
+    return found
+
+
+def test_only_experts_that_change_their_rank_are_sent_and_all_of_them(moves: list[list[dict[str, Any]]]) -> None:
+    for rank in moves:
+        for move in rank[:-1]:
+            assert move["sent_bytes"] == move["wire_bytes"] == move["left_bytes"]
+            assert move["operations"] <= {"send", "receive"}
+            assert move["moved_experts"] == move["changed"]
+    inside = [rank[1] for rank in moves]
+    assert all(move["moved_experts"] > 0 and not move["operations"] for move in inside)
+
+
+def test_bytes_sent_are_those_that_the_planner_prices(moves: list[list[dict[str, Any]]]) -> None:
+    for round_ in range(ROUNDS):
+        ranks = [rank[round_] for rank in moves]
+        assert sum(move["sent_bytes"] for move in ranks) == ranks[0]["priced_bytes"]
+        assert sum(move["received_bytes"] for move in ranks) == ranks[0]["priced_bytes"]
+    move = moves[0][0]
+    mixed = any(name.endswith("master") for name in move["tensors"])
+    assert move["expert_bytes"] == (STATE_BYTES_PER_PARAMETER if mixed else 12) * move["parameters"]
+
+
+def test_buffers_stay_small(moves: list[list[dict[str, Any]]]) -> None:
+    for rank in moves:
+        for move in rank[:-1]:
+            assert move["largest_batch"] <= move["buffer"]
+    assert max(move["largest_batch"] for rank in moves for move in rank[:-1]) > 4096
+
+
+def killed_while_moving(rank: int, config: TrainingConfig, corpus: Corpus, survived: str) -> None:
+    import os
+    import signal
+    from pathlib import Path
+
+    from hiermoe.megatron import migration
+
+    exchange = migration._exchange
+    pieces = 0
+
+    def dying(*args: Any) -> int:
+        nonlocal pieces
+        pieces += 1
+        if rank == 1 and pieces == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return exchange(*args)
+
+    migration._exchange = dying
+    migration.BUFFER_BYTES = 1000
+    Run(config, corpus, SHUFFLED).train(1)
+    (Path(survived) / str(rank)).touch()
+
+
+def test_a_rank_that_dies_while_experts_move_ends_the_run_by_name(cache_dir: str, tmp_path: Any) -> None:
+    config = small("qwen3_30b_a3b", cache_dir)
+    with pytest.raises(RankFailedError, match="rank 1 of 4 died by signal SIGKILL"):
+        launch(killed_while_moving, config, training_corpus(config), str(tmp_path))
+    assert not list(tmp_path.iterdir())  # no rank took the step for done
+
+
+def test_a_layer_whose_experts_are_half_moved_refuses_to_be_used() -> None:
+    from hiermoe.megatron.dispatcher import StagedTokenDispatcher
+
+    dispatcher = object.__new__(StagedTokenDispatcher)
+    dispatcher._half_moved = False
+    with pytest.raises(ConnectionError), dispatcher.moving():
+        raise ConnectionError
+    with pytest.raises(RuntimeError, match="half moved"):
+        dispatcher.dispatch_preprocess(torch.zeros(1, 1, 1), torch.zeros(1, 8), torch.zeros(1, 8))
+    with dispatcher.moving():
+        assert dispatcher._half_moved
+    assert not dispatcher._half_moved
+
+
+def test_optimizers_whose_state_is_elsewhere_are_refused_by_name() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
+
+    from hiermoe.megatron.migration import check_optimizer
+
+    refused, fine = object.__new__(DistributedOptimizer), object.__new__(FP32Optimizer)
+    check_optimizer(fine)
+    chained = object.__new__(ChainedOptimizer)
+    chained.chained_optimizers = [fine, refused]
+    for optimizer in (refused, chained):
+        with pytest.raises(ValueError, match=r"DistributedOptimizer is not supported.*use_distributed_optimizer=False"):
+            check_optimizer(optimizer)
+
+
+def test_state_of_another_shape_than_its_parameter_is_refused() -> None:
+    from hiermoe.megatron.migration import state_tensors
+
+    parameter = torch.nn.Parameter(torch.zeros(4, 2))
+    state = {parameter: {"step": torch.tensor(1.0), "exp_avg": torch.ones(4, 2)}}
+    optimizer: Any = SimpleNamespace(optimizer=SimpleNamespace(state=state))
+    assert [tuple(x.shape) for x in state_tensors(parameter, optimizer)] == [(4, 2), (4, 2)]
+    state[parameter]["row_sums"] = torch.ones(4)
+    with pytest.raises(ValueError, match=r"row_sums of shape \[4\]"):
+        list(state_tensors(parameter, optimizer))
+
+
+def test_experts_whose_parameters_cannot_be_told_apart_are_refused() -> None:
+    from hiermoe.megatron.migration import expert_parameters
+
+    class GroupedMLP(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight1 = torch.nn.Parameter(torch.zeros(4))
+
+    with pytest.raises(ValueError, match="GroupedMLP"):
+        expert_parameters(GroupedMLP())
+
+
+def broken_loose(rank: int) -> str:
+    import torch.distributed as dist
+
+    from hiermoe.megatron.migration import migrate
+
+    turned = [[torch.nn.Parameter(torch.zeros(3, 2).t(), requires_grad=False)]]
+    swapped = Placement(torch.tensor([1, 0]))
+    with pytest.raises(ValueError, match="not contiguous"):
+        assert dist.group.WORLD is not None
+        migrate(turned, None, Placement.identity(2), swapped, dist.group.WORLD)
+    return "refused"
+
+
+def test_tensors_that_are_not_contiguous_are_refused_on_every_rank() -> None:
+    assert run_ranks(broken_loose, 2, (), TIMEOUT, deadline=DEADLINE) == ["refused"] * 2
