@@ -1,7 +1,7 @@
 """Real dispatchers on this machine: gloo ranks over its loopback, which has no hierarchy of its own."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,7 +15,10 @@ from hiermoe.routing.step import first_measured, iteration_schedule
 
 
 def run_local(
-    workload: Workload, timeout: timedelta, progress: Callable[[int], None] = lambda iteration: None
+    workload: Workload,
+    timeout: timedelta,
+    progress: Callable[[int], None] = lambda iteration: None,
+    namespaces: Sequence[Path] | None = None,
 ) -> pd.DataFrame:
     """Replay all iterations of one layer on one process for every GPU of the cluster.
 
@@ -23,6 +26,7 @@ def run_local(
         workload: what to run.
         timeout: of a collective.
         progress: called with the number of every finished iteration.
+        namespaces: network namespace that each rank lives in; None for this process's own.
 
     Returns:
         Rows of the phases dispatch, combine, their backward, and step, of every rank, without the run's own keys.
@@ -52,4 +56,5 @@ def run_local(
         job.check()
         for iteration in sorted(set(schedule)):
             job.save(iteration, routing.step(iteration))
-        return run_streaming(replay, hierarchy.num_ranks, (job,), timeout, played_hosts(hierarchy), progress)
+        hosts = played_hosts(hierarchy)
+        return run_streaming(replay, hierarchy.num_ranks, (job,), timeout, hosts, progress, namespaces)

@@ -54,6 +54,7 @@ def run_streaming(
     timeout: timedelta,
     hosts: Sequence[str],
     progress: Callable[[int], None] = lambda iteration: None,
+    namespaces: Sequence[Path] | None = None,
 ) -> pd.DataFrame:
     """Run ``function(rank, *args, folder)`` on new ranks; it makes ``RowStream(folder, rank)`` and writes to it.
 
@@ -64,6 +65,7 @@ def run_streaming(
         timeout: of a collective.
         hosts: host that each rank plays.
         progress: called in this process with every iteration that rank 0 has finished.
+        namespaces: network namespace that each rank lives in; None for this process's own.
 
     Returns:
         The rows of all ranks.
@@ -77,7 +79,7 @@ def run_streaming(
         watcher = threading.Thread(target=_watch, args=(folder, done, progress), daemon=True)
         watcher.start()
         try:
-            run_ranks(function, world_size, (*args, folder), timeout, hosts=hosts)
+            run_ranks(function, world_size, (*args, folder), timeout, hosts=hosts, namespaces=namespaces)
         except RankFailedError as error:
             raise RunDied(str(error).splitlines()[0], _collect(folder, world_size)) from error
         finally:

@@ -36,13 +36,13 @@ class RoutingConfig(_Strict):
 class BackendConfig(_Strict):
     """Where the run happens: one file in conf/backend/."""
 
-    name: Literal["simulated", "synthetic_timings", "local"]
+    name: Literal["simulated", "synthetic_timings", "local", "emulated"]
     timeout_s: float | None = Field(default=None, gt=0)  # of a collective, where there are ranks
 
     @property
     def starts_ranks(self) -> bool:
         """Whether real processes exchange real bytes."""
-        return self.name == "local"
+        return self.name in ("local", "emulated")
 
 
 WandbMode = Literal["offline", "online", "disabled"]

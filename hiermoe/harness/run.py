@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from hiermoe.backends.emulated.run import run_emulated
 from hiermoe.backends.local import run_local
 from hiermoe.backends.simulated import simulate
 from hiermoe.backends.streams import RunDied
@@ -21,6 +22,7 @@ SOURCE_OF_BACKEND = {
     "simulated": "simulated",
     "synthetic_timings": "simulated",
     "local": "local",
+    "emulated": "emulated",
 }  # what a record says of its numbers
 
 
@@ -109,7 +111,8 @@ def _measure(config: RunConfig, progress: Callable[[int], None]) -> pd.DataFrame
         return synthetic_timings(config.cluster, config.seed)
     if config.backend.starts_ranks:
         assert config.backend.timeout_s is not None
-        return run_local(config.workload(), timedelta(seconds=config.backend.timeout_s), progress)
+        run = run_emulated if config.backend.name == "emulated" else run_local
+        return run(config.workload(), timedelta(seconds=config.backend.timeout_s), progress)
     return simulate(config.workload(), progress)
 
 
