@@ -5,7 +5,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce report traces test test-slow bench lint format reference clean
+.PHONY: help setup reproduce report losses traces test test-slow bench lint format reference clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,10 @@ reproduce: setup ## all of the paper's figures and tables, and the verdicts: rep
 	@$(BIN)/hiermoe reproduce
 
 report: setup ## the report alone, from the records there are
+	@$(BIN)/hiermoe report
+
+losses: setup ## loss curves of real training under every system, for the report (some minutes)
+	@$(BIN)/hiermoe train -m +sweeps/train=losses
 	@$(BIN)/hiermoe report
 
 reference: reproduce ## the small copy of the report that is committed: reports/reference

@@ -11,7 +11,7 @@ import pandas as pd
 from PIL import Image
 
 from hiermoe.analysis.claims import Claim, Rules, load_claims, load_rules
-from hiermoe.analysis.figures import FIGURES
+from hiermoe.analysis.figures import FIGURES, losses
 from hiermoe.analysis.figures.spec import FigureSpec, Words, render
 from hiermoe.analysis.findings import findings
 from hiermoe.analysis.frames import NO_ROUTING, Results, load
@@ -60,6 +60,7 @@ def write_report(
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     verdicts.to_csv(folder / "verdicts.csv", index=False)
     sections = [_section(spec, source, claims, results, folder) for source in _sources(results) for spec in FIGURES]
+    sections.append(_section(losses.FIGURE, "local", claims, results, folder, missing="`make losses` trains them"))
     context = _verdict_context(judged, rules, results) | _provenance_context(results)
     text = (
         environment()
@@ -105,8 +106,10 @@ def _sources(results: Results) -> list[str]:
     return [source for source in ("simulated", "local", "emulated", "cluster") if source in present]
 
 
-def _section(spec: FigureSpec, source: str, claims: Sequence[Claim], results: Results, folder: Path) -> Section:
-    """Draw one figure of one source."""
+def _section(
+    spec: FigureSpec, source: str, claims: Sequence[Claim], results: Results, folder: Path, missing: str = ""
+) -> Section:
+    """Draw one figure of one source; ``missing`` says what makes its records."""
     own = results.of_source(source)
     name = spec.name if source == "simulated" else f"{spec.name}_{source}"
     words = render(spec, spec.table(own, claims), folder / "figures", name)
@@ -115,6 +118,8 @@ def _section(spec: FigureSpec, source: str, claims: Sequence[Claim], results: Re
         f"{count} run{'s' * (count > 1)} on {routing} routing, {status.replace('_', ' ')}: {reason}"
         for (routing, status, reason), count in lacking.items()
     )
+    if words is None and missing:
+        left_out = (*left_out, missing)
     return Section(spec.heading, f"figures/{name}.png", words, left_out)
 
 

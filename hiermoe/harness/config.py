@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hiermoe.backends.workload import CachedRouting, Workload
+from hiermoe.harness.cluster_source import ClusterSource
 from hiermoe.megatron.model_config import ModelConfig
 from hiermoe.planner.system import SystemConfig, build
 from hiermoe.records.project import PROJECT_ROOT
@@ -158,13 +159,15 @@ def parse(config: DictConfig, schema: type[Schema]) -> Schema:
 
 
 class ProjectSearchPath(SearchPathPlugin):
-    """Makes sweeps/ a configuration group, so that ``hiermoe run -m +sweeps=fig11`` finds it."""
+    """Makes sweeps/ a configuration group, for ``hiermoe run -m +sweeps=fig11``, and finds calibrated clusters."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append the project's root."""
+        """Append the project's root, and clusters that are not in conf/."""
         search_path.append("hiermoe", f"file://{PROJECT_ROOT}")
+        search_path.append("hiermoe", f"{ClusterSource.scheme()}://")
 
 
 def register_search_path() -> None:
-    """Tell Hydra of sweeps/; to be called before Hydra composes."""
+    """Tell Hydra of sweeps/ and of calibrated clusters; to be called before Hydra composes."""
+    Plugins.instance().register(ClusterSource)
     Plugins.instance().register(ProjectSearchPath)

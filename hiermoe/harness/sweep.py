@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import Any, Generic
 
 import hydra
 import torch
@@ -19,6 +20,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from pydantic import BaseModel
+from typing_extensions import TypeVar
 
 from hiermoe.harness.config import RunConfig, parse, register_search_path
 from hiermoe.harness.run import Outcome, execute
@@ -28,12 +31,15 @@ from hiermoe.records.store import RunStore, write_whole
 CACHE = PROJECT_ROOT / ".cache" / "sweeps"
 
 
+C = TypeVar("C", bound=BaseModel, default=RunConfig)
+
+
 @dataclass(frozen=True)
-class Cell:
+class Cell(Generic[C]):
     """One run of a sweep: its own overrides, and the configuration that they give."""
 
     overrides: tuple[str, ...]
-    config: RunConfig
+    config: C
 
 
 def sweep_names() -> list[str]:
@@ -44,43 +50,57 @@ def sweep_names() -> list[str]:
 def expand(name: str) -> list[Cell]:
     """All runs of a sweep, as ``hiermoe run -m +sweeps=<name>`` would run them.
 
-    Hydra takes a tenth of a second for each, so the result is kept in .cache/ for as long as no file of conf/ and
-    sweeps/ changes.
-
     Raises:
         ValueError: no such sweep, or a configuration that breaks a rule.
     """
     path = SWEEPS / f"{name}.yaml"
     if not path.exists():
         raise ValueError(f"sweep {name!r} is unknown; choose from {', '.join(sweep_names())}")
-    cache = CACHE / f"{name}-{_configuration_digest()}.json"
-    if cache.exists():
-        return [
-            Cell(tuple(cell["overrides"]), RunConfig.model_validate(cell["config"]))
-            for cell in json.loads(cache.read_bytes())
-        ]
-    cells = _compose(path)
-    content = [{"overrides": cell.overrides, "config": cell.config.model_dump(mode="json")} for cell in cells]
-    write_whole(cache, json.dumps(content).encode())
-    return cells
+    return expand_file(path, "config", RunConfig)
+
+
+def expand_file(path: Path, config_name: str, schema: type[C]) -> list[Cell[C]]:
+    """All runs of a sweep's file.
+
+    Hydra takes a tenth of a second for each, so the result is kept in .cache/ for as long as no file of conf/ and
+    sweeps/ changes.
+
+    Args:
+        path: below sweeps/.
+        config_name: primary configuration in conf/.
+        schema: of that configuration.
+
+    Raises:
+        ValueError: a configuration that breaks a rule.
+    """
+    group = path.parent.relative_to(SWEEPS.parent).as_posix()
+    cache = CACHE / f"{path.stem}-{_configuration_digest()}.json"
+    if not cache.exists():
+        cells = _compose(path, f"+{group}={path.stem}", config_name)
+        write_whole(cache, json.dumps(cells).encode())
+    return [
+        Cell(tuple(cell["overrides"]), parse(OmegaConf.create(cell["config"]), schema))
+        for cell in json.loads(cache.read_bytes())
+    ]
 
 
 def _configuration_digest() -> str:
     """Hash of everything that composition reads."""
     digest = hashlib.sha256(hydra.__version__.encode())
-    for path in sorted([*CONF.rglob("*.yaml"), *SWEEPS.glob("*.yaml")]):
+    for path in sorted([*CONF.rglob("*.yaml"), *SWEEPS.rglob("*.yaml")]):
         digest.update(path.as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
-def _compose(path: Path) -> list[Cell]:
+def _compose(path: Path, chosen: str, config_name: str) -> list[dict[str, Any]]:
     """Let Hydra compose every run of a sweep."""
     params = OmegaConf.load(path).hydra.sweeper.params
     overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
     (batch,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     with _hydra():
         return [
-            Cell(tuple(cell), parse(compose("config", [f"+sweeps={path.stem}", *cell]), RunConfig)) for cell in batch
+            {"overrides": cell, "config": OmegaConf.to_container(compose(config_name, [chosen, *cell]), resolve=True)}
+            for cell in batch
         ]
 
 

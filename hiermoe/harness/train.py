@@ -13,9 +13,11 @@ from hiermoe.harness.config import WandbConfig, parse
 from hiermoe.harness.run import Outcome, keep_record
 from hiermoe.harness.single import present
 from hiermoe.harness.summary import train_summary
+from hiermoe.harness.sweep import Cell, expand_file
 from hiermoe.megatron.corpus import corpus_key
 from hiermoe.megatron.training_config import TrainingConfig
 from hiermoe.planner.system import SystemConfig
+from hiermoe.records.project import SWEEPS
 from hiermoe.records.run_id import run_id
 from hiermoe.records.store import RunStore
 from hiermoe.topology.cluster import Cluster
@@ -58,6 +60,11 @@ class TrainRunConfig(TrainingConfig):
     def run_id(self) -> str:
         """The name of the run, by its content."""
         return run_id(self.content, measured=True)
+
+
+def expand_training(name: str) -> list[Cell["TrainRunConfig"]]:
+    """All runs of sweeps/train/<name>.yaml, as ``hiermoe train -m +sweeps/train=<name>`` would run them."""
+    return expand_file(SWEEPS / "train" / f"{name}.yaml", "train", TrainRunConfig)
 
 
 def train_and_print(composed: DictConfig) -> None:
