@@ -1,6 +1,6 @@
 """Every system on every case, inside ranks: what the layer gave and what was sent."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,10 +8,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hiermoe.dispatch.interposer import Transfer
+from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.records.status import NotApplicable
 from hiermoe.topology.placement import Placement
 from tests.dispatch.routings import CASES, PLACED, Answer, Routing, kept_pairs, numbers_for, placement_of, routing_of
-from tests.dispatch.worlds import TRANSPORTS, World, layer_config, start_megatron, stock_dispatcher, transport_of
+from tests.dispatch.worlds import TRANSPORTS, World, layer_config, only_expert_parallel, stock_dispatcher, transport_of
 
 STOCK = "stock"  # Megatron's class as it is
 STOCK_WITHOUT_DROPPED = "stock_without_dropped"  # the same, given only what capacity factor 1 leaves
@@ -45,35 +46,36 @@ class Outcome:
 
 def run_all(rank: int, world: World, cases: tuple[str, ...] = tuple(CASES)) -> dict[Key | str, Any]:
     """All ways of moving tokens and all cases in a world; for a system that is not applicable its reason."""
-    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+    from hiermoe.dispatch.communicators import Communicators
+    from hiermoe.dispatch.plan import DispatchContext
+    from hiermoe.megatron.attach import new_dispatcher
 
-    from hiermoe.megatron.attach import dispatch_context, new_dispatcher
-
-    start_megatron(world.num_ranks)
-    groups = get_default_pg_collection()
+    groups, hierarchy = only_expert_parallel(), world.cluster.hierarchy
     results: dict[Key | str, Any] = {}
+    schemes: dict[str, tuple[DispatchScheme, ...]] = {}
+    for name in TRANSPORTS:
+        try:
+            schemes[name] = transport_of(name).build_schemes(hierarchy)
+        except NotApplicable as error:
+            results[name] = str(error)
+    communicators = Communicators(groups.ep, hierarchy, [s for candidates in schemes.values() for s in candidates])
     for case in cases:
         routing = routing_of(case, world.num_ranks)
-        stock = stock_dispatcher(config_of(routing, world), groups)
+        config = config_of(routing, world)
+        stock = stock_dispatcher(config, groups)
         results[STOCK, case, IDENTITY] = run(stock, rank, routing)
         kept = kept_pairs(routing, 1.0)[rank]
         results[STOCK_WITHOUT_DROPPED, case, IDENTITY] = run(stock, rank, routing, chosen_TE=kept)
-    for name in TRANSPORTS:
-        system, context = transport_of(name), None
-        try:
-            for case in cases:
-                routing = routing_of(case, world.num_ranks)
-                config = config_of(routing, world)
-                context = context or dispatch_context(system, world.cluster, config, groups)
-                stock = stock_dispatcher(config, groups)
-                make = replace(context, topk=routing.topk)
-                dispatcher = new_dispatcher(system, stock, config, groups, make)
-                results[name, case, IDENTITY] = run(dispatcher, rank, routing)
-                if case in PLACED and hasattr(dispatcher, "placement"):
-                    placement = placement_of(case, routing.num_experts)
-                    results[name, case, MOVED] = run(dispatcher, rank, routing, placement)
-        except NotApplicable as error:
-            results[name] = str(error)
+        for name, candidates in schemes.items():
+            context = DispatchContext(candidates, world.cluster, communicators, routing.topk)
+            try:
+                dispatcher = new_dispatcher(transport_of(name), stock, config, groups, context)
+            except NotApplicable as error:
+                results[name] = str(error)
+                continue
+            results[name, case, IDENTITY] = run(dispatcher, rank, routing)
+            if case in PLACED and transport_of(name).executor == "staged":
+                results[name, case, MOVED] = run(dispatcher, rank, routing, placement_of(case, routing.num_experts))
     dist.barrier()
     return results
 

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from hiermoe.dispatch.communicators import played_hosts
 from hiermoe.megatron import cpu
@@ -94,6 +96,17 @@ def start_megatron(ep_size: int) -> None:
     parallel_state.initialize_model_parallel(expert_model_parallel_size=ep_size)
     torch.manual_seed(1)
     model_parallel_cuda_manual_seed(1)
+
+
+def only_expert_parallel() -> Any:
+    """The process groups that a dispatcher needs, the expert-parallel group being the world.
+
+    Megatron's own set has dozens, and gloo connects every two ranks of each.
+    """
+    cpu.expect_fallbacks()
+    cpu.install()
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    return SimpleNamespace(ep=dist.group.WORLD, expt_tp=alone, tp_ep=dist.group.WORLD)
 
 
 def layer_config(num_experts: int, topk: int, hidden: int, ep_size: int, **settings: Any) -> Any:
