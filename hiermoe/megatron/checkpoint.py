@@ -37,6 +37,7 @@ from hiermoe.megatron import cpu
 from hiermoe.megatron.placement import ExpertPlacement
 
 _PREFIX = "step-"
+_PATTERN = f"{_PREFIX}{'[0-9]' * 8}"
 
 
 def save_checkpoint(
@@ -82,7 +83,7 @@ def save_checkpoint(
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint; None if there is none."""
-    return max(folder.glob(f"{_PREFIX}*"), default=None)
+    return max(folder.glob(_PATTERN), default=None)
 
 
 def finished_steps(checkpoint: Path) -> int:
@@ -91,10 +92,9 @@ def finished_steps(checkpoint: Path) -> int:
     Raises:
         ValueError: it is no such checkpoint.
     """
-    number = checkpoint.name.removeprefix(_PREFIX)
-    if not (checkpoint.is_dir() and checkpoint.name.startswith(_PREFIX) and number.isdecimal()):
-        raise ValueError(f"{checkpoint} is not a checkpoint: a folder {_PREFIX}<steps> is")
-    return int(number)
+    if not (checkpoint.match(_PATTERN) and checkpoint.is_dir()):
+        raise ValueError(f"{checkpoint} is not a checkpoint: a folder {_PREFIX}<eight digits> is")
+    return int(checkpoint.name.removeprefix(_PREFIX))
 
 
 def load_checkpoint(
@@ -125,6 +125,7 @@ def load_checkpoint(
         state = dist_checkpointing.load(_sharded(model, optimizer, is_loading=True), str(checkpoint))
     unwrap_model(model).load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    schedule.num_steps = 0  # to which Megatron adds the stored number
     schedule.load_state_dict(common["opt_param_scheduler"])
     return step
 
@@ -174,7 +175,7 @@ def _publish(partial: Path, final: Path, keep: int | None) -> None:
         partial.rename(final)
     _flush(final.parent)
     if keep is not None:
-        for old in sorted(final.parent.glob(f"{_PREFIX}*"))[:-keep]:
+        for old in sorted(final.parent.glob(_PATTERN))[:-keep]:
             shutil.rmtree(old)
 
 

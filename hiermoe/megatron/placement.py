@@ -210,7 +210,7 @@ class ExpertPlacement:
         }
         sums: dict[int, Tensor] = {}
         if flat:
-            summed = _summed(torch.cat(list(flat.values())), group)
+            summed = _reduced(torch.cat(list(flat.values())), dist.ReduceOp.SUM, group)
             sums = dict(zip(flat, summed.split([len(part) for part in flat.values()]), strict=True))
         updates = []
         for index, layer in enumerate(self.layers):
@@ -245,12 +245,12 @@ def _kind(policy: PlacementPolicy) -> str:
     return f"{type(policy).__module__}.{type(policy).__qualname__}"
 
 
-def _summed(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum over the ranks, on whatever device the group needs, and back on the CPU. *Collective.*"""
+def _reduced(tensor: Tensor, operation: Any, group: dist.ProcessGroup) -> Tensor:
+    """A reduction over the ranks, on whatever device the group needs, as a new tensor on the CPU. *Collective.*"""
     device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
-    tensor = tensor.to(device)
-    dist.all_reduce(tensor, group=group)
-    return tensor.cpu()
+    result = tensor.to(device, copy=True)
+    dist.all_reduce(result, operation, group=group)
+    return result.cpu()
 
 
 def _check_same(decision: Any, group: dist.ProcessGroup) -> None:
@@ -259,10 +259,7 @@ def _check_same(decision: Any, group: dist.ProcessGroup) -> None:
     Raises:
         RuntimeError: on every rank, if they differ.
     """
-    digest = hashlib.sha256(json.dumps(decision).encode()).digest()
-    mine = torch.tensor([int.from_bytes(digest[:4], "big"), -int.from_bytes(digest[:4], "big")])
-    device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
-    extremes = mine.to(device)
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
-    if not torch.equal(extremes.cpu(), mine):
+    number = int.from_bytes(hashlib.sha256(json.dumps(decision).encode()).digest()[:4], "big")
+    mine = torch.tensor([number, -number])
+    if not torch.equal(_reduced(mine, dist.ReduceOp.MAX, group), mine):
         raise RuntimeError("ranks decided on different placements: their routing statistics or versions differ")

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,10 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 
 from hiermoe.megatron import cpu
+from hiermoe.megatron.checkpoint import load_checkpoint, save_checkpoint
 from hiermoe.megatron.corpus import Corpus
 from hiermoe.megatron.models import build_model
+from hiermoe.megatron.placement import ExpertPlacement
 from hiermoe.megatron.precision import PARAMS_DTYPE, float32_means_float64, make_float64
 from hiermoe.megatron.training_config import TrainingConfig
 
@@ -29,6 +32,7 @@ class Trainer:
     Attributes:
         model: The model, wrapped for data parallelism.
         optimizer: Megatron's optimizer.
+        schedule: Its learning-rate schedule.
     """
 
     def __init__(
@@ -69,7 +73,7 @@ class Trainer:
             )
             self.model.broadcast_params()
             self.optimizer = get_megatron_optimizer(_optimizer_config(config), [self.model])
-        self._schedule = OptimizerParamScheduler(
+        self.schedule = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
             max_lr=config.learning_rate,
@@ -82,7 +86,7 @@ class Trainer:
             wd_incr_steps=0,
             wd_incr_style="constant",
         )
-        self._schedule.step(1)  # otherwise the first step's learning rate is 0
+        self.schedule.step(1)  # otherwise the first step's learning rate is 0
         self.model.train()
 
     def batch(self, corpus: Corpus, step: int) -> torch.Tensor:
@@ -110,10 +114,24 @@ class Trainer:
             finalize_model_grads([self.model])
             with cpu.cuda_means_cpu():
                 self.optimizer.step()
-        self._schedule.step(1)
+        self.schedule.step(1)
         mean_loss = loss.detach().clone()
         dist.all_reduce(mean_loss)
         return mean_loss.item() / dist.get_world_size()
+
+    def save(self, folder: Path, step: int, placement: ExpertPlacement, *, keep: int | None = None) -> Path:
+        """Write a checkpoint; see `save_checkpoint`."""
+        with self._precision():
+            return save_checkpoint(folder, step, self.model, self.optimizer, self.schedule, placement, keep=keep)
+
+    def load(self, checkpoint: Path, placement: ExpertPlacement) -> int:
+        """Go on from a checkpoint; see `load_checkpoint`.
+
+        Returns:
+            Steps that were finished.
+        """
+        with self._precision():
+            return load_checkpoint(checkpoint, self.model, self.optimizer, self.schedule, placement)
 
 
 def _optimizer_config(config: TrainingConfig) -> OptimizerConfig:

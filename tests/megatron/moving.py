@@ -137,10 +137,8 @@ class Run:
             name = name if slot else self.logical(name)
             for kind, tensor in self.states_of(parameter):
                 found[f"{name} {kind}"] = tensor
-        for name, buffer in self.trainer.model.named_buffers():
-            if name.endswith("expert_bias"):
-                found[name] = buffer
-        return found
+        buffers = self.trainer.model.named_buffers()
+        return found | {name: buffer for name, buffer in buffers if name.endswith("expert_bias")}
 
     def copied(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.tensors().items()}

@@ -1,0 +1,271 @@
+"""A checkpoint goes on under any system as if training had never stopped, and is there whole or not at all."""
+
+import os
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hiermoe.megatron import cpu
+
+cpu.expect_fallbacks()
+
+from moving import HIERMOE, SHUFFLED, STATIC, STOCK, Run, joined, largest_error, launch, small, system  # noqa: E402
+
+from hiermoe.dispatch.ranks import RankFailedError  # noqa: E402
+from hiermoe.megatron.corpus import Corpus, training_corpus  # noqa: E402
+from hiermoe.megatron.training_config import TrainingConfig  # noqa: E402
+
+# Decides from what it sums over four steps, so a stop after two must not lose the sum.
+REPACKED = system("baselines.smartmoe.SmartMoEPolicy", "smartmoe", interval=4)
+SYSTEMS = {"stock": STOCK, "static": STATIC, "shuffled": SHUFFLED, "hiermoe": HIERMOE, "repacked": REPACKED}
+# Where it was saved and where it goes on.
+PAIRS = [
+    ("shuffled", "shuffled"),
+    ("shuffled", "stock"),
+    ("shuffled", "hiermoe"),
+    ("stock", "shuffled"),
+    ("stock", "stock"),
+    ("hiermoe", "repacked"),
+    ("repacked", "repacked"),
+]
+STOP, STEPS = 2, 5
+Seen = dict[Any, Any]
+
+
+def save(run: Run, folder: Path, **options: Any) -> None:
+    run.trainer.save(folder, run.finished, run.placement, **options)
+
+
+def resumed(config: TrainingConfig, corpus: Corpus, name: str, checkpoint: Path) -> Run:
+    run = Run(config, corpus, SYSTEMS[name])
+    run.finished = run.trainer.load(checkpoint, run.placement)
+    return run
+
+
+def stop_and_go_on(rank: int, config: TrainingConfig, corpus: Corpus, folder: Path, pairs: list[Any]) -> Seen:
+    from hiermoe.megatron.checkpoint import latest_checkpoint
+
+    seen: Seen = {}
+    for name in dict.fromkeys(name for pair in pairs for name in pair):
+        run = Run(config, corpus, SYSTEMS[name]).train(STOP)
+        if name in {saved for saved, _ in pairs}:
+            seen["saved", name] = run.copied()
+            save(run, folder / name)
+        run.train(STEPS - STOP)
+        seen["whole", name] = {"losses": run.losses, "updates": run.updates, "tensors": run.copied()}
+    for saved, name in pairs:
+        checkpoint = latest_checkpoint(folder / saved)
+        assert checkpoint is not None
+        run = resumed(config, corpus, name, checkpoint)
+        seen["loaded", saved, name] = run.copied()
+        run.train(STEPS - run.finished)
+        seen["resumed", saved, name] = {"losses": run.losses, "updates": run.updates, "tensors": run.copied()}
+    return seen
+
+
+@pytest.fixture(scope="module", params=["fp64", "bf16"])
+def ranks(request: pytest.FixtureRequest, cache_dir: str, tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
+    config = small("deepseek_v3", cache_dir, dtype=request.param, lr_warmup_steps=8)
+    pairs = PAIRS if request.param == "fp64" else [pair for pair in PAIRS if "hiermoe" not in pair]
+    return launch(stop_and_go_on, config, training_corpus(config), tmp_path_factory.mktemp("checkpoints"), pairs)
+
+
+def cases(ranks: list[Seen]) -> list[tuple[str, str]]:
+    return [key[1:] for key in ranks[0] if key[0] == "resumed"]
+
+
+def test_what_is_loaded_is_what_was_saved_to_the_bit(ranks: list[Seen]) -> None:
+    for saved, name in cases(ranks):
+        loaded = joined([rank["loaded", saved, name] for rank in ranks])
+        assert largest_error(loaded, joined([rank["saved", saved] for rank in ranks])) == 0, (saved, name)
+
+
+def test_the_same_system_goes_on_to_the_bit(ranks: list[Seen]) -> None:
+    for saved, name in cases(ranks):
+        if saved == name:
+            for rank in ranks:
+                whole, rest = rank["whole", name], rank["resumed", saved, name]
+                assert rest["losses"] == whole["losses"][STOP:], name
+                assert rest["updates"] == whole["updates"][STOP:], name
+                assert largest_error(rest["tensors"], whole["tensors"]) == 0, name
+
+
+def test_another_system_goes_on_with_the_same_curve(ranks: list[Seen]) -> None:
+    tolerance = 1e-9 if next(iter(ranks[0]["whole", "stock"]["tensors"].values())).dtype == torch.float64 else 1e-3
+    for saved, name in cases(ranks):
+        rest, stock = ranks[0]["resumed", saved, name], ranks[0]["whole", "stock"]
+        assert rest["losses"] == pytest.approx(stock["losses"][STOP:], rel=tolerance), (saved, name)
+        if tolerance == 1e-9:
+            tensors = joined([rank["resumed", saved, name]["tensors"] for rank in ranks])
+            expected = joined([rank["whole", "stock"]["tensors"] for rank in ranks])
+            assert largest_error(tensors, expected) < 1e-9, (saved, name)
+
+
+def test_policies_do_decide_in_these_runs(ranks: list[Seen]) -> None:
+    moves = [bool(updates) for updates in ranks[0]["whole", "repacked"]["updates"]]
+    assert moves == [False, False, False, True, False]
+    assert all(ranks[0]["whole", "shuffled"]["updates"])
+
+
+def plain_megatron(rank: int, config: TrainingConfig, corpus: Corpus, folder: Path) -> Seen:
+    """Save and load by Megatron's own functions alone."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.utils import unwrap_model
+
+    from hiermoe.megatron.checkpoint import _children_allowed
+
+    def sharded(run: Run) -> Any:
+        return unwrap_model(run.trainer.model).sharded_state_dict()
+
+    seen: Seen = {}
+    for name in ("stock", "shuffled"):
+        run = Run(config, corpus, SYSTEMS[name]).train(2)
+        seen["saved", name] = weights(run)
+        if rank == 0:
+            (folder / name).mkdir()
+        torch.distributed.barrier()
+        with cpu.cuda_means_cpu(), _children_allowed():
+            dist_checkpointing.save(sharded(run), str(folder / name))
+    for saved, name in (("stock", "shuffled"), ("shuffled", "stock")):
+        run = Run(config, corpus, SYSTEMS[name]).train(1)
+        with cpu.cuda_means_cpu():
+            state = dist_checkpointing.load(sharded(run), str(folder / saved))
+        unwrap_model(run.trainer.model).load_state_dict(state)
+        seen["loaded", saved] = weights(run)
+    return seen
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return {name: x for name, x in run.copied().items() if name.endswith(" weight")}
+
+
+def test_megatrons_own_functions_save_and_load_logical_experts(cache_dir: str, tmp_path: Path) -> None:
+    config = small("qwen3_30b_a3b", cache_dir)
+    ranks = launch(plain_megatron, config, training_corpus(config), tmp_path)
+    for saved in ("stock", "shuffled"):
+        loaded = joined([rank["loaded", saved] for rank in ranks])
+        assert largest_error(loaded, joined([rank["saved", saved] for rank in ranks])) == 0
+        assert any("local_experts.7" in name for name in loaded)
+
+
+def killed_in_the_third_save(rank: int, config: TrainingConfig, corpus: Corpus, folder: Path, where: str) -> None:
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+
+    from hiermoe.megatron import checkpoint
+
+    def die(*_args: Any, **_kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def then_die(*args: Any, **kwargs: Any) -> None:
+        written(*args, **kwargs)
+        die()
+
+    written = dist_checkpointing.save
+    run = Run(config, corpus, SHUFFLED)
+    for step in range(3):
+        run.train(1)
+        if step == 2 and rank == 0:
+            match where:
+                case "moved":  # experts are elsewhere than the last checkpoint says
+                    die()
+                case "begun":
+                    TorchCommonSaveStrategy.save_common = die  # type: ignore[method-assign]
+                case "written":
+                    checkpoint.dist_checkpointing.save = then_die
+                case "flushed":
+                    checkpoint._flush = die  # type: ignore[assignment]
+        save(run, folder, keep=2)
+
+
+@pytest.mark.parametrize("where", ["moved", "begun", "written", "flushed"])
+def test_a_run_killed_before_its_checkpoint_is_whole_goes_on_from_the_one_before(
+    where: str, cache_dir: str, tmp_path: Path
+) -> None:
+    from hiermoe.megatron.checkpoint import finished_steps, latest_checkpoint
+
+    config = small("qwen3_30b_a3b", cache_dir)
+    corpus = training_corpus(config)
+    with pytest.raises(RankFailedError, match="rank 0 of 4 died by signal SIGKILL"):
+        launch(killed_in_the_third_save, config, corpus, tmp_path, where)
+    latest = latest_checkpoint(tmp_path)
+    assert latest is not None and finished_steps(latest) == 2
+    assert bool(list(tmp_path.glob(".step-*"))) == (where != "moved")
+    whole, rest = launch(go_on, config, corpus, tmp_path)[0]
+    assert rest == whole[2:]
+    # Only whole checkpoints are left.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def go_on(rank: int, config: TrainingConfig, corpus: Corpus, folder: Path) -> tuple[list[float], list[float]]:
+    """Losses of a run without a stop, and of one that goes on from the latest checkpoint."""
+    from hiermoe.megatron.checkpoint import latest_checkpoint
+
+    latest = latest_checkpoint(folder)
+    assert latest is not None
+    rest = resumed(config, corpus, "shuffled", latest)
+    while rest.finished < 4:
+        rest.train(1)
+        save(rest, folder, keep=2)
+    return Run(config, corpus, SHUFFLED).train(4).losses, rest.losses
+
+
+def save_on_a_bad_disk(rank: int, config: TrainingConfig, corpus: Corpus, folder: Path, kind: str) -> list[str]:
+    """Errors of every attempt; ends with an error that it does not survive."""
+    run = Run(config, corpus, SHUFFLED).train(1)
+    errors = []
+    save(run, folder)
+    run.train(1)
+    if kind == "no folder":
+        (folder / "file").touch()
+        try:
+            save(run, folder / "file" / "inside")
+        except OSError as error:
+            errors.append(str(error))
+    else:
+        most, limits = {"full": 10_000, "full at once": 100}[kind], resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+        try:
+            save(run, folder)
+        except OSError as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            if kind == "full at once":
+                raise
+            errors.append(str(error))
+    save(run, folder)
+    return errors
+
+
+@pytest.mark.parametrize("kind", ["no folder", "full"])
+def test_a_disk_that_takes_no_checkpoint_is_an_error_on_every_rank_and_training_can_go_on(
+    kind: str, cache_dir: str, tmp_path: Path
+) -> None:
+    config = small("qwen3_30b_a3b", cache_dir)
+    ranks = launch(save_on_a_bad_disk, config, training_corpus(config), tmp_path, kind)
+    reason = "Not a directory" if kind == "no folder" else "File too large"
+    assert all(errors == ranks[0] and len(errors) == 1 and reason in errors[0] for errors in ranks)
+    assert [path.name for path in sorted(tmp_path.glob("*step-*"))] == ["step-00000001", "step-00000002"]
+
+
+def test_a_rank_that_alone_cannot_write_ends_all_of_them(cache_dir: str, tmp_path: Path) -> None:
+    config = small("qwen3_30b_a3b", cache_dir)
+    with pytest.raises(RankFailedError, match=r"rank 0 of 4 failed: OSError: cannot write the checkpoint .*step-0000"):
+        launch(save_on_a_bad_disk, config, training_corpus(config), tmp_path, "full at once")
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000001"]
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    from hiermoe.megatron.checkpoint import finished_steps, latest_checkpoint
+
+    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path / "missing") is None
+    for name in ("step-00000012", "step-x", "other"):
+        (tmp_path / name).mkdir()
+    assert finished_steps(tmp_path / "step-00000012") == 12
+    for name in ("step-x", "other", "step-00000013"):
+        with pytest.raises(ValueError, match="is not a checkpoint"):
+            finished_steps(tmp_path / name)
