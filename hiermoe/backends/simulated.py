@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from hiermoe.backends.workload import Workload
+from hiermoe.planner.bounds import fixed_placement_rows
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP, Price, choose_scheme
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.migration import STATE_BYTES_PER_PARAMETER, price_migration
@@ -53,6 +54,10 @@ def simulate(workload: Workload, progress: Callable[[int], None] = lambda iterat
         rows += [keys | row for row in _routing_rows(counts, workload)]
         rows.append(keys | _step_row(chosen, counts) | _update_columns(update, placement, workload))
         if update is not None:
+            if update.modelled_gain_ms is not None and _exchanges_several(placement, update.placement):
+                after = routing.counts(routing_iteration, update.placement, cluster.hierarchy)
+                saved_ms = _q_ms(counts, context) - _q_ms(after, context)
+                rows[-1]["recounted_gain_ms"] = ALLTOALLS_PER_STEP * saved_ms
             placement = update.placement
         progress(iteration)
     return pd.DataFrame(rows)
@@ -87,7 +92,7 @@ def _routing_rows(counts: RoutingCounts, workload: Workload) -> Iterator[Row]:
     """One row per level: distinct (token, group) pairs under the present placement."""
     pairs = int(counts.pairs_GE.sum())
     for level, name in enumerate(workload.cluster.hierarchy.names, start=1):
-        distinct = int(counts.tokens[level - 1].sum())
+        distinct = fixed_placement_rows(counts, level)
         yield {"phase": "routing", "stage": name, "dimension": level, "rows": distinct, "pairs": pairs}
 
 
@@ -104,6 +109,21 @@ def _step_row(chosen: Price, counts: RoutingCounts) -> Row:
         "expert_rows_max": int(expert_rows_G.max()),
         "expert_rows_mean": float(expert_rows_G.double().mean()),
     }
+
+
+def _exchanges_several(old: Placement, new: Placement) -> bool:
+    """More than one swap: what it saves is modelled from a bound (:meth:`SwapStatistics.swapped`)."""
+    return int((old.slot_E != new.slot_E).sum()) > 2
+
+
+def _q_ms(counts: RoutingCounts, context: StepContext) -> float:
+    """Time of one AlltoAll as Q models it, with the plain maximum, from the counts of all tokens."""
+    total_ms = 0.0
+    for stage in context.scheme.stages:
+        constants = context.cluster.constants(stage.peers)
+        rows = _group_rows(stage, counts, context.cluster.hierarchy)
+        total_ms += constants.alpha_ms + constants.beta_ms_per_byte * context.row_bytes * rows
+    return total_ms
 
 
 def _update_columns(update: PlacementUpdate | None, placement: Placement, workload: Workload) -> Row:

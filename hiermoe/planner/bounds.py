@@ -20,3 +20,8 @@ def any_placement_rows(num_tokens: int, topk: int, num_experts: int, hierarchy: 
     Loose: it takes every token's experts to share as few groups as hold K experts.
     """
     return num_tokens * math.ceil(topk * hierarchy.U[level] / num_experts)
+
+
+def busiest_rows(rows: int, num_ranks: int) -> int:
+    """Rows of the busiest GPU, at least, where all GPUs together get so many: an even share, rounded up."""
+    return -(-rows // num_ranks)

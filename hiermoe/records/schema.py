@@ -57,6 +57,7 @@ RECORDS = pa.DataFrameSchema(
         "migration_link_ms": _number(),  # of them, at the link's rate
         "migration_alltoall_ms": _number(),  # of them, at the rate that the AlltoAll reaches
         "modelled_gain_ms": _number(low=None),  # what the policy expected to save per step
+        "recounted_gain_ms": _number(low=None),  # several swaps at once: what a recount of the same tokens finds
         "dispatch_ms": _number(),  # measured: the whole call
         "wire_ms": _number(),  # of it, in collectives: count exchange and metadata included
         "local_ms": _number(),  # of it, everything else

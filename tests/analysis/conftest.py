@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -83,7 +84,8 @@ def records_of(config: RunConfig) -> pd.DataFrame:
     noise = np.random.default_rng(1)
     measured_from = first_measured(ITERATIONS, None)
     dimension = 2 if hierarchy.depth > 1 and config.system.name != "megatron" else 1
-    moves = 2 if config.system.name.startswith(("hiermoe", "smart", "hd2_moe_smart")) else 0
+    name = config.system.name
+    moves = 4 if name == "hiermoe_multi" else 2 if name.startswith("hiermoe") or "smart" in name else 0
     rows: list[dict[str, Any]] = []
     for iteration in range(ITERATIONS):
         keys = {
@@ -112,6 +114,8 @@ def records_of(config: RunConfig) -> pd.DataFrame:
                 "dropped_pairs": 5.0 if "cf1" in config.system.name else 0.0, "expert_rows_max": 600.0,
                 "expert_rows_mean": 512.0, "moved_experts": moves, "migration_bytes": moves * 6.6e7,
                 "migration_link_ms": moves * 1.3, "migration_alltoall_ms": moves * 17.0,
+                "modelled_gain_ms": 0.2 if name.startswith("hiermoe") else math.nan,
+                "recounted_gain_ms": 0.25 if name == "hiermoe_multi" else math.nan,
             }
         )  # fmt: skip
     return pd.DataFrame(rows)

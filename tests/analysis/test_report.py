@@ -66,6 +66,16 @@ def test_text_links_every_figure_and_says_what_is_left_out(written: tuple[Path, 
     assert "no trace was recorded" in text
 
 
+def test_table_of_a_figure_stands_below_it(written: tuple[Path, pd.DataFrame]) -> None:
+    text = (written[0] / "report.md").read_text()
+    section = text.split("](figures/placement.png)")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    assert lines[0].startswith("| model | routing | placement |")
+    assert lines[1] == "|" + "---|" * (lines[0].count("|") - 1)
+    assert len(lines) == 2 + 3 * 5  # Qwen3 on two routings, DeepSeek-V3 on one
+    assert "<table>" in (written[0] / "report.html").read_text().split("Placement: what each policy gains")[1]
+
+
 def test_text_names_no_folder_of_this_machine(written: tuple[Path, pd.DataFrame], filled: RunStore) -> None:
     text = (written[0] / "report.md").read_text()
     assert str(filled.folder) not in text

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from hiermoe.planner.bounds import any_placement_rows, fixed_placement_rows
+from hiermoe.planner.bounds import any_placement_rows, busiest_rows, fixed_placement_rows
 from hiermoe.planner.counts import count_routing
 from hiermoe.planner.scheme import DispatchScheme, Stage, hierarchical
 from hiermoe.planner.traffic import exact_traffic
@@ -99,7 +99,9 @@ def test_bounds_hold_and_two_stages_reach_the_fixed_one(case: Case) -> None:
         assert any_placement_rows(num_tokens, case.step.topk, experts, hierarchy, level) <= fixed
         if level < hierarchy.depth:
             for dimension in range(level + 1, hierarchy.depth + 1):
-                assert int(rows_of(case, dimension, True)[level - 1].sum()) == fixed
+                rows_GG = rows_of(case, dimension, True)[level - 1]
+                assert int(rows_GG.sum()) == fixed
+                assert int(rows_GG.sum(0).max()) >= busiest_rows(fixed, hierarchy.num_ranks)
     assert int(rows_of(case, 1, True).sum()) == fixed_placement_rows(counts, hierarchy.depth)
 
 
@@ -110,6 +112,10 @@ def test_any_placement_bound_is_reached_by_tokens_of_neighbouring_experts() -> N
     for level in (1, 2, 3):
         assert fixed_placement_rows(counts, level) == any_placement_rows(24, 4, 16, hierarchy, level)
     assert fixed_placement_rows(counts, 3) == 48
+
+
+def test_busiest_gpu_has_an_even_share_at_least() -> None:
+    assert [busiest_rows(rows, 4) for rows in (0, 1, 4, 5, 8)] == [0, 1, 1, 2, 2]
 
 
 @given(case=cases())

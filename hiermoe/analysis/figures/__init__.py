@@ -7,6 +7,7 @@ from hiermoe.analysis.figures import (
     fig11,
     fig12,
     fig13,
+    placement,
     swap_cost,
     swap_policy,
     table2,
@@ -15,5 +16,6 @@ from hiermoe.analysis.figures import (
 from hiermoe.analysis.figures.spec import FigureSpec
 
 FIGURES: tuple[FigureSpec, ...] = tuple(
-    module.FIGURE for module in (fig11, fig10, table2, fig9, fig12, fig13, table4, swap_policy, swap_cost, balance)
+    module.FIGURE
+    for module in (fig11, fig10, table2, fig9, fig12, fig13, table4, placement, swap_policy, swap_cost, balance)
 )

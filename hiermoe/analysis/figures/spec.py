@@ -24,11 +24,13 @@ class Words:
         title: what is seen, as a sentence.
         caption: what is plotted, n, and what intervals are.
         text: sentences on what differs and why.
+        rows: a table below the figure, its header first; empty where there is none.
     """
 
     title: str
     caption: str
     text: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)

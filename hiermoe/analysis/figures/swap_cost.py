@@ -19,6 +19,8 @@ from hiermoe.analysis.frames import Results
 FIXED = {  # the same dispatch with experts fixed
     "hiermoe": "hd_moe",
     "hiermoe_gated": "hd_moe",
+    "hiermoe_multi": "hd_moe",
+    "hd_moe_smart": "hd_moe",
     "hd2_moe_smart": "hd2_moe",
     "smartmoe": "megatron",
     "smartmoe_f1": "megatron",
