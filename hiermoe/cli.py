@@ -1,4 +1,4 @@
-"""The ``hiermoe`` command: run, train, record, reproduce, report."""
+"""The ``hiermoe`` command: run, calibrate, train, record, reproduce, report."""
 
 import argparse
 import signal
@@ -16,6 +16,7 @@ USAGE = """hiermoe: does HierMoE's communication hold, and would it help your mo
 
   hiermoe run         one system on one cluster with one model's routing (hiermoe run --help lists the choices)
   hiermoe run -m ...  several: hiermoe run -m +sweeps=fig11, or system=megatron,hiermoe model=qwen3_30b_a3b,deepseek_v3
+  hiermoe calibrate   measure what an AlltoAll costs among all groups of a cluster, and write the cluster's file
   hiermoe train       train a narrow model under one system on this machine's ranks; -m as above
   hiermoe reproduce   all sweeps of the paper on all cores, then the report; what is done is skipped
   hiermoe report      the report from the records that are there
@@ -27,6 +28,7 @@ def main() -> None:
     """Entry point of the ``hiermoe`` script. Exits with 0, or with 1 or 2 after one line that says what is wrong."""
     commands: dict[str, Callable[[], None]] = {
         "run": _run,
+        "calibrate": _calibrate,
         "train": _train,
         "record": _record,
         "reproduce": _reproduce,
@@ -66,8 +68,25 @@ def _run() -> None:
     task()
 
 
+def _calibrate() -> None:
+    from hiermoe.calibrate import calibrate_and_print
+    from hiermoe.harness.config import register_search_path
+
+    register_search_path()
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="calibrate")
+    def task(config: DictConfig) -> None:
+        with _one_line_errors():
+            calibrate_and_print(config)
+
+    task()
+
+
 def _train() -> None:
+    from hiermoe.harness.config import register_search_path
     from hiermoe.harness.train import train_and_print
+
+    register_search_path()
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
     def task(config: DictConfig) -> None:

@@ -11,10 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hiermoe.backends.workload import CachedRouting, Workload
-from hiermoe.harness.cluster_source import ClusterSource
+from hiermoe.harness.config_source import ProjectSource
 from hiermoe.megatron.model_config import ModelConfig
 from hiermoe.planner.system import SystemConfig, build
-from hiermoe.records.project import PROJECT_ROOT
 from hiermoe.records.run_id import run_id
 from hiermoe.routing.step import RoutingRequest, experts_per_rank
 from hiermoe.routing.trace import RecordedRouting, recorded_path
@@ -162,12 +161,11 @@ class ProjectSearchPath(SearchPathPlugin):
     """Makes sweeps/ a configuration group, for ``hiermoe run -m +sweeps=fig11``, and finds calibrated clusters."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append the project's root, and clusters that are not in conf/."""
-        search_path.append("hiermoe", f"file://{PROJECT_ROOT}")
-        search_path.append("hiermoe", f"{ClusterSource.scheme()}://")
+        """Append the source of both."""
+        search_path.append("hiermoe", f"{ProjectSource.scheme()}://")
 
 
 def register_search_path() -> None:
     """Tell Hydra of sweeps/ and of calibrated clusters; to be called before Hydra composes."""
-    Plugins.instance().register(ClusterSource)
+    Plugins.instance().register(ProjectSource)
     Plugins.instance().register(ProjectSearchPath)

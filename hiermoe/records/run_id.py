@@ -23,7 +23,7 @@ SIMULATED_SOURCES = (
     "baselines/*.py",
 )
 # What measured numbers are made by.
-MEASURED_SOURCES = (*SIMULATED_SOURCES, "hiermoe/backends/*.py", "hiermoe/dispatch/*.py", "hiermoe/megatron/*.py")
+MEASURED_SOURCES = (*SIMULATED_SOURCES, "hiermoe/backends/**/*.py", "hiermoe/dispatch/*.py", "hiermoe/megatron/*.py")
 
 
 def run_id(config: dict[str, Any], inputs: tuple[Path, ...] = (), *, measured: bool = False) -> str:
