@@ -4,6 +4,7 @@ import json
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +12,7 @@ from typing import Any, Self
 import pandas as pd
 
 from hiermoe.dispatch.ranks import RankFailedError, run_ranks
+from hiermoe.records.store import write_whole
 
 _POLL_SECONDS = 0.2
 
@@ -31,9 +33,18 @@ class RunDied(RuntimeError):
 class RowStream:
     """One rank's rows, appended to a file iteration by iteration."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        """Start the rank's file."""
-        self._file = _path(folder, rank).open("w", encoding="utf-8")
+    def __init__(self, folder: Path, rank: int, start: int = 0) -> None:
+        """Start the rank's file.
+
+        Args:
+            folder: of all ranks' files.
+            rank: of the world.
+            start: first iteration that will be written; rows of earlier ones that the file has already stay.
+        """
+        path = _path(folder, rank)
+        kept = [json.dumps(rows) + "\n" for rows in _finished(path) if rows[0]["iteration"] < start]
+        write_whole(path, "".join(kept).encode())
+        self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Self:
         return self
@@ -55,6 +66,7 @@ def run_streaming(
     hosts: Sequence[str],
     progress: Callable[[int], None] = lambda iteration: None,
     namespaces: Sequence[Path] | None = None,
+    rows: Path | None = None,
 ) -> pd.DataFrame:
     """Run ``function(rank, *args, folder)`` on new ranks; it makes ``RowStream(folder, rank)`` and writes to it.
 
@@ -66,6 +78,7 @@ def run_streaming(
         hosts: host that each rank plays.
         progress: called in this process with every iteration that rank 0 has finished.
         namespaces: network namespace that each rank lives in; None for this process's own.
+        rows: folder that the streams are in and stay in; None for a temporary one.
 
     Returns:
         The rows of all ranks.
@@ -73,7 +86,7 @@ def run_streaming(
     Raises:
         RunDied: a rank failed; has the rows of the iterations before.
     """
-    with tempfile.TemporaryDirectory(prefix="hiermoe-rows-") as name:
+    with tempfile.TemporaryDirectory(prefix="hiermoe-rows-") if rows is None else nullcontext(rows) as name:
         folder = Path(name)
         done = threading.Event()
         watcher = threading.Thread(target=_watch, args=(folder, done, progress), daemon=True)
@@ -86,6 +99,12 @@ def run_streaming(
             done.set()
             watcher.join()
         return _collect(folder, world_size)
+
+
+def has_iterations(folder: Path, world_size: int, start: int) -> bool:
+    """Whether the streams of all ranks reach up to the iteration before ``start``."""
+    streams = [_finished(_path(folder, rank)) for rank in range(world_size)]
+    return all(stream and stream[-1][0]["iteration"] >= start - 1 for stream in streams)
 
 
 def _path(folder: Path, rank: int) -> Path:

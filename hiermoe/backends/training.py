@@ -20,6 +20,25 @@ from hiermoe.topology.cluster import Cluster
 
 
 @dataclass(frozen=True)
+class Checkpoints:
+    """Where training starts, and what it leaves behind to go on from.
+
+    Attributes:
+        folder: of this run's checkpoints and nothing else.
+        every: steps between two; None for none.
+        keep: so many of the newest stay; None for all.
+        start: checkpoint to go on from; None for the beginning.
+        rows: folder of the ranks' rows, which outlive a killed run there; None for a temporary one.
+    """
+
+    folder: Path
+    every: int | None = None
+    keep: int | None = None
+    start: Path | None = None
+    rows: Path | None = None
+
+
+@dataclass(frozen=True)
 class TrainingJob:
     """What every rank must know.
 
@@ -27,8 +46,9 @@ class TrainingJob:
         training: model, sequences and optimizer.
         system: what moves tokens.
         cluster: hierarchy and constants, of `training.ep_size` GPUs.
-        steps: of the optimizer.
+        steps: of the optimizer, those before the checkpoint that it starts from included.
         timeout: of a collective.
+        checkpoints: where it starts, and what it saves.
     """
 
     training: TrainingConfig
@@ -36,6 +56,7 @@ class TrainingJob:
     cluster: Cluster
     steps: int
     timeout: timedelta
+    checkpoints: Checkpoints
 
 
 def run_training(job: TrainingJob, progress: Callable[[int], None] = lambda step: None) -> pd.DataFrame:
@@ -58,7 +79,9 @@ def run_training(job: TrainingJob, progress: Callable[[int], None] = lambda step
     # Hosts are checked inside each expert-parallel group, so replicas may play the same ones.
     hosts = played_hosts(job.cluster.hierarchy) * job.training.data_parallel
     corpus = training_corpus(job.training)
-    return run_streaming(train, job.training.world_size, (job, corpus), job.timeout, hosts, progress)
+    return run_streaming(
+        train, job.training.world_size, (job, corpus), job.timeout, hosts, progress, rows=job.checkpoints.rows
+    )
 
 
 def train(rank: int, job: TrainingJob, corpus: Corpus, folder: Path) -> None:
@@ -81,9 +104,11 @@ def train(rank: int, job: TrainingJob, corpus: Corpus, folder: Path) -> None:
     meter = Meter()
     trainer = Trainer(job.training, job.timeout)
     placement = attach(trainer.model, job.system, job.cluster, meter=meter, timeout=job.timeout)
-    with RowStream(folder, rank) as stream, meter:
+    saved = job.checkpoints
+    start = trainer.load(saved.start, placement) if saved.start is not None else 0
+    with RowStream(folder, rank, start) as stream, meter:
         measured_from = first_measured(job.steps, None)
-        for step in range(job.steps):
+        for step in range(start, job.steps):
             sequences = trainer.batch(corpus, step)
             dist.barrier()
             started = time.perf_counter()
@@ -107,6 +132,9 @@ def train(rank: int, job: TrainingJob, corpus: Corpus, folder: Path) -> None:
                 "migration_ms": sum(update.migration_ms for update in updates),
             }
             stream.write([row | _alltoall_times(calls)])
+            if saved.every is not None and (step + 1) % saved.every == 0:
+                trainer.save(saved.folder, step + 1, placement, keep=saved.keep)
+                meter.drain()
 
 
 def _alltoall_times(calls: list[Any]) -> dict[str, float]:

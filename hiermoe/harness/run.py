@@ -72,7 +72,12 @@ def execute(config: RunConfig, store: RunStore, progress: Callable[[int], None] 
 
 
 def keep_record(
-    run_id: str, content: dict[str, Any], keys: dict[str, Any], measure: Callable[[], pd.DataFrame], store: RunStore
+    run_id: str,
+    content: dict[str, Any],
+    keys: dict[str, Any],
+    measure: Callable[[], pd.DataFrame],
+    store: RunStore,
+    provenance: dict[str, Any] | None = None,
 ) -> Outcome:
     """Measure and store the record, unless it is there.
 
@@ -82,6 +87,7 @@ def keep_record(
         keys: key columns that all its rows share.
         measure: makes the rows, without these keys.
         store: where records are.
+        provenance: what the record should tell beside code, host and versions.
 
     Returns:
         The outcome. A run that does not apply or that failed keeps a row with the reason, or the rows that it had.
@@ -102,7 +108,7 @@ def keep_record(
         status, reason, rows = "failed", str(error), _single_row()
     seconds = time.perf_counter() - started
     rows = rows.assign(run_id=run_id, **keys, status=status, reason=reason)
-    store.write(run_id, content, collect() | {"seconds": round(seconds, 3)}, rows)
+    store.write(run_id, content, collect() | {"seconds": round(seconds, 3)} | (provenance or {}), rows)
     return Outcome(run_id, status, reason, False, seconds)
 
 

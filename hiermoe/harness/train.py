@@ -1,26 +1,32 @@
 """`hiermoe train`: train a model under one system on this machine's ranks, as a record."""
 
+import shutil
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import pandas as pd
 from omegaconf import DictConfig
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from hiermoe.backends.training import TrainingJob, run_training
+from hiermoe.backends.streams import has_iterations
+from hiermoe.backends.training import Checkpoints, TrainingJob, run_training
 from hiermoe.harness.config import WandbConfig, parse
 from hiermoe.harness.run import Outcome, keep_record
 from hiermoe.harness.single import present
 from hiermoe.harness.summary import train_summary
 from hiermoe.harness.sweep import Cell, expand_file
+from hiermoe.megatron.checkpoint_folder import finished_steps, latest_checkpoint
 from hiermoe.megatron.corpus import corpus_key
 from hiermoe.megatron.training_config import TrainingConfig
 from hiermoe.planner.system import SystemConfig
-from hiermoe.records.project import SWEEPS
+from hiermoe.records.project import SWEEPS, from_root, to_root
 from hiermoe.records.run_id import run_id
 from hiermoe.records.store import RunStore
 from hiermoe.topology.cluster import Cluster
+
+_NO_CONTENT = {"wandb", "cache_dir", "checkpoint_every", "checkpoint_keep", "checkpoint_dir", "resume"}
 
 
 class TrainRunConfig(TrainingConfig):
@@ -31,6 +37,11 @@ class TrainRunConfig(TrainingConfig):
         cluster: Hierarchy and constants, of `ep_size` GPUs.
         steps: Of the optimizer.
         timeout_minutes: A rank that waits longer than this for another one ends the run.
+        checkpoint_every: Steps between two checkpoints; None for no checkpoints.
+        checkpoint_keep: So many of the newest checkpoints stay; None for all.
+        checkpoint_dir: Folder of all runs' checkpoints, each run's in a folder of its name.
+        resume: ``latest``: this run goes on from its own newest checkpoint, if it has one. A path: likewise, and from
+            this checkpoint, whichever system wrote it, if it has none. None: from the beginning.
         wandb: Mirror of the record.
     """
 
@@ -38,6 +49,10 @@ class TrainRunConfig(TrainingConfig):
     cluster: Cluster
     steps: int = Field(ge=2)
     timeout_minutes: PositiveFloat
+    checkpoint_every: PositiveInt | None
+    checkpoint_keep: PositiveInt | None
+    checkpoint_dir: str
+    resume: str | None
     wandb: WandbConfig
 
     @model_validator(mode="before")
@@ -54,12 +69,42 @@ class TrainRunConfig(TrainingConfig):
     @property
     def content(self) -> dict[str, Any]:
         """Everything that may change a number, as JSON-ready values."""
-        return self.model_dump(mode="json", exclude={"wandb", "cache_dir"}) | {"corpus": corpus_key(self)}
+        return self.model_dump(mode="json", exclude=_NO_CONTENT) | {"corpus": corpus_key(self)}
 
     @property
     def run_id(self) -> str:
-        """The name of the run, by its content."""
-        return run_id(self.content, measured=True)
+        """The name of the run, by its content and, if it starts from a checkpoint of another run, by that."""
+        given = self.given_checkpoint
+        files = () if given is None else tuple(path for path in sorted(given.rglob("*")) if path.is_file())
+        return run_id(self.content, files, measured=True)
+
+    @property
+    def given_checkpoint(self) -> Path | None:
+        """What `resume` names."""
+        return None if self.resume in (None, "latest") else from_root(self.resume)
+
+    @model_validator(mode="after")
+    def _check_given_checkpoint(self) -> Self:
+        if self.given_checkpoint is not None:
+            finished = finished_steps(self.given_checkpoint)
+            if finished >= self.steps:
+                raise ValueError(f"steps={self.steps} are done: resume={self.resume} comes after {finished}")
+        return self
+
+    def checkpoints(self) -> Checkpoints:
+        """Where the run starts as things are now, and what it leaves behind."""
+        folder = from_root(self.checkpoint_dir) / self.run_id
+        rows = folder.with_name(f"{folder.name}-rows")
+        own = latest_checkpoint(folder) if self.resume is not None else None
+        if own is not None and not has_iterations(rows, self.world_size, finished_steps(own)):
+            own = None  # the record would lack steps
+        return Checkpoints(
+            folder=folder,
+            every=self.checkpoint_every,
+            keep=self.checkpoint_keep,
+            start=own or self.given_checkpoint,
+            rows=rows if own is not None or self.checkpoint_every is not None else None,
+        )
 
 
 def expand_training(name: str) -> list[Cell["TrainRunConfig"]]:
@@ -109,15 +154,21 @@ def execute_training(
         "num_ranks": config.world_size,
         "tokens_per_rank": config.sequences_per_rank * config.seq_length,
     }
+    checkpoints = config.checkpoints()
+    start = checkpoints.start
     job = TrainingJob(
         training=config,
         system=config.system,
         cluster=config.cluster,
         steps=config.steps,
         timeout=timedelta(minutes=config.timeout_minutes),
+        checkpoints=checkpoints,
     )
 
     def measure() -> pd.DataFrame:
+        if start is None or start.parent != checkpoints.folder:  # what an earlier attempt left does not belong to this
+            shutil.rmtree(checkpoints.folder, ignore_errors=True)
         return run_training(job, progress)
 
-    return keep_record(config.run_id, config.content, keys, measure, store)
+    provenance = {} if start is None else {"resumed_from": to_root(start)}
+    return keep_record(config.run_id, config.content, keys, measure, store, provenance)

@@ -232,7 +232,7 @@ def new_dispatcher(
 
 
 def _place_experts(layer: MoELayer, dispatcher: StagedTokenDispatcher, policy: PlacementPolicy) -> LayerPlacement:
-    assert layer.experts is not None
+    assert isinstance(layer.experts, torch.nn.Module)
     parameters = expert_parameters(layer.experts)
     name_experts_logically(layer, dispatcher)
     size = sum(parameter.numel() for parameter in parameters[0])

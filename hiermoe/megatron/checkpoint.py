@@ -34,10 +34,8 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hiermoe.megatron import cpu
+from hiermoe.megatron.checkpoint_folder import checkpoint_path, partial_path, remove_old, remove_partial
 from hiermoe.megatron.placement import ExpertPlacement
-
-_PREFIX = "step-"
-_PATTERN = f"{_PREFIX}{'[0-9]' * 8}"
 
 
 def save_checkpoint(
@@ -68,8 +66,8 @@ def save_checkpoint(
         OSError: the disk is full or not writable; earlier checkpoints are left as they were. Where only one rank
             raises, others wait for it, so it must end.
     """
-    final = folder / f"{_PREFIX}{step:08d}"
-    partial = folder / f".{final.name}"
+    final = checkpoint_path(folder, step)
+    partial = partial_path(final)
     _on_first_rank(lambda: _start(partial))
     with cpu.cuda_means_cpu(), _children_allowed():
         state = _sharded(model, optimizer, is_loading=False)
@@ -79,22 +77,6 @@ def save_checkpoint(
         _write(state, partial)
     _on_first_rank(lambda: _publish(partial, final, keep))
     return final
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; None if there is none."""
-    return max(folder.glob(_PATTERN), default=None)
-
-
-def finished_steps(checkpoint: Path) -> int:
-    """Training steps that a checkpoint of `save_checkpoint` comes after.
-
-    Raises:
-        ValueError: it is no such checkpoint.
-    """
-    if not (checkpoint.match(_PATTERN) and checkpoint.is_dir()):
-        raise ValueError(f"{checkpoint} is not a checkpoint: a folder {_PREFIX}<eight digits> is")
-    return int(checkpoint.name.removeprefix(_PREFIX))
 
 
 def load_checkpoint(
@@ -122,8 +104,8 @@ def load_checkpoint(
     if placement is not None:
         placement.load_state_dict(common.get("placement") or {"iteration": step, "layers": []})
     with cpu.cuda_means_cpu():
-        state = dist_checkpointing.load(_sharded(model, optimizer, is_loading=True), str(checkpoint))
-    unwrap_model(model).load_state_dict(state["model"])
+        state: Any = dist_checkpointing.load(_sharded(model, optimizer, is_loading=True), str(checkpoint))
+    _unwrapped(model).load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.num_steps = 0  # to which Megatron adds the stored number
     schedule.load_state_dict(common["opt_param_scheduler"])
@@ -131,14 +113,17 @@ def load_checkpoint(
 
 
 def _sharded(model: torch.nn.Module, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
-    shards = unwrap_model(model).sharded_state_dict()
+    shards = _unwrapped(model).sharded_state_dict()
     return {"model": shards, "optimizer": optimizer.sharded_state_dict(shards, is_loading=is_loading)}
+
+
+def _unwrapped(model: torch.nn.Module) -> Any:
+    return unwrap_model(model)
 
 
 def _start(partial: Path) -> None:
     """An empty folder to write to; what killed runs left behind goes."""
-    for left_behind in partial.parent.glob(f".{_PREFIX}*"):
-        shutil.rmtree(left_behind)
+    remove_partial(partial.parent)
     partial.mkdir(parents=True)
 
 
@@ -175,8 +160,7 @@ def _publish(partial: Path, final: Path, keep: int | None) -> None:
         partial.rename(final)
     _flush(final.parent)
     if keep is not None:
-        for old in sorted(final.parent.glob(_PATTERN))[:-keep]:
-            shutil.rmtree(old)
+        remove_old(final.parent, keep)
 
 
 def _flush(path: Path) -> None:

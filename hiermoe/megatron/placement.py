@@ -202,7 +202,7 @@ class ExpertPlacement:
             layer.measured, layer.measuring_ms, layer.iteration = None, 0.0, iteration
 
     def _decide(self) -> list[tuple[LayerPlacement, PlacementUpdate]]:
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
         flat = {
             index: torch.cat([layer.measured.reshape(-1), layer.votes().to(layer.measured.dtype)])
             for index, layer in enumerate(self.layers)

@@ -16,6 +16,7 @@ cpu.expect_fallbacks()
 from moving import HIERMOE, SHUFFLED, STATIC, STOCK, Run, joined, largest_error, launch, small, system  # noqa: E402
 
 from hiermoe.dispatch.ranks import RankFailedError  # noqa: E402
+from hiermoe.megatron.checkpoint_folder import finished_steps, latest_checkpoint  # noqa: E402
 from hiermoe.megatron.corpus import Corpus, training_corpus  # noqa: E402
 from hiermoe.megatron.training_config import TrainingConfig  # noqa: E402
 
@@ -47,8 +48,6 @@ def resumed(config: TrainingConfig, corpus: Corpus, name: str, checkpoint: Path)
 
 
 def stop_and_go_on(rank: int, config: TrainingConfig, corpus: Corpus, folder: Path, pairs: list[Any]) -> Seen:
-    from hiermoe.megatron.checkpoint import latest_checkpoint
-
     seen: Seen = {}
     for name in dict.fromkeys(name for pair in pairs for name in pair):
         run = Run(config, corpus, SYSTEMS[name]).train(STOP)
@@ -118,8 +117,8 @@ def plain_megatron(rank: int, config: TrainingConfig, corpus: Corpus, folder: Pa
 
     from hiermoe.megatron.checkpoint import _children_allowed
 
-    def sharded(run: Run) -> Any:
-        return unwrap_model(run.trainer.model).sharded_state_dict()
+    def bare(run: Run) -> Any:
+        return unwrap_model(run.trainer.model)
 
     seen: Seen = {}
     for name in ("stock", "shuffled"):
@@ -129,12 +128,12 @@ def plain_megatron(rank: int, config: TrainingConfig, corpus: Corpus, folder: Pa
             (folder / name).mkdir()
         torch.distributed.barrier()
         with cpu.cuda_means_cpu(), _children_allowed():
-            dist_checkpointing.save(sharded(run), str(folder / name))
+            dist_checkpointing.save(bare(run).sharded_state_dict(), str(folder / name))
     for saved, name in (("stock", "shuffled"), ("shuffled", "stock")):
         run = Run(config, corpus, SYSTEMS[name]).train(1)
         with cpu.cuda_means_cpu():
-            state = dist_checkpointing.load(sharded(run), str(folder / saved))
-        unwrap_model(run.trainer.model).load_state_dict(state)
+            state = dist_checkpointing.load(bare(run).sharded_state_dict(), str(folder / saved))
+        bare(run).load_state_dict(state)
         seen["loaded", saved] = weights(run)
     return seen
 
@@ -186,8 +185,6 @@ def killed_in_the_third_save(rank: int, config: TrainingConfig, corpus: Corpus, 
 def test_a_run_killed_before_its_checkpoint_is_whole_goes_on_from_the_one_before(
     where: str, cache_dir: str, tmp_path: Path
 ) -> None:
-    from hiermoe.megatron.checkpoint import finished_steps, latest_checkpoint
-
     config = small("qwen3_30b_a3b", cache_dir)
     corpus = training_corpus(config)
     with pytest.raises(RankFailedError, match="rank 0 of 4 died by signal SIGKILL"):
@@ -203,8 +200,6 @@ def test_a_run_killed_before_its_checkpoint_is_whole_goes_on_from_the_one_before
 
 def go_on(rank: int, config: TrainingConfig, corpus: Corpus, folder: Path) -> tuple[list[float], list[float]]:
     """Losses of a run without a stop, and of one that goes on from the latest checkpoint."""
-    from hiermoe.megatron.checkpoint import latest_checkpoint
-
     latest = latest_checkpoint(folder)
     assert latest is not None
     rest = resumed(config, corpus, "shuffled", latest)
@@ -259,8 +254,6 @@ def test_a_rank_that_alone_cannot_write_ends_all_of_them(cache_dir: str, tmp_pat
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    from hiermoe.megatron.checkpoint import finished_steps, latest_checkpoint
-
     assert latest_checkpoint(tmp_path) is None
     assert latest_checkpoint(tmp_path / "missing") is None
     for name in ("step-00000012", "step-x", "other"):

@@ -33,7 +33,7 @@ from hiermoe.records.project import CONF  # noqa: E402
 from hiermoe.topology.placement import Placement  # noqa: E402
 
 SYSTEMS = {"static": STATIC, "swapped": SWAPPED, "repacked": REPACKED, "hiermoe": HIERMOE, "shuffled": SHUFFLED}
-Seen = dict[str, Any]
+Seen = dict[Any, Any]
 both = pytest.mark.parametrize("model", BOTH)
 
 
@@ -267,7 +267,8 @@ def _probe(run: Run) -> Seen:
 
     from hiermoe.megatron.precision import float32_means_float64
 
-    trainer, routers = run.trainer, [layer.router for layer in run.layers]
+    trainer = run.trainer
+    routers: list[Any] = [layer.router for layer in run.layers]
     clear_aux_losses_tracker()
     sequences = trainer.batch(run.corpus, 3)
     inputs, targets = sequences[:, :-1], sequences[:, 1:].contiguous()
