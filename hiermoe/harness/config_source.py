@@ -43,8 +43,9 @@ class ProjectSource(ConfigSource):
         return True
 
     def is_group(self, config_path: str) -> bool:
-        """Whether it is one of the two, or their root."""
-        return config_path.strip("/") in ("", *_GROUPS)
+        """Whether it is one of the two, their root, or a folder of sweeps."""
+        path = config_path.strip("/")
+        return path in ("", *_GROUPS) or (path.startswith("sweeps/") and (SWEEPS.parent / path).is_dir())
 
     def is_config(self, config_path: str) -> bool:
         """Whether there is such a file."""
@@ -55,9 +56,14 @@ class ProjectSource(ConfigSource):
         group = config_path.strip("/")
         if group == "":
             return [] if results_filter == ObjectType.CONFIG else list(_GROUPS)
-        if results_filter == ObjectType.GROUP:
-            return []
-        return cluster_names() if group == "cluster" else sorted(path.stem for path in SWEEPS.glob("*.yaml"))
+        if group == "cluster":
+            return [] if results_filter == ObjectType.GROUP else cluster_names()
+        folder = SWEEPS.parent / group
+        files = [] if results_filter == ObjectType.GROUP else [path.stem for path in folder.glob("*.yaml")]
+        folders = (
+            [] if results_filter == ObjectType.CONFIG else [path.name for path in folder.iterdir() if path.is_dir()]
+        )
+        return sorted([*files, *folders])
 
 
 def _find(config_path: str) -> Path | None:
