@@ -35,6 +35,14 @@ _BURST_OF_FRAMES_BYTES = 32 * 1024
 _BUCKET_SECONDS = 2e-3
 # Nothing is ever dropped: connections limit what they have under way themselves, as on a network with flow control.
 _QUEUE_BYTES = 2**30
+# Buffers as large as messages (smallest, initial, largest, in bytes): a link must not wait until one of many ranks on
+# few cores has its turn to fill or empty them, as a network card does not.
+_TCP = {
+    "tcp_congestion_control": "reno",
+    "tcp_slow_start_after_idle": "0",
+    "tcp_rmem": f"4096 {2**22} {2**24}",
+    "tcp_wmem": f"4096 {2**22} {2**24}",
+}
 
 
 class EmulatedNetwork:
@@ -99,7 +107,7 @@ class EmulatedNetwork:
     def _new_namespace(self) -> Namespace:
         namespace = Namespace()
         self._namespaces.append(namespace)
-        namespace.run(_use_plain_tcp)
+        namespace.run(_tune_tcp)
         return namespace
 
     def _fill(self, group: Namespace, level: int) -> None:
@@ -118,9 +126,10 @@ class EmulatedNetwork:
             self._fill(inner, level + 1)
 
 
-def _use_plain_tcp() -> None:
-    """Whatever this machine prefers, all links are shared by the same kind of connections, and only by IPv4."""
-    Path("/proc/sys/net/ipv4/tcp_congestion_control").write_text("reno")
+def _tune_tcp() -> None:
+    """All links are shared by the same kind of connections, whatever this machine prefers."""
+    for name, value in _TCP.items():
+        Path("/proc/sys/net/ipv4", name).write_text(value)
     v6 = Path("/proc/sys/net/ipv6/conf/default/disable_ipv6")
     if v6.exists():
         v6.write_text("1")
