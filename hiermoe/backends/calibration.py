@@ -15,6 +15,9 @@ from hiermoe.dispatch.communicators import Communicators, played_hosts
 from hiermoe.planner.scheme import every_dimension
 from hiermoe.topology.cluster import Cluster, Peers
 
+# Ranks leave a barrier one after another; bytes of the first must not keep the last in it.
+_SETTLE_SECONDS = 0.03
+
 
 @dataclass(frozen=True)
 class CalibrationJob:
@@ -98,6 +101,7 @@ def calibrate(rank: int, job: CalibrationJob, folder: Path) -> None:
             num_bytes = pair_bytes * exchange.size(hierarchy)
             group = communicators.of(exchange).group
             dist.barrier()
+            time.sleep(_SETTLE_SECONDS)
             started = time.perf_counter()
             dist.all_to_all_single(target[:num_bytes], source[:num_bytes], group=group)
             elapsed_ms = (time.perf_counter() - started) * 1e3
