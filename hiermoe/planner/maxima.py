@@ -42,25 +42,30 @@ class MaxFunction:
         """Value after two elements of x, a and b, change, for every pair of a list.
 
         Args:
-            x_U: float64 [U].
+            x_U: int [U].
             ab_P: int64 [P], a * U + b; a and b differ.
-            new_2P: float64 [2, P], new values of x[a] and x[b].
+            new_2P: int [2, P], new values of x[a] and x[b].
 
         Returns:
             float64 [P].
         """
+        if not len(ab_P):
+            return torch.zeros(0, dtype=torch.float64)
+        x_U = x_U.double()
         if self.kind == "plain":
             others_P = _without_two(x_U, torch.cummax).view(-1).index_select(0, ab_P)
             return torch.maximum(others_P, new_2P.amax(0))
         if self.kind == "smooth":  # a gamma-norm: the scale cancels, so the old maximum serves for all pairs
             scale = float(x_U.max().clamp(min=1.0))
-            others_UU = _without_two((x_U / scale).pow(self.gamma), torch.cumsum)
-            powers_2P = (new_2P / scale).log_().mul_(self.gamma).exp_()  # exp and log take half the time of pow
-            total_P = others_UU.view(-1).index_select(0, ab_P).add_(powers_2P[0]).add_(powers_2P[1])
-            return total_P.log_().div_(self.gamma).exp_().mul_(scale)
+            total_P = _without_two((x_U / scale).pow(self.gamma), torch.cumsum).view(-1).index_select(0, ab_P)
+            low, high = (int(end) for end in new_2P.aminmax())
+            power_of = (torch.arange(low, high + 1, dtype=torch.float64) / scale).pow(self.gamma)  # few counts differ
+            for new_P in new_2P:
+                total_P += power_of.index_select(0, new_P - low)
+            return total_P.log_().div_(self.gamma).exp_().mul_(scale)  # takes half the time of pow
         x_PU = x_U.repeat(len(ab_P), 1)
-        for element_P, value_P in zip((ab_P // len(x_U), ab_P % len(x_U)), new_2P, strict=True):
-            x_PU.scatter_(1, element_P[:, None], value_P[:, None])
+        for element_P, new_P in zip((ab_P // len(x_U), ab_P % len(x_U)), new_2P, strict=True):
+            x_PU.scatter_(1, element_P[:, None], new_P[:, None].double())
         return self(x_PU)
 
 

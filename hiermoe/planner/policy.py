@@ -9,7 +9,7 @@ from hiermoe.planner.cost import ALLTOALLS_PER_STEP
 from hiermoe.planner.maxima import MaxFunction
 from hiermoe.planner.migration import STATE_BYTES_PER_PARAMETER, price_migration
 from hiermoe.planner.scheme import DispatchScheme
-from hiermoe.planner.swap import SwapStatistics, measure_swaps, swap_times, time_of_counts
+from hiermoe.planner.swap import SwapStatistics, measure_swaps, swap_times, time_of_groups
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
@@ -154,18 +154,19 @@ class HierDESPolicy(Memoryless):
             return None
         stats = SwapStatistics.unpack(summed, placement.num_experts, context.cluster.hierarchy)
         priced = context.scheme, context.cluster, context.row_bytes
-        before_ms = now_ms = time_of_counts(stats, *priced, PLAIN)
-        planned = placement
+        before_ms = now_ms = time_of_groups(stats.needed, *priced, PLAIN)
+        planned, last = placement, None
         for _ in range(self.max_swaps):
+            if last is not None:
+                stats = stats.swapped(*last)
             pair = swap_times(stats, *priced, self.max_function).best()
             if pair is None:
                 break
-            after, expert_at = stats.swapped(*pair), planned.expert_at()
-            after_ms = time_of_counts(after, *priced, PLAIN)
+            after_ms, expert_at = time_of_groups(stats.needed_after(*pair), *priced, PLAIN), planned.expert_at()
             swapped = planned.swapped(int(expert_at[pair[0]]), int(expert_at[pair[1]]))
             if self.gated and not self._pays(ALLTOALLS_PER_STEP * (now_ms - after_ms), planned, swapped, context):
                 break
-            stats, planned, now_ms = after, swapped, after_ms
+            planned, now_ms, last = swapped, after_ms, pair
         if planned is placement:
             return None
         return PlacementUpdate(planned, ALLTOALLS_PER_STEP * (before_ms - now_ms))

@@ -9,7 +9,7 @@ Several swaps at once: what a group needs depends on its set of experts alone. S
 up exactly; where two of them change the same group, the pairs counted here give an upper bound (:meth:`swapped`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -115,6 +115,11 @@ class SwapStatistics:
         """The pairs of slots that a swap may exchange."""
         return slot_pairs(self.num_experts, self.hierarchy)
 
+    @property
+    def needed(self) -> tuple[Tensor, ...]:
+        """Tokens that need each group now: int [U] for levels 1..D."""
+        return tuple(counts.needed_U for counts in self.levels)
+
     @classmethod
     def unpack(cls, summed: Tensor, num_experts: int, hierarchy: Hierarchy) -> "SwapStatistics":
         """Read the sum of what :func:`measure_swaps` has returned, without copying it.
@@ -139,6 +144,19 @@ class SwapStatistics:
         )
         return cls(num_experts, hierarchy, levels)
 
+    def needed_after(self, r: int, c: int) -> tuple[Tensor, ...]:
+        """Tokens that need each group after slots r and c have exchanged their experts: int [U] for levels 1..D."""
+        found = []
+        for level, counts in enumerate(self.levels, start=1):
+            size, alone = self.num_experts // self.hierarchy.U[level], counts.alone_P2.view(-1)
+            needed_U = counts.needed_U.clone()
+            if r // size != c // size:
+                for out, into in ((r, c), (c, r)):
+                    stays = alone[self.pairs.place_EE[out * self.num_experts + into]] - counts.alone_E[out]
+                    needed_U[out // size] += stays + counts.absent_UE[out // size, into]
+            found.append(needed_U)
+        return tuple(found)
+
     def swapped(self, r: int, c: int) -> "SwapStatistics":
         """Counts after slots r and c have exchanged their experts, as far as these counts determine them.
 
@@ -151,23 +169,20 @@ class SwapStatistics:
             r: slot, its expert not moved before.
             c: slot, its expert not moved before.
         """
-        levels = tuple(self._swapped_at(level, r, c) for level in range(1, self.hierarchy.depth + 1))
-        return SwapStatistics(self.num_experts, self.hierarchy, levels, (*self.moved, r, c))
-
-    def _swapped_at(self, level: int, r: int, c: int) -> LevelCounts:
-        counts, size = self.levels[level - 1], self.num_experts // self.hierarchy.U[level]
-        if r // size == c // size:
-            return counts
-        place_EE, alone = self.pairs.place_EE.view(self.num_experts, -1), counts.alone_P2.view(-1)
-        alone_E, absent_UE, needed_U = (x.clone() for x in (counts.alone_E, counts.absent_UE, counts.needed_U))
-        for out, into in ((r, c), (c, r)):
-            group = out // size
-            inside = slice(group * size, (group + 1) * size)
-            needed_U[group] += counts.absent_UE[group, into] - counts.alone_E[out] + alone[place_EE[out, into]]
-            alone_E[inside] -= alone[place_EE[inside, into]]
-            for outside in (slice(inside.start), slice(inside.stop, None)):
-                absent_UE[group, outside] += alone[place_EE[out, outside]]
-        return LevelCounts(counts.alone_P2, alone_E, absent_UE, needed_U)
+        place_EE = self.pairs.place_EE.view(self.num_experts, -1)
+        levels = []
+        for level, (counts, needed_U) in enumerate(zip(self.levels, self.needed_after(r, c), strict=True), start=1):
+            size, alone = self.num_experts // self.hierarchy.U[level], counts.alone_P2.view(-1)
+            alone_E, absent_UE = counts.alone_E.clone(), counts.absent_UE.clone()
+            if r // size != c // size:
+                for out, into in ((r, c), (c, r)):
+                    group = out // size
+                    inside = slice(group * size, (group + 1) * size)
+                    alone_E[inside] -= alone[place_EE[inside, into]]
+                    for outside in (slice(inside.start), slice(inside.stop, None)):
+                        absent_UE[group, outside] += alone[place_EE[out, outside]]
+            levels.append(LevelCounts(counts.alone_P2, alone_E, absent_UE, needed_U))
+        return SwapStatistics(self.num_experts, self.hierarchy, tuple(levels), (*self.moved, r, c))
 
 
 def _part_sizes(num_experts: int, hierarchy: Hierarchy) -> list[int]:
@@ -238,15 +253,13 @@ def counts_after_swap(stats: SwapStatistics, level: int) -> Tensor:
     """Tokens that need r's group and c's group after every swap of two slots that are apart at a level (paper: Z).
 
     Returns:
-        float64 [2, count[level]], whole numbers; all other groups keep what they need.
+        int [2, count[level]]; all other groups keep what they need. No meaning where one of the two has moved before.
     """
     pairs, counts = stats.pairs, stats.levels[level - 1]
-    stays_E = (counts.needed_U[pairs.group_E[level - 1]] - counts.alone_E).double()  # need the group without the slot
-    comes = counts.absent_UE.double().view(-1).index_select(0, pairs.entry_2P[level - 1].view(-1))
-    slots_2P = pairs.slots_2P[:, : pairs.count[level]]
-    result = counts.alone_P2.T.to(torch.float64, memory_format=torch.contiguous_format)
-    result += comes.view(result.shape)
-    for row, slot_P in zip(result, slots_2P, strict=True):
+    stays_E = counts.needed_U[pairs.group_E[level - 1]] - counts.alone_E  # need the group without the slot
+    result = counts.alone_P2.T.contiguous()
+    result += counts.absent_UE.view(-1).index_select(0, pairs.entry_2P[level - 1].view(-1)).view(result.shape)
+    for row, slot_P in zip(result, pairs.slots_2P[:, : pairs.count[level]], strict=True):
         row += stays_E.index_select(0, slot_P)
     return result
 
@@ -303,27 +316,35 @@ def swap_times(
     for stage in _planned_stages(scheme):
         level, constants = stage.level(hierarchy), cluster.constants(stage.peers)
         ms_per_row = constants.beta_ms_per_byte * row_bytes / hierarchy.lanes(level)
-        Z_U, apart = stats.levels[level - 1].needed_U.double(), pairs.count[level]
+        Z_U, apart = stats.levels[level - 1].needed_U, pairs.count[level]
         peak_P = max_function.after_replacing(Z_U, pairs.groups_P[level - 1], counts_after_swap(stats, level))
         after_ms_P[:apart] += peak_P.mul_(ms_per_row).add_(constants.alpha_ms)
-        after_ms_P[apart:] += constants.alpha_ms + ms_per_row * float(max_function(Z_U))
+        after_ms_P[apart:] += constants.alpha_ms + ms_per_row * float(max_function(Z_U.double()))
     for slot in stats.moved:
         after_ms_P.masked_fill_((pairs.slots_2P == slot).any(0), float("inf"))
-    return SwapTimes(pairs.slots_2P, time_of_counts(stats, scheme, cluster, row_bytes, max_function), after_ms_P)
+    now_ms = time_of_groups(stats.needed, scheme, cluster, row_bytes, max_function)
+    return SwapTimes(pairs.slots_2P, now_ms, after_ms_P)
 
 
-def time_of_counts(
-    stats: SwapStatistics, scheme: DispatchScheme, cluster: Cluster, row_bytes: int, max_function: MaxFunction
+def time_of_groups(
+    needed: Sequence[Tensor], scheme: DispatchScheme, cluster: Cluster, row_bytes: int, max_function: MaxFunction
 ) -> float:
-    """Modelled time of one AlltoAll, in ms, where experts sit now; arguments as for :func:`swap_times`.
+    """Modelled time of one AlltoAll, in ms.
+
+    Args:
+        needed: int [U] for levels 1..D, tokens that need each group.
+        scheme: HDd.
+        cluster: hierarchy, alpha and beta.
+        row_bytes: M * v.
+        max_function: over groups.
 
     Raises:
         ValueError: the scheme does not deduplicate.
     """
     total_ms = 0.0
     for stage in _planned_stages(scheme):
-        level, constants = stage.level(stats.hierarchy), cluster.constants(stage.peers)
-        rows = float(max_function(stats.levels[level - 1].needed_U.double())) / stats.hierarchy.lanes(level)
+        level, constants = stage.level(cluster.hierarchy), cluster.constants(stage.peers)
+        rows = float(max_function(needed[level - 1].double())) / cluster.hierarchy.lanes(level)
         total_ms += constants.alpha_ms + constants.beta_ms_per_byte * row_bytes * rows
     return total_ms
 
