@@ -12,7 +12,7 @@ cpu.expect_fallbacks()
 
 from hiermoe.dispatch.ranks import run_ranks  # noqa: E402
 from hiermoe.megatron.attach import attach, detach, moe_layers  # noqa: E402
-from hiermoe.megatron.meter import Call, Meter  # noqa: E402
+from hiermoe.megatron.meter import Call, Meter, MeteredDispatcher  # noqa: E402
 from tests.dispatch import models  # noqa: E402
 from tests.dispatch.worlds import DEADLINE, TIMEOUT, World, start_megatron  # noqa: E402
 
@@ -155,3 +155,68 @@ def test_times_are_those_of_the_clock_that_was_given() -> None:
     meter.start("dispatch", torch.device("cpu"))
     meter.stop(1, "dispatch", None, torch.device("cpu"))
     assert meter.drain()[0].total_ms == 250.0
+
+
+class Ticking(torch.autograd.Function):
+    """The identity; takes one amount of time forward and another backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, clock: list[float], forward: float, backward: float) -> torch.Tensor:
+        ctx.clock, ctx.seconds = clock, backward
+        clock[0] += forward
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        ctx.clock[0] += ctx.seconds
+        return gradients[0], None, None, None
+
+
+class TickingDispatcher:
+    """Six hooks that take 1, 2, 4, 8, 16 and 32 s forward and a thousand times as long backward."""
+
+    def __init__(self, clock: list[float]) -> None:
+        self._clock = clock
+
+    def _tick(self, x: torch.Tensor, seconds: float) -> Any:
+        return Ticking.apply(x, self._clock, seconds, 1000 * seconds)
+
+    def dispatch_preprocess(self, tokens: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor) -> Any:
+        return self._tick(tokens, 1), probs
+
+    def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
+        return self._tick(hidden_states, 2), probs
+
+    def dispatch_postprocess(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
+        return self._tick(hidden_states, 4), torch.tensor([1]), probs
+
+    def combine_preprocess(self, hidden_states: torch.Tensor) -> Any:
+        return self._tick(hidden_states, 8)
+
+    def token_combine(self, hidden_states: torch.Tensor) -> Any:
+        return self._tick(hidden_states, 16)
+
+    def combine_postprocess(self, hidden_states: torch.Tensor) -> Any:
+        return self._tick(hidden_states, 32)
+
+
+def test_a_call_is_timed_from_its_first_hook_to_its_last_and_experts_belong_to_none() -> None:
+    clock = [0.0]
+    with Meter(clock=lambda: clock[0]) as meter:
+        inner: Any = TickingDispatcher(clock)
+        dispatcher = MeteredDispatcher(inner, 7, meter)
+        x = torch.ones(1, 1, requires_grad=True)
+        weights = torch.ones(1, 1, requires_grad=True)
+        rows, probs = dispatcher.dispatch_preprocess(x, torch.ones(1, 1, dtype=torch.bool), weights)
+        rows, probs = dispatcher.token_dispatch(rows, probs)
+        rows, _, probs = dispatcher.dispatch_postprocess(rows, probs)
+        experts: Any = Ticking.apply(rows * probs, clock, 1e6, 1e6)
+        output = dispatcher.combine_postprocess(dispatcher.token_combine(dispatcher.combine_preprocess(experts)))
+        output.sum().backward()
+        times = [(call.layer, call.phase, call.total_ms) for call in meter.drain()]
+    assert times == [
+        (7, "dispatch", 7e3),
+        (7, "combine", 56e3),
+        (7, "combine_backward", 56e6),
+        (7, "dispatch_backward", 7e6),
+    ]
