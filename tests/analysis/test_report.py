@@ -93,7 +93,7 @@ def test_report_without_records_says_so(cells: dict[str, list[Cell]], tmp_path: 
     page, verdicts = write_report(cells, RunStore(tmp_path / "none"), tmp_path)
     assert set(verdicts["verdict"]) == {"not testable"}
     text = (page.parent / "report.md").read_text()
-    assert text.count("Not drawn") == len(FIGURES)
+    assert text.count("Not drawn") == len(FIGURES) + 1  # and the loss curves
     assert not list((tmp_path / "figures").iterdir())
 
 
