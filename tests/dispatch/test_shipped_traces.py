@@ -21,8 +21,8 @@ from tests.dispatch.worlds import (
     TRANSPORTS,
     World,
     layer_config,
+    only_expert_parallel,
     same_transport,
-    start_megatron,
     stock_dispatcher,
     transport_of,
 )
@@ -31,7 +31,7 @@ TRACES = {"deepseek_v3_e256": 256, "qwen3_30b_a3b_e128": 128}
 TOPK, HIDDEN = 8, 2048
 LARGEST_SHARE = 0.03  # of metadata in payload, at M = 2048 in bf16 with fp32 weights
 SMALL, SMALL_TOKENS = World((2, 4, 8)), 64
-FULL, FULL_TOKENS = World((4, 8, 16, 32)), 256
+FULL, FULL_TOKENS = World((4, 8, 16, 32)), 128
 DEDUPLICATING = ("hd1", "hd2", "hd3", "hd4", "hd_moe")
 Sent = dict[Any, Counter[tuple[str, str]]]  # trace and system -> bytes by stage and kind, over all ranks
 
@@ -49,13 +49,10 @@ def counts_of(trace: str, world: World, tokens: int) -> RoutingCounts:
 
 def dispatch_rows(rank: int, world: World, tokens: int, ids: dict[str, torch.Tensor]) -> Sent:
     """Dispatch and combine hidden states of full width; what this rank sent, by stage and kind."""
-    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-
     from hiermoe.dispatch.interposer import Interposer
     from hiermoe.megatron.attach import dispatch_context, new_dispatcher
 
-    start_megatron(world.num_ranks)
-    groups = get_default_pg_collection()
+    groups = only_expert_parallel()
     sent: Sent = {}
     for system in (name for name in DEDUPLICATING if world.runs(name)):
         context = None
@@ -136,12 +133,9 @@ def test_metadata_are_a_small_share_of_every_stage(sent: Sent, world: World, tra
 
 def run_recorded(rank: int, world: World, routings: dict[str, Routing]) -> dict[tuple[str, str], contract.Outcome]:
     """Forward and backward of linear experts under every lossless system."""
-    from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-
     from hiermoe.megatron.attach import dispatch_context, new_dispatcher
 
-    start_megatron(world.num_ranks)
-    groups = get_default_pg_collection()
+    groups = only_expert_parallel()
     results = {}
     for name in (name for name in TRANSPORTS if world.runs(name) and name != "tutel_2dh_padded_cf1"):
         context = None
