@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel
 from typing_extensions import TypeVar
 
@@ -79,7 +79,7 @@ def expand_file(path: Path, config_name: str, schema: type[C]) -> list[Cell[C]]:
         cells = _compose(path, f"+{group}={path.stem}", config_name)
         write_whole(cache, json.dumps(cells).encode())
     return [
-        Cell(tuple(cell["overrides"]), parse(OmegaConf.create(cell["config"]), schema))
+        Cell(tuple(cell["overrides"]), parse(DictConfig(cell["config"]), schema))
         for cell in json.loads(cache.read_bytes())
     ]
 

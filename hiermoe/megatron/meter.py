@@ -113,6 +113,7 @@ class MeteredDispatcher(DelegatingDispatcher):
         """
         super().__init__(inner)
         self._layer, self._meter = layer, meter
+        self._plan_in_backward: DispatchPlan | None = None
 
     def dispatch_preprocess(self, tokens: Tensor, routing_map: Tensor, probs: Tensor) -> Any:
         """As the inner one; dispatch begins."""
