@@ -27,7 +27,7 @@ from hiermoe.topology.cluster import Cluster
 from tests.conftest import Composer
 
 needs_namespaces = pytest.mark.skipif(missing_requirement() is not None, reason=missing_requirement() or "")
-TIMEOUT = timedelta(seconds=100)
+TIMEOUT = timedelta(seconds=200)
 MEGABYTE = 1_000_000
 
 
@@ -72,10 +72,19 @@ class Conversation:
         return elapsed
 
 
-def mbit_per_s(network: EmulatedNetwork, source: int, target: int, num_bytes: int) -> float:
-    """What a socket gets, the best of three: others may use the machine's cores."""
+def rates(network: EmulatedNetwork, source: int, target: int, num_bytes: int, enough: float = 0.0) -> list[float]:
+    """Mbit/s that a socket gets, copy by copy, until one gets enough: others may use the machine's cores."""
+    found: list[float] = []
     with Conversation(network, source, target) as conversation:
-        return max(num_bytes * 8 / 1e6 / conversation.send(num_bytes) for _ in range(3))
+        while len(found) < 3 or (max(found) < enough and len(found) < 20):
+            found.append(num_bytes * 8 / 1e6 / conversation.send(num_bytes))
+    return found
+
+
+def assert_shaped(network: EmulatedNetwork, source: int, target: int, rate: float) -> None:
+    """A link gives what it should within 10 %: no copy gets more, and one that the cores do not hold up no less."""
+    found = rates(network, source, target, 4 * MEGABYTE, enough=0.9 * rate)
+    assert 0.9 * rate < max(found) < 1.1 * rate
 
 
 def identity(path: Path | str) -> int:
@@ -120,25 +129,27 @@ def wait_until_gone(namespaces: set[int]) -> None:
 @needs_namespaces
 def test_copy_between_nodes_gets_the_shaped_rate(network: EmulatedNetwork) -> None:
     (rate,) = Cluster.named("emulated_4x2").shaped_rates
-    assert mbit_per_s(network, 0, 3, 4 * MEGABYTE) == pytest.approx(rate, rel=0.1)
+    assert_shaped(network, 0, 3, rate)
 
 
 @needs_namespaces
 def test_inside_a_leaf_nothing_is_shaped(network: EmulatedNetwork) -> None:
     (rate,) = Cluster.named("emulated_4x2").shaped_rates
-    assert mbit_per_s(network, 1, 1, 4 * MEGABYTE) > 5 * rate
+    assert max(rates(network, 1, 1, 4 * MEGABYTE, enough=5 * rate)) > 5 * rate
 
 
 @needs_namespaces
 def test_small_message_gets_through_beside_a_large_one(network: EmulatedNetwork) -> None:
     with Conversation(network, 0, 1) as bulk, Conversation(network, 0, 1) as small:
+        started = time.perf_counter()
         thread = threading.Thread(target=bulk.send, args=(10 * MEGABYTE,))
         thread.start()
-        time.sleep(0.1)
-        delays = [small.send(100) for _ in range(3)]
-        assert thread.is_alive()
-        thread.join()
-    assert min(delays) < 0.1  # the large one takes four times as long
+        delays = []
+        while thread.is_alive():
+            time.sleep(0.02)
+            delays.append(small.send(100))
+        large = time.perf_counter() - started
+    assert len(delays) > 3 and min(delays[:-1]) < large / 5
 
 
 @needs_namespaces
@@ -148,8 +159,8 @@ def test_every_level_of_a_deeper_hierarchy_is_shaped() -> None:
         assert len(network.leaves) == 8 and len(set(network.namespace_of_rank)) == 8
         assert network.namespace_of_rank[7] == network.leaves[1].path
         node, half = cluster.shaped_rates
-        assert mbit_per_s(network, 0, 1, 4 * MEGABYTE) == pytest.approx(half, rel=0.1)
-        assert mbit_per_s(network, 0, 7, 4 * MEGABYTE) == pytest.approx(node, rel=0.1)
+        assert_shaped(network, 0, 1, half)
+        assert_shaped(network, 0, 7, node)
 
 
 @needs_namespaces
@@ -227,7 +238,7 @@ from tests.backends.test_emulated import wait_for_ever
 
 if __name__ == "__main__":
     with EmulatedNetwork(Cluster.named("emulated_4x2")) as network:
-        run_ranks(wait_for_ever, 8, (Path(sys.argv[1]),), timedelta(seconds=100), namespaces=network.namespace_of_rank)
+        run_ranks(wait_for_ever, 8, (Path(sys.argv[1]),), timedelta(seconds=200), namespaces=network.namespace_of_rank)
 """
 
 
@@ -238,7 +249,7 @@ def test_nothing_is_left_of_an_owner_that_was_killed(tmp_path: Path) -> None:
     folder.mkdir()
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     owner = subprocess.Popen([sys.executable, str(script), str(folder)], env=environment)
-    ends = time.monotonic() + 100
+    ends = time.monotonic() + 200
     while len(files := [file for file in folder.iterdir() if file.read_text()]) < 8:
         assert owner.poll() is None and time.monotonic() < ends
         time.sleep(0.1)
@@ -250,7 +261,7 @@ def test_nothing_is_left_of_an_owner_that_was_killed(tmp_path: Path) -> None:
     psutil.wait_procs(family, timeout=15)
     wait_until_gone(namespaces)
     with EmulatedNetwork(Cluster.named("emulated_4x2")) as network:
-        assert mbit_per_s(network, 0, 1, MEGABYTE) > 0
+        assert min(rates(network, 0, 1, MEGABYTE)) > 0
 
 
 def test_missing_capabilities_are_named(monkeypatch: pytest.MonkeyPatch, composed: Composer, store: RunStore) -> None:
