@@ -19,6 +19,7 @@ States of random number generators and the position in the data are the caller's
 
 import multiprocessing
 import os
+import queue
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
@@ -69,7 +71,7 @@ def save_checkpoint(
     final = checkpoint_path(folder, step)
     partial = partial_path(final)
     _on_first_rank(lambda: _start(partial))
-    with cpu.cuda_means_cpu(), _children_allowed():
+    with cpu.cuda_means_cpu(), _writers_allowed():
         state = _sharded(model, optimizer, is_loading=False)
         state |= {"iteration": step, "opt_param_scheduler": schedule.state_dict()}
         if placement is not None:
@@ -189,12 +191,16 @@ def _on_first_rank(action: Callable[[], object]) -> None:
 
 
 @contextmanager
-def _children_allowed() -> Iterator[None]:
-    """Megatron's writer starts processes, which multiprocessing forbids to ranks started as daemons."""
+def _writers_allowed() -> Iterator[None]:
+    """Lets Megatron write in any rank, and leave no process behind.
+
+    Its writer starts processes, which multiprocessing forbids to ranks started as daemons. It collects their results by
+    a server process, which asynchronous saving alone needs, and which would outlive a rank that is killed.
+    """
     settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]
-    daemon = settings.get("daemon", False)
-    settings["daemon"] = False
+    daemon, server = settings.get("daemon", False), filesystem_async._results_queue
+    settings["daemon"], filesystem_async._results_queue = False, queue.Queue()
     try:
         yield
     finally:
-        settings["daemon"] = daemon
+        settings["daemon"], filesystem_async._results_queue = daemon, server
