@@ -1,4 +1,4 @@
 """The seam to Megatron-Core: model configurations, CPU stand-ins, the router recorder and the recording run.
 
-`model_config` and `record_config` are pure and cheap to import; every other module here imports torch and megatron.
+The `*_config` modules and `checkpoint_folder` are pure and cheap to import; most others import torch and megatron.
 """

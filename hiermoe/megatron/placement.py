@@ -1,4 +1,17 @@
-"""Runs a system's placement policy in training: measure in every forward, decide and move experts after every step."""
+"""Runs a system's placement policy in training: measure in every forward, decide and move experts after every step.
+
+What a training loop of one's own needs, with a stock Megatron-Core model, its optimizer and schedule:
+
+    placement = attach(model, "hiermoe", cluster)      # once, after Megatron's process groups exist
+    for step in range(steps):
+        ...                                            # forwards and backwards, any number of micro-batches
+        optimizer.step()
+        placement.step(optimizer)                      # moves experts; before anything else looks at the weights
+
+Everything else stays as it is: losses, gradients, logged loads and Megatron's checkpoints are those of fixed experts.
+`hiermoe.megatron.checkpoint` saves and resumes placements and policies too; without it, they start anew.
+Not supported, and refused: the distributed optimizer, grouped experts, and parallelism other than expert and data.
+"""
 
 import hashlib
 import json
@@ -116,9 +129,12 @@ class ExpertPlacement:
 
     Example:
         >>> placement = attach(model, "hiermoe", cluster)
-        >>> for batch in data:
-        ...     ...                       # forward, backward, optimizer.step()
+        >>> start = load_checkpoint(latest, model, optimizer, schedule, placement) if latest else 0
+        >>> for step in range(start, steps):
+        ...     ...                        # forward, backward, optimizer.step()
         ...     placement.step(optimizer)  # what it decides acts from the next step on
+        ...     if (step + 1) % 100 == 0:
+        ...         save_checkpoint(folder, step + 1, model, optimizer, schedule, placement)
     """
 
     def __init__(self, layers: list[LayerPlacement]) -> None:
