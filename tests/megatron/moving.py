@@ -88,10 +88,10 @@ def cluster_of(config: TrainingConfig) -> Cluster:
     return Cluster.named("a6000_4x8").reduced(config.ep_size)
 
 
-def launch(function: Any, config: TrainingConfig, *args: Any) -> list[Any]:
+def launch(function: Any, config: TrainingConfig, *args: Any, deadline: timedelta = DEADLINE) -> list[Any]:
     """Run a function on the ranks that a configuration asks for: ``function(rank, config, *args)``."""
     hosts = played_hosts(cluster_of(config).hierarchy) * config.data_parallel
-    return run_ranks(function, config.world_size, (config, *args), TIMEOUT, deadline=DEADLINE, hosts=hosts)
+    return run_ranks(function, config.world_size, (config, *args), TIMEOUT, deadline=deadline, hosts=hosts)
 
 
 class Run:

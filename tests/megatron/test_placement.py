@@ -1,5 +1,6 @@
 """Policies run in training: what they see, when they act, and that moved experts change no number of the run."""
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ cpu.expect_fallbacks()
 
 from moving import (  # noqa: E402
     BOTH,
+    DEADLINE,
     HIERMOE,
     REPACKED,
     SHUFFLED,
@@ -32,7 +34,14 @@ from hiermoe.planner.system import SystemConfig  # noqa: E402
 from hiermoe.records.project import CONF  # noqa: E402
 from hiermoe.topology.placement import Placement  # noqa: E402
 
-SYSTEMS = {"static": STATIC, "swapped": SWAPPED, "repacked": REPACKED, "hiermoe": HIERMOE, "shuffled": SHUFFLED}
+SYSTEMS = {
+    "static": STATIC,
+    "swapped": SWAPPED,
+    "repacked": REPACKED,
+    "hiermoe": HIERMOE,
+    "shuffled": SHUFFLED,
+    "reordered": SystemConfig.named("megatron_reordered"),
+}
 Seen = dict[Any, Any]
 both = pytest.mark.parametrize("model", BOTH)
 
@@ -50,19 +59,21 @@ def train(rank: int, config: TrainingConfig, corpus: Corpus, systems: list[str],
     return seen
 
 
-def trained(config: TrainingConfig, systems: list[str], steps: int, *, clip: bool = True) -> dict[str, Seen]:
+def trained(
+    config: TrainingConfig, systems: list[str], steps: int, *, clip: bool = True, deadline: timedelta = DEADLINE
+) -> dict[str, Seen]:
     """By system: losses, updates and, joined over ranks, everything that training would go on from."""
-    ranks = launch(train, config, training_corpus(config), systems, steps, clip)
+    ranks = launch(train, config, training_corpus(config), systems, steps, clip, deadline=deadline)
     for name in systems:
         assert all(rank[name]["losses"] == ranks[0][name]["losses"] for rank in ranks)
     return {name: ranks[0][name] | {"tensors": joined([rank[name]["tensors"] for rank in ranks])} for name in systems}
 
 
-def check_equal_to_static(runs: dict[str, Seen], num_layers: int) -> None:
+def check_equal_to_static(runs: dict[str, Seen], num_layers: int, tolerance: float = 1e-9) -> None:
     static = runs["static"]
     for name, run in runs.items():
         assert run["losses"] == pytest.approx(static["losses"], rel=1e-9), name
-        assert largest_error(run["tensors"], static["tensors"]) < 1e-9, name
+        assert largest_error(run["tensors"], static["tensors"]) < tolerance, name
         moves = [len(updates) for updates in run["updates"]]
         if name in ("swapped", "shuffled"):
             assert moves == [num_layers] * len(moves)
@@ -75,7 +86,7 @@ def check_equal_to_static(runs: dict[str, Seen], num_layers: int) -> None:
 
 @both
 def test_moved_experts_change_neither_loss_nor_what_training_goes_on_from(model: str, cache_dir: str) -> None:
-    check_equal_to_static(trained(small(model, cache_dir), ["static", "swapped", "repacked", "hiermoe"], 6), 2)
+    check_equal_to_static(trained(small(model, cache_dir), ["static", "swapped", "repacked", "hiermoe"], 4), 2)
 
 
 def test_replicas_of_experts_move_together_and_stay_equal(cache_dir: str) -> None:
@@ -98,14 +109,22 @@ def test_mixed_precision_loses_no_bit_of_masters_and_moments(cache_dir: str) -> 
 def test_fifty_steps_of_the_narrow_models_under_moving_experts(model: str, cache_dir: str) -> None:
     from hiermoe.megatron.model_config import ModelConfig
 
-    narrow = ModelConfig.from_yaml(CONF / "model" / f"{model}_narrow.yaml")
-    values = small(model, cache_dir, ep_size=8, sequences_per_step=16, corpus_files=None).model_dump()
+    # The vocabulary, which does not pass through the experts, is cut to save a fifth of the time.
+    narrow = ModelConfig.from_yaml(CONF / "model" / f"{model}_narrow.yaml").model_copy(update={"vocab_size": 1024})
+    values = small(model, cache_dir, ep_size=8, sequences_per_step=16, corpus_files=200).model_dump()
     config = TrainingConfig.model_validate(values | {"model": narrow})
-    runs: dict[str, Seen] = {}
-    for name in ("static", "swapped", "repacked", "hiermoe"):
-        runs |= trained(config, [name], 50)
-    check_equal_to_static(runs, narrow.num_moe_layers)
-    print({name: largest_error(run["tensors"], runs["static"]["tensors"]) for name, run in runs.items()})
+    systems = ["static", "reordered", "swapped", "repacked", "hiermoe"]
+    runs = trained(config, systems, 50, deadline=timedelta(minutes=45))
+    losses = runs["static"]["losses"]
+    for name, run in runs.items():
+        loss = max(abs(a / b - 1) for a, b in zip(run["losses"], losses, strict=True))
+        print(
+            f"{model} {name}: loss {loss:.1e}, tensors {largest_error(run['tensors'], runs['static']['tensors']):.1e}"
+        )
+    # So many steps amplify roundings: what stock Megatron with its tokens in another order shows is no loss of state.
+    control = largest_error(runs.pop("reordered")["tensors"], runs["static"]["tensors"])
+    assert control < 1e-5
+    check_equal_to_static(runs, narrow.num_moe_layers, max(1e-9, 30 * control))
 
 
 class Dissent(Shuffle):
