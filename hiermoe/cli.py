@@ -21,6 +21,7 @@ USAGE = """hiermoe: does HierMoE's communication hold, and would it help your mo
   hiermoe reproduce   all sweeps of the paper on all cores, then the report; what is done is skipped
   hiermoe report      the report from the records that are there
   hiermoe record      train a narrow model on real text and record what its routers choose
+  hiermoe doctor      what this machine can run, and what each missing thing would take
 """
 
 
@@ -33,6 +34,7 @@ def main() -> None:
         "record": _record,
         "reproduce": _reproduce,
         "report": _report,
+        "doctor": _doctor,
     }
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
         print(USAGE)
@@ -140,3 +142,11 @@ def _report() -> None:
     print(write_report()[0])
     if arguments.reference:
         print(write_reference())
+
+
+def _doctor() -> None:
+    from hiermoe.doctor import examine_and_print
+
+    parser = argparse.ArgumentParser(prog="hiermoe doctor", description="What this machine can run.")
+    parser.add_argument("--json", action="store_true", help="print the same as JSON")
+    sys.exit(examine_and_print(parser.parse_args().json))
