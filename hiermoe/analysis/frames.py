@@ -9,7 +9,6 @@ import pandas as pd
 import yaml
 
 from hiermoe.harness.config import RunConfig
-from hiermoe.harness.run import SOURCE_OF_BACKEND
 from hiermoe.harness.sweep import Cell
 from hiermoe.records.store import RunStore
 
@@ -165,10 +164,8 @@ def load(cells: Mapping[str, Sequence[Cell]], store: RunStore | None = None) -> 
 def _run(cell: Cell, run_id: str, frame: pd.DataFrame | None) -> Run:
     swept = dict(_swept(override) for override in cell.overrides)
     if frame is None:
-        source = SOURCE_OF_BACKEND[cell.config.backend.name]
-        return Run(
-            run_id, cell.config, swept, source, "missing", f"no record of {run_id}; `hiermoe reproduce` makes it"
-        )
+        reason = f"no record of {run_id}; `hiermoe reproduce` makes it"
+        return Run(run_id, cell.config, swept, cell.config.backend.source, "missing", reason)
     first = frame.iloc[0]
     return Run(run_id, cell.config, swept, first["source"], first["status"], first["reason"])
 

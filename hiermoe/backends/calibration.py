@@ -1,7 +1,7 @@
 """Times the AlltoAll of every kind of peers of a cluster, over message sizes: what alpha and beta are fitted to."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -10,8 +10,9 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
-from hiermoe.backends.streams import RowStream, run_streaming
-from hiermoe.dispatch.communicators import Communicators, played_hosts
+from hiermoe.backends.streams import RowStream
+from hiermoe.backends.worlds import Progress, World, no_progress
+from hiermoe.dispatch.communicators import Communicators
 from hiermoe.planner.scheme import every_dimension
 from hiermoe.topology.cluster import Cluster, Peers
 
@@ -57,17 +58,13 @@ class CalibrationJob:
                     yield repeat, exchange, pair_bytes
 
 
-def run_calibration(
-    job: CalibrationJob,
-    progress: Callable[[int], None] = lambda measurement: None,
-    namespaces: Sequence[Path] | None = None,
-) -> pd.DataFrame:
-    """Measure on new ranks.
+def run_calibration(job: CalibrationJob, world: World, progress: Progress = no_progress) -> pd.DataFrame:
+    """Measure on all ranks.
 
     Args:
         job: what to do.
+        world: the ranks, one for every GPU of the job's cluster.
         progress: called with the number of every finished measurement.
-        namespaces: network namespace that each rank lives in; None for this process's own.
 
     Returns:
         Rows of the phase calibration: one per AlltoAll, size, repeat and rank, without the run's own keys.
@@ -75,9 +72,7 @@ def run_calibration(
     Raises:
         RunDied: a rank failed.
     """
-    hierarchy = job.cluster.hierarchy
-    hosts = played_hosts(hierarchy)
-    return run_streaming(calibrate, hierarchy.num_ranks, (job,), job.timeout, hosts, progress, namespaces)
+    return world.run(calibrate, (job,), job.timeout, progress)
 
 
 def calibrate(rank: int, job: CalibrationJob, folder: Path) -> None:

@@ -4,22 +4,25 @@ Inputs, factors, routing weights and output gradients are small integers, so eve
 can compute alone and that no dtype rounds. It is compared in every iteration, beside the times.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hiermoe.backends.memory import PeakMemory
-from hiermoe.backends.streams import RowStream
+from hiermoe.backends.streams import RowStream, shared_folder
+from hiermoe.backends.workload import Workload
+from hiermoe.backends.worlds import Progress, World, no_progress
 from hiermoe.planner.system import SystemConfig
 from hiermoe.records.schema import CALLS
-from hiermoe.routing.step import RoutingStep
+from hiermoe.routing.step import RoutingStep, first_measured, iteration_schedule
 from hiermoe.topology.cluster import Cluster
 
 Row = dict[str, Any]
@@ -35,7 +38,6 @@ class ReplayJob:
     """What every rank must know.
 
     Attributes:
-        system: what to run.
         cluster: hierarchy and constants.
         num_experts: E.
         topk: K.
@@ -50,7 +52,6 @@ class ReplayJob:
         device: of the tensors.
     """
 
-    system: SystemConfig
     cluster: Cluster
     num_experts: int
     topk: int
@@ -96,12 +97,16 @@ class ReplayJob:
             raise ValueError(f"topk={self.topk}: sums of so many integers round in {self.dtype}; use element_bytes=4")
 
 
-def replay(rank: int, job: ReplayJob, folder: Path) -> None:
-    """One rank's share of all iterations. *Collective: every rank of the world must call it.*
+def replay(rank: int, job: ReplayJob, systems: Sequence[SystemConfig], folder: Path) -> None:
+    """One rank's share of all iterations of all systems. *Collective: every rank of the world must call it.*
+
+    All systems do iteration i before any does iteration i + 1, each time another one first, so that whatever else the
+    machine does meets all alike. Rows have a column ``of``: the system's place in the list.
 
     Args:
         rank: of the world, and GPU of the hierarchy.
         job: what to do.
+        systems: what to do it with.
         folder: where ranks stream their rows to.
     """
     # Only the ranks pay for importing megatron.
@@ -109,38 +114,97 @@ def replay(rank: int, job: ReplayJob, folder: Path) -> None:
     from hiermoe.megatron.meter import Meter
 
     meter = Meter()
-    dispatcher, placement = bench_layer(
-        job.system,
-        job.cluster,
-        num_experts=job.num_experts,
-        topk=job.topk,
-        hidden_size=job.hidden_size,
-        expert_parameters=job.expert_parameters,
-        layer=job.layer,
-        meter=meter,
-        timeout=job.timeout,
-        device=job.device,
-    )
+    layers = [
+        bench_layer(
+            system,
+            job.cluster,
+            num_experts=job.num_experts,
+            topk=job.topk,
+            hidden_size=job.hidden_size,
+            expert_parameters=job.expert_parameters,
+            layer=job.layer,
+            meter=meter,
+            timeout=job.timeout,
+            device=job.device,
+        )
+        for system in systems
+    ]
     memory = PeakMemory()
     with RowStream(folder, rank) as stream, meter:
         for iteration, routing_iteration in enumerate(job.routing_iterations):
             ids_TK = job.load(routing_iteration, rank)
             generator = torch.Generator().manual_seed(iteration * job.cluster.hierarchy.num_ranks + rank)
             question = Question.draw(ids_TK, job, generator)
-            dist.barrier()
-            memory.reset()
-            num_wrong = question.ask(dispatcher, job)
-            keys = {
-                "iteration": iteration,
-                "routing_iteration": routing_iteration,
-                "measured": job.measured[iteration],
-                "layer": job.layer,
-                "rank": rank,
-                "num_wrong": num_wrong,
-            }
-            calls = meter.drain()
-            step = _step_row(calls, memory) | _update_columns(placement)
-            stream.write([keys | row for row in (*_call_rows(calls, rank, job), step)])
+            rows: list[Row] = []
+            for turn in range(len(layers)):
+                of = (iteration + turn) % len(layers)
+                dispatcher, placement = layers[of]
+                dist.barrier()
+                memory.reset()
+                keys = {
+                    "of": of,
+                    "iteration": iteration,
+                    "routing_iteration": routing_iteration,
+                    "measured": job.measured[iteration],
+                    "layer": job.layer,
+                    "rank": rank,
+                    "num_wrong": question.ask(dispatcher, job),
+                }
+                calls = meter.drain()
+                step = _step_row(calls, memory) | _update_columns(placement)
+                rows += [keys | row for row in (*_call_rows(calls, rank, job), step)]
+            stream.write(rows)
+
+
+def replay_together(
+    workloads: Sequence[Workload], timeout: timedelta, world: World, progress: Progress = no_progress
+) -> list[pd.DataFrame]:
+    """Replay the same routing of one layer under several systems, interleaved.
+
+    Args:
+        workloads: of one routing, cluster and size; they differ in their systems.
+        timeout: of a collective.
+        world: the ranks.
+        progress: called with the number of every finished iteration.
+
+    Returns:
+        For each workload rows of the phases dispatch, combine, their backward, and step, of every rank, without the
+        run's own keys.
+
+    Raises:
+        ValueError: results would not be exact in this dtype.
+        RunDied: a rank failed; has the rows of all systems, with a column ``of``.
+    """
+    first = workloads[0]
+    schedule = iteration_schedule(first.iterations, first.routing.num_distinct)
+    measured_from = first_measured(first.iterations, first.routing.num_distinct)
+    with shared_folder() as folder:
+        job = ReplayJob(
+            cluster=first.cluster,
+            num_experts=first.num_experts,
+            topk=first.topk,
+            hidden_size=first.row_bytes // first.element_bytes,
+            element_bytes=first.element_bytes,
+            expert_parameters=first.expert_parameters,
+            layer=first.layer,
+            measured=tuple(iteration >= measured_from for iteration in range(first.iterations)),
+            routing_iterations=tuple(schedule),
+            routing=folder,
+            timeout=timeout,
+            device=world.device,
+        )
+        job.check()
+        for iteration in sorted(set(schedule)):
+            job.save(iteration, first.routing.step(iteration))
+        rows = world.run(replay, (job, tuple(workload.system for workload in workloads)), timeout, progress)
+    return split_by_system(rows, len(workloads))
+
+
+def split_by_system(rows: pd.DataFrame, num_systems: int) -> list[pd.DataFrame]:
+    """The rows of each system, without the column that told them apart; none where there are none."""
+    if rows.empty:
+        return [rows] * num_systems
+    return [rows[rows["of"] == of].drop(columns="of") for of in range(num_systems)]
 
 
 @dataclass(frozen=True)
@@ -215,6 +279,7 @@ def _update_columns(placement: Any) -> Row:
     return {
         "planning_ms": placement.planning_ms,
         "moved_experts": sum(update.moved_experts for update in updates),
+        "moves": " ".join(update.moves for update in updates),
         "migration_bytes": sum(update.sent_bytes for update in updates),
         "migration_ms": sum(update.migration_ms for update in updates),
     } | ({"modelled_gain_ms": sum(gains)} if gains else {})

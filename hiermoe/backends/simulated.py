@@ -11,6 +11,7 @@ from hiermoe.planner.cost import ALLTOALLS_PER_STEP, Price, choose_scheme
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.migration import STATE_BYTES_PER_PARAMETER, price_migration
 from hiermoe.planner.policy import PlacementUpdate, StepContext
+from hiermoe.planner.realised import realised_gains
 from hiermoe.planner.scheme import Stage
 from hiermoe.routing.step import first_measured, iteration_schedule
 from hiermoe.topology.hierarchy import Hierarchy
@@ -33,11 +34,14 @@ def simulate(workload: Workload, progress: Callable[[int], None] = lambda iterat
         Rows of the phases dispatch, routing and step, without the run's own keys.
     """
     rows: list[Row] = []
+    placements: list[Placement] = []
     policy = workload.new_policy()
     placement = Placement.identity(workload.num_experts)
     cluster, routing = workload.cluster, workload.routing
     measured_from = first_measured(workload.iterations, routing.num_distinct)
-    for iteration, routing_iteration in enumerate(iteration_schedule(workload.iterations, routing.num_distinct)):
+    schedule = iteration_schedule(workload.iterations, routing.num_distinct)
+    for iteration, routing_iteration in enumerate(schedule):
+        placements.append(placement)
         counts = routing.counts(routing_iteration, placement, cluster.hierarchy)
         chosen = choose_scheme(workload.schemes, counts, cluster, workload.row_bytes)
         context = StepContext(iteration, cluster, chosen.scheme, workload.row_bytes, workload.expert_parameters)
@@ -60,6 +64,16 @@ def simulate(workload: Workload, progress: Callable[[int], None] = lambda iterat
                 rows[-1]["recounted_gain_ms"] = ALLTOALLS_PER_STEP * saved_ms
             placement = update.placement
         progress(iteration)
+    gains = realised_gains(
+        placements,
+        lambda iteration, placement: routing.counts(schedule[iteration], placement, cluster.hierarchy),
+        workload.schemes,
+        cluster,
+        workload.row_bytes,
+    )
+    for row in rows:
+        if row["phase"] == "step" and row["iteration"] in gains:
+            row["realised_gain_ms"] = gains[row["iteration"]]
     return pd.DataFrame(rows)
 
 
@@ -134,6 +148,7 @@ def _update_columns(update: PlacementUpdate | None, placement: Placement, worklo
     migration = price_migration(placement, update.placement, workload.cluster, expert_bytes)
     return {
         "moved_experts": migration.moved_experts,
+        "moves": placement.moves_to(update.placement),
         "migration_bytes": migration.moved_bytes,
         "migration_link_ms": migration.link_ms,
         "migration_alltoall_ms": migration.alltoall_ms,

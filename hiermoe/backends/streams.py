@@ -3,8 +3,8 @@
 import json
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +12,7 @@ from typing import Any, Self
 import pandas as pd
 
 from hiermoe.dispatch.ranks import RankFailedError, run_ranks
+from hiermoe.records.project import SCRATCH
 from hiermoe.records.store import write_whole
 
 _POLL_SECONDS = 0.2
@@ -28,6 +29,14 @@ class RunDied(RuntimeError):
         """Keep the rows beside the message."""
         super().__init__(message)
         self.rows = rows
+
+
+@contextmanager
+def shared_folder() -> Iterator[Path]:
+    """A temporary folder that every rank can read and write, on other machines too: below the results."""
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as name:
+        yield Path(name)
 
 
 class RowStream:
@@ -86,8 +95,7 @@ def run_streaming(
     Raises:
         RunDied: a rank failed; has the rows of the iterations before.
     """
-    with tempfile.TemporaryDirectory(prefix="hiermoe-rows-") if rows is None else nullcontext(rows) as name:
-        folder = Path(name)
+    with shared_folder() if rows is None else nullcontext(rows) as folder:
         done = threading.Event()
         watcher = threading.Thread(target=_watch, args=(folder, done, progress), daemon=True)
         watcher.start()

@@ -128,6 +128,7 @@ def train(rank: int, job: TrainingJob, corpus: Corpus, folder: Path) -> None:
                 "train_step_ms": step_ms,
                 "planning_ms": placement.planning_ms,
                 "moved_experts": sum(update.moved_experts for update in updates),
+                "moves": "; ".join(f"layer {update.layer}: {update.moves}" for update in updates),
                 "migration_bytes": sum(update.sent_bytes for update in updates),
                 "migration_ms": sum(update.migration_ms for update in updates),
             }

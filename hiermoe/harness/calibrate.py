@@ -15,9 +15,9 @@ from rich.table import Table
 from scipy.optimize import nnls
 
 from hiermoe.backends.calibration import CalibrationJob, run_calibration
-from hiermoe.backends.emulated.network import EmulatedNetwork
+from hiermoe.backends.worlds import World, world_of
 from hiermoe.harness.config import BackendConfig, WandbConfig
-from hiermoe.harness.run import SOURCE_OF_BACKEND, Outcome, keep_record
+from hiermoe.harness.run import Outcome, keep_record
 from hiermoe.planner.fit import Fit, fit_alpha_beta
 from hiermoe.records.project import CLUSTERS
 from hiermoe.records.run_id import run_id
@@ -104,7 +104,10 @@ class CalibrationConfig(BaseModel):
 
 
 def execute_calibration(
-    config: CalibrationConfig, store: RunStore, progress: Callable[[int], None] = lambda measurement: None
+    config: CalibrationConfig,
+    store: RunStore,
+    progress: Callable[[int], None] = lambda measurement: None,
+    world: World | None = None,
 ) -> Outcome:
     """Measure unless the record is there, and store the record.
 
@@ -112,12 +115,13 @@ def execute_calibration(
         config: what to measure.
         store: where records are.
         progress: called with the number of every finished measurement.
+        world: the ranks; None for new ones on this machine.
 
     Returns:
         The outcome.
     """
     keys = {
-        "source": SOURCE_OF_BACKEND[config.backend.name],
+        "source": world.source if world else config.backend.source,
         "system": "none",
         "model": "none",
         "cluster": config.cluster.name,
@@ -130,10 +134,10 @@ def execute_calibration(
     }
 
     def measure() -> pd.DataFrame:
-        if config.backend.name != "emulated":
-            return run_calibration(config.job, progress)
-        with EmulatedNetwork(config.cluster) as network:
-            return run_calibration(config.job, progress, network.namespace_of_rank)
+        if world is not None:
+            return run_calibration(config.job, world, progress)
+        with world_of(config.backend.name, config.cluster) as ranks:
+            return run_calibration(config.job, ranks, progress)
 
     return keep_record(config.run_id, config.content, keys, measure, store)
 

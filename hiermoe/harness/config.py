@@ -2,7 +2,7 @@
 
 import json
 from functools import lru_cache
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
@@ -44,6 +44,11 @@ class BackendConfig(_Strict):
         """Whether real processes exchange real bytes."""
         return self.name in ("local", "emulated")
 
+    @property
+    def source(self) -> str:
+        """What a record says of its numbers."""
+        return self.name if self.starts_ranks else "simulated"
+
 
 WandbMode = Literal["offline", "online", "disabled"]
 
@@ -66,6 +71,7 @@ class RunConfig(_Strict):
     world_size: int | None = Field(default=None, ge=1)
     iterations: int = Field(ge=2)
     tokens_per_rank: int = Field(ge=1)
+    narrowed: int = Field(default=1, ge=1)
     seed: int = Field(ge=0)
     wandb: WandbConfig
 
@@ -79,6 +85,17 @@ class RunConfig(_Strict):
             raise ValueError(f"world_size={values['world_size']} is for backends that start ranks; choose cluster=...")
         cluster = Cluster.model_validate(values["cluster"]).reduced(int(values["world_size"]))
         return {**values, "cluster": cluster}
+
+    @model_validator(mode="after")
+    def _check_narrowed(self) -> Self:
+        if self.model.hidden_size % self.narrowed:
+            raise ValueError(f"narrowed={self.narrowed} does not divide hidden_size={self.model.hidden_size}")
+        return self
+
+    @property
+    def row_bytes(self) -> int:
+        """M * v, after what the run narrows it to."""
+        return self.model.token_bytes // self.narrowed
 
     @property
     def request(self) -> RoutingRequest:
@@ -126,9 +143,9 @@ class RunConfig(_Strict):
             layer=layer,
             num_experts=self.model.num_experts,
             topk=self.model.topk,
-            row_bytes=self.model.token_bytes,
+            row_bytes=self.row_bytes,
             element_bytes=self.model.element_bytes,
-            expert_parameters=self.model.expert_parameters,
+            expert_parameters=self.model.expert_parameters // self.narrowed,
             iterations=self.iterations,
         )
 

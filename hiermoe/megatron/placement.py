@@ -39,6 +39,7 @@ class LayerUpdate:
     Attributes:
         layer: Megatron's layer number.
         placement: the new one.
+        moves: what it changed, as in `Placement.moves_to`.
         modelled_gain_ms: as in `PlacementUpdate`.
         moved_experts: experts that changed their slot.
         sent_bytes: by this rank.
@@ -47,6 +48,7 @@ class LayerUpdate:
 
     layer: int
     placement: Placement
+    moves: str
     modelled_gain_ms: float | None
     moved_experts: int
     sent_bytes: int
@@ -250,6 +252,7 @@ class ExpertPlacement:
         return LayerUpdate(
             layer=layer.number,
             placement=update.placement,
+            moves=old.moves_to(update.placement),
             modelled_gain_ms=update.modelled_gain_ms,
             moved_experts=migrated.moved_experts,
             sent_bytes=migrated.sent_bytes,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 RUNS = PROJECT_ROOT / "results" / "runs"
+SCRATCH = PROJECT_ROOT / ".cache" / "scratch"  # what ranks of one run share, gone after it
 CLUSTERS = PROJECT_ROOT / "results" / "clusters"  # calibrated ones
 CONF = PROJECT_ROOT / "conf"
 SWEEPS = PROJECT_ROOT / "sweeps"

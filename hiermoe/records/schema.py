@@ -15,7 +15,7 @@ STATUSES = ("ok", "failed", "not_applicable")
 # phase "run":      one row, for a run that failed or does not apply.
 CALLS = ("dispatch", "combine", "combine_backward", "dispatch_backward")
 PHASES = (*CALLS, "routing", "step", "train", "calibration", "run")
-DEFAULTS = {"rank": -1, "status": "ok", "reason": ""}
+DEFAULTS = {"rank": -1, "row_bytes": 0, "moves": "", "status": "ok", "reason": ""}
 
 
 def _number(nullable: bool = True, low: float | None = 0.0) -> pa.Column:
@@ -35,6 +35,7 @@ RECORDS = pa.DataFrameSchema(
         "topk": pa.Column(int),
         "num_ranks": pa.Column(int),
         "tokens_per_rank": pa.Column(int),
+        "row_bytes": pa.Column(int),  # M * v, after what the run has narrowed it to; 0 where no rows move
         "iteration": pa.Column(int),  # of the run; -1 in phase "run"
         "routing_iteration": pa.Column(int),  # of the routing source
         "measured": pa.Column(bool),  # counts for results: at most the last half, tokens that no decision has seen
@@ -53,11 +54,13 @@ RECORDS = pa.DataFrameSchema(
         "expert_rows_max": _number(),  # token-expert pairs at the busiest GPU: compute balance
         "expert_rows_mean": _number(),
         "moved_experts": _number(),  # after this iteration
+        "moves": pa.Column(str),  # of them: "17>40 40>17", logical expert > its new slot; train: "layer 2: 17>40; ..."
         "migration_bytes": _number(),  # full state: weights, fp32 masters, Adam moments; measured: what the rank sent
         "migration_link_ms": _number(),  # of them, at the link's rate
         "migration_alltoall_ms": _number(),  # of them, at the rate that the AlltoAll reaches
         "modelled_gain_ms": _number(low=None),  # what the policy expected to save per step
         "recounted_gain_ms": _number(low=None),  # several swaps at once: what a recount of the same tokens finds
+        "realised_gain_ms": _number(low=None),  # exact traffic of the next step, at the old placement less at the new
         "dispatch_ms": _number(),  # measured: the whole call
         "wire_ms": _number(),  # of it, in collectives: count exchange and metadata included
         "local_ms": _number(),  # of it, everything else
@@ -89,6 +92,8 @@ def validate(rows: pd.DataFrame) -> pd.DataFrame:
     if unknown:
         raise ValueError(f"records have no column {unknown[0]!r}")
     frame = rows.copy()
+    if "moves" in frame:
+        frame["moves"] = frame["moves"].fillna("")
     for name, column in RECORDS.columns.items():
         if name not in frame:
             if not column.nullable:

@@ -55,3 +55,16 @@ class Placement:
         slot_E = self.slot_E.clone()
         slot_E[[a, b]] = self.slot_E[[b, a]]
         return Placement(slot_E)
+
+    def moves_to(self, other: "Placement") -> str:
+        """What tells ``other`` from this one, as records keep it: ``17>40 40>17``, logical expert > its new slot."""
+        moved = (self.slot_E != other.slot_E).nonzero().flatten().tolist()
+        return " ".join(f"{expert}>{int(other.slot_E[expert])}" for expert in moved)
+
+    def after(self, moves: str) -> "Placement":
+        """The placement that :meth:`moves_to` told apart from this one."""
+        slot_E = self.slot_E.clone()
+        for move in moves.split():
+            expert, slot = move.split(">")
+            slot_E[int(expert)] = int(slot)
+        return Placement(slot_E)

@@ -78,7 +78,8 @@ def test_cluster_file_is_found_by_name_and_by_path(
     clusters: Path, store: RunStore, hiermoe: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configured(*SMALL, "name=mine")
-    monkeypatch.setattr("hiermoe.harness.calibrate.run_calibration", lambda job, progress: rows_of(config, 3.0, 2e-6))
+    made = rows_of(config, 3.0, 2e-6)
+    monkeypatch.setattr("hiermoe.harness.calibrate.run_calibration", lambda job, world, progress: made)
     outcome = execute_calibration(config, store)
     assert outcome.status == "ok", outcome.reason
     written = write_cluster(config, store)

@@ -62,7 +62,7 @@ def _iterations(run: Run, fixed: Run, results: Results) -> pd.DataFrame:
     tokens = steps["pairs"] / config.model.topk
     held = tokens / hierarchy.num_ranks
     columns = ["routing_iteration", "measured", "dimension", "predicted_ms", "moved_experts"]
-    found = steps[[*columns, "modelled_gain_ms", "recounted_gain_ms"]].assign(
+    found = steps[[*columns, "modelled_gain_ms", "recounted_gain_ms", "realised_gain_ms"]].assign(
         source=run.source,
         system=run.system,
         label=config.system.label,
@@ -289,7 +289,8 @@ def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
     """The table below the figure."""
     yield (
         "model", "routing", "placement", "ms a step", "speed-up over fixed experts", "updates, experts moved",
-        "of them held-out", "migration, ms a step", "nodes a token needs (bound)",
+        "of them held-out", "gain an update modelled, realised in the next step, ms", "migration, ms a step",
+        "nodes a token needs (bound)",
         "busiest GPU's rows between nodes (even share)", "in the last stage (even share)",
     )  # fmt: skip
     chosen = table[table["system"].isin(list(POLICIES))]
@@ -304,6 +305,7 @@ def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
             with_interval(_gain(late)) if system in MOVING else "1",
             f"{(moved > 0).sum()}, {moved.sum():.0f}",
             f"{(moved_late > 0).sum()}, {moved_late.sum():.0f}",
+            _gains(rows),
             f"{late['migration_ms'].mean():.2f}",
             f"{late['node_rows'].mean():.2f} ({late['node_rows_any_placement'].mean():.0f})",
             f"{late['busiest_node_rows'].mean():.2f} ({late['busiest_node_rows_even'].mean():.2f})"
@@ -311,6 +313,15 @@ def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
             else "no such stage",
             f"{late['busiest_gpu_rows'].mean():.2f} ({late['busiest_gpu_rows_even'].mean():.2f})",
         )
+
+
+def _gains(rows: pd.DataFrame) -> str:
+    """Means over all updates; the model is of the tokens that the update was decided from."""
+    updates = rows.dropna(subset=["realised_gain_ms"])
+    if updates.empty:
+        return ""
+    modelled = updates["modelled_gain_ms"].mean()
+    return f"{'no model' if math.isnan(modelled) else f'{modelled:.3f}'}, {updates['realised_gain_ms'].mean():.3f}"
 
 
 FIGURE = FigureSpec("placement", "Placement: what each policy gains", "placement", table, draw, words)
