@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal, NoReturn, Self
 
 import pandas as pd
@@ -40,10 +41,11 @@ _CONTROL_TIMEOUT = timedelta(hours=12)
 _GRACE_SECONDS = 10.0
 # Others may take so much longer than the timeout of a collective, to load what they were asked to work on.
 _SLACK_SECONDS = 120.0
+_LONGEST_MESSAGE = 300  # characters; gloo can talk
 _FATAL = 3  # exit status of every rank of a crew that ended
 
 
-class CrewEnded(RuntimeError):
+class CrewEnded(Exception):
     """The ranks cannot go on together; this process must exit, and the launcher ends what is left."""
 
 
@@ -257,11 +259,12 @@ class Crew:
         ended = self._store.add(prefix + "ended", 1)
         started, failed_at, pause = time.monotonic(), None, 0.005
         limit = order.timeout.total_seconds() + _SLACK_SECONDS
+        grace = _GRACE_SECONDS + (self.rank == 0)  # the others can ask the store for as long as rank 0 is there
         while ended < self.world_size:
             now = time.monotonic()
             if failed_at is None and self._store.add(prefix + "failed", 0):
                 failed_at = now
-            if (failed_at is not None and now - failed_at > _GRACE_SECONDS) or now - started > limit:
+            if (failed_at is not None and now - failed_at > grace) or now - started > limit:
                 missing = [r for r in range(self.world_size) if not self._store.check([f"{prefix}ended/{r}"])]
                 names = ", ".join(map(str, missing))
                 cause = self._first(prefix) if failed_at is not None else f"nothing from them for {limit:.0f} s"
@@ -287,4 +290,5 @@ def leave(error: CrewEnded) -> NoReturn:
 
 
 def _first_line(error: BaseException) -> str:
-    return "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
+    line = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
+    return shorten(line, _LONGEST_MESSAGE)
