@@ -21,6 +21,7 @@ USAGE = """hiermoe: does HierMoE's communication hold, and would it help your mo
   hiermoe reproduce   all sweeps of the paper on all cores, then the report; what is done is skipped
   hiermoe report      the report from the records that are there
   hiermoe record      train a narrow model on real text and record what its routers choose
+  hiermoe trace       import routing that others recorded, show a trace, export its traffic (hiermoe trace --help)
   hiermoe doctor      what this machine can run, and what each missing thing would take
 """
 
@@ -34,6 +35,7 @@ def main() -> None:
         "record": _record,
         "reproduce": _reproduce,
         "report": _report,
+        "trace": _trace,
         "doctor": _doctor,
     }
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
@@ -142,6 +144,12 @@ def _report() -> None:
     print(write_report()[0])
     if arguments.reference:
         print(write_reference())
+
+
+def _trace() -> None:
+    from hiermoe.trace_command import main as trace
+
+    trace(sys.argv[1:])
 
 
 def _doctor() -> None:

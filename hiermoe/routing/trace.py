@@ -19,7 +19,7 @@ FORMAT = 1
 
 
 class TraceMetadata(BaseModel):
-    """How a trace came to be. Every field is stated by whoever records it."""
+    """How a trace came to be. Whoever records it states every field; None is what an imported file does not say."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -29,10 +29,10 @@ class TraceMetadata(BaseModel):
     num_recorded: int  # experts stored per token; the first K are the router's choice
     router: str
     corpus: str
-    vocabulary: int
-    seed: int
+    vocabulary: int | None
+    seed: int | None
     training_step: list[int]  # of each iteration
-    loss: list[float]  # of each iteration
+    loss: list[float | None]  # of each iteration
     layers: list[int]  # model layer of each recorded layer
     how_made: str  # the command
     versions: dict[str, str]

@@ -1,0 +1,187 @@
+"""Parquet with a row a token: a column `indices`, a list of K expert ids, best first. As FLAME-MoE's traces.
+
+FLAME-MoE has a folder for every training iteration with a file ``layer_NN.parquet`` for every layer: give the folder,
+and layers are numbered by their files. A single file may instead have a column `layer` (integer); without, it is one
+layer, numbered by its name where that has a number after ``layer_``, else 0.
+
+Further columns are used where they are there:
+
+    step    integer, the training step of a token's row; an iteration of the trace is then a step, and all steps have
+            equally many tokens
+    token   integer, number of the token in its layer (in its step and layer); rows are put in its order. Without it a
+            layer's rows are taken in the order of the file, which is the order of tokens in FLAME-MoE.
+
+All others, such as `scores`, are left out.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hiermoe.routing.importers.recording import CHUNK_TOKENS, Recording, Source, narrowed
+
+_INDICES, _LAYER, _STEP, _TOKEN = "indices", "layer", "step", "token"
+_ORDER = "A token's experts are in the order of the list. Scores, where the file has them, were left out."
+
+
+def read(source: Source) -> Recording:
+    """Read one file, or one file a layer.
+
+    Raises:
+        ValueError: truncated, columns that are missing or of another type, K that changes, layers of unequal length.
+    """
+    files = source.files("layer_*.parquet")
+    rows: dict[int, list[np.ndarray]] = {}
+    keys: dict[int, list[np.ndarray]] = {}  # step and token of each row, where the file has them
+    origin: dict[int, list[tuple[Path, np.ndarray | int]]] = {}
+    named = _layer_files(source, files)
+    for path, file_layer in named:
+        wanted = None if source.layers is None else source.layers
+        for start, layer_rows, keys_R2, ids_RK in _parts(path, source):
+            layers = np.full(len(ids_RK), file_layer) if layer_rows is None else layer_rows
+            for layer in np.unique(layers).tolist():
+                if wanted is not None and layer not in wanted:
+                    rows.setdefault(layer, [])
+                    continue
+                mask = layers == layer
+                whole = bool(mask.all())
+                rows.setdefault(layer, []).append(ids_RK if whole else ids_RK[mask])
+                keys.setdefault(layer, []).append(keys_R2 if whole else keys_R2[mask])
+                origin.setdefault(layer, []).append((path, start if whole else start + np.flatnonzero(mask)))
+    kept = source.kept(rows)
+
+    def where(layer: int, row: int) -> str:
+        for (path, at), part in zip(origin[layer], rows[layer], strict=True):
+            if row < len(part):
+                return f"{path}: row {at + row if isinstance(at, int) else int(at[row])}, layer {layer}"
+            row -= len(part)
+        raise IndexError(row)
+
+    lengths = {layer: sum(map(len, rows[layer])) for layer in kept}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{source.path}: layers have unequal numbers of tokens: {lengths}")
+    widths = {part.shape[1] for layer in kept for part in rows[layer]}
+    if len(widths) > 1:
+        raise ValueError(f"{source.path}: files have unequal K: {sorted(widths)}")
+    return _ordered(source, kept, rows, keys, where, tuple(path for path, _ in named))
+
+
+def _layer_files(source: Source, files: list[Path]) -> list[tuple[Path, int]]:
+    """Files with the layers that their names say; in a folder only those that are wanted."""
+    numbers = [int(found[1]) if (found := re.search(r"layer_?(\d+)", path.name)) else 0 for path in files]
+    if not source.path.is_dir():
+        return list(zip(files, numbers, strict=True))
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{source.path}: two files are named for one layer")
+    wanted = source.kept(numbers)
+    return [(path, number) for path, number in zip(files, numbers, strict=True) if number in wanted]
+
+
+def _parts(path: Path, source: Source):
+    """Parts of a file: first row, layer of every row (None: the file's), [step, token], ids."""
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: it is truncated or no Parquet file: {str(error).splitlines()[0]}") from error
+    names = set(file.schema_arrow.names)
+    if _INDICES not in names:
+        raise ValueError(f"{path}: no column {_INDICES}; it has {sorted(names)}")
+    kind = file.schema_arrow.field(_INDICES).type
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not lists or not pa.types.is_integer(kind.value_type):
+        raise ValueError(f"{path}: column {_INDICES} is {kind}; the rule is a list of integers")
+    for name in (_LAYER, _STEP, _TOKEN):
+        if name in names and not pa.types.is_integer(file.schema_arrow.field(name).type):
+            raise ValueError(f"{path}: column {name} is {file.schema_arrow.field(name).type}; the rule is an integer")
+    columns = [name for name in (_INDICES, _LAYER, _STEP, _TOKEN) if name in names]
+    # Where rows are already the tokens of one layer in order, the rest need not be read.
+    limit = source.max_tokens if columns == [_INDICES] and source.max_tokens else file.metadata.num_rows
+    topk, start = source.topk, 0
+    try:
+        for batch in file.iter_batches(batch_size=CHUNK_TOKENS, columns=columns):
+            batch = batch.slice(0, limit - start)
+            ids_RK = _ids(path, start, batch.column(_INDICES), topk)
+            topk = ids_RK.shape[1]
+            others = {name: _integers(path, start, batch, name) for name in columns if name != _INDICES}
+            zeros = np.zeros(len(ids_RK), np.int64)
+            keys_R2 = np.stack([others.get(_STEP, zeros), others.get(_TOKEN, zeros - 1)], axis=1)
+            yield start, others.get(_LAYER), keys_R2, ids_RK
+            start += len(ids_RK)
+            if start == limit:
+                return
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: damaged after row {start}: {str(error).splitlines()[0]}") from error
+
+
+def _ids(path: Path, start: int, column: pa.Array, topk: int | None) -> np.ndarray:
+    """A list column as uint16 [R, K]; K from the first row where it is not given."""
+    if column.null_count:
+        row = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
+        raise ValueError(f"{path}: row {start + row} has no {_INDICES}")
+    lengths = column.value_lengths().to_numpy(zero_copy_only=False)
+    topk = topk or int(lengths[0])
+    if topk == 0 or (lengths != topk).any():
+        row = int(np.argmax(lengths != topk)) if topk else 0
+        raise ValueError(f"{path}: row {start + row} has {int(lengths[row])} experts, not K={topk}")
+    values = column.flatten()
+    if values.null_count:
+        row = int(np.argmax(values.is_null().to_numpy(zero_copy_only=False))) // topk
+        raise ValueError(f"{path}: row {start + row} has an expert that is null")
+    return narrowed(values.to_numpy(zero_copy_only=False).reshape(-1, topk), lambda row: f"{path}: row {start + row}")
+
+
+def _integers(path: Path, start: int, batch: pa.RecordBatch, name: str) -> np.ndarray:
+    column = batch.column(name)
+    if column.null_count:
+        row = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
+        raise ValueError(f"{path}: row {start + row} has no {name}")
+    return column.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _ordered(source, kept, rows, keys, where, files) -> Recording:
+    """Rows of every layer in the order of step and token; the same steps and tokens in every layer."""
+    orders: dict[int, np.ndarray] = {}
+    first: np.ndarray | None = None
+    steps: np.ndarray = np.zeros(1, np.int64)
+    for layer in kept:
+        keys_N2 = np.concatenate(keys[layer])
+        numbered = bool((keys_N2[:, 1] >= 0).all())
+        order = np.lexsort((keys_N2[:, 1], keys_N2[:, 0])) if numbered else np.argsort(keys_N2[:, 0], kind="stable")
+        sorted_N2 = keys_N2[order]
+        if numbered and (repeated := (np.diff(sorted_N2, axis=0) == 0).all(axis=1)).any():
+            row = int(order[int(np.argmax(repeated)) + 1])
+            raise ValueError(f"{where(layer, row)}: its step and token are there twice")
+        if first is None:
+            first = sorted_N2
+        elif not np.array_equal(first, sorted_N2):
+            raise ValueError(f"{source.path}: layers {kept[0]} and {layer} do not have the same steps and tokens")
+        orders[layer] = order
+    assert first is not None
+    steps, counts = np.unique(first[:, 0], return_counts=True)
+    if len(set(counts.tolist())) > 1:
+        raise ValueError(f"{source.path}: steps have unequal numbers of tokens: {counts.tolist()[:8]} ...")
+    ids, several = {}, len(steps) > 1
+    count = len(first) if several else min(len(first), source.max_tokens or len(first))
+    for layer in kept:
+        order = orders.pop(layer)
+        joined = np.concatenate(rows[layer])
+        rising = bool((np.diff(order) == 1).all())
+        ids[layer] = joined[:count] if rising else joined[order[:count]]
+        orders[layer] = order
+    num_tokens = None
+    if several:
+        ranks, tokens = source.ranks or 1, int(counts[0])
+        if tokens % ranks:
+            raise ValueError(f"{source.path}: {tokens} tokens of a step do not divide over ranks={ranks}")
+        num_tokens = np.full((len(steps), ranks), tokens // ranks)
+    return Recording(
+        ids,
+        files,
+        lambda layer, row: where(layer, int(orders[layer][row])),
+        _ORDER,
+        num_tokens,
+        tuple(steps.tolist()) if several else None,
+    )

@@ -1,0 +1,162 @@
+"""What was written in a documented form comes out of its importer token for token."""
+
+import hashlib
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hiermoe.routing.importers import IMPORTERS
+from hiermoe.routing.importers.recording import Source, to_trace
+from hiermoe.routing.trace import RoutingTrace
+from tests.routing.importers.files import (
+    record,
+    some_ids,
+    write_flame,
+    write_lines,
+    write_llama,
+    write_megatron,
+    write_npy,
+    write_parquet,
+)
+
+# Writers of [layer, N, K], with the number that the first layer gets.
+WRITERS = {
+    "npy": (lambda folder, ids: write_npy(folder / "a.npy", ids), 0),
+    "llama-csv": (lambda folder, ids: write_llama(folder / "a.csv", ids), 0),
+    "parquet": (lambda folder, ids: write_flame(folder / "iter_0540", ids), 2),
+    "megatron": (lambda folder, ids: write_megatron(folder / "m", ids[None, :, None]), 0),
+}
+all_formats = pytest.mark.parametrize("name", WRITERS)
+
+
+def imported(name: str, path: Path, num_experts: int | str | None = 16, **options: object) -> RoutingTrace:
+    source = Source(path, **options)  # type: ignore[arg-type]
+    return to_trace(IMPORTERS[name].read(source), source, name, "any", num_experts, "hiermoe trace import")
+
+
+def flat(trace: RoutingTrace) -> np.ndarray:
+    """[layer, N, K] of a trace whose ranks are all full."""
+    return np.moveaxis(trace.expert_ids, 1, 0).reshape(trace.expert_ids.shape[1], -1, trace.expert_ids.shape[-1])
+
+
+def test_every_format_is_tested() -> None:
+    assert set(WRITERS) == set(IMPORTERS)
+
+
+@all_formats
+@settings(deadline=None, max_examples=15)
+@given(
+    layers=st.integers(1, 3),
+    tokens=st.integers(1, 40),
+    topk=st.integers(1, 5),
+    num_experts=st.sampled_from([5, 256, 257, 1000]),
+    seed=st.integers(0, 99),
+)
+def test_round_trip(name: str, layers: int, tokens: int, topk: int, num_experts: int, seed: int) -> None:
+    ids_LNK = some_ids(layers, tokens, topk, num_experts, seed)
+    write, first_layer = WRITERS[name]
+    with TemporaryDirectory() as folder:
+        trace = imported(name, write(Path(folder), ids_LNK), num_experts, topk=topk)
+        saved = Path(folder) / "a.trace"
+        trace.save(saved)
+        again = RoutingTrace.load(saved)
+    np.testing.assert_array_equal(flat(again), ids_LNK)
+    assert again.metadata.layers == list(range(first_layer, first_layer + layers))
+    assert (again.metadata.num_experts, again.metadata.topk) == (num_experts, topk)
+
+
+@pytest.mark.parametrize("name", ["npy", "llama-csv", "parquet"])
+def test_tokens_are_laid_out_over_ranks_in_their_order(name: str, tmp_path: Path) -> None:
+    ids_LNK = some_ids(tokens=24)
+    path = WRITERS[name][0](tmp_path, ids_LNK)
+    trace = imported(name, path, topk=3, ranks=4, tokens_per_rank=3)
+    assert trace.expert_ids.shape == (2, 2, 4, 3, 3)
+    np.testing.assert_array_equal(flat(trace), ids_LNK)
+    fewer = imported(name, path, topk=3, ranks=4, max_tokens=16)
+    assert fewer.expert_ids.shape == (1, 2, 4, 4, 3)
+    np.testing.assert_array_equal(flat(fewer), ids_LNK[:, :16])
+
+
+@all_formats
+def test_one_layer_of_several(name: str, tmp_path: Path) -> None:
+    ids_LNK = some_ids(layers=3)
+    write, first_layer = WRITERS[name]
+    trace = imported(name, write(tmp_path, ids_LNK), topk=3, layers=(first_layer + 1,))
+    assert trace.metadata.layers == [first_layer + 1]
+    np.testing.assert_array_equal(flat(trace)[0], ids_LNK[1])
+
+
+@all_formats
+def test_metadata_says_where_it_is_from_and_leaves_the_rest_unknown(name: str, tmp_path: Path) -> None:
+    path = WRITERS[name][0](tmp_path, some_ids(layers=1))
+    meta = imported(name, path, topk=3).metadata
+    file = next(path.iterdir()) if path.is_dir() else path
+    assert f"importer {name} from {file.name}" in meta.notes
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in meta.notes
+    assert "seed and loss are unknown" in meta.notes
+    assert (meta.seed, meta.vocabulary, meta.loss) == (None, None, [None])
+    assert (meta.router, meta.corpus) == ("unknown", "unknown")
+
+
+@all_formats
+def test_number_of_experts_is_asked_for_unless_inferring_was(name: str, tmp_path: Path) -> None:
+    ids_LNK = some_ids()
+    path = WRITERS[name][0](tmp_path, ids_LNK)
+    largest = int(ids_LNK.max())
+    with pytest.raises(ValueError, match=rf"largest id is {largest}; give --num-experts N"):
+        imported(name, path, None, topk=3)
+    trace = imported(name, path, "infer", topk=3)
+    assert trace.metadata.num_experts == largest + 1
+    assert f"num_experts={largest + 1} was inferred" in trace.metadata.notes
+
+
+def test_inferred_number_of_experts_is_rounded_up_to_the_ranks(tmp_path: Path) -> None:
+    path = write_npy(tmp_path / "a.npy", np.array([[[0, 9]] * 8]))
+    assert imported("npy", path, "infer", ranks=4).metadata.num_experts == 12
+
+
+def test_megatron_keeps_ragged_ranks_and_steps(tmp_path: Path) -> None:
+    ids = np.stack([some_ids(6, 5, seed=i).reshape(2, 3, 5, 3) for i in range(2)])  # [step, layer, rank, T, K]
+    counts = np.array([[5, 2, 4], [1, 5, 3]])
+    trace = imported("megatron", write_megatron(tmp_path / "m", ids, counts))
+    np.testing.assert_array_equal(trace.num_tokens, counts)
+    filled = np.broadcast_to((np.arange(5) < counts[..., None])[:, None], ids.shape[:-1])
+    np.testing.assert_array_equal(trace.expert_ids[filled], ids[filled])
+    assert trace.metadata.training_step == [0, 1]
+
+
+def test_megatron_joins_the_micro_batches_of_a_step_and_leaves_other_blocks_out(tmp_path: Path) -> None:
+    first, second = some_ids(1, 3)[0], some_ids(1, 2, seed=1)[0]
+    other = record(7, 0, 0, first, block="mtp", mtp_idx=0)
+    lines = [record(7, 0, 0, first, block="decoder"), other, record(7, 0, 0, second, block="decoder")]
+    trace = imported("megatron", write_lines(tmp_path / "a.jsonl", lines))
+    np.testing.assert_array_equal(flat(trace)[0], np.concatenate([first, second]))
+    assert trace.metadata.training_step == [7]
+    assert "1 lines of other blocks than the decoder" in trace.metadata.notes
+
+
+def test_parquet_with_layer_step_and_token_is_put_in_order(tmp_path: Path) -> None:
+    ids = np.stack([some_ids(2, 4, seed=i) for i in range(3)])  # [step, layer, T, K]
+    step, layer, token = (x.ravel() for x in np.meshgrid([10, 20, 30], [1, 5], range(4), indexing="ij"))
+    shuffled = np.random.default_rng(0).permutation(len(step))
+    path = write_parquet(
+        tmp_path / "a.parquet",
+        indices=ids.reshape(-1, 3)[shuffled].tolist(),
+        layer=layer[shuffled],
+        step=step[shuffled],
+        token=token[shuffled],
+    )
+    trace = imported("parquet", path, ranks=2)
+    assert trace.metadata.training_step == [10, 20, 30]
+    assert trace.metadata.layers == [1, 5]
+    np.testing.assert_array_equal(trace.expert_ids, ids.reshape(3, 2, 2, 2, 3))
+
+
+def test_llama_csv_needs_no_header(tmp_path: Path) -> None:
+    ids = some_ids()
+    trace = imported("llama-csv", write_llama(tmp_path / "a.csv", ids, header=False), topk=3)
+    np.testing.assert_array_equal(flat(trace), ids)
