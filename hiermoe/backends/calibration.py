@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,6 +32,7 @@ class CalibrationJob:
         warm_ups: rounds that do not count.
         repeats: rounds that count.
         timeout: of a collective.
+        device: of the tensors, cpu or cuda.
     """
 
     cluster: Cluster
@@ -41,6 +42,7 @@ class CalibrationJob:
     warm_ups: int
     repeats: int
     timeout: timedelta
+    device: str = "cpu"
 
     def pair_bytes(self, exchange: Peers) -> list[int]:
         """Sizes for one kind of peers, ascending; at least two."""
@@ -72,13 +74,14 @@ def run_calibration(job: CalibrationJob, world: World, progress: Progress = no_p
     Raises:
         RunDied: a rank failed.
     """
-    return world.run(calibrate, (job,), job.timeout, progress)
+    return world.run(calibrate, (replace(job, device=world.device),), job.timeout, progress)
 
 
 def calibrate(rank: int, job: CalibrationJob, folder: Path) -> None:
     """One rank's share of all measurements. *Collective: every rank of the world must call it.*
 
-    All communicators of a kind exchange at once, as in a stage. Each measurement begins with a barrier of all ranks.
+    All communicators of a kind exchange at once, as in a stage. Each measurement begins with a barrier of all ranks; on
+    CUDA its time ends when the GPU is through.
 
     Args:
         rank: of the world, and GPU of the hierarchy.
@@ -90,15 +93,18 @@ def calibrate(rank: int, job: CalibrationJob, folder: Path) -> None:
     assert world is not None
     communicators = Communicators(world, hierarchy, every_dimension(hierarchy), job.timeout)
     largest = max(n * exchange.size(hierarchy) for _, exchange, n in job.measurements())
-    source, target = torch.zeros(largest, dtype=torch.uint8), torch.empty(largest, dtype=torch.uint8)
+    source = torch.zeros(largest, dtype=torch.uint8, device=job.device)
+    target = torch.empty_like(source)
     with RowStream(folder, rank) as stream:
         for repeat, exchange, pair_bytes in job.measurements():
             num_bytes = pair_bytes * exchange.size(hierarchy)
             group = communicators.of(exchange).group
             dist.barrier()
+            _synchronise(target)
             time.sleep(_SETTLE_SECONDS)
             started = time.perf_counter()
             dist.all_to_all_single(target[:num_bytes], source[:num_bytes], group=group)
+            _synchronise(target)
             elapsed_ms = (time.perf_counter() - started) * 1e3
             row = {
                 "phase": "calibration",
@@ -112,3 +118,8 @@ def calibrate(rank: int, job: CalibrationJob, folder: Path) -> None:
                 "wire_ms": elapsed_ms,
             }
             stream.write([row] if repeat >= 0 else [])
+
+
+def _synchronise(tensor: torch.Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)

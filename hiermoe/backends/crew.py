@@ -24,7 +24,7 @@ from typing import Any, Literal, NoReturn, Self
 import pandas as pd
 import torch
 import torch.distributed as dist
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from hiermoe.backends.allocation import Member
 from hiermoe.backends.streams import RunDied, shared_folder
@@ -121,14 +121,14 @@ class Crew:
         store = member.meet(folder, timeout)
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
-            store=dist.PrefixStore("world", store),
+            store=PrefixStore("world", store),
             rank=member.rank,
             world_size=member.world_size,
             timeout=timeout,
         )
         control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
         assert isinstance(control, dist.ProcessGroup)
-        crew = cls(member.rank, member.world_size, dist.PrefixStore("crew", store), control, device)
+        crew = cls(member.rank, member.world_size, PrefixStore("crew", store), control, device)
         crew.hosts = [""] * member.world_size
         dist.all_gather_object(crew.hosts, host, group=control)
         return crew

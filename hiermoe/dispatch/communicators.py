@@ -5,6 +5,8 @@ import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
@@ -85,9 +87,25 @@ class Communicators:
         same = [known for known in self._by_peers.values() if known.members == members]
         if same:
             return same[0]
-        group = dist.new_group(global_ranks, timeout=self._timeout, use_local_synchronization=True)
+        return Communicator(_group_of(tuple(global_ranks), self._timeout), members)
+
+
+# Of every world the groups that were made in it. Ranks that run many systems one after another would otherwise make the
+# same groups for each, and NCCL and gloo keep what a group takes for as long as the process lives.
+_GROUPS: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Any, ...], dist.ProcessGroup]] = WeakKeyDictionary()
+
+
+def _group_of(global_ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup:
+    """The group of these ranks, made when it is first asked for. *Collective: each of these ranks must call it.*"""
+    world = dist.group.WORLD
+    assert world is not None
+    made = _GROUPS.setdefault(world, {})
+    key = (global_ranks, timeout)
+    if key not in made:
+        group = dist.new_group(list(global_ranks), timeout=timeout, use_local_synchronization=True)
         assert isinstance(group, dist.ProcessGroup)
-        return Communicator(group, members)
+        made[key] = group
+    return made[key]
 
 
 def members_of(peers: Peers, rank: int, hierarchy: Hierarchy) -> tuple[int, ...]:

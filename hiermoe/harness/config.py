@@ -36,18 +36,35 @@ class RoutingConfig(_Strict):
 class BackendConfig(_Strict):
     """Where the run happens: one file in conf/backend/."""
 
-    name: Literal["simulated", "synthetic_timings", "local", "emulated"]
+    name: Literal["simulated", "synthetic_timings", "local", "emulated", "torchrun"]
     timeout_s: float | None = Field(default=None, gt=0)  # of a collective, where there are ranks
+    device: Literal["cpu", "cuda"] = "cpu"  # of the tensors that ranks exchange: over gloo, or over NCCL
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_no_submission(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("name") == "slurm":
+            raise ValueError(
+                "backend=slurm submits a whole reproduction: hiermoe reproduce --backend slurm --nodes ..."
+            )
+        return values
 
     @property
     def starts_ranks(self) -> bool:
         """Whether real processes exchange real bytes."""
-        return self.name in ("local", "emulated")
+        return self.name in ("local", "emulated", "torchrun")
+
+    @property
+    def on_this_host(self) -> bool:
+        """Whether numbers are those of this machine, and not those of a cluster that this process has a part of."""
+        return self.name != "torchrun"
 
     @property
     def source(self) -> str:
         """What a record says of its numbers."""
-        return self.name if self.starts_ranks else "simulated"
+        if not self.starts_ranks:
+            return "simulated"
+        return self.name if self.on_this_host else "cluster"
 
 
 WandbMode = Literal["offline", "online", "disabled"]
@@ -121,7 +138,7 @@ class RunConfig(_Strict):
         """The name of the run, by its content."""
         path = self.routing.source.get("path")
         inputs = () if path is None else (recorded_path(path, self.request),)
-        return run_id(self.content, inputs, measured=self.backend.starts_ranks)
+        return run_id(self.content, inputs, measured=self.backend.starts_ranks, on_this_host=self.backend.on_this_host)
 
     def workload(self) -> Workload:
         """Everything that a backend needs.

@@ -2,9 +2,11 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,7 +14,10 @@ import psutil
 
 from hiermoe.records.project import PROJECT_ROOT
 
-PACKAGES = ("torch", "megatron-core", "hydra-core", "numpy", "pandas", "pyarrow", "scipy")
+PACKAGES = ("torch", "megatron-core", "hydra-core", "numpy", "pandas", "pyarrow", "scipy", "submitit")
+# Variables that say which allocation this is and how its ranks reach each other.
+_ALLOCATION = ("SLURM_JOB_", "SLURM_NTASKS", "SLURM_RESTART_COUNT", "NCCL_", "GLOO_", "UCX_", "CUDA_VISIBLE_DEVICES")
+_CARD_FIELDS = "index,name,uuid,driver_version,vbios_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
 
 
 def collect() -> dict[str, Any]:
@@ -26,7 +31,40 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "host": platform.node(),
+        "allocation": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_ALLOCATION)},
+        "gpus": _gpus(),
     }
+
+
+@lru_cache(maxsize=1)
+def _gpus() -> dict[str, str] | None:
+    """Driver, NCCL, topology and clocks of this host's GPUs, as nvidia-smi says; None where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    queries = {
+        "cards": (f"--query-gpu={_CARD_FIELDS}", "--format=csv"),
+        "topology": ("topo", "-m"),
+        "clocks": ("-q", "-d", "CLOCK"),
+    }
+    return {name: _nvidia_smi(*arguments) for name, arguments in queries.items()} | {"nccl": _nccl_version()}
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    """What it prints, or why it does not."""
+    try:
+        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"nvidia-smi failed: {error}"
+    return done.stdout if done.returncode == 0 else f"nvidia-smi failed: {(done.stdout + done.stderr).strip()}"
+
+
+def _nccl_version() -> str:
+    import torch  # seconds; only where there is a GPU
+
+    if not (torch.distributed.is_available() and torch.distributed.is_nccl_available()):
+        return f"torch {torch.__version__} was built without NCCL"
+    return ".".join(map(str, torch.cuda.nccl.version()))
 
 
 def _version(package: str) -> str | None:

@@ -26,13 +26,17 @@ SIMULATED_SOURCES = (
 MEASURED_SOURCES = (*SIMULATED_SOURCES, "hiermoe/backends/**/*.py", "hiermoe/dispatch/*.py", "hiermoe/megatron/*.py")
 
 
-def run_id(config: dict[str, Any], inputs: tuple[Path, ...] = (), *, measured: bool = False) -> str:
+def run_id(
+    config: dict[str, Any], inputs: tuple[Path, ...] = (), *, measured: bool = False, on_this_host: bool = True
+) -> str:
     """Name of a run.
 
     Args:
         config: the resolved configuration, without what does not change numbers (logging).
         inputs: files that the run reads; their content counts, not their path. A missing file counts as missing.
         measured: whether its numbers are measured. Then the host counts too, and all code that runs.
+        on_this_host: whether they are measured here; the nodes of a cluster are as good as each other, and which of
+            them an allocation begins with does not count. The cluster's constants do, in ``config``.
 
     Returns:
         ``<system>-<model>-<16 hexadecimal digits>``.
@@ -42,7 +46,7 @@ def run_id(config: dict[str, Any], inputs: tuple[Path, ...] = (), *, measured: b
         "code": code_digest(MEASURED_SOURCES if measured else SIMULATED_SOURCES),
         "inputs": [_file_digest(path, path.stat().st_mtime_ns) if path.exists() else None for path in inputs],
     }
-    if measured:
+    if measured and on_this_host:
         content["host"] = socket.gethostname()
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     return f"{config['system']['name']}-{config['model']['name']}-{digest}"
