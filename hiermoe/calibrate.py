@@ -32,8 +32,7 @@ def calibrate_and_print(composed: DictConfig) -> None:
     def summarise(records: pd.DataFrame, title: str) -> Table:
         return calibration_table(records, title, config.cluster)
 
-    total = sum(1 for _ in config.job.measurements())
-    present(config, title, total, partial(execute_calibration, config), summarise)
+    present(config, title, config.num_measurements, partial(execute_calibration, config), summarise)
     from hiermoe.analysis.figures import calibration  # a second to import
 
     store = RunStore()

@@ -1,72 +1,91 @@
-"""All sweeps of the paper on all cores, then the report: what ``make reproduce`` does."""
+"""What ``make reproduce`` does: the paper's sweeps in simulation, measured ones where that is possible, the report."""
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hiermoe.analysis.report import write_report
 from hiermoe.analysis.verdicts import verdict_summary
-from hiermoe.harness.config import WandbMode
+from hiermoe.backends.emulated.requirements import missing_requirement
+from hiermoe.harness.calibrate import calibrate, calibration_config
+from hiermoe.harness.config import RunConfig, WandbMode
+from hiermoe.harness.measured import Amount, MeasuredCell, clusters_of, measure_all, measured_cells, together
 from hiermoe.harness.run import Outcome
 from hiermoe.harness.sweep import Cell, expand, run_all, sweep_names
 from hiermoe.harness.tracking import mirror_table
 from hiermoe.records.store import RunStore
 
+Cells = Mapping[str, Sequence[Cell]]
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all parts of one reproduction share."""
+
+    store: RunStore
+    console: Console
+    workers: int
+    started: float
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.perf_counter() - self.started
+
 
 def reproduce(
-    sweeps: Iterable[str] | None = None, workers: int | None = None, wandb_mode: WandbMode = "offline"
+    sweeps: Iterable[str] | None = None,
+    workers: int | None = None,
+    wandb_mode: WandbMode = "offline",
+    amount: Amount = "default",
 ) -> None:
     """Run what has no record yet, write the report, and print the verdicts.
 
     Args:
-        sweeps: names; None for all. The report covers all of them, with what records there are.
-        workers: processes; None for one a core.
+        sweeps: names of simulated ones, and nothing measured; None for all and what can be measured here. The report
+            covers all of them, with what records there are.
+        workers: processes of the simulation; None for one a core.
         wandb_mode: how the verdicts are mirrored in W&B, if any run is new.
+        amount: how much is measured.
 
     Raises:
         ValueError: an unknown sweep, or runs that failed; the report is written before that.
     """
-    console, store, started = Console(), RunStore(), time.perf_counter()
-    names = list(sweeps) if sweeps else sweep_names()
-    workers = workers or os.cpu_count() or 1
+    session = Session(RunStore(), Console(), workers or os.cpu_count() or 1, time.perf_counter())
+    console = session.console
     with console.status("reading conf/ and sweeps/"):
-        cells = {name: expand(name) for name in sweep_names() if name in names or sweeps is None}
-        unknown = set(names) - set(cells)
-    if unknown:
-        raise ValueError(f"sweep {sorted(unknown)[0]!r} is unknown; choose from {', '.join(sweep_names())}")
-    outcomes = _run(cells, workers, store, console)
-    new = [outcome for outcome in outcomes if not outcome.cached]
-    console.print(
-        f"{len(outcomes)} runs: {len(new)} new, {len(outcomes) - len(new)} kept from before "
-        f"({time.perf_counter() - started:.0f} s on {workers} processes)"
-    )
-    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    for outcome in failed:
-        console.print(f"[red]failed[/red] {outcome.run_id}: {outcome.reason}")
-    with console.status("drawing figures and writing the report"):
-        report, verdicts = write_report(cells)
-    if new:
-        with console.status(f"mirroring verdicts in W&B ({wandb_mode})"):
-            mirror_table("verdicts", verdicts, wandb_mode)
-    console.print(verdict_summary(verdicts))
-    console.print(f"report: [bold]{report}[/bold] ({time.perf_counter() - started:.0f} s in all)")
-    if failed:
-        raise ValueError(f"{len(failed)} of {len(outcomes)} runs failed; the report leaves them out and says so")
+        cells = {name: expand(name) for name in sweeps or sweep_names()}
+    measures = sweeps is None
+    lacking = missing_requirement() if measures else None
+    if measures and lacking is None:
+        console.print(PLANS[amount])
+    outcomes = simulate_all((cell.config for sweep in cells.values() for cell in sweep), cells, session)
+    if measures and lacking is None:
+        outcomes += measure_emulated(amount, session)
+    elif lacking is not None:
+        console.print(
+            f"[yellow]left out[/yellow]: measured runs on an emulated cluster. {lacking}\n"
+            "  as root: [bold]make reproduce[/bold]; what is done is kept"
+        )
+    finish(outcomes, session, wandb_mode, cells)
 
 
-def _run(cells: dict[str, list[Cell]], workers: int, store: RunStore, console: Console) -> list[Outcome]:
-    """Run all cells with one progress bar per sweep."""
-    columns = (
-        TextColumn("{task.description:<14}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+PLANS: Mapping[Amount, str] = {
+    "quick": "simulation of every figure, then a first look at measured numbers on 8 emulated ranks: about 5 minutes",
+    "default": "simulation of every figure (2 minutes), then on 32 emulated ranks calibration and Fig. 11 of one "
+    "model: about 20 minutes on two cores. QUICK=1 takes 5, FULL=1 an hour and a half. Stop at any time; what is done is kept",
+    "full": "simulation of every figure, then on 32 emulated ranks calibration, Fig. 11 of both models, Fig. 13, "
+    "Table IV (K) and update frequency: about an hour and a half on two cores. Stop at any time; what is done is kept",
+}
+
+
+def simulate_all(configs: Iterable[RunConfig], cells: Cells, session: Session) -> list[Outcome]:
+    """Run simulated configurations on all cores, with one progress bar per sweep."""
+    with _progress(session.console) as progress:
         runs = {name: {cell.config.run_id for cell in sweep} for name, sweep in cells.items()}
         total = progress.add_task("all runs", total=len(set().union(*runs.values())))
         tasks = {name: progress.add_task(name, total=len(ids)) for name, ids in runs.items()}
@@ -77,4 +96,75 @@ def _run(cells: dict[str, list[Cell]], workers: int, store: RunStore, console: C
                 if outcome.run_id in ids:
                     progress.advance(tasks[name])
 
-        return run_all((cell.config for sweep in cells.values() for cell in sweep), workers, finished, store)
+        return run_all(configs, session.workers, finished, session.store)
+
+
+def measure_emulated(amount: Amount, session: Session) -> list[Outcome]:
+    """Calibrate the emulated clusters of an amount unless that is done, then measure."""
+    for name in clusters_of(amount):
+        config = calibration_config(name.removesuffix("_calibrated"), "emulated")
+        if not (session.store.is_done(config.run_id) and config.path.exists()):
+            with _progress(session.console) as progress:
+                task = progress.add_task(f"calibrating {config.cluster.name}", total=config.num_measurements)
+                calibrate(config, session.store, lambda _, task=task: progress.advance(task))
+    cells = measured_cells(amount)
+    return [*measure(cells, session), *predict(cells, session)]
+
+
+def measure(
+    cells: Sequence[MeasuredCell], session: Session, run: Callable[..., list[Outcome]] = measure_all
+) -> list[Outcome]:
+    """Measure what has no record, one group of systems after another, with one progress bar for all iterations."""
+    groups = together(cell.measured.config for cell in cells)
+    missing = [group for group in groups if not all(session.store.is_done(config.run_id) for config in group)]
+    with _progress(session.console) as progress:
+        task = progress.add_task("measuring", total=sum(group[0].iterations for group in missing))
+
+        def started(group: Sequence[RunConfig]) -> Callable[[int], None]:
+            first = group[0]
+            progress.update(task, description=f"{first.model.name}, {first.routing.name}: {len(group)} systems")
+            return (lambda _: progress.advance(task)) if group in missing else (lambda _: None)
+
+        return run(groups, session.store, started)
+
+
+def predict(cells: Sequence[MeasuredCell], session: Session) -> list[Outcome]:
+    """What the calibrated cost model says of the same runs."""
+    return simulate_all(
+        (cell.predicted.config for cell in cells), {"predictions": [cell.predicted for cell in cells]}, session
+    )
+
+
+def finish(outcomes: Sequence[Outcome], session: Session, wandb_mode: WandbMode, cells: Cells) -> None:
+    """Say what was run, write the report, and print the verdicts.
+
+    Raises:
+        ValueError: runs that failed.
+    """
+    console = session.console
+    new = [outcome for outcome in outcomes if not outcome.cached]
+    kept = len(outcomes) - len(new)
+    console.print(f"{len(outcomes)} runs: {len(new)} new, {kept} kept from before ({session.seconds:.0f} s)")
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    for outcome in failed:
+        console.print(f"[red]failed[/red] {outcome.run_id}: {outcome.reason}")
+    with console.status("drawing figures and writing the report"):
+        report, verdicts = write_report(cells)
+    if new:
+        with console.status(f"mirroring verdicts in W&B ({wandb_mode})"):
+            mirror_table("verdicts", verdicts, wandb_mode)
+    console.print(verdict_summary(verdicts))
+    console.print(f"report: [bold]{report}[/bold] ({session.seconds:.0f} s in all)")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(outcomes)} runs failed; the report leaves them out and says so")
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console)

@@ -7,6 +7,7 @@ from hiermoe.analysis.claims import BEST_OF, Claim, Rules
 from hiermoe.analysis.frames import Results, Run
 
 GROUPED_BY = ("source", "routing", "model", "cluster")
+SETTINGS = ("backend", "iterations", "tokens_per_rank", "narrowed")  # of how, not of what, is measured
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def cases(claim: Claim, rules: Rules, results: Results) -> Iterator[Case]:
     sweep = claim.sweep(rules)
     groups: dict[tuple, list[Run]] = {}
     for run in results.find(sweep, **claim.wanted):
-        varied = {key: value for key, value in run.swept.items() if key not in (*GROUPED_BY, "system", "backend")}
+        varied = {key: value for key, value in run.swept.items() if key not in (*GROUPED_BY, "system", *SETTINGS)}
         key = (*(run.value(name) for name in GROUPED_BY), *varied.items())
         groups.setdefault(key, []).append(run)
     clusters = {cluster for _, _, _, cluster, *_ in groups}

@@ -72,6 +72,6 @@ def migration_share(system: pd.DataFrame, megatron: pd.DataFrame, price: Migrati
         price: of a move.
         share: AlltoAll's share of Megatron-LM's step; it bounds the compute time that both have.
     """
-    compute_ms = megatron["predicted_ms"].sum() * (1 - share) / share
+    compute_ms = megatron["step_ms"].sum() * (1 - share) / share
     migration_ms = price.of(system).sum()
-    return float(migration_ms / (compute_ms + system["predicted_ms"].sum() + migration_ms))
+    return float(migration_ms / (compute_ms + system["step_ms"].sum() + migration_ms))

@@ -99,12 +99,17 @@ class Results:
     def rows(self, run: Run, phase: str, measured_only: bool = True) -> pd.DataFrame:
         """Rows of one run and phase, in order of iteration.
 
+        Of the phase step there is one row per iteration: of a measured run the busiest rank's value of each column. Its
+        column ``step_ms`` is the time of the four AlltoAlls: predicted, or of the whole calls, as the run's source says.
+
         Args:
             run: status ok.
             phase: of the records.
             measured_only: leave out iterations before the counted window.
         """
         rows = self._by_phase[run.run_id, phase]
+        if phase == "step":
+            rows = _timed(rows, run.source)
         return rows[rows["measured"]] if measured_only else rows
 
     def sweep(self, name: str) -> pd.DataFrame:
@@ -159,6 +164,14 @@ def load(cells: Mapping[str, Sequence[Cell]], store: RunStore | None = None) -> 
     ok = [frame for frame in frames.values() if frame is not None and frame["status"].iloc[0] == "ok"]
     empty = pd.DataFrame(columns=["run_id", "phase", "measured"])
     return Results(runs, pd.concat(ok, ignore_index=True) if ok else empty, store)
+
+
+def _timed(steps: pd.DataFrame, source: str) -> pd.DataFrame:
+    """One row per iteration, with its time."""
+    if source == "simulated":
+        return steps.assign(step_ms=steps["predicted_ms"])
+    busiest = steps.groupby("iteration", as_index=False).max()
+    return busiest.assign(step_ms=busiest["dispatch_ms"])
 
 
 def _run(cell: Cell, run_id: str, frame: pd.DataFrame | None) -> Run:

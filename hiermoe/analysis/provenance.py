@@ -36,7 +36,12 @@ def trace_facts(results: Results) -> list[TraceFacts]:
         for run in results.find(sweep, routing="recorded"):
             path = recorded_path(run.config.routing.source["path"], run.config.request)
             if asked.get(path) is None:
-                plain = run.status == "ok" and run.system == "megatron" and not {"topk", "experiment"} & set(run.swept)
+                plain = (
+                    run.status == "ok"
+                    and run.source == "simulated"
+                    and run.system == "megatron"
+                    and not {"topk", "experiment"} & set(run.swept)
+                )
                 asked[path] = _imbalance(results.rows(run, "step")) if plain else None
     return [TraceFacts(to_root(path), _metadata(path), imbalance) for path, imbalance in asked.items()]
 

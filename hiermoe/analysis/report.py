@@ -11,7 +11,8 @@ import pandas as pd
 from PIL import Image
 
 from hiermoe.analysis.claims import Claim, Rules, load_claims, load_rules
-from hiermoe.analysis.figures import FIGURES, losses
+from hiermoe.analysis.figures import FIGURES, losses, measured
+from hiermoe.analysis.figures.measured import PREDICTIONS
 from hiermoe.analysis.figures.spec import FigureSpec, Words, render
 from hiermoe.analysis.findings import findings
 from hiermoe.analysis.frames import NO_ROUTING, Results, load
@@ -19,6 +20,7 @@ from hiermoe.analysis.provenance import run_provenance, trace_facts
 from hiermoe.analysis.render import environment, to_html
 from hiermoe.analysis.verdicts import VERDICTS, Judged, judge_all, to_frame
 from hiermoe.analysis.wording import GLYPHS, cell, in_words, number, system_labels
+from hiermoe.harness.measured import measured_so_far
 from hiermoe.harness.sweep import Cell, expand, sweep_names
 from hiermoe.records.project import REPORTS
 from hiermoe.records.provenance import collect
@@ -26,6 +28,13 @@ from hiermoe.records.store import RunStore
 
 TITLE = "HierMoE, reproduced"
 ROUTINGS = ("recorded", "uniform", "group_limited", NO_ROUTING)
+NO_SOURCE = "none"  # of a claim that no sweep has a run for
+KINDS = ("simulated", "local", "emulated", "cluster", NO_SOURCE)
+HEADINGS = {"emulated": "emulated cluster", "cluster": "GPU cluster"}
+HOW_TO_MEASURE = {
+    "emulated": "`make reproduce` as root measures on an emulated cluster",
+    "cluster": "`make reproduce BACKEND=slurm NODES=4 GPUS_PER_NODE=8` measures on a cluster; nobody has, here",
+}
 REFERENCE_WIDTH = 1100  # pixels of a committed figure
 
 
@@ -52,20 +61,26 @@ def write_report(
     Returns:
         The page, and the verdicts as a table.
     """
-    given = cells or {}
-    results = load({name: given[name] if name in given else expand(name) for name in sweep_names()}, store)
+    given, store = cells or {}, store or RunStore()
+    all_cells = {name: [*(given[name] if name in given else expand(name))] for name in sweep_names()}
+    known = measured_so_far(store)
+    for run in known:
+        all_cells[run.sweep].append(run.measured)
+    results = load(all_cells | {PREDICTIONS: [run.predicted for run in known]}, store)
     claims, rules = load_claims(), load_rules()
     judged = judge_all(claims, rules, results)
     verdicts = to_frame(judged)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     verdicts.to_csv(folder / "verdicts.csv", index=False)
-    sections = [_section(spec, source, claims, results, folder) for source in _sources(results) for spec in FIGURES]
+    predicted = results.of_source("simulated")
+    sections = [_measured_section(source, claims, results, folder) for source in ("emulated", "cluster")]
+    sections += [_section(spec, "simulated", claims, predicted, folder) for spec in FIGURES]
     sections.append(_section(losses.FIGURE, "local", claims, results, folder, missing="`make losses` trains them"))
     context = _verdict_context(judged, rules, results) | _provenance_context(results)
     text = (
         environment()
         .get_template("report.md.j2")
-        .render(title=TITLE, sections=sections, rules=rules, findings=findings(claims, results), **context)
+        .render(title=TITLE, sections=sections, rules=rules, findings=findings(claims, predicted), **context)
     )
     (folder / "report.md").write_text(text)
     page = folder / "report.html"
@@ -123,17 +138,41 @@ def _section(
     return Section(spec.heading, f"figures/{name}.png", words, left_out)
 
 
+def _measured_section(source: str, claims: Sequence[Claim], results: Results, folder: Path) -> Section:
+    """What was measured on one kind of network, beside its predictions; what makes it, where there is nothing."""
+    runs = {
+        name: [run for run in runs if run.source in ("simulated" if name == PREDICTIONS else source)]
+        for name, runs in results.runs.items()
+    }
+    own = Results(runs, results.records, results.store)
+    spec = measured.FIGURE
+    name = f"{spec.name}_{source}"
+    words = render(spec, spec.table(own, claims), folder / "figures", name)
+    failed = Counter(run.reason for run in results.of_source(source).find("fig11") if run.status != "ok")
+    left_out = [f"{count} runs: {reason}" for reason, count in failed.items()]
+    if words is None:
+        left_out.append(HOW_TO_MEASURE[source])
+    return Section(f"{spec.heading}, {HEADINGS[source]}", f"figures/{name}.png", words, tuple(left_out))
+
+
 def _verdict_context(judged: Sequence[Judged], rules: Rules, results: Results) -> dict[str, Any]:
     """Counts, the headline table, and all verdicts."""
     labels = system_labels(results)
-    present = [routing for routing in ROUTINGS if any(one.routing == routing for one in judged)]
-    counts = {routing: Counter(one.verdict for one in judged if one.routing == routing) for routing in present}
-    columns = [routing for routing in present if routing != NO_ROUTING]
+    by_kind: dict[tuple[str, str], list[Judged]] = {}
+    for one in judged:
+        by_kind.setdefault((one.case.source if one.case else NO_SOURCE, one.routing), []).append(one)
+    present = sorted(by_kind, key=lambda kind: (KINDS.index(kind[0]), ROUTINGS.index(kind[1])))
+    counts = {_named(*kind): Counter(one.verdict for one in by_kind[kind]) for kind in present}
+    kinds = [kind for kind in present if kind[1] != NO_ROUTING]
     headline = []
     for name in rules.headline:
-        rows = [one for one in judged if one.claim.claim == name]
-        by_routing = [cell([one for one in rows if one.routing == routing]) for routing in columns]
-        headline.append((in_words(rows[0].claim, labels), rows[0].claim.published, by_routing))
+        claim = next(one.claim for one in judged if one.claim.claim == name)
+        cells = [cell([one for one in by_kind[kind] if one.claim.claim == name]) for kind in kinds]
+        missing = [] if "cluster" in {source for source, _ in kinds} else ["not measured yet"]
+        headline.append((in_words(claim, labels), claim.published, cells + missing))
+    columns = [_named(*kind) for kind in kinds]
+    if "cluster" not in {source for source, _ in kinds}:
+        columns.append("cluster")
     return {
         "verdict_names": VERDICTS,
         "glyphs": GLYPHS,
@@ -146,6 +185,12 @@ def _verdict_context(judged: Sequence[Judged], rules: Rules, results: Results) -
         "number": number,
         "num_claims": len({one.claim.claim for one in judged}),
     }
+
+
+def _named(source: str, routing: str) -> str:
+    """A column's heading; without a source where there was no run to judge."""
+    words = {"simulated": "predicted"}.get(source, source)
+    return f"{words}, {routing.replace('_', '-')}" if source != NO_SOURCE else "no run"
 
 
 def _provenance_context(results: Results) -> dict[str, Any]:

@@ -77,6 +77,11 @@ def ratio_of_sums(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
     return bootstrap(lambda a, b: a.sum(-1) / b.sum(-1), numerator, denominator)
 
 
+def ratio_of_medians(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
+    """median(numerator) / median(denominator)."""
+    return bootstrap(lambda a, b: np.median(a, -1) / np.median(b, -1), numerator, denominator)
+
+
 def ratio_of_variation(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
     """Coefficient of variation (standard deviation over mean) of one series over that of another."""
 

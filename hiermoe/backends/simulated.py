@@ -9,6 +9,7 @@ from hiermoe.backends.workload import Workload
 from hiermoe.planner.bounds import fixed_placement_rows
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP, Price, choose_scheme
 from hiermoe.planner.counts import RoutingCounts
+from hiermoe.planner.links import link_ms
 from hiermoe.planner.migration import STATE_BYTES_PER_PARAMETER, price_migration
 from hiermoe.planner.policy import PlacementUpdate, StepContext
 from hiermoe.planner.realised import realised_gains
@@ -54,7 +55,7 @@ def simulate(workload: Workload, progress: Callable[[int], None] = lambda iterat
             "measured": iteration >= measured_from,
             "layer": workload.layer,
         }
-        rows += [keys | row for row in _dispatch_rows(chosen, counts, cluster.hierarchy)]
+        rows += [keys | row for row in _dispatch_rows(chosen, counts, workload)]
         rows += [keys | row for row in _routing_rows(counts, workload)]
         rows.append(keys | _step_row(chosen, counts) | _update_columns(update, placement, workload))
         if update is not None:
@@ -77,8 +78,10 @@ def simulate(workload: Workload, progress: Callable[[int], None] = lambda iterat
     return pd.DataFrame(rows)
 
 
-def _dispatch_rows(chosen: Price, counts: RoutingCounts, hierarchy: Hierarchy) -> Iterator[Row]:
+def _dispatch_rows(chosen: Price, counts: RoutingCounts, workload: Workload) -> Iterator[Row]:
     """One row per stage of one AlltoAll."""
+    cluster, hierarchy = workload.cluster, workload.cluster.hierarchy
+    links = link_ms(chosen.traffic.rows_SGG, cluster, workload.row_bytes)
     crossing = chosen.traffic.crossing_rows().tolist()
     busiest = chosen.traffic.busiest_rows().tolist()
     for index, stage in enumerate(chosen.scheme.stages):
@@ -87,6 +90,7 @@ def _dispatch_rows(chosen: Price, counts: RoutingCounts, hierarchy: Hierarchy) -
             "stage": f"{index + 1}:{stage.peers}",
             "dimension": chosen.scheme.dimension,
             "predicted_ms": chosen.stage_ms[index],
+            "link_ms": links[index],
             "rows": busiest[index],
             "group_rows": _group_rows(stage, counts, hierarchy),
             "bytes": chosen.stage_bytes[index],

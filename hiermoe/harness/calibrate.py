@@ -16,8 +16,9 @@ from scipy.optimize import nnls
 
 from hiermoe.backends.calibration import CalibrationJob, run_calibration
 from hiermoe.backends.worlds import World, world_of
-from hiermoe.harness.config import BackendConfig, WandbConfig
+from hiermoe.harness.config import BackendConfig, WandbConfig, parse
 from hiermoe.harness.run import Outcome, keep_record
+from hiermoe.harness.sweep import composing
 from hiermoe.planner.fit import Fit, fit_alpha_beta
 from hiermoe.records.project import CLUSTERS
 from hiermoe.records.run_id import run_id
@@ -98,6 +99,11 @@ class CalibrationConfig(BaseModel):
         )
 
     @property
+    def num_measurements(self) -> int:
+        """Of which progress is told."""
+        return sum(1 for _ in self.job.measurements())
+
+    @property
     def path(self) -> Path:
         """Where the cluster's file goes."""
         return CLUSTERS / f"{self.name}.yaml"
@@ -140,6 +146,34 @@ def execute_calibration(
             return run_calibration(config.job, ranks, progress)
 
     return keep_record(config.run_id, config.content, keys, measure, store)
+
+
+def calibration_config(cluster: str, backend: str, **more: str) -> CalibrationConfig:
+    """conf/calibrate.yaml with these choices, outside of Hydra's own command line.
+
+    Raises:
+        ValueError: an unknown name, or a value that breaks a rule.
+    """
+    with composing() as compose:
+        overrides = [f"{key}={value}" for key, value in {"cluster": cluster, "backend": backend, **more}.items()]
+        return parse(compose("calibrate", overrides), CalibrationConfig)
+
+
+def calibrate(
+    config: CalibrationConfig,
+    store: RunStore,
+    progress: Callable[[int], None] = lambda measurement: None,
+    world: World | None = None,
+) -> Cluster:
+    """Measure unless that is done, and write the cluster's file.
+
+    Raises:
+        ValueError: the calibration failed.
+    """
+    outcome = execute_calibration(config, store, progress, world)
+    if outcome.status != "ok":
+        raise ValueError(f"calibration of {config.cluster.name}: {outcome.reason}")
+    return write_cluster(config, store)
 
 
 def timings(records: pd.DataFrame) -> pd.DataFrame:

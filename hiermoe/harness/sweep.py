@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,17 +15,18 @@ from typing import Any, Generic
 
 import hydra
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel
 from typing_extensions import TypeVar
 
 from hiermoe.harness.config import RunConfig, parse, register_search_path
 from hiermoe.harness.run import Outcome, execute
-from hiermoe.records.project import CONF, PROJECT_ROOT, SWEEPS
+from hiermoe.records.project import CLUSTERS, CONF, PROJECT_ROOT, SWEEPS, to_root
 from hiermoe.records.store import RunStore, write_whole
 
 CACHE = PROJECT_ROOT / ".cache" / "sweeps"
@@ -59,24 +60,28 @@ def expand(name: str) -> list[Cell]:
     return expand_file(path, "config", RunConfig)
 
 
-def expand_file(path: Path, config_name: str, schema: type[C]) -> list[Cell[C]]:
+def expand_file(
+    path: Path, config_name: str, schema: type[C], instead: Mapping[str, str] | None = None
+) -> list[Cell[C]]:
     """All runs of a sweep's file.
 
-    Hydra takes a tenth of a second for each, so the result is kept in .cache/ for as long as no file of conf/ and
-    sweeps/ changes.
+    Hydra takes a tenth of a second for each, so the result is kept in .cache/ for as long as no file of conf/, sweeps/
+    and results/clusters/ changes.
 
     Args:
         path: below sweeps/.
         config_name: primary configuration in conf/.
         schema: of that configuration.
+        instead: values in the place of those that the file gives.
 
     Raises:
-        ValueError: a configuration that breaks a rule.
+        ValueError: a configuration that breaks a rule, or a name that no file has.
     """
     group = path.parent.relative_to(SWEEPS.parent).as_posix()
-    cache = CACHE / f"{path.stem}-{_configuration_digest()}.json"
+    named = "-".join([*path.relative_to(SWEEPS).with_suffix("").parts, *(instead or {}).values()])
+    cache = CACHE / f"{named}-{_configuration_digest()}.json"
     if not cache.exists():
-        cells = _compose(path, f"+{group}={path.stem}", config_name)
+        cells = _compose(path, f"+{group}={path.stem}", config_name, instead or {})
         write_whole(cache, json.dumps(cells).encode())
     return [
         Cell(tuple(cell["overrides"]), parse(DictConfig(cell["config"]), schema))
@@ -87,17 +92,17 @@ def expand_file(path: Path, config_name: str, schema: type[C]) -> list[Cell[C]]:
 def _configuration_digest() -> str:
     """Hash of everything that composition reads."""
     digest = hashlib.sha256(hydra.__version__.encode())
-    for path in sorted([*CONF.rglob("*.yaml"), *SWEEPS.rglob("*.yaml")]):
+    for path in sorted([*CONF.rglob("*.yaml"), *SWEEPS.rglob("*.yaml"), *CLUSTERS.glob("*.yaml")]):
         digest.update(path.as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
-def _compose(path: Path, chosen: str, config_name: str) -> list[dict[str, Any]]:
+def _compose(path: Path, chosen: str, config_name: str, instead: Mapping[str, str]) -> list[dict[str, Any]]:
     """Let Hydra compose every run of a sweep."""
-    params = OmegaConf.load(path).hydra.sweeper.params
+    params = {**OmegaConf.load(path).hydra.sweeper.params, **instead}
     overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
     (batch,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-    with _hydra():
+    with _one_line(path), composing() as compose:
         return [
             {"overrides": cell, "config": OmegaConf.to_container(compose(config_name, [chosen, *cell]), resolve=True)}
             for cell in batch
@@ -105,13 +110,21 @@ def _compose(path: Path, chosen: str, config_name: str) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _hydra() -> Iterator[None]:
+def _one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except HydraException as error:
+        raise ValueError(f"{to_root(path)}: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def composing() -> Iterator[Callable[..., DictConfig]]:
     """Hydra's compose API on the project's configuration, leaving Hydra's global state as it was."""
     register_search_path()
     previous = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="hiermoe"):
-        yield
+        yield hydra.compose
     GlobalHydra.instance().hydra = previous
 
 

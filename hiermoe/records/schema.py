@@ -45,6 +45,7 @@ RECORDS = pa.DataFrameSchema(
         "stage": pa.Column(str),  # "1:inter1"; phase "routing": the level's name; else "all"
         "dimension": _number(low=1),  # d of the scheme used
         "predicted_ms": _number(),  # phase dispatch: the stage in one AlltoAll; phase step: the four AlltoAlls
+        "link_ms": _number(),  # dispatch: least time of the stage on the busiest link of a shaped level
         "rows": _number(),  # dispatch: at the busiest GPU; routing: distinct (token, group) pairs
         "group_rows": _number(),  # dispatch, deduplicated: of the busiest group, per GPU of it: what Q counts
         "bytes": _number(),  # rows * M * v

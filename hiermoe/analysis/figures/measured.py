@@ -1,0 +1,263 @@
+"""Real dispatchers on real links beside what the calibrated cost model predicts for the same tokens."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from hiermoe.analysis.claims import Claim
+from hiermoe.analysis.figures import style
+from hiermoe.analysis.figures.spec import FigureSpec, Words
+from hiermoe.analysis.frames import Results, Run
+from hiermoe.analysis.statistics import Estimate, bootstrap, paired, ratio_of_medians, ratio_of_sums
+from hiermoe.analysis.wording import with_interval
+
+BASELINE = "megatron"
+PREDICTIONS = "predictions"  # simulated twins of the measured runs
+SOURCES = {"emulated": "an emulated cluster", "cluster": "a cluster", "local": "one machine's loopback"}
+
+
+def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
+    """One row per measured run that has a prediction: medians per iteration of the busiest rank."""
+    return pd.DataFrame([_row(run, twin, results) for run, twin in _twins(results)])
+
+
+def _twins(results: Results) -> Iterator[tuple[Run, Run]]:
+    """Measured runs and their predictions, each pair once."""
+    predictions = {_same(run): run for run in results.runs.get(PREDICTIONS, ()) if run.status == "ok"}
+    seen = set()
+    for name, runs in results.runs.items():
+        for run in runs:
+            measured = name != PREDICTIONS and run.source != "simulated" and run.status == "ok"
+            if measured and run.run_id not in seen and _same(run) in predictions:
+                seen.add(run.run_id)
+                yield run, predictions[_same(run)]
+
+
+def _same(run: Run) -> str:
+    return run.config.model_dump_json(exclude={"backend", "wandb"})
+
+
+def _row(run: Run, twin: Run, results: Results) -> dict[str, object]:
+    config = run.config
+    steps, predicted = results.rows(run, "step"), results.rows(twin, "step")
+    wire_ms, predicted_ms = paired(steps, predicted.assign(wire_ms=predicted["step_ms"]), "wire_ms")
+    whole = bootstrap(lambda x: np.median(x, -1), steps["step_ms"].to_numpy(float))
+    error = ratio_of_medians(wire_ms, predicted_ms)
+    policy = str(config.system.policy)
+    return {
+        "source": run.source,
+        "cluster": config.cluster.name,
+        "model": config.model.name,
+        "routing": run.routing,
+        "topk": config.model.topk,
+        "policy": policy,
+        "system": run.system,
+        "label": config.system.label,
+        "num_ranks": run.num_ranks,
+        "tokens_per_rank": config.tokens_per_rank,
+        "row_bytes": config.row_bytes,
+        "narrowed": config.narrowed,
+        "predicted_ms": float(np.median(predicted_ms)),
+        "wire_ms": float(np.median(wire_ms)),
+        "value": whole.value,
+        "low": whole.low,
+        "high": whole.high,
+        "local_ms": steps["local_ms"].median(),
+        "planning_ms": steps["planning_ms"].median(),
+        "migration_ms": steps["migration_ms"].mean(),
+        "wire_over_predicted": error.value,
+        "wire_over_predicted_low": error.low,
+        "wire_over_predicted_high": error.high,
+        "num_wrong": int(results.rows(run, "step", measured_only=False)["num_wrong"].sum()),
+        "n": len(steps),
+        **_speedups(run, twin, results),
+        "stages": _stages(run, twin, results),
+    }
+
+
+def _speedups(run: Run, twin: Run, results: Results) -> dict[str, float]:
+    """Over stock Megatron on the same tokens: predicted, on the wire, and of the whole calls."""
+    keys = {key: run.value(key) for key in ("source", "model", "cluster", "routing", "num_experts", "topk")}
+    found = [
+        other
+        for name in results.runs
+        if name != PREDICTIONS
+        for other in results.find(name, system=BASELINE, status="ok", **keys)
+        if other.config.tokens_per_rank == run.config.tokens_per_rank and other.config.narrowed == run.config.narrowed
+    ]
+    twins = {_same(other): other for other in results.runs.get(PREDICTIONS, ()) if other.status == "ok"}
+    if not found or _same(found[0]) not in twins:
+        return {}
+    theirs, ours = results.rows(found[0], "step"), results.rows(run, "step")
+    predicted = ratio_of_sums(
+        results.rows(twins[_same(found[0])], "step")["step_ms"].to_numpy(),
+        results.rows(twin, "step")["step_ms"].to_numpy(),
+    )
+    columns: dict[str, float] = {"predicted_speedup": predicted.value}
+    for name, column in (("wire", "wire_ms"), ("whole", "step_ms")):
+        estimate = ratio_of_medians(*paired(theirs, ours, column))
+        columns |= {
+            f"{name}_speedup": estimate.value,
+            f"{name}_speedup_low": estimate.low,
+            f"{name}_speedup_high": estimate.high,
+        }
+    return columns
+
+
+def _stages(run: Run, twin: Run, results: Results) -> str:
+    """Every stage of a dispatch: measured over predicted time, and over the least that its busiest link allows."""
+    measured, predicted = results.rows(run, "dispatch"), results.rows(twin, "dispatch")
+    parts = []
+    for stage, rows in predicted.groupby("stage", sort=True):
+        own = measured[measured["stage"] == stage].groupby("iteration")["wire_ms"].max()
+        both = rows.set_index("iteration")[["predicted_ms", "link_ms"]].join(own, how="inner")
+        if both.empty:
+            continue
+        text = f"{stage} {both['wire_ms'].median() / both['predicted_ms'].median():.2f}"
+        link_ms = both["link_ms"].median()
+        parts.append(text + (f" ({both['wire_ms'].median() / link_ms:.2f})" if link_ms > 0 else ""))
+    return ", ".join(parts)
+
+
+def draw(table: pd.DataFrame, title: str) -> Figure:
+    """A panel per model, K and routing: a row per system, predicted above measured."""
+    groups = list(_panels(table))
+    columns = min(2, len(groups))
+    lines = -(-len(groups) // columns)
+    tallest = max(len(rows) for _, rows in groups)
+    figure, panels = style.grid(title, lines, columns, (12, 1.6 + lines * (0.9 + 0.46 * tallest)))
+    for panel in panels[len(groups) :]:
+        panel.set_visible(False)
+    for panel, (name, rows) in zip(panels, groups, strict=False):
+        for position, (_, row) in enumerate(rows.iterrows()):
+            tone = style.color(str(row["system"]))
+            panel.barh(position - 0.2, row["predicted_ms"], 0.34, facecolor="none", edgecolor=tone, linewidth=1.4)
+            panel.barh(position + 0.2, row["wire_ms"], 0.34, color=tone)
+            panel.barh(position + 0.2, row["value"] - row["wire_ms"], 0.34, left=row["wire_ms"], color=tone, alpha=0.35)
+            ends = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
+            panel.errorbar(row["value"], position + 0.2, xerr=ends, color=style.INK, capsize=3, elinewidth=1.4)
+            if not np.isnan(row.get("whole_speedup", np.nan)) and row["system"] != BASELINE:
+                panel.annotate(
+                    f"{row['whole_speedup']:.2f}×", (row["high"], position + 0.2), xytext=(6, 0),
+                    textcoords="offset points", va="center", fontsize=10.5,
+                )  # fmt: skip
+        panel.set_yticks(range(len(rows)), list(rows["label"]))
+        panel.set_ylim(len(rows) - 0.45, -0.55)
+        panel.set_xlim(0, max(rows["high"].max(), rows["predicted_ms"].max()) * 1.15)
+        panel.grid(axis="y", visible=False)
+        panel.set_title(name)
+        panel.set_xlabel("four AlltoAlls of one layer, ms a step")
+    marks = [
+        Patch(facecolor="none", edgecolor="#444444", linewidth=1.4, label="predicted by the calibrated α + n·β"),
+        Patch(color="#444444", label="measured, on the wire"),
+        Patch(color="#444444", alpha=0.35, label="measured, the rest of the calls"),
+        Line2D(
+            [],
+            [],
+            linestyle="",
+            marker="$1.2\\times$",
+            markersize=22,
+            color=style.INK,
+            label="whole calls over Megatron-LM's",
+        ),
+    ]
+    figure.legend(handles=marks, loc="outside lower center", ncols=2, fontsize=11.5)
+    return figure
+
+
+def _panels(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    for (model, topk, routing), rows in table.groupby(["model", "topk", "routing"], sort=False):  # type: ignore[misc]
+        unique = rows.drop_duplicates(["system", "policy"])
+        several = unique["label"].duplicated(keep=False)
+        labels = unique["label"].where(~several, unique["label"] + unique["policy"].map(_interval))
+        yield f"{style.MODELS[model]}, K={topk}, {style.ROUTINGS[routing][1]}", unique.assign(label=labels)
+
+
+def _interval(policy: str) -> str:
+    found = pd.Series([policy]).str.extract(r"interval': (\d+)")[0].iloc[0]
+    return "" if pd.isna(found) else f", every {found}"
+
+
+def words(table: pd.DataFrame) -> Words:
+    """How far measurement and model agree, and what was measured where."""
+    first = table.iloc[0]
+    lead = table[(table["routing"] == first["routing"]) & (table["model"] == first["model"])]
+    reached = [
+        f"{row['label']} {row['whole_speedup']:.2f}× (predicted {row['predicted_speedup']:.2f}×)"
+        for _, row in lead[lead["system"].isin(["hd2_moe", "hd_moe", "hiermoe"])].iterrows()
+        if "whole_speedup" in row and not np.isnan(row["whole_speedup"])
+    ]
+    off = (table["wire_over_predicted"] - 1).abs()
+    wrong = int(table["num_wrong"].sum())
+    text = [
+        f"Times on the wire are {table['wire_over_predicted'].min():.2f} to {table['wire_over_predicted'].max():.2f} of "
+        f"what the calibrated model predicts (median distance {off.median():.0%}).",
+        f"Elements of results and gradients that differ from their known answer: {wrong}.",
+        *_gap(table),
+    ]
+    sizes = "; ".join(
+        f"{style.MODELS[str(model)]}: {rows['tokens_per_rank'].iloc[0]} tokens a rank, rows of {rows['row_bytes'].iloc[0]} "
+        f"bytes (1/{rows['narrowed'].iloc[0]} of the model's)"
+        for model, rows in table.groupby("model", sort=False)
+    )
+    return Words(
+        f"Measured on {SOURCES[str(first['source'])]}, over Megatron-LM on {first['routing']} routing: "
+        f"{'; '.join(reached) or 'no baseline yet'}",
+        f"{first['num_ranks']} gloo ranks. Busiest rank in each iteration, median over {table['n'].min()} iterations, "
+        f"systems interleaved; 95 % block-bootstrap intervals. {sizes}.",
+        tuple(text),
+        tuple(_summary(table)),
+    )
+
+
+def _gap(table: pd.DataFrame) -> Iterator[str]:
+    """Where speed-ups differ from the predicted ones by more than 15 %."""
+    if "wire_speedup" not in table:
+        return
+    known = table.dropna(subset=["wire_speedup"])
+    known = known[known["system"] != BASELINE]
+    far = known[(known["wire_speedup"] / known["predicted_speedup"] - 1).abs() > 0.15]
+    if len(known):
+        names = ", ".join(f"{row['label']} on {row['routing']} routing" for _, row in far.iterrows())
+        yield (
+            f"Speed-ups on the wire are within 15 % of the predicted ones for {len(known) - len(far)} of {len(known)} runs"
+            + (f"; not for {names}." if len(far) else ".")
+        )
+
+
+def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
+    yield (
+        "model, K", "routing", "system", "predicted ms", "wire ms", "whole calls ms", "wire over predicted",
+        "stages: wire over predicted (over the busiest link's least)", "speed-up predicted", "on the wire",
+        "whole calls", "planning ms", "migration ms a step", "n",
+    )  # fmt: skip
+    for _, row in table.iterrows():
+        yield (
+            f"{style.MODELS[row['model']]}, {row['topk']}",
+            style.ROUTINGS[row["routing"]][1].removesuffix(" routing"),
+            row["label"] + (_interval(row["policy"]) if row["system"] == "hiermoe" else ""),
+            f"{row['predicted_ms']:.0f}",
+            f"{row['wire_ms']:.0f}",
+            f"{row['value']:.0f} [{row['low']:.0f}, {row['high']:.0f}]",
+            _estimate(row, "wire_over_predicted"),
+            row["stages"],
+            f"{row.get('predicted_speedup', np.nan):.2f}",
+            _estimate(row, "wire_speedup"),
+            _estimate(row, "whole_speedup"),
+            f"{row['planning_ms']:.0f}",
+            f"{row['migration_ms']:.0f}",
+            str(row["n"]),
+        )
+
+
+def _estimate(row: pd.Series, column: str) -> str:
+    if np.isnan(row.get(column, np.nan)):
+        return ""
+    return with_interval(Estimate(row[column], row[f"{column}_low"], row[f"{column}_high"], row["n"]))
+
+
+FIGURE = FigureSpec("measured", "Measured: real dispatchers on real links", "fig11", table, draw, words)

@@ -1,0 +1,106 @@
+"""Measured sweeps: the files of sweeps/measured/, each with the simulated twin that its numbers are compared with."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from hiermoe.backends.worlds import World
+from hiermoe.harness.config import BackendConfig, RunConfig
+from hiermoe.harness.run import Outcome, execute_together
+from hiermoe.harness.sweep import Cell, expand_file
+from hiermoe.records.project import SWEEPS
+from hiermoe.records.store import RunStore
+
+Amount = Literal["quick", "default", "full"]
+AMOUNTS: tuple[Amount, ...] = ("quick", "default", "full")
+
+# Folders below sweeps/measured/ that an amount consists of.
+_FOLDERS: Mapping[Amount, tuple[str, ...]] = {"quick": ("quick",), "default": ("",), "full": ("", "full")}
+
+
+@dataclass(frozen=True)
+class MeasuredCell:
+    """One measured run, the sweep of the paper that it belongs to, and what the cost model predicts for it."""
+
+    sweep: str
+    measured: Cell
+    predicted: Cell
+
+
+def measured_cells(
+    amount: Amount, backend: BackendConfig | None = None, cluster: str | None = None
+) -> list[MeasuredCell]:
+    """All measured runs of an amount.
+
+    Args:
+        amount: quick, default, or full, which has all of default.
+        backend: in the place of the one that the files name.
+        cluster: calibrated one, likewise.
+
+    Raises:
+        ValueError: the cluster has not been calibrated, or a configuration that breaks a rule.
+    """
+    cells = []
+    for folder in _FOLDERS[amount]:
+        for path in sorted((SWEEPS / "measured" / folder).glob("*.yaml")):
+            other = {} if cluster is None else {"cluster": cluster}
+            for cell in expand_file(path, "config", RunConfig, other):
+                config = cell.config if backend is None else cell.config.model_copy(update={"backend": backend})
+                twin = config.model_copy(update={"backend": BackendConfig(name="simulated")})
+                cells.append(MeasuredCell(path.stem, Cell(cell.overrides, config), Cell(cell.overrides, twin)))
+    return cells
+
+
+def clusters_of(amount: Amount) -> list[str]:
+    """Names of the clusters, calibrated ones, that the files of an amount name."""
+    from omegaconf import OmegaConf
+
+    found = [
+        str(OmegaConf.load(path).hydra.sweeper.params.cluster)
+        for folder in _FOLDERS[amount]
+        for path in sorted((SWEEPS / "measured" / folder).glob("*.yaml"))
+    ]
+    return list(dict.fromkeys(found))
+
+
+def together(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:
+    """Group runs that differ in their system alone: those are measured interleaved, on the same ranks."""
+    groups: dict[str, dict[str, RunConfig]] = {}
+    for config in configs:
+        shared = config.model_dump_json(exclude={"system", "wandb"})
+        groups.setdefault(shared, {})[config.run_id] = config
+    return [list(group.values()) for group in groups.values()]
+
+
+def measure_all(
+    groups: Sequence[Sequence[RunConfig]],
+    store: RunStore,
+    started: Callable[[Sequence[RunConfig]], Callable[[int], None]],
+    world: World | None = None,
+) -> list[Outcome]:
+    """Measure group after group, nothing else at the same time.
+
+    Args:
+        groups: as :func:`together` makes them.
+        store: where records are.
+        started: called with every group; returns what is called with every iteration of it that has finished.
+        world: the ranks; None for new ones on this machine.
+
+    Returns:
+        All outcomes.
+    """
+    return [outcome for group in groups for outcome in execute_together(group, store, started(group), world)]
+
+
+def measured_so_far(store: RunStore) -> list[MeasuredCell]:
+    """Measured runs of all amounts that have a record, whatever came of them, each once."""
+    found: dict[str, MeasuredCell] = {}
+    for amount in AMOUNTS:
+        try:
+            cells = measured_cells(amount)
+        except ValueError:  # a cluster that nobody has calibrated here, so nothing was measured on it
+            continue
+        for cell in cells:
+            if store.status(cell.measured.config.run_id) is not None:
+                found.setdefault(cell.measured.config.run_id, cell)
+    return list(found.values())
