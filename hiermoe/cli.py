@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import hydra
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 
 from hiermoe.records.project import CONF
 
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 def _fail(message: str, code: int = 2) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {message.splitlines()[0]}")
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(message.splitlines()[0])}")
     sys.exit(code)
 
 

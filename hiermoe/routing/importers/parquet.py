@@ -52,6 +52,8 @@ def read(source: Source) -> Recording:
                 keys.setdefault(layer, []).append(keys_R2 if whole else keys_R2[mask])
                 origin.setdefault(layer, []).append((path, start if whole else start + np.flatnonzero(mask)))
     kept = source.kept(rows)
+    if not kept:
+        raise ValueError(f"{source.path}: it has no tokens")
 
     def where(layer: int, row: int) -> str:
         for (path, at), part in zip(origin[layer], rows[layer], strict=True):
