@@ -100,7 +100,7 @@ class Results:
         """Rows of one run and phase, in order of iteration.
 
         Of the phase step there is one row per iteration: of a measured run the busiest rank's value of each column. Its
-        column ``step_ms`` is the time of the four AlltoAlls: predicted, or of the whole calls, as the run's source says.
+        column ``step_ms`` is the time of the four AlltoAlls: predicted, or of the whole calls, as the source says.
 
         Args:
             run: status ok.

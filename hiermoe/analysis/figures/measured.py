@@ -93,10 +93,8 @@ def _speedups(run: Run, twin: Run, results: Results) -> dict[str, float]:
     if not found or _same(found[0]) not in twins:
         return {}
     theirs, ours = results.rows(found[0], "step"), results.rows(run, "step")
-    predicted = ratio_of_sums(
-        results.rows(twins[_same(found[0])], "step")["step_ms"].to_numpy(),
-        results.rows(twin, "step")["step_ms"].to_numpy(),
-    )
+    their_twin, our_twin = results.rows(twins[_same(found[0])], "step"), results.rows(twin, "step")
+    predicted = ratio_of_sums(*paired(their_twin, our_twin, "step_ms"))
     columns: dict[str, float] = {"predicted_speedup": predicted.value}
     for name, column in (("wire", "wire_ms"), ("whole", "step_ms")):
         estimate = ratio_of_medians(*paired(theirs, ours, column))
@@ -194,14 +192,14 @@ def words(table: pd.DataFrame) -> Words:
     off = (table["wire_over_predicted"] - 1).abs()
     wrong = int(table["num_wrong"].sum())
     text = [
-        f"Times on the wire are {table['wire_over_predicted'].min():.2f} to {table['wire_over_predicted'].max():.2f} of "
-        f"what the calibrated model predicts (median distance {off.median():.0%}).",
+        f"On the wire runs take {table['wire_over_predicted'].min():.2f} to {table['wire_over_predicted'].max():.2f} "
+        f"times what the calibrated model predicts (median distance {off.median():.0%}).",
         f"Elements of results and gradients that differ from their known answer: {wrong}.",
         *_gap(table),
     ]
     sizes = "; ".join(
-        f"{style.MODELS[str(model)]}: {rows['tokens_per_rank'].iloc[0]} tokens a rank, rows of {rows['row_bytes'].iloc[0]} "
-        f"bytes (1/{rows['narrowed'].iloc[0]} of the model's)"
+        f"{style.MODELS[str(model)]}: {rows['tokens_per_rank'].iloc[0]} tokens a rank, rows of "
+        f"{rows['row_bytes'].iloc[0]} bytes, 1/{rows['narrowed'].iloc[0]} of the model's"
         for model, rows in table.groupby("model", sort=False)
     )
     return Words(
@@ -223,10 +221,8 @@ def _gap(table: pd.DataFrame) -> Iterator[str]:
     far = known[(known["wire_speedup"] / known["predicted_speedup"] - 1).abs() > 0.15]
     if len(known):
         names = ", ".join(f"{row['label']} on {row['routing']} routing" for _, row in far.iterrows())
-        yield (
-            f"Speed-ups on the wire are within 15 % of the predicted ones for {len(known) - len(far)} of {len(known)} runs"
-            + (f"; not for {names}." if len(far) else ".")
-        )
+        agree = f"within 15 % of the predicted ones for {len(known) - len(far)} of {len(known)} runs"
+        yield f"Speed-ups on the wire are {agree}" + (f"; not for {names}." if len(far) else ".")
 
 
 def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
