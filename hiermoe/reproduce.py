@@ -77,7 +77,7 @@ def reproduce(
 PLANS: Mapping[Amount, str] = {
     "quick": "simulation of every figure, then a first look at measured numbers on 8 emulated ranks: about 5 minutes",
     "default": "simulation of every figure (2 minutes), then on 32 emulated ranks calibration and Fig. 11 of one "
-    "model: about 20 minutes on two cores (QUICK=1: 5, FULL=1: an hour and a half). Stop at any time; what is done is kept",
+    "model: about 20 minutes on two cores (QUICK=1: 5, FULL=1: an hour and a half). Stop and go on as you like",
     "full": "simulation of every figure, then on 32 emulated ranks calibration, Fig. 11 of both models, Fig. 13, "
     "Table IV (K) and update frequency: about an hour and a half on two cores. Stop at any time; what is done is kept",
 }
