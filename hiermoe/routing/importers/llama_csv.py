@@ -19,7 +19,7 @@ import pyarrow.csv as pacsv
 from hiermoe.routing.importers.recording import Recording, Source, narrowed
 
 _BLOCK_BYTES = 2**26
-_HEADER = re.compile(rb"\s*layer\s*,\s*expert\s*\r?\n", re.IGNORECASE)
+_HEADER = re.compile(rb'\s*"?layer"?\s*,\s*"?expert"?\s*\r?\n', re.IGNORECASE)
 _BAD_LINE = re.compile(rb"^(?![ \t]*-?\d+[ \t]*,[ \t]*-?\d+[ \t]*\r?$).*$", re.MULTILINE)
 
 
