@@ -5,7 +5,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce report losses traces test test-slow bench lint format reference clean
+.PHONY: help setup reproduce report losses traces test test-slow test-slurm bench lint format reference clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,8 +19,15 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# Variables of reproduce, each an option of `hiermoe reproduce`: QUICK=1 or FULL=1; for a cluster BACKEND=slurm, NODES=,
+# GPUS_PER_NODE=, PARTITION=, ACCOUNT=, DEVICE=cpu, TIME_LIMIT_MIN=, CLUSTER=.
+option = $(if $($(1)),--$(2) '$($(1))')
+REPRODUCE = $(if $(QUICK),--quick) $(if $(FULL),--full) $(call option,BACKEND,backend) $(call option,NODES,nodes) \
+  $(call option,GPUS_PER_NODE,gpus-per-node) $(call option,PARTITION,partition) $(call option,ACCOUNT,account) \
+  $(call option,DEVICE,device) $(call option,TIME_LIMIT_MIN,time-limit-min) $(call option,CLUSTER,cluster)
+
 reproduce: setup ## all of the paper's figures and tables, and the verdicts: reports/report.html
-	@$(BIN)/hiermoe reproduce
+	@$(BIN)/hiermoe reproduce $(REPRODUCE)
 
 report: setup ## the report alone, from the records there are
 	@$(BIN)/hiermoe report
@@ -49,10 +56,14 @@ results/traces/large/deepseek_v3_e256.trace:
 	@$(BIN)/hiermoe record model=deepseek_v3_narrow record_steps=512 output=$@
 
 test: setup ## tests, at most 15 minutes on two cores
-	@$(BIN)/pytest -m 'not slow' --ignore=tests/benchmarks -q
+	@$(BIN)/pytest -m 'not slow and not slurm' --ignore=tests/benchmarks -q
 
 test-slow: setup ## the slower checks
-	@$(BIN)/pytest -m slow --ignore=tests/benchmarks -q
+	@$(BIN)/pytest -m 'slow and not slurm' --ignore=tests/benchmarks -q
+
+test-slurm: setup ## measured runs under a real Slurm of four nodes on this machine (root; installs slurm-wlm and munge)
+	@command -v slurmctld slurmd munged >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge; } >/dev/null
+	@$(BIN)/pytest -m slurm tests/slurm -q
 
 bench: setup ## planner speed, as ratios against references in the same run
 	@$(BIN)/pytest tests/benchmarks --benchmark-only -q

@@ -126,14 +126,48 @@ def _reproduce() -> None:
     from hiermoe.harness.sweep import sweep_names
     from hiermoe.reproduce import reproduce
 
-    parser = argparse.ArgumentParser(prog="hiermoe reproduce", description="All sweeps of the paper, then the report.")
-    parser.add_argument("--sweeps", nargs="+", metavar="NAME", help=f"only these of: {', '.join(sweep_names())}")
-    parser.add_argument("--workers", type=int, default=None, help="processes (default: one a core)")
-    parser.add_argument(
-        "--wandb", choices=("offline", "online", "disabled"), default="offline", help="mirror of verdicts"
+    parser = argparse.ArgumentParser(
+        prog="hiermoe reproduce",
+        description="All sweeps of the paper, measured runs where there can be any, report.",
     )
-    arguments = parser.parse_args()
-    reproduce(arguments.sweeps, arguments.workers, arguments.wandb)
+    add = parser.add_argument
+    add("--sweeps", nargs="+", metavar="NAME", help=f"only these, and nothing measured: {', '.join(sweep_names())}")
+    add("--workers", type=int, default=None, help="processes of the simulation (default: one a core)")
+    add("--wandb", choices=("offline", "online", "disabled"), default="offline", help="mirror of verdicts")
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--quick", action="store_true", help="measure little")
+    amount.add_argument("--full", action="store_true", help="measure all")
+    cluster = parser.add_argument_group("measured on a cluster")
+    add = cluster.add_argument
+    add(
+        "--backend",
+        choices=("slurm", "torchrun"),
+        help="slurm: submit a job, follow it and report, from a login node. torchrun: in an allocation, on each of "
+        "its processes, as srun or torchrun start them. The project's folder must be on a file system that all share",
+    )
+    add("--nodes", type=int, help="of the allocation; required with slurm")
+    add("--gpus-per-node", type=int, help="GPUs, or with --device cpu processes, of each; required with slurm")
+    add("--device", choices=("cuda", "cpu"), help="cuda (default): NCCL. cpu: gloo, and no GPUs are asked for")
+    add("--partition", help="of Slurm")
+    add("--account", help="of Slurm")
+    add("--time-limit-min", type=int, help="of the job, minutes; what is missing then, the next job does")
+    add("--cluster", dest="structure", metavar="NAME", help="levels of this cluster of the same size, e.g. node halves")
+    add("--cluster-name", dest="name", help="of the calibrated cluster's file in results/clusters")
+    arguments = vars(parser.parse_args())
+    general = {key: arguments.pop(key) for key in ("sweeps", "workers")}
+    quick, full, backend = (arguments.pop(key) for key in ("quick", "full", "backend"))
+    general |= {"wandb_mode": arguments.pop("wandb"), "amount": "quick" if quick else "full" if full else "default"}
+    given = {key: value for key, value in arguments.items() if value is not None}
+    if backend is None:
+        if given:
+            parser.error(f"--{next(iter(given)).replace('_', '-')} needs --backend slurm or torchrun")
+        reproduce(**general)
+        return
+    if general.pop("sweeps"):
+        parser.error(f"--sweeps chooses simulated sweeps; --backend {backend} measures")
+    from hiermoe.harness.on_cluster import reproduce_on_cluster
+
+    reproduce_on_cluster(backend, given, **general)
 
 
 def _report() -> None:

@@ -118,6 +118,13 @@ class Crew:
                 )
             torch.cuda.set_device(index)
         torch.set_num_threads(1)
+        try:
+            return cls._meet(member, host, device, timeout, folder)
+        except RuntimeError as error:
+            raise ValueError(f"rank {member.rank} on {host} could not join the others: {_first_line(error)}") from error
+
+    @classmethod
+    def _meet(cls, member: Member, host: str, device: Device, timeout: timedelta, folder: Path) -> "Crew":
         store = member.meet(folder, timeout)
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",

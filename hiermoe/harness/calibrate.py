@@ -82,7 +82,7 @@ class CalibrationConfig(BaseModel):
     @property
     def run_id(self) -> str:
         """The name of the run, by its content."""
-        return run_id(self.content, measured=True)
+        return run_id(self.content, measured=True, on_this_host=self.backend.on_this_host)
 
     @property
     def job(self) -> CalibrationJob:
@@ -229,11 +229,13 @@ def write_cluster(config: CalibrationConfig, store: RunStore) -> Cluster:
     """
     provenance = json.loads((store.path(config.run_id) / "provenance.json").read_bytes())
     date = provenance["time"][:10]
+    # Not the host where it belongs to an allocation: the next one may begin with another, and the name would count.
+    where = socket.gethostname() if config.backend.on_this_host else config.cluster.name
     fits = fit_exchanges(store.read(config.run_id), config.cluster)
 
     def constants(exchange: Peers) -> AlphaBeta:
         fit = fits[exchange]
-        source = f"calibrated on {socket.gethostname()} on {date}, backend={config.backend.name}, r^2 = {fit.r2:.4f}"
+        source = f"calibrated on {where} on {date}, backend={config.backend.name}, r^2 = {fit.r2:.4f}"
         return AlphaBeta(alpha_ms=fit.alpha_ms, beta_ms_per_byte=fit.beta_ms_per_byte, source=source, published=False)
 
     levels = [
@@ -247,9 +249,37 @@ def write_cluster(config: CalibrationConfig, store: RunStore) -> Cluster:
         "levels": (*levels, config.cluster.levels[-1]),
     }
     cluster = config.cluster.model_copy(update=update)
+    if not config.backend.on_this_host:
+        cluster = with_measured_links(cluster)
     body = yaml.safe_dump(cluster.model_dump(mode="json", exclude_none=True), sort_keys=False, width=1000)
     write_whole(config.path, f"# Written by `hiermoe calibrate`. Timings: record {config.run_id}.\n{body}".encode())
     return cluster
+
+
+def with_measured_links(cluster: Cluster) -> Cluster:
+    """A calibrated cluster whose links carry what they did in the calibration, where nobody has stated their rates.
+
+    Of n bytes at each GPU, (k-1)/k leave it in an AlltoAll among k sub-groups, over the link that the GPUs of a
+    sub-group share. An AlltoAll does not exceed its links, so they may be faster than this.
+
+    Raises:
+        ValueError: the time of an AlltoAll does not depend on its size.
+    """
+    hierarchy, levels = cluster.hierarchy, []
+    for number, level in enumerate(cluster.levels, start=1):
+        outer = hierarchy.U[number - 1]
+        if number < hierarchy.depth:
+            exchange = Peers("inter", number)
+        else:  # what the innermost level's groups exchange is the intra of the level above
+            exchange = Peers("intra", number - 1) if number > 1 else Peers("world")
+        siblings, beta = level.groups // outer, cluster.constants(exchange).beta_ms_per_byte
+        if beta <= 0:
+            raise ValueError(
+                f"calibration of {cluster.name}: {exchange} takes no longer for more bytes; calibrate again"
+            )
+        gb_per_s = hierarchy.lanes(number) * (siblings - 1) / siblings / beta * 1e-6  # bytes a ms
+        levels.append(level.model_copy(update={"link_gb_per_s": gb_per_s}))
+    return cluster.model_copy(update={"levels": tuple(levels)})
 
 
 def calibration_table(records: pd.DataFrame, title: str, cluster: Cluster) -> Table:

@@ -2,7 +2,12 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 from typing import Literal
+
+import yaml
+from omegaconf import OmegaConf
 
 from hiermoe.backends.worlds import World
 from hiermoe.harness.config import BackendConfig, RunConfig
@@ -18,11 +23,23 @@ AMOUNTS: tuple[Amount, ...] = ("quick", "default", "full")
 _FOLDERS: Mapping[Amount, tuple[str, ...]] = {"quick": ("quick",), "default": ("",), "full": ("", "full")}
 
 
+# On GPUs an iteration takes milliseconds, so nothing is cut down.
+_FULL_SIZE: Mapping[str, str] = {"narrowed": "1", "tokens_per_rank": "1024"}
+
+
 @dataclass(frozen=True)
 class MeasuredCell:
-    """One measured run, the sweep of the paper that it belongs to, and what the cost model predicts for it."""
+    """One measured run, the sweep of the paper that it belongs to, and what the cost model predicts for it.
+
+    Attributes:
+        sweep: of the paper.
+        named_cluster: that the sweep's file names, whatever cluster it is run on.
+        measured: the run.
+        predicted: its twin.
+    """
 
     sweep: str
+    named_cluster: str
     measured: Cell
     predicted: Cell
 
@@ -34,7 +51,7 @@ def measured_cells(
 
     Args:
         amount: quick, default, or full, which has all of default.
-        backend: in the place of the one that the files name.
+        backend: in the place of the one that the files name. On CUDA, tokens and rows have their full size.
         cluster: calibrated one, likewise.
 
     Raises:
@@ -44,23 +61,28 @@ def measured_cells(
     for folder in _FOLDERS[amount]:
         for path in sorted((SWEEPS / "measured" / folder).glob("*.yaml")):
             other = {} if cluster is None else {"cluster": cluster}
+            if backend is not None and backend.device == "cuda":
+                other |= _FULL_SIZE
             for cell in expand_file(path, "config", RunConfig, other):
                 config = cell.config if backend is None else cell.config.model_copy(update={"backend": backend})
                 twin = config.model_copy(update={"backend": BackendConfig(name="simulated")})
-                cells.append(MeasuredCell(path.stem, Cell(cell.overrides, config), Cell(cell.overrides, twin)))
+                named = _named_cluster(path)
+                cells.append(MeasuredCell(path.stem, named, Cell(cell.overrides, config), Cell(cell.overrides, twin)))
     return cells
 
 
 def clusters_of(amount: Amount) -> list[str]:
     """Names of the clusters, calibrated ones, that the files of an amount name."""
-    from omegaconf import OmegaConf
-
     found = [
-        str(OmegaConf.load(path).hydra.sweeper.params.cluster)
+        _named_cluster(path)
         for folder in _FOLDERS[amount]
         for path in sorted((SWEEPS / "measured" / folder).glob("*.yaml"))
     ]
     return list(dict.fromkeys(found))
+
+
+def _named_cluster(path: Path) -> str:
+    return str(OmegaConf.load(path).hydra.sweeper.params.cluster)
 
 
 def together(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:
@@ -95,12 +117,24 @@ def measure_all(
 def measured_so_far(store: RunStore) -> list[MeasuredCell]:
     """Measured runs of all amounts that have a record, whatever came of them, each once."""
     found: dict[str, MeasuredCell] = {}
-    for amount in AMOUNTS:
+    for amount, (backend, cluster) in product(AMOUNTS, [(None, None), *allocations_so_far(store)]):
         try:
-            cells = measured_cells(amount)
+            cells = measured_cells(amount, backend, cluster)
         except ValueError:  # a cluster that nobody has calibrated here, so nothing was measured on it
             continue
         for cell in cells:
             if store.status(cell.measured.config.run_id) is not None:
                 found.setdefault(cell.measured.config.run_id, cell)
     return list(found.values())
+
+
+def allocations_so_far(store: RunStore) -> list[tuple[BackendConfig, str]]:
+    """Backend and calibrated cluster of every kind of allocation that was measured on."""
+    found = []
+    for path in sorted(store.folder.glob("calibration-*/config.yaml")):
+        content = yaml.safe_load(path.read_bytes())
+        backend = BackendConfig.model_validate(content["backend"])
+        kind = (backend, content["cluster"]["name"])
+        if not backend.on_this_host and kind not in found:
+            found.append(kind)
+    return found

@@ -64,7 +64,7 @@ def execute(config: RunConfig, store: RunStore, progress: Progress = lambda iter
             return synthetic_timings(config.cluster, config.seed)
         return simulate(config.workload(), progress)
 
-    return keep_record(config.run_id, config.content, _keys(config, "simulated"), predict, store)
+    return keep_record(config.run_id, config.content, keys_of(config, "simulated"), predict, store)
 
 
 def execute_together(
@@ -173,7 +173,7 @@ def _cached(run_id: str, store: RunStore) -> Outcome | None:
     return Outcome(run_id, first["status"], first["reason"], True, time.perf_counter() - started)
 
 
-def _keys(config: RunConfig, source: str) -> dict[str, Any]:
+def keys_of(config: RunConfig, source: str) -> dict[str, Any]:
     """Columns that all rows of a run share."""
     return {
         "source": source,
@@ -204,7 +204,7 @@ def _measure(
         with attempt:
             workloads.append((config, config.workload()))
         if attempt.status != "ok":
-            yield attempt.keep(config.run_id, config.content, _keys(config, source), store)
+            yield attempt.keep(config.run_id, config.content, keys_of(config, source), store)
     if not workloads:
         return
     attempt, parts = _Attempt(len(workloads)), []
@@ -217,7 +217,7 @@ def _measure(
     parts = parts or split_by_system(attempt.rows, len(workloads))
     for (config, workload), rows in zip(workloads, parts, strict=True):
         rows = rows if attempt.status != "ok" else with_realised_gains(rows, workload)
-        yield attempt.keep(config.run_id, config.content, _keys(config, source), store, rows=rows)
+        yield attempt.keep(config.run_id, config.content, keys_of(config, source), store, rows=rows)
 
 
 @contextmanager
