@@ -1,0 +1,142 @@
+"""A trace of a training run of one's own: every rank writes what its routers chose into a file of its own.
+
+No rank waits for another one and nothing is gathered, so it fits a run of any size. The files have the form of
+Megatron-LM's router trace; `hiermoe trace import megatron <folder>` makes one trace of them.
+"""
+
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.router import TopKRouter
+
+from hiermoe.megatron.recorder import RouterRecorder
+
+_LINE_BYTES = 160  # of a line, without its experts
+
+
+class RankTrace:
+    """Records training steps until enough are there, then leaves the model as it was.
+
+    Example:
+        >>> trace = RankTrace(model, "/scratch/trace", steps=128)  # on every rank, after the model is built
+        >>> while training:
+        ...     train_step()
+        ...     trace.step()                                       # free once it has what it wants
+        >>> trace.close()
+
+    Attributes:
+        path: This rank's file; None on ranks that route the same tokens as another one.
+        steps: Steps to record, fewer than asked for where they would not fit `max_bytes`.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | list[torch.nn.Module],
+        folder: str | Path,
+        steps: int = 128,
+        *,
+        layers: list[int] | None = None,
+        first_step: int = 0,
+        max_bytes: int = 2**30,
+    ) -> None:
+        """Attach to the routers of `model`. Megatron's process groups must be there.
+
+        Args:
+            model: A Megatron model, wrapped or not, or the list of its pipeline chunks on this rank.
+            folder: Where the files go, one a rank; each may be on a disk of its own and be copied together later.
+            steps: Training steps to record.
+            layers: Layer numbers (counted from 1) to record; None for every MoE layer.
+            first_step: Number of the first step, for the trace's metadata.
+            max_bytes: Size of this rank's file, at most.
+
+        Raises:
+            ValueError: No router, one that `RouterRecorder` does not know, or a size below 1.
+        """
+        if steps < 1 or max_bytes < 1:
+            raise ValueError(f"steps={steps} and max_bytes={max_bytes} must be at least 1")
+        chunks = model if isinstance(model, list) else [model]
+        routers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
+        if not routers:
+            raise ValueError("the model has no TopKRouter to record")
+        self.steps = steps
+        self._first, self._done, self._max_bytes = first_step, 0, max_bytes
+        self._topk, self._expert_bytes = routers[0].topk, len(str(routers[0].weight.shape[0] - 1)) + 2
+        self._rank, alone = _data_rank(bool(routers[0].config.sequence_parallel))
+        self.path = Path(folder) / f"router_trace_rank{dist.get_rank()}.jsonl" if alone else None
+        self._recorder = RouterRecorder(chunks, self._topk, layers)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def step(self) -> None:
+        """Write what the routers chose since the last call. Call it after every training step.
+
+        Raises:
+            ValueError: Not even one step fits `max_bytes`.
+        """
+        if self._done == self.steps:
+            return
+        forwards = [
+            (layer, ids_SBK.transpose(0, 1).flatten(0, 1))  # sequence after sequence
+            for layer, of_layer in self._recorder.drain().items()
+            for ids_SBK in of_layer
+        ]
+        if self._done == 0:
+            # From sizes alone, which are the same on all ranks: all stop after the same step.
+            tokens = sum(len(ids_TK) for _, ids_TK in forwards)
+            self._fit(tokens * (self._topk * self._expert_bytes + 2) + len(forwards) * _LINE_BYTES)
+        if self._done < self.steps and self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                for layer, ids_TK in forwards:
+                    file.write(self._line(layer, ids_TK))
+        self._done = min(self._done + 1, self.steps)
+        if self._done == self.steps:
+            self.close()
+
+    def close(self) -> None:
+        """Give the routers their own methods back. Safe to call again."""
+        self._recorder.detach()
+        self._done = self.steps
+
+    def _fit(self, step_bytes: int) -> None:
+        """Record fewer steps where all of them would not fit, and say so."""
+        fitting = self._max_bytes // max(step_bytes, 1)
+        if fitting == 0:
+            self.close()
+            raise ValueError(f"max_bytes={self._max_bytes} does not hold a step, which takes up to {step_bytes} bytes")
+        if fitting < self.steps and dist.get_rank() == 0:
+            warnings.warn(f"max_bytes={self._max_bytes} holds {fitting} of {self.steps} steps", stacklevel=3)
+        self.steps = min(self.steps, fitting)
+
+    def _line(self, layer: int, ids_TK: torch.Tensor) -> str:
+        step, experts = self._first + self._done, str(ids_TK.tolist())  # as json.dumps would, several times faster
+        return (
+            f'{{"step": {step}, "block": "decoder", "layer": {layer}, "rank": {self._rank}, '
+            f'"num_tokens": {len(ids_TK)}, "topk": {self._topk}, "top_indices": {experts}}}\n'
+        )
+
+
+def _data_rank(sequence_parallel: bool) -> tuple[int, bool]:
+    """Place of this rank's tokens among all tokens, and whether it is the one to record them.
+
+    Pipeline stages of one place share it, each with layers of its own. Tensor-parallel ranks have tokens of their own
+    only with sequence parallelism.
+    """
+    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+    place = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    if sequence_parallel:
+        return place * parallel_state.get_tensor_model_parallel_world_size() + tensor_rank, True
+    return place, tensor_rank == 0

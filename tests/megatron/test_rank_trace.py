@@ -1,0 +1,88 @@
+"""A training run of one's own leaves a file a rank, and these become one trace of what the routers chose."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_training import tiny_training
+
+from hiermoe.dispatch.ranks import RankFailedError, run_ranks
+from hiermoe.megatron.corpus import Corpus, training_corpus
+from hiermoe.megatron.training_config import TrainingConfig
+from hiermoe.routing.importers import megatron_jsonl
+from hiermoe.routing.importers.recording import Source, to_trace
+from tests.conftest import Command
+
+TIMEOUT = timedelta(minutes=2)
+STEPS, TRAINED = 3, 4
+
+
+def train_with_trace(rank: int, config: TrainingConfig, corpus: Corpus, folder: str, max_bytes: int) -> dict[str, Any]:
+    """Four steps, of which three are asked for; what the stock routers put out is watched from outside."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from hiermoe.megatron.rank_trace import RankTrace
+    from hiermoe.megatron.training import Trainer
+
+    trainer = Trainer(config, TIMEOUT)
+    chosen: dict[int, list[torch.Tensor]] = {}
+    routers = {m.layer_number: m for m in trainer.model.modules() if isinstance(m, TopKRouter) and m.layer_number}
+    for layer, router in routers.items():
+        router.register_forward_hook(lambda _m, _i, out, at=layer: chosen.setdefault(at, []).append(out[1].bool()))
+    trace = RankTrace(trainer.model, folder, STEPS, first_step=10, max_bytes=max_bytes)
+    for step in range(TRAINED):
+        trainer.step(trainer.batch(corpus, step))
+        trace.step()
+    return {
+        "chosen": {layer: torch.stack(maps) for layer, maps in chosen.items()},  # [step, N, E]
+        "left": [layer for layer, router in routers.items() if "routing" in vars(router)],
+        "steps": trace.steps,
+    }
+
+
+def traced(config: TrainingConfig, folder: Path, max_bytes: int = 2**30) -> list[dict[str, Any]]:
+    arguments = (config, training_corpus(config), str(folder), max_bytes)
+    return run_ranks(train_with_trace, config.world_size, arguments, TIMEOUT)
+
+
+def test_files_of_all_ranks_become_one_trace_of_what_the_routers_chose(
+    cache_dir: str, tmp_path: Path, hiermoe: Command
+) -> None:
+    results = traced(tiny_training("qwen3_30b_a3b", cache_dir), tmp_path / "theirs")
+    assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == [
+        "router_trace_rank0.jsonl",
+        "router_trace_rank1.jsonl",
+    ]
+    output = str(tmp_path / "a.trace")
+    code, out, err = hiermoe(
+        "trace", "import", "megatron", str(tmp_path / "theirs"), "--output", output, "--num-experts", "8"
+    )
+    assert code == 0, err
+    assert "3 iterations x 2 layers x 2 ranks x 64 tokens x 2 of 8 experts" in out
+    source = Source(tmp_path / "theirs")
+    trace = to_trace(megatron_jsonl.read(source), source, "megatron", "tiny", 8, "test")
+    assert trace.metadata.training_step == [10, 11, 12]
+    assert trace.metadata.layers == [1, 2]
+    for rank, result in enumerate(results):
+        for position, layer in enumerate(trace.metadata.layers):
+            # Routers see position after position of all sequences; the trace has sequence after sequence.
+            seen = result["chosen"][layer][:STEPS].unflatten(1, (16, -1)).transpose(1, 2).flatten(1, 2)
+            ids = torch.from_numpy(trace.expert_ids[:, position, rank].astype(np.int64))
+            assert torch.equal(torch.zeros_like(seen).scatter(2, ids, True), seen)
+        assert result["left"] == [], "the model is as it was"
+
+
+def test_a_bound_on_the_file_stops_all_ranks_after_the_same_step(cache_dir: str, tmp_path: Path) -> None:
+    # 64 tokens of two layers, two experts of a digit each: at most 2 x (64 x 8 + 160) = 1344 bytes a step.
+    results = traced(tiny_training("qwen3_30b_a3b", cache_dir), tmp_path, max_bytes=3000)
+    assert [result["steps"] for result in results] == [2, 2]
+    assert all(path.stat().st_size <= 3000 for path in tmp_path.iterdir())
+    assert megatron_jsonl.read(Source(tmp_path)).steps == (10, 11)
+
+
+def test_a_bound_below_one_step_is_refused(cache_dir: str, tmp_path: Path) -> None:
+    with pytest.raises(RankFailedError, match="max_bytes=1000 does not hold a step"):
+        traced(tiny_training("qwen3_30b_a3b", cache_dir), tmp_path, max_bytes=1000)
