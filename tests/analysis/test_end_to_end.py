@@ -33,8 +33,8 @@ def test_weights_are_a_seventh_of_the_state() -> None:
 
 
 def test_share_of_migration_counts_compute_alltoall_and_itself() -> None:
-    megatron = pd.DataFrame({"predicted_ms": [60.0]})
-    system = pd.DataFrame({"predicted_ms": [30.0], "migration_link_ms": [10.0], "migration_alltoall_ms": [10.0]})
+    megatron = pd.DataFrame({"step_ms": [60.0]})
+    system = pd.DataFrame({"step_ms": [30.0], "migration_link_ms": [10.0], "migration_alltoall_ms": [10.0]})
     full = next(price for price in migration_prices() if price.label == "full state, link rate")
     # At a share of 60 %, compute takes 40 ms: 10 of 40 + 30 + 10 is migration.
     assert migration_share(system, megatron, full, 0.6) == pytest.approx(10 / 80)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hiermoe.backends.simulated import simulate
+from hiermoe.planner.cost import choose_scheme
 from hiermoe.planner.counts import count_routing
 from hiermoe.planner.policy import PlacementUpdate
 from hiermoe.topology.placement import Placement
@@ -86,3 +87,18 @@ def test_gain_of_several_swaps_is_recounted_and_never_below_what_was_modelled(co
     )
     slack_ms = steps["recounted_gain_ms"] - steps["modelled_gain_ms"]
     assert (slack_ms[several] >= -1e-9).all()
+
+
+def test_realised_gain_is_what_the_next_step_would_have_taken_more_without_the_update(composed: Composer) -> None:
+    config = composed("system=hiermoe", "routing=stress_hot_adjacent", "iterations=4", "tokens_per_rank=512")
+    workload = config.workload()
+    records = simulate(workload)
+    steps = records[records["phase"] == "step"].set_index("iteration")
+    assert (steps["moved_experts"] == 2).all() and steps["realised_gain_ms"].isna().tolist() == [False] * 3 + [True]
+    placement = Placement.identity(128)
+    for iteration in range(3):
+        counts = workload.routing.counts(iteration + 1, placement, workload.cluster.hierarchy)
+        unmoved = choose_scheme(workload.schemes, counts, workload.cluster, workload.row_bytes)
+        gain = 4 * unmoved.alltoall_ms - steps.loc[iteration + 1, "predicted_ms"]
+        assert steps.loc[iteration, "realised_gain_ms"] == pytest.approx(gain, rel=1e-9)
+        placement = placement.after(steps.loc[iteration, "moves"])

@@ -30,8 +30,12 @@ def train_with_trace(rank: int, config: TrainingConfig, corpus: Corpus, folder: 
     trainer = Trainer(config, TIMEOUT)
     chosen: dict[int, list[torch.Tensor]] = {}
     routers = {m.layer_number: m for m in trainer.model.modules() if isinstance(m, TopKRouter) and m.layer_number}
-    for layer, router in routers.items():
-        router.register_forward_hook(lambda _m, _i, out, at=layer: chosen.setdefault(at, []).append(out[1].bool()))
+
+    def watch(router: torch.nn.Module, _inputs: object, output: Any) -> None:
+        chosen.setdefault(int(router.layer_number), []).append(output[1].bool())  # type: ignore[arg-type]
+
+    for router in routers.values():
+        router.register_forward_hook(watch)
     trace = RankTrace(trainer.model, folder, STEPS, first_step=10, max_bytes=max_bytes)
     for step in range(TRAINED):
         trainer.step(trainer.batch(corpus, step))

@@ -48,3 +48,11 @@ def test_experts_that_do_not_fit_the_gpus_are_refused() -> None:
 def test_what_is_no_permutation_is_refused(slot_E: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"slot_E=\[.*\] is not an int64 permutation of 0\.\.1"):
         Placement(slot_E)
+
+
+def test_moves_tell_one_placement_from_another_and_lead_from_one_to_the_other() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, other = (Placement(torch.randperm(16, generator=generator)) for _ in range(2))
+    assert torch.equal(one.after(one.moves_to(other)).slot_E, other.slot_E)
+    assert Placement.identity(4).moves_to(Placement.identity(4).swapped(1, 3)) == "1>3 3>1"
+    assert one.moves_to(one) == ""

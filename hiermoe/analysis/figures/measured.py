@@ -14,6 +14,7 @@ from hiermoe.analysis.figures.spec import FigureSpec, Words
 from hiermoe.analysis.frames import Results, Run
 from hiermoe.analysis.statistics import Estimate, bootstrap, paired, ratio_of_medians, ratio_of_sums
 from hiermoe.analysis.wording import with_interval
+from hiermoe.planner.cost import ALLTOALLS_PER_STEP
 
 BASELINE = "megatron"
 PREDICTIONS = "predictions"  # simulated twins of the measured runs
@@ -231,7 +232,8 @@ def _gap(table: pd.DataFrame) -> Iterator[str]:
 
 def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
     yield (
-        "model, K", "routing", "system", "predicted ms", "busiest links ms", "wire ms", "whole calls ms", "wire over predicted",
+        "model, K", "routing", "system", "predicted ms", "busiest links ms", "wire ms", "whole calls ms",
+        "wire over predicted",
         "stages: wire over predicted (over the busiest link's least)", "speed-up predicted", "on the wire",
         "whole calls", "planning ms", "migration ms a step", "n",
     )  # fmt: skip

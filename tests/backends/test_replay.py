@@ -1,0 +1,86 @@
+"""Systems that are measured together do what each does alone, and their records say which moves they made."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from hiermoe.harness.run import execute, execute_together
+from hiermoe.records.store import RunStore
+from tests.conftest import Composer
+
+SMALL = ("backend=local", "world_size=8", "narrowed=16", "tokens_per_rank=32", "iterations=6")
+SYSTEMS = ("megatron", "hd_moe", "hiermoe", "smartmoe_f1")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pd.DataFrame]:
+    """Records of four systems, measured together on recorded routing."""
+    return _measured(tmp_path_factory.mktemp("runs"))
+
+
+def _measured(folder) -> dict[str, pd.DataFrame]:
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from hiermoe.harness.config import register_search_path
+    from hiermoe.records.project import CONF
+
+    register_search_path()
+    GlobalHydra.instance().clear()
+    store = RunStore(folder)
+    with initialize_config_dir(str(CONF), version_base="1.3", job_name="test"):
+        configs = [Composer()(*SMALL, f"system={system}", "routing=stress_hot_adjacent") for system in SYSTEMS]
+    outcomes = execute_together(configs, store)
+    assert [outcome.status for outcome in outcomes] == ["ok"] * len(SYSTEMS), outcomes
+    again = execute_together(configs, store)
+    assert [outcome.run_id for outcome in again] == [config.run_id for config in configs]
+    assert all(outcome.cached for outcome in again)
+    return {system: store.read(config.run_id) for system, config in zip(SYSTEMS, configs, strict=True)}
+
+
+def test_every_system_has_all_iterations_of_all_ranks_and_no_wrong_element(rows: dict[str, pd.DataFrame]) -> None:
+    for system, records in rows.items():
+        assert set(records["system"]) == {system} and set(records["row_bytes"]) == {4096 // 16}
+        steps = records[records["phase"] == "step"]
+        assert sorted(zip(steps["iteration"], steps["rank"], strict=True)) == [
+            (iteration, rank) for iteration in range(6) for rank in range(8)
+        ]
+        assert (steps["num_wrong"] == 0).all()
+        assert (steps["dispatch_ms"] >= steps["wire_ms"]).all() and (steps["wire_ms"] > 0).all()
+
+
+def test_bytes_and_moves_are_those_of_the_simulation(rows: dict[str, pd.DataFrame], composed: Composer) -> None:
+    """The same tokens, the same planner: what is predicted and what is measured cannot drift apart."""
+    for system, records in rows.items():
+        same = [part for part in SMALL if not part.startswith(("backend", "world_size"))]
+        config = composed(*same, f"system={system}", "routing=stress_hot_adjacent")
+        reduced = config.model_copy(update={"cluster": config.cluster.reduced(8)})
+        twin = _simulated(reduced)
+        measured = records[(records["phase"] == "dispatch") & (records["stage"] != "all") & records["bytes"].notna()]
+        found = measured[measured["bytes"] > 0].groupby(["iteration", "stage"])["bytes"].max()
+        stages = twin[(twin["phase"] == "dispatch") & (twin["bytes"] > 0)]
+        expected = stages.set_index(["iteration", "stage"])["bytes"]
+        pd.testing.assert_series_equal(found.sort_index(), expected.sort_index(), check_dtype=False)
+        moves = records[(records["phase"] == "step") & (records["rank"] == 0)].set_index("iteration")
+        steps = twin[twin["phase"] == "step"].set_index("iteration")
+        assert moves["moves"].tolist() == steps["moves"].tolist()
+        gained = steps["realised_gain_ms"].tolist()
+        assert moves["realised_gain_ms"].tolist() == pytest.approx(gained, rel=1e-9, nan_ok=True)
+    assert (rows["hiermoe"].groupby("iteration")["moves"].max() != "").all()
+    assert not math.isnan(rows["hiermoe"]["realised_gain_ms"].max())
+
+
+def _simulated(config) -> pd.DataFrame:
+    from hiermoe.backends.simulated import simulate
+
+    records = simulate(config.workload())
+    blank = pd.DataFrame({"moves": "", "realised_gain_ms": math.nan}, index=records.index)
+    return records.combine_first(blank).fillna({"moves": ""})
+
+
+def test_a_system_that_does_not_apply_ends_no_other(composed: Composer, store: RunStore) -> None:
+    configs = [composed(*SMALL, f"system={system}", "iterations=2") for system in ("hd4", "hd2")]
+    outcomes = execute_together(configs, store)
+    assert [outcome.status for outcome in outcomes] == ["not_applicable", "ok"]
+    assert execute(configs[0], store).cached

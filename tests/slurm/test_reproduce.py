@@ -1,0 +1,150 @@
+"""`make reproduce BACKEND=slurm` against a real Slurm: it completes, and goes on where a job was ended."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from hiermoe.records.project import PROJECT_ROOT
+from tests.slurm.cluster import SlurmCluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+
+QUICK = ("BACKEND=slurm", "NODES=4", "GPUS_PER_NODE=2", "DEVICE=cpu", "QUICK=1")
+
+# Two groups of runs, so that one is finished while the other is under way.
+SWEEP = """\
+# @package _global_
+hydra:
+  sweeper:
+    params:
+      backend: emulated
+      cluster: emulated_4x2_calibrated
+      tokens_per_rank: 32
+      narrowed: 16
+      iterations: {iterations}
+      model: qwen3_30b_a3b
+      routing: recorded,uniform
+      system: megatron,hd2_moe,hiermoe
+"""
+RUNS = 6
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    """Four nodes."""
+    with SlurmCluster(tmp_path_factory.mktemp("slurm") / "cluster") as running:
+        yield running
+
+
+class Project:
+    """A copy of the project, so that its results are this test's own, and its commands on the cluster."""
+
+    def __init__(self, folder: Path, cluster: SlurmCluster) -> None:
+        """Copy what git knows."""
+        self.folder = folder
+        self.cluster = cluster
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=PROJECT_ROOT,
+            capture_output=True,
+            check=True,
+        )
+        for name in filter(None, listed.stdout.decode().split("\0")):
+            if (PROJECT_ROOT / name).is_file() and not name.startswith(("tests/", "reports/reference/")):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(PROJECT_ROOT / name, folder / name)
+        self.measure(16)
+
+    def measure(self, iterations: int) -> None:
+        """What QUICK=1 measures from now on."""
+        for path in (self.folder / "sweeps" / "measured" / "quick").glob("*.yaml"):
+            path.unlink()
+        (self.folder / "sweeps" / "measured" / "quick" / "fig11.yaml").write_text(SWEEP.format(iterations=iterations))
+
+    def start(self, *variables: str) -> "subprocess.Popen[str]":
+        """`make reproduce` with the virtual environment of the tests."""
+        venv = PROJECT_ROOT / ".venv"
+        # Loopback: all nodes are here. PYTHONPATH: the copy, and not what the environment has installed.
+        environment = {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(self.folder), "WANDB_MODE": "disabled"}
+        command = ["make", f"VENV={venv}", "-o", f"{venv}/.installed", "reproduce", *variables]
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=os.environ | self.cluster.environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    @property
+    def records(self) -> dict[str, bytes]:
+        """Every file of every finished run."""
+        done = sorted((self.folder / "results" / "runs").glob("*/records.parquet"))
+        return {str(file): file.read_bytes() for path in done for file in sorted(path.parent.iterdir())}
+
+    def measured(self) -> pd.DataFrame:
+        """Records of all measured runs."""
+        frames = [pd.read_parquet(path) for path in (self.folder / "results" / "runs").glob("*/records.parquet")]
+        records = pd.concat(frame.dropna(axis=1, how="all") for frame in frames)
+        return records[records["source"] != "simulated"]
+
+
+@pytest.fixture
+def project(tmp_path: Path, cluster: SlurmCluster) -> Iterator[Project]:
+    """The copy; afterwards the cluster is empty."""
+    yield Project(tmp_path / "project", cluster)
+    for job in cluster.job_states():
+        cluster.run("scancel", job)
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", timeout_s: float = 240) -> None:
+    """Until something has happened while the command runs."""
+    ends = time.monotonic() + timeout_s
+    while not condition():
+        if process.poll() is not None:
+            pytest.fail(f"ended early:\n{process.communicate()[0]}")
+        if time.monotonic() > ends:
+            process.send_signal(signal.SIGINT)
+            pytest.fail(f"nothing within {timeout_s} s:\n{process.communicate()[0]}")
+        time.sleep(0.2)
+
+
+def test_a_cancelled_job_goes_on_with_what_is_missing(project: Project) -> None:
+    first = project.start(*QUICK)
+    # Calibration and the first group are done, the second is under way.
+    wait_for(lambda: len(list(project.folder.glob("results/runs/*/started-*.json"))) == RUNS // 2, first)
+    wait_for(lambda: len(list(project.folder.glob("results/runs/*/records.parquet"))) == 1 + RUNS // 2, first)
+    project.cluster.run("scancel", next(iter(project.cluster.job_states())))
+    output = first.communicate(timeout=120)[0]
+    print(output)
+    assert first.returncode != 0
+    assert "ended as CANCELLED; finished runs are kept" in output
+    finished = project.records
+    second = project.start(*QUICK)
+    output = second.communicate(timeout=300)[0]
+    print(output)
+    assert second.returncode == 0, output
+    assert output.count("kept from before") > RUNS // 2
+    assert {name: content for name, content in project.records.items() if name in finished} == finished
+    records = project.measured()
+    assert set(records["source"]) == {"cluster"}
+    assert set(records["status"]) == {"ok"}
+    assert set(records["cluster"]) == {"loopback_4x2_cpu_quick"}
+    assert records["run_id"].nunique() == 1 + RUNS
+    assert records["num_wrong"].max() == 0
+
+
+def test_a_refused_submission_is_one_line(project: Project) -> None:
+    done = project.start(*QUICK, "PARTITION=nowhere")
+    output = done.communicate(timeout=60)[0]
+    assert done.returncode != 0
+    (line,) = [line for line in output.splitlines() if not line.startswith("make")]
+    assert line.startswith("error: Slurm refused the job: ")
+    assert "invalid partition" in line
