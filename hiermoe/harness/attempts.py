@@ -26,6 +26,7 @@ class Attempts:
         """
         self._store = store
         self._job = job
+        self._under_way: list[Path] = []
 
     def unfinished(self, run_id: str) -> list[Path]:
         """Marks of attempts that never ended, oldest first."""
@@ -47,21 +48,31 @@ class Attempts:
         They go if the runs end, well or not, and if the job is told to stop: that is not the runs' fault.
         """
         mark = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "job": self._job, "pid": os.getpid()}
-        paths = []
         for run_id in run_ids:
-            paths.append(self._store.path(run_id) / f"started-{len(self.unfinished(run_id)) + 1}.json")
-            write_whole(paths[-1], json.dumps(mark | {"reason": ""}).encode())
+            path = self._store.path(run_id) / f"started-{len(self.unfinished(run_id)) + 1}.json"
+            write_whole(path, json.dumps(mark | {"reason": ""}).encode())
+            self._under_way.append(path)
         try:
             yield
         except CrewEnded as error:
-            for path in paths:
+            for path in self._under_way:
                 write_whole(path, json.dumps(mark | {"reason": str(error)}).encode())
+            self._under_way = []
             raise
         except BaseException:
-            _remove(paths)
+            self.excuse()
             raise
+        self.excuse()
         for run_id in run_ids:
             _remove(self.unfinished(run_id))
+
+    def excuse(self, *_signal: object) -> None:
+        """Take the marks of what is under way back; also a handler of the signal by which Slurm announces a job's end.
+
+        The process goes on: whether it is killed soon or may end what it does is not its to decide.
+        """
+        _remove(self._under_way)
+        self._under_way = []
 
 
 def _remove(paths: Sequence[Path]) -> None:

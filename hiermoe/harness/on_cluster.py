@@ -2,7 +2,9 @@
 
 import os
 import re
+import signal
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from itertools import groupby
@@ -63,6 +65,8 @@ def measure_in_allocation(
     Raises:
         ValueError: this is no allocation, it is not as asked for, or its calibration failed.
     """
+    for package in ("megatron", "torch"):  # they say on every rank what they lack and what will be renamed
+        warnings.filterwarnings("ignore", module=package)
     backend = torchrun_backend(device)
     assert backend.timeout_s is not None
     crew = Crew.join(backend.device, timedelta(seconds=backend.timeout_s), SCRATCH)
@@ -76,6 +80,7 @@ def measure_in_allocation(
         with crew:
             store = RunStore()
             attempts = Attempts(store, slurm_job_name())
+            signal.signal(signal.SIGTERM, attempts.excuse)  # scancel, or preemption
             say(f"{shape[0]} nodes x {shape[1]} processes joined over {'NCCL' if crew.device == 'cuda' else 'gloo'}")
             config = calibration_of(shape, backend, amount, structure, name)
             cluster = _calibrated(config, store, attempts, crew, say)
@@ -110,7 +115,7 @@ def reproduce_on_cluster(
     Raises:
         ValueError: bad options, or a job or runs that failed.
     """
-    console = Console(soft_wrap=True)
+    console, started = Console(soft_wrap=True), time.perf_counter()
     measuring = {name: options[name] for name in ("device", "structure", "name") if name in options}
     measuring["amount"] = amount
     if backend == "slurm":
@@ -127,7 +132,7 @@ def reproduce_on_cluster(
         outcomes = measured
     from hiermoe.reproduce import Session, finish, predict, simulate_all  # figures: seconds, and not for every rank
 
-    session = Session(RunStore(), console, workers or os.cpu_count() or 1, time.perf_counter())
+    session = Session(RunStore(), console, workers or os.cpu_count() or 1, started)
     outcomes = outcomes + predict(measured_so_far(session.store), session)
     cells = {name: expand(name) for name in sweep_names()}
     if amount != "quick":

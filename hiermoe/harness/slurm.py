@@ -1,5 +1,7 @@
 """Submits a measured reproduction to Slurm and follows it: its state, its progress, and why it failed."""
 
+import contextlib
+import io
 import json
 import os
 import pickle
@@ -188,7 +190,8 @@ def _submit(job: Job, config: SlurmConfig) -> submitit.Job[Any]:
         **{name: value for name, value in optional.items() if value is not None},
     )
     try:
-        return executor.submit(job)
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what the error says
+            return executor.submit(job)
     except (FailedJobError, FailedSubmissionError, OSError) as error:
         told = re.findall(r"^sbatch: (?:error: )?(.*\S)", str(error), re.MULTILINE) or str(error).strip().splitlines()
         raise ValueError(f"Slurm refused the job: {' / '.join(told)}") from error
@@ -225,6 +228,8 @@ def _print_lines(log: Path, position: int, console: Console) -> int:
     if not log.exists():
         return position
     with log.open("rb") as file:
+        if log.stat().st_size < position:  # begun anew, as the job was
+            position = 0
         file.seek(position)
         new = file.read()
     end = new.rfind(b"\n") + 1

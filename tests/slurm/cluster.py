@@ -14,7 +14,8 @@ from typing import Self
 
 NODES = ("n1", "n2", "n3", "n4")
 
-# Nodes are names only: each slurmd is told its own. No cgroups, because a container has none to give away.
+# Nodes are names only: each slurmd is told its own. No cgroups, because a container has none to give away. A job that is
+# put back into the queue waits there until its credential has expired.
 _CONFIGURATION = """\
 ClusterName=loopback
 SlurmctldHost={host}(127.0.0.1)
@@ -22,7 +23,7 @@ SlurmctldPort={ports[0]}
 SlurmUser=root
 AuthType=auth/munge
 CryptoType=crypto/munge
-AuthInfo=socket={folder}/munge/socket
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -105,7 +106,7 @@ class SlurmCluster:
     def job_states(self) -> dict[str, str]:
         """State of every job that the controller still knows, by job id."""
         lines = self.run("squeue", "--noheader", "--states=all", "--format=%i %T").splitlines()
-        return {job: state for job, state in map(str.split, lines)}
+        return {line.split()[0]: line.split()[1] for line in lines}
 
     def _start(self) -> None:
         munge = self.folder / "munge"

@@ -116,16 +116,22 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", ti
         time.sleep(0.2)
 
 
-def test_a_cancelled_job_goes_on_with_what_is_missing(project: Project) -> None:
+def test_a_preempted_and_a_cancelled_job_go_on_with_what_is_missing(project: Project) -> None:
     first = project.start(*QUICK)
+    wait_for(lambda: any(project.folder.glob("results/runs/calibration-*/started-1.json")), first)
+    job = next(iter(project.cluster.job_states()))
+    project.cluster.run("scancel", "--signal=USR2", job)  # as Slurm warns a job before it takes its nodes away
+    wait_for(lambda: project.cluster.job_states()[job] != "RUNNING", first)
     # Calibration and the first group are done, the second is under way.
     wait_for(lambda: len(list(project.folder.glob("results/runs/*/started-*.json"))) == RUNS // 2, first)
     wait_for(lambda: len(list(project.folder.glob("results/runs/*/records.parquet"))) == 1 + RUNS // 2, first)
-    project.cluster.run("scancel", next(iter(project.cluster.job_states())))
+    project.cluster.run("scancel", job)
     output = first.communicate(timeout=120)[0]
     print(output)
     assert first.returncode != 0
     assert "ended as CANCELLED; finished runs are kept" in output
+    assert output.count(f"job {job}: running") == 2
+    assert not list(project.folder.glob("results/runs/*/started-*.json")), "to be ended is not the runs' fault"
     finished = project.records
     second = project.start(*QUICK)
     output = second.communicate(timeout=300)[0]
