@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -210,7 +211,9 @@ def gpus() -> Gpus:
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     nccl = None
     if torch.version.cuda is not None and torch.distributed.is_nccl_available():
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        from torch.cuda import nccl as torch_nccl
+
+        nccl = ".".join(map(str, torch_nccl.version()))
     return Gpus(tuple(devices), driver, torch.version.cuda, nccl)
 
 
@@ -276,9 +279,11 @@ def _bucket_rate(name: str) -> int:
     """Bytes per second of the token bucket at an interface of this namespace."""
     from pyroute2 import IPRoute
 
+    ip: Any
     with IPRoute() as ip:
         index = ip.link_lookup(ifname=name)[0]
-        for queue in ip.get_qdiscs(index):
+        queues: list[Any] = list(ip.get_qdiscs(index))
+        for queue in queues:
             if queue.get_attr("TCA_KIND") == "tbf":
                 return int(queue.get_attr("TCA_OPTIONS").get_attr("TCA_TBF_PARMS")["rate"])
     raise RuntimeError(f"the link {name} has no token bucket")

@@ -10,6 +10,7 @@ llama.cpp computes only the tokens whose output is wanted in its last layer, so 
 
 import mmap
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,7 @@ def _check_ends(path: Path) -> bool:
     return header
 
 
-def _blocks(path: Path, header: bool):
+def _blocks(path: Path, header: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Layers and experts of all rows, block after block."""
     try:
         reader = pacsv.open_csv(

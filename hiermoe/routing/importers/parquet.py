@@ -15,6 +15,7 @@ All others, such as `scores`, are left out.
 """
 
 import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ def _layer_files(source: Source, files: list[Path]) -> list[tuple[Path, int]]:
     return [(path, number) for path, number in zip(files, numbers, strict=True) if number in wanted]
 
 
-def _parts(path: Path, source: Source):
+def _parts(path: Path, source: Source) -> Iterator[tuple[int, np.ndarray | None, np.ndarray, np.ndarray]]:
     """Parts of a file: first row, layer of every row (None: the file's), [step, token], ids."""
     try:
         file = pq.ParquetFile(path)
@@ -143,11 +144,17 @@ def _integers(path: Path, start: int, batch: pa.RecordBatch, name: str) -> np.nd
     return column.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def _ordered(source, kept, rows, keys, where, files) -> Recording:
+def _ordered(
+    source: Source,
+    kept: list[int],
+    rows: Mapping[int, list[np.ndarray]],
+    keys: Mapping[int, list[np.ndarray]],
+    where: Callable[[int, int], str],
+    files: tuple[Path, ...],
+) -> Recording:
     """Rows of every layer in the order of step and token; the same steps and tokens in every layer."""
     orders: dict[int, np.ndarray] = {}
     first: np.ndarray | None = None
-    steps: np.ndarray = np.zeros(1, np.int64)
     for layer in kept:
         keys_N2 = np.concatenate(keys[layer])
         numbered = bool((keys_N2[:, 1] >= 0).all())
