@@ -19,7 +19,7 @@ from hiermoe import machine
 State = Literal["ok", "limited", "missing", "failed"]
 _COLOURS = {"ok": "green", "limited": "yellow", "missing": "red", "failed": "magenta"}
 
-DEADLINE_SECONDS = 12.0
+DEADLINE_SECONDS = 11.0
 
 # Resident size of one of four gloo ranks from the fork server after its first collective, torch 2.13 and Megatron-Core
 # 0.16.1 on CPU: 333 MB. All but 10 MB of it is shared with the others until a rank works on tensors of its own, so this
@@ -186,10 +186,12 @@ def judge_torchrun(facts: str | None) -> tuple[State, str, str]:
     return "ok", "found", ""
 
 
-def judge_disk(free_bytes: int) -> tuple[State, str, str]:
+def judge_disk(facts: machine.Disk) -> tuple[State, str, str]:
     """Room for a whole reproduction."""
-    found = f"{free_bytes / 1e9:.1f} GB free"
-    if free_bytes < RESULTS_BYTES:
+    found = f"{facts.free_bytes / 1e9:.1f} GB free"
+    if not facts.writable:
+        return "missing", f"{found}, but it cannot be written", "permission to write to results/"
+    if facts.free_bytes < RESULTS_BYTES:
         return "missing", found, f"{RESULTS_BYTES / 1e9:g} GB free where results/ is"
     return "ok", found, ""
 
@@ -216,7 +218,7 @@ QUESTIONS = (
     Question("Python, packages", "everything", machine.packages, judge_packages, required=True),
     Question("shipped traces", "make reproduce on recorded routing", machine.traces, judge_traces, required=True),
     Question("cores and memory", "simulation; backend=local", machine.size, judge_size, required=True),
-    Question("disk for results/", "keeping what was run", machine.free_disk_bytes, judge_disk, required=True),
+    Question("disk for results/", "keeping what was run", machine.disk, judge_disk, required=True),
     Question("Megatron-Core", "hiermoe train, hiermoe record", machine.megatron, judge_megatron),
     Question("emulated links", "backend=emulated", machine.namespaces, judge_namespaces),
     Question("GPUs", "a cluster's ranks over NCCL", machine.gpus, judge_gpus),

@@ -5,12 +5,14 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from dataclasses import replace
 
 import pytest
 
 from hiermoe import doctor, machine
 from hiermoe.doctor import Check, Question, State, examine, what_reproduce_lacks
+from tests.routing.worlds import a_trace
 
 PACKAGES = machine.Packages(
     python="3.12.1",
@@ -62,8 +64,9 @@ RANK = doctor.RANK_BYTES
         (doctor.judge_slurm, replace(SLURM, refused="Unknown host"), "limited", "no controller answers: Unknown host"),
         (doctor.judge_slurm, replace(SLURM, partitions=()), "limited", "lists no partition"),
         (doctor.judge_torchrun, None, "missing", "make setup"),
-        (doctor.judge_disk, doctor.RESULTS_BYTES - 1, "missing", "0.5 GB free where results/ is"),
-        (doctor.judge_disk, doctor.RESULTS_BYTES, "ok", "0.5 GB free"),
+        (doctor.judge_disk, machine.Disk(True, doctor.RESULTS_BYTES - 1), "missing", "0.5 GB free where results/ is"),
+        (doctor.judge_disk, machine.Disk(True, doctor.RESULTS_BYTES), "ok", "0.5 GB free"),
+        (doctor.judge_disk, machine.Disk(False, 10**12), "missing", "permission to write"),
         (doctor.judge_traces, machine.Files(("a",), {}), "ok", "whole: a"),
         (doctor.judge_traces, machine.Files(("a",), {"b": "checksum"}), "missing", "b: checksum"),
         (doctor.judge_calibrations, machine.Files((), {}), "missing", "hiermoe calibrate"),
@@ -122,11 +125,20 @@ def test_a_command_that_hangs_is_ended() -> None:
 def test_a_broken_trace_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     folder = tmp_path / "results" / "traces"
     folder.mkdir(parents=True)
-    (folder / "qwen3_30b_a3b_e128.trace").write_bytes(b"PK")
+    first, second = machine.SHIPPED_TRACES
     monkeypatch.setattr(machine, "PROJECT_ROOT", tmp_path)
+    a_trace().save(folder / f"{first}.trace")
+    assert machine.traces() == machine.Files((first,), {second: "there is no such file"})
+    content = (folder / f"{first}.trace").read_bytes()
+    (folder / f"{second}.trace").write_bytes(content[:-100])
+    with zipfile.ZipFile(folder / f"{first}.trace") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(folder / f"{first}.trace", "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data[:-1] + b"x" if name == "expert_ids.npy" else data)
     broken = machine.traces().broken
-    assert "truncated or not a trace" in broken["qwen3_30b_a3b_e128"]
-    assert broken["deepseek_v3_e256"] == "there is no such file"
+    assert broken[first] == "altered: a checksum does not match"
+    assert broken[second].startswith("truncated or altered")
 
 
 def test_command_reports_on_this_machine_in_json_and_ends_in_time() -> None:
