@@ -17,6 +17,7 @@ from hiermoe.harness.measured import Amount, MeasuredCell, clusters_of, measure_
 from hiermoe.harness.run import Outcome
 from hiermoe.harness.sweep import Cell, expand, run_all, sweep_names
 from hiermoe.harness.tracking import mirror_table
+from hiermoe.harness.train import execute_training, expand_training
 from hiermoe.records.store import RunStore
 
 Cells = Mapping[str, Sequence[Cell]]
@@ -79,7 +80,8 @@ PLANS: Mapping[Amount, str] = {
     "default": "simulation of every figure (2 minutes), then on 32 emulated ranks calibration and Fig. 11 of one "
     "model: about 20 minutes on two cores (QUICK=1: 5, FULL=1: an hour and a half). Stop and go on as you like",
     "full": "simulation of every figure, then on 32 emulated ranks calibration, Fig. 11 of both models, Fig. 13, "
-    "Table IV (K) and update frequency: about an hour and a half on two cores. Stop at any time; what is done is kept",
+    "Table IV (K), update frequency, and whole training steps: about an hour and a half on two cores. Stop and go on "
+    "as you like",
 }
 
 
@@ -101,14 +103,29 @@ def simulate_all(configs: Iterable[RunConfig], cells: Cells, session: Session) -
 
 def measure_emulated(amount: Amount, session: Session) -> list[Outcome]:
     """Calibrate the emulated clusters of an amount unless that is done, then measure."""
-    for name in clusters_of(amount):
+    training = ["emulated_4x2_calibrated"] if amount == "full" else []
+    for name in [*clusters_of(amount), *training]:
         config = calibration_config(name.removesuffix("_calibrated"), "emulated")
         if not (session.store.is_done(config.run_id) and config.path.exists()):
             with _progress(session.console) as progress:
                 task = progress.add_task(f"calibrating {config.cluster.name}", total=config.num_measurements)
                 calibrate(config, session.store, lambda _, task=task: progress.advance(task))
     cells = measured_cells(amount)
-    return [*measure(cells, session), *predict(cells, session)]
+    outcomes = [*measure(cells, session), *predict(cells, session)]
+    return [*outcomes, *train_all(session)] if amount == "full" else outcomes
+
+
+def train_all(session: Session) -> list[Outcome]:
+    """Train under every system of sweeps/train/end_to_end.yaml, with one progress bar for all steps."""
+    configs = [cell.config for cell in expand_training("end_to_end")]
+    missing = [config for config in configs if not session.store.is_done(config.run_id)]
+    with _progress(session.console) as progress:
+        task = progress.add_task("training", total=sum(config.steps for config in missing))
+        outcomes = []
+        for config in configs:
+            progress.update(task, description=f"training {config.model.name}, {config.system.label}")
+            outcomes.append(execute_training(config, session.store, lambda _: progress.advance(task)))
+    return outcomes
 
 
 def measure(

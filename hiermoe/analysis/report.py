@@ -11,7 +11,7 @@ import pandas as pd
 from PIL import Image
 
 from hiermoe.analysis.claims import Claim, Rules, load_claims, load_rules
-from hiermoe.analysis.figures import FIGURES, losses, measured
+from hiermoe.analysis.figures import FIGURES, end_to_end, losses, measured
 from hiermoe.analysis.figures.measured import PREDICTIONS
 from hiermoe.analysis.figures.spec import FigureSpec, Words, render
 from hiermoe.analysis.findings import findings
@@ -74,6 +74,9 @@ def write_report(
     verdicts.to_csv(folder / "verdicts.csv", index=False)
     predicted = results.of_source("simulated")
     sections = [_measured_section(source, claims, results, folder) for source in ("emulated", "cluster")]
+    sections.append(
+        _section(end_to_end.FIGURE, "emulated", claims, results, folder, missing="`make reproduce FULL=1` trains them")
+    )
     sections += [_section(spec, "simulated", claims, predicted, folder) for spec in FIGURES]
     sections.append(_section(losses.FIGURE, "local", claims, results, folder, missing="`make losses` trains them"))
     context = _verdict_context(judged, rules, results) | _provenance_context(results)

@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 import torch.distributed as dist
 
-from hiermoe.backends.streams import RowStream, run_streaming
-from hiermoe.dispatch.communicators import played_hosts
+from hiermoe.backends.streams import RowStream
+from hiermoe.backends.worlds import world_of
 from hiermoe.megatron.corpus import Corpus, training_corpus
 from hiermoe.megatron.training_config import TrainingConfig
 from hiermoe.planner.system import SystemConfig
@@ -49,6 +49,7 @@ class TrainingJob:
         steps: of the optimizer, those before the checkpoint that it starts from included.
         timeout: of a collective.
         checkpoints: where it starts, and what it saves.
+        backend: local or emulated.
     """
 
     training: TrainingConfig
@@ -57,6 +58,7 @@ class TrainingJob:
     steps: int
     timeout: timedelta
     checkpoints: Checkpoints
+    backend: str
 
 
 def run_training(job: TrainingJob, progress: Callable[[int], None] = lambda step: None) -> pd.DataFrame:
@@ -71,17 +73,14 @@ def run_training(job: TrainingJob, progress: Callable[[int], None] = lambda step
 
     Raises:
         NotApplicable: the system needs more levels than the hierarchy has, or what this machine lacks.
-        ValueError: a bad scheme or policy, or a text too short for the vocabulary.
+        ValueError: a bad scheme or policy, a network that cannot be set up here, a text too short for the vocabulary.
         RunDied: a rank failed.
     """
     job.system.build_schemes(job.cluster.hierarchy)
     job.system.build_policy()  # bad arguments end the run here, not on the ranks
-    # Hosts are checked inside each expert-parallel group, so replicas may play the same ones.
-    hosts = played_hosts(job.cluster.hierarchy) * job.training.data_parallel
     corpus = training_corpus(job.training)
-    return run_streaming(
-        train, job.training.world_size, (job, corpus), job.timeout, hosts, progress, rows=job.checkpoints.rows
-    )
+    with world_of(job.backend, job.cluster, job.training.data_parallel) as world:
+        return world.run(train, (job, corpus), job.timeout, progress, job.checkpoints.rows)
 
 
 def train(rank: int, job: TrainingJob, corpus: Corpus, folder: Path) -> None:

@@ -69,35 +69,45 @@ class NewRanks:
     Attributes:
         hierarchy: groups of GPUs.
         source: what records say.
-        namespaces: network namespace that each rank lives in; None for this process's own.
+        namespaces: network namespace that each GPU's ranks live in; None for this process's own.
+        device: of tensors.
+        replicas: ranks of each GPU. Hosts are compared inside an expert-parallel group, so replicas may share them.
     """
 
     hierarchy: Hierarchy
     source: Source = "local"
     namespaces: Sequence[Path] | None = None
     device: str = "cpu"
+    replicas: int = 1
 
     def run(
-        self, function: Callable[..., Any], args: tuple[Any, ...], timeout: timedelta, progress: Progress = no_progress
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        timeout: timedelta,
+        progress: Progress = no_progress,
+        rows: Path | None = None,
     ) -> pd.DataFrame:
-        """As every world does."""
-        hosts = played_hosts(self.hierarchy)
-        return run_streaming(function, self.hierarchy.num_ranks, args, timeout, hosts, progress, self.namespaces)
+        """As every world does; ``rows`` is a folder that the ranks' streams are in and stay in."""
+        hosts = played_hosts(self.hierarchy) * self.replicas
+        namespaces = None if self.namespaces is None else [*self.namespaces] * self.replicas
+        return run_streaming(function, len(hosts), args, timeout, hosts, progress, namespaces, rows)
 
 
 @contextmanager
-def world_of(backend: str, cluster: Cluster) -> Iterator[World]:
+def world_of(backend: str, cluster: Cluster, replicas: int = 1) -> Iterator[NewRanks]:
     """The ranks of a backend of this machine, for one cluster.
 
     Args:
         backend: local or emulated.
-        cluster: one rank for each of its GPUs.
+        cluster: one rank for each of its GPUs,
+        replicas: times this.
 
     Raises:
         ValueError: the network cannot be set up here.
     """
     if backend == "local":
-        yield NewRanks(cluster.hierarchy)
+        yield NewRanks(cluster.hierarchy, replicas=replicas)
         return
     with EmulatedNetwork(cluster) as network:
-        yield NewRanks(cluster.hierarchy, "emulated", network.namespace_of_rank)
+        yield NewRanks(cluster.hierarchy, "emulated", network.namespace_of_rank, replicas=replicas)

@@ -12,7 +12,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from hiermoe.backends.streams import has_iterations
 from hiermoe.backends.training import Checkpoints, TrainingJob, run_training
-from hiermoe.harness.config import WandbConfig, parse
+from hiermoe.harness.config import BackendConfig, WandbConfig, parse
 from hiermoe.harness.run import Outcome, keep_record
 from hiermoe.harness.single import present
 from hiermoe.harness.summary import train_summary
@@ -35,6 +35,7 @@ class TrainRunConfig(TrainingConfig):
     Attributes:
         system: What moves tokens.
         cluster: Hierarchy and constants, of `ep_size` GPUs.
+        backend: local, or emulated: with links as slow as the cluster says.
         steps: Of the optimizer.
         timeout_minutes: A rank that waits longer than this for another one ends the run.
         checkpoint_every: Steps between two checkpoints; None for no checkpoints.
@@ -47,6 +48,7 @@ class TrainRunConfig(TrainingConfig):
 
     system: SystemConfig
     cluster: Cluster
+    backend: BackendConfig
     steps: int = Field(ge=2)
     timeout_minutes: PositiveFloat
     checkpoint_every: PositiveInt | None
@@ -82,6 +84,12 @@ class TrainRunConfig(TrainingConfig):
     def given_checkpoint(self) -> Path | None:
         """What `resume` names."""
         return None if self.resume in (None, "latest") else from_root(self.resume)
+
+    @model_validator(mode="after")
+    def _check_backend(self) -> Self:
+        if self.backend.name not in ("local", "emulated"):
+            raise ValueError(f"backend={self.backend.name} trains nothing; choose from local, emulated")
+        return self
 
     @model_validator(mode="after")
     def _check_given_checkpoint(self) -> Self:
@@ -143,7 +151,7 @@ def execute_training(
         The outcome. A run whose ranks failed keeps the rows of the steps that all of them finished.
     """
     keys = {
-        "source": "local",
+        "source": config.backend.source,
         "system": config.system.name,
         "model": config.model.name,
         "cluster": config.cluster.name,
@@ -163,6 +171,7 @@ def execute_training(
         steps=config.steps,
         timeout=timedelta(minutes=config.timeout_minutes),
         checkpoints=checkpoints,
+        backend=config.backend.name,
     )
 
     def measure() -> pd.DataFrame:
