@@ -27,9 +27,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from hiermoe.backends.allocation import Member
-from hiermoe.backends.streams import RunDied, shared_folder
-from hiermoe.backends.streams import _collect as collect
-from hiermoe.backends.streams import _watch as follow
+from hiermoe.backends.streams import RunDied, collect, follow, shared_folder
 from hiermoe.records.status import NotApplicable
 
 Device = Literal["cuda", "cpu"]

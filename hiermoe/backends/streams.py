@@ -97,16 +97,16 @@ def run_streaming(
     """
     with shared_folder() if rows is None else nullcontext(rows) as folder:
         done = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(folder, done, progress), daemon=True)
+        watcher = threading.Thread(target=follow, args=(folder, done, progress), daemon=True)
         watcher.start()
         try:
             run_ranks(function, world_size, (*args, folder), timeout, hosts=hosts, namespaces=namespaces)
         except RankFailedError as error:
-            raise RunDied(str(error).splitlines()[0], _collect(folder, world_size)) from error
+            raise RunDied(str(error).splitlines()[0], collect(folder, world_size)) from error
         finally:
             done.set()
             watcher.join()
-        return _collect(folder, world_size)
+        return collect(folder, world_size)
 
 
 def has_iterations(folder: Path, world_size: int, start: int) -> bool:
@@ -127,19 +127,25 @@ def _finished(path: Path) -> list[list[dict[str, Any]]]:
     return [json.loads(line) for line in content[: content.rfind("\n") + 1].splitlines()]
 
 
-def _collect(folder: Path, world_size: int) -> pd.DataFrame:
+def collect(folder: Path, world_size: int) -> pd.DataFrame:
+    """Rows of all ranks, of the iterations that every rank has finished."""
     ranks = [_finished(_path(folder, rank)) for rank in range(world_size)]
     common = min(len(iterations) for iterations in ranks)
     return pd.DataFrame([row for iterations in ranks for rows in iterations[:common] for row in rows])
 
 
-def _watch(folder: Path, done: threading.Event, progress: Callable[[int], None]) -> None:
-    """Report rank 0's iterations as they come."""
-    reported = 0
+def follow(folder: Path, done: threading.Event, progress: Callable[[int], None]) -> None:
+    """Report rank 0's iterations as they come, until ``done``. Reads what is new alone: rank 0 may be this process."""
+    reported, position, path = 0, 0, _path(folder, 0)
     while True:
         ended = done.wait(_POLL_SECONDS)
-        for iteration in range(reported, len(_finished(_path(folder, 0)))):
-            progress(iteration)
-            reported = iteration + 1
+        if path.exists() and path.stat().st_size > position:
+            with path.open("rb") as file:
+                file.seek(position)
+                new = file.read()
+            position += len(new)
+            for _ in range(new.count(b"\n")):
+                progress(reported)
+                reported += 1
         if ended:
             return

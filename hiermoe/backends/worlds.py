@@ -106,6 +106,10 @@ def world_of(backend: str, cluster: Cluster, replicas: int = 1) -> Iterator[NewR
     Raises:
         ValueError: the network cannot be set up here.
     """
+    if backend not in ("local", "emulated"):
+        raise ValueError(
+            f"backend={backend} starts no ranks here; in an allocation: hiermoe reproduce --backend {backend}"
+        )
     if backend == "local":
         yield NewRanks(cluster.hierarchy, replicas=replicas)
         return

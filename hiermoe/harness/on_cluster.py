@@ -171,9 +171,9 @@ def calibration_of(
     """
     nodes, gpus = shape
     if structure is None:
-        levels = {"node": nodes, "gpu": nodes * gpus} if nodes > 1 and gpus > 1 else {"gpu": nodes * gpus}
-        if gpus == 1:
-            levels = {"node": nodes}
+        levels = {"gpu": nodes * gpus}
+        if nodes > 1:
+            levels = {"node": nodes, "gpu": nodes * gpus} if gpus > 1 else {"node": nodes}
     else:
         hierarchy = Cluster.named(structure).hierarchy
         levels = dict(zip(hierarchy.names, hierarchy.groups, strict=True))

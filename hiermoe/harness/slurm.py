@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -29,6 +29,8 @@ JOBS = PROJECT_ROOT / "results" / "jobs"
 
 _POLL_SECONDS = 2.0
 _LAST_LINES = 15
+_MOST_OTHERS = 4  # ranks whose errors are shown beside rank 0's
+_FROM_OUTSIDE = ("CANCELLED", "TIMEOUT", "PREEMPTED", "DEADLINE", "REVOKED")  # what ranks say then is only that
 # Slurm forgets a job some minutes after its end, and a shared file system may show a file late.
 _FORGOTTEN_SECONDS = 30.0
 _GOING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING")
@@ -252,10 +254,8 @@ def _failure(job: submitit.Job[Any], state: str, console: Console) -> ValueError
     """The error for a job that failed, after the last lines of rank 0's log and what other ranks said."""
     log = job.paths.stdout
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:] if log.exists() else []
-    for other in sorted(log.parent.glob("*_log.out")):
-        if other != log:
-            said = other.read_text(encoding="utf-8", errors="replace").splitlines()
-            lines += [f"{other.name}: {line}" for line in said if "error:" in line.lower()][-1:]
+    if state not in _FROM_OUTSIDE:
+        lines += sorted(_errors_of_others(log))[:_MOST_OTHERS]
     for line in lines:
         print(f"  | {line}", file=sys.stderr)
     sys.stderr.flush()
@@ -264,6 +264,13 @@ def _failure(job: submitit.Job[Any], state: str, console: Console) -> ValueError
     return ValueError(
         f"Slurm job {job.job_id} ended as {state}; finished runs are kept, the same command goes on; log: {where}"
     )
+
+
+def _errors_of_others(log: Path) -> Iterator[str]:
+    """The last error of every rank but 0, after the name of its log."""
+    for other in log.parent.glob("*_log.out"):
+        said = other.read_text(encoding="utf-8", errors="replace").splitlines() if other != log else []
+        yield from [f"{other.name}: {line}" for line in said if "error:" in line.lower()][-1:]
 
 
 def slurm_job_name() -> str:

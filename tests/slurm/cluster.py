@@ -14,8 +14,8 @@ from typing import Self
 
 NODES = ("n1", "n2", "n3", "n4")
 
-# Nodes are names only: each slurmd is told its own. No cgroups, because a container has none to give away. A job that is
-# put back into the queue waits there until its credential has expired.
+# Nodes are names only: each slurmd is told its own. No cgroups, because a container has none to give away. A job that
+# is put back into the queue waits there until its credential has expired.
 _CONFIGURATION = """\
 ClusterName=loopback
 SlurmctldHost={host}(127.0.0.1)
