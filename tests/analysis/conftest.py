@@ -131,8 +131,8 @@ def _timings(config: RunConfig) -> pd.DataFrame:
 def write(store: RunStore, config: RunConfig, rows: pd.DataFrame, status: str = "ok", reason: str = "") -> None:
     """Store made-up records of a run, through the schema."""
     keys = {
-        "run_id": config.run_id, "source": "simulated", "system": config.system.name, "model": config.model.name,
-        "cluster": config.cluster.name, "routing": config.routing.name, "seed": config.seed,
+        "run_id": config.run_id, "source": config.backend.source, "system": config.system.name,
+        "model": config.model.name, "cluster": config.cluster.name, "routing": config.routing.name, "seed": config.seed,
         "num_experts": config.model.num_experts, "topk": config.model.topk,
         "num_ranks": config.cluster.hierarchy.num_ranks, "tokens_per_rank": config.tokens_per_rank, "status": status,
         "reason": reason,

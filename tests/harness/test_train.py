@@ -2,7 +2,6 @@
 
 import os
 import signal
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -92,7 +91,7 @@ def test_experts_that_move_are_on_record(hiermoe: Command, store: RunStore, tiny
 def test_a_rank_killed_in_training_is_named_and_finished_steps_are_kept(
     hiermoe: Command, store: RunStore, tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("hiermoe.backends.streams.SCRATCH", tmp_path)
     killer = threading.Thread(target=kill_a_rank_after_step, args=(tmp_path, 2, 3), daemon=True)
     killer.start()
     started = time.monotonic()
@@ -113,7 +112,7 @@ def test_a_rank_killed_in_training_is_named_and_finished_steps_are_kept(
 def kill_a_rank_after_step(folder: Path, rank: int, steps: int) -> None:
     """Wait until all ranks have streamed so many steps, then kill one; ranks are started in their order."""
     while True:
-        streams = list(folder.glob("hiermoe-rows-*/rank-*.jsonl"))
+        streams = list(folder.glob("*/rank-*.jsonl"))
         if len(streams) == 4 and all(len(x.read_text().splitlines()) >= steps for x in streams):
             break
         time.sleep(0.05)

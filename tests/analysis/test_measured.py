@@ -1,0 +1,94 @@
+"""Measured runs beside their predictions: medians of the busiest rank, speed-ups over stock, no mixed column."""
+
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from hiermoe.analysis.figures.measured import FIGURE, PREDICTIONS
+from hiermoe.analysis.frames import Results, load
+from hiermoe.harness.config import BackendConfig
+from hiermoe.harness.sweep import Cell
+from hiermoe.records.store import RunStore
+from tests.analysis.conftest import ITERATIONS, cell, records_of, step_ms, write
+
+SYSTEMS = ("megatron", "hd2_moe", "hiermoe")
+
+
+def measured_rows(config: Any, slower: float) -> pd.DataFrame:
+    """Two of the ranks, the second of them always the busiest; times are the predicted ones made slower."""
+    rows: list[dict[str, Any]] = []
+    stages = ("1:world",) if config.system.name == "megatron" else ("1:inter1", "2:intra1")
+    for iteration in range(ITERATIONS):
+        for rank, factor in ((0, 0.5), (1, 1.0)):
+            keys = {
+                "iteration": iteration, "routing_iteration": iteration, "measured": iteration >= ITERATIONS // 2,
+                "layer": 0, "rank": rank,
+            }  # fmt: skip
+            wire_ms = factor * slower * step_ms(config.system.name) * (1 + 0.01 * iteration)
+            rows += [
+                keys | {"phase": "dispatch", "stage": stage, "wire_ms": wire_ms / 4 / len(stages), "bytes": 10.0}
+                for stage in stages
+            ]
+            rows.append(
+                keys | {
+                    "phase": "step", "stage": "all", "wire_ms": wire_ms, "dispatch_ms": wire_ms + 10.0,
+                    "local_ms": 10.0, "num_wrong": 0, "planning_ms": 3.0, "migration_ms": 20.0,
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Three systems, simulated, and measured 1.5 times as slow on the wire."""
+    store = RunStore(tmp_path_factory.mktemp("runs"))
+    predicted, measured = [], []
+    for system in SYSTEMS:
+        twin = cell({"system": system, "cluster": "emulated_4x8", "routing": "uniform"})
+        config = twin.config.model_copy(update={"backend": BackendConfig(name="emulated", timeout_s=60)})
+        write(store, twin.config, records_of(twin.config))
+        write(store, config, measured_rows(config, 1.5))
+        predicted.append(twin)
+        measured.append(Cell(twin.overrides, config))
+    return load({"fig11": [*predicted, *measured], PREDICTIONS: predicted}, store)
+
+
+@pytest.fixture(scope="module")
+def table(results: Results) -> pd.DataFrame:
+    return FIGURE.table(results, [])
+
+
+def test_every_measured_run_has_one_row_beside_its_own_prediction(table: pd.DataFrame) -> None:
+    assert table["system"].tolist() == list(SYSTEMS) and set(table["source"]) == {"emulated"}
+    assert table["wire_over_predicted"].tolist() == pytest.approx([1.5 * 1.055] * 3, rel=0.03)
+    assert table["predicted_ms"].tolist() == pytest.approx([step_ms(system) for system in SYSTEMS], rel=0.03)
+
+
+def test_times_are_medians_of_the_busiest_rank(table: pd.DataFrame) -> None:
+    row = table.set_index("system").loc["hiermoe"]
+    assert row["wire_ms"] == pytest.approx(1.5 * 40 * 1.055)
+    assert row["value"] == pytest.approx(1.5 * 40 * 1.055 + 10)
+    assert row["low"] <= row["value"] <= row["high"]
+    assert row["n"] == ITERATIONS // 2
+
+
+def test_speedups_on_the_wire_and_of_whole_calls_are_told_apart(table: pd.DataFrame) -> None:
+    row = table.set_index("system").loc["hiermoe"]
+    assert row["wire_speedup"] == pytest.approx(80 / 40)
+    assert row["whole_speedup"] == pytest.approx((1.5 * 80 * 1.055 + 10) / (1.5 * 40 * 1.055 + 10))
+    assert row["predicted_speedup"] == pytest.approx(80 / 40, rel=0.02)
+
+
+def test_words_and_drawing_come_from_the_table(table: pd.DataFrame) -> None:
+    words = FIGURE.words(table)
+    header, *rows = words.rows
+    assert len(rows) == 3 and {len(row) for row in rows} == {len(header)}
+    assert "within 15 % of the predicted ones for 2 of 2 runs" in " ".join(words.text)
+    assert "differ from their known answer: 0" in " ".join(words.text)
+    assert FIGURE.draw(table, words.title).axes
+
+
+def test_a_run_without_its_prediction_is_left_out(results: Results) -> None:
+    alone = Results({**results.runs, PREDICTIONS: []}, results.records, results.store)
+    assert FIGURE.table(alone, []).empty
