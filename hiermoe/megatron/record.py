@@ -133,7 +133,7 @@ def write_trace(
             vocabulary=corpus.vocabulary,
             seed=config.seed,
             training_step=list(range(config.train_steps, config.train_steps + iterations)),
-            loss=losses[-iterations:],
+            loss=[*losses[-iterations:]],
             layers=config.recorded_layers,
             how_made=command,
             versions={

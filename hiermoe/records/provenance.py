@@ -61,6 +61,7 @@ def _nvidia_smi(*arguments: str) -> str:
 
 def _nccl_version() -> str:
     import torch  # seconds; only where there is a GPU
+    import torch.cuda.nccl
 
     if not (torch.distributed.is_available() and torch.distributed.is_nccl_available()):
         return f"torch {torch.__version__} was built without NCCL"

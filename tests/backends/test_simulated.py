@@ -99,6 +99,6 @@ def test_realised_gain_is_what_the_next_step_would_have_taken_more_without_the_u
     for iteration in range(3):
         counts = workload.routing.counts(iteration + 1, placement, workload.cluster.hierarchy)
         unmoved = choose_scheme(workload.schemes, counts, workload.cluster, workload.row_bytes)
-        gain = 4 * unmoved.alltoall_ms - steps.loc[iteration + 1, "predicted_ms"]
-        assert steps.loc[iteration, "realised_gain_ms"] == pytest.approx(gain, rel=1e-9)
-        placement = placement.after(steps.loc[iteration, "moves"])
+        gain = 4 * unmoved.alltoall_ms - float(steps["predicted_ms"][iteration + 1])
+        assert steps["realised_gain_ms"][iteration] == pytest.approx(gain, rel=1e-9)
+        placement = placement.after(str(steps["moves"][iteration]))

@@ -26,9 +26,8 @@ TIMEOUT = timedelta(minutes=2)
 CALLS = {"dispatch": ("dispatch", "combine_backward"), "combine": ("combine", "dispatch_backward")}
 
 
-def job_of(system: str) -> ReplayJob:
+def job() -> ReplayJob:
     return ReplayJob(
-        system=SystemConfig.named(system),
         cluster=Cluster.named("a6000_4x8").reduced(RANKS),
         num_experts=EXPERTS,
         topk=TOPK,
@@ -49,11 +48,11 @@ def local_work(rank: int) -> dict[str, dict[str, list[float]]]:
     from hiermoe.megatron.meter import Meter
 
     meter = Meter(time.thread_time)
-    jobs = {system: job_of(system) for system in SYSTEMS}
+    shared = job()
     dispatchers: dict[str, Any] = {
         system: bench_layer(
-            job.system,
-            job.cluster,
+            SystemConfig.named(system),
+            shared.cluster,
             num_experts=EXPERTS,
             topk=TOPK,
             hidden_size=HIDDEN,
@@ -62,7 +61,7 @@ def local_work(rank: int) -> dict[str, dict[str, list[float]]]:
             meter=meter,
             timeout=TIMEOUT,
         )[0]
-        for system, job in jobs.items()
+        for system in SYSTEMS
     }
     found: dict[str, dict[str, list[float]]] = {system: defaultdict(list) for system in SYSTEMS}
     with meter:
@@ -70,8 +69,8 @@ def local_work(rank: int) -> dict[str, dict[str, list[float]]]:
             generator = torch.Generator().manual_seed(round_ * RANKS + rank)
             ids_TK = torch.rand(TOKENS, EXPERTS, generator=generator).topk(TOPK, dim=1).indices
             for system in SYSTEMS:
-                question = Question.draw(ids_TK, jobs[system], generator)
-                assert question.ask(dispatchers[system], jobs[system]) == 0
+                question = Question.draw(ids_TK, shared, generator)
+                assert question.ask(dispatchers[system], shared) == 0
                 for call in meter.drain():
                     if round_:  # the first one warms up
                         found[system][call.phase].append(call.total_ms - call.wire_ms)

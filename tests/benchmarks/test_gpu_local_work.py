@@ -40,7 +40,6 @@ def local_work(device: str, backend: str, tokens: int, hidden: int, experts: int
     with meter:
         for name in SYSTEMS:
             job = ReplayJob(
-                system=SystemConfig.named(name),
                 cluster=ONE_GPU,
                 num_experts=experts,
                 topk=topk,
@@ -55,7 +54,7 @@ def local_work(device: str, backend: str, tokens: int, hidden: int, experts: int
                 device=device,
             )
             dispatcher, _ = bench_layer(
-                job.system,
+                SystemConfig.named(name),
                 job.cluster,
                 num_experts=experts,
                 topk=topk,

@@ -177,7 +177,7 @@ def _panels(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         unique = rows.drop_duplicates(["system", "policy"])
         several = unique["label"].duplicated(keep=False)
         labels = unique["label"].where(~several, unique["label"] + unique["policy"].map(_interval))
-        yield f"{style.MODELS[model]}, K={topk}, {style.ROUTINGS[routing][1]}", unique.assign(label=labels)
+        yield f"{style.MODELS[str(model)]}, K={topk}, {style.ROUTINGS[str(routing)][1]}", unique.assign(label=labels)
 
 
 def _interval(policy: str) -> str:
