@@ -30,7 +30,7 @@ TITLE = "HierMoE, reproduced"
 ROUTINGS = ("recorded", "uniform", "group_limited", NO_ROUTING)
 NO_SOURCE = "none"  # of a claim that no sweep has a run for
 KINDS = ("simulated", "local", "emulated", "cluster", NO_SOURCE)
-HEADINGS = {"emulated": "emulated cluster", "cluster": "GPU cluster"}
+HEADINGS = {"emulated": "emulated cluster", "cluster": "cluster"}
 HOW_TO_MEASURE = {
     "emulated": "`make reproduce` as root measures on an emulated cluster",
     "cluster": "`make reproduce BACKEND=slurm NODES=4 GPUS_PER_NODE=8` measures on a cluster; nobody has, here",

@@ -129,7 +129,7 @@ def replay(rank: int, job: ReplayJob, systems: Sequence[SystemConfig], folder: P
         )
         for system in systems
     ]
-    memory = PeakMemory()
+    memory = PeakMemory(job.device)
     with RowStream(folder, rank) as stream, meter:
         for iteration, routing_iteration in enumerate(job.routing_iterations):
             ids_TK = job.load(routing_iteration, rank)
