@@ -110,6 +110,10 @@ def replay(rank: int, job: ReplayJob, systems: Sequence[SystemConfig], folder: P
         folder: where ranks stream their rows to.
     """
     # Only the ranks pay for importing megatron.
+    from hiermoe.megatron import cpu
+
+    if job.device == "cpu":
+        cpu.expect_fallbacks()
     from hiermoe.megatron.bench_layer import bench_layer
     from hiermoe.megatron.meter import Meter
 

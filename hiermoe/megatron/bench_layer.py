@@ -1,10 +1,11 @@
 """A dispatcher and a placement without a model around them, for runs that bring their own routing."""
 
 from datetime import timedelta
+from functools import cache
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -32,7 +33,7 @@ def bench_layer(
     timeout: timedelta,
     device: str = "cpu",
 ) -> tuple[MoETokenDispatcher, ExpertPlacement]:
-    """The metered dispatcher of a system on this rank, and where its experts are; sets Megatron's process groups up.
+    """The metered dispatcher of a system on this rank, and where its experts are.
 
     *Collective: every rank of the world must call it.* The world is one expert-parallel group.
 
@@ -56,11 +57,6 @@ def bench_layer(
     if device == "cpu":
         cpu.install()
     ep_size = cluster.hierarchy.num_ranks
-    if not parallel_state.model_parallel_is_initialized():
-        minutes = max(1, round(timeout.total_seconds() / 60))
-        parallel_state.initialize_model_parallel(
-            expert_model_parallel_size=ep_size, distributed_timeout_minutes=minutes
-        )
     config = TransformerConfig(
         num_layers=1,
         hidden_size=hidden_size,
@@ -72,7 +68,7 @@ def bench_layer(
         add_bias_linear=False,
         moe_grouped_gemm=False,
     )
-    groups = get_default_pg_collection()
+    groups = _groups()
     per_rank = num_experts // ep_size
     first = groups.ep.rank() * per_rank
     stock = MoEAlltoAllTokenDispatcher(per_rank, list(range(first, first + per_rank)), config, groups)
@@ -85,4 +81,18 @@ def bench_layer(
         ]
         parameters = [[torch.nn.Parameter(state.to(device), requires_grad=False)] for state in states]
         moving = [LayerPlacement(layer, dispatcher, policy, parameters, expert_parameters)]
-    return MeteredDispatcher(dispatcher, layer, meter), ExpertPlacement(moving)
+    return MeteredDispatcher(dispatcher, layer, meter), ExpertPlacement(moving, groups.ep)
+
+
+@cache
+def _groups() -> ProcessGroupCollection:
+    """Those that a dispatcher asks for: the world as expert-parallel group, and this rank alone for the others.
+
+    Megatron's own set-up makes two dozen, and a thread of gloo wakes up a hundred times a second for each of them.
+    """
+    world = dist.group.WORLD
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    groups = ProcessGroupCollection()
+    groups.ep = groups.tp_ep = world
+    groups.tp = groups.cp = groups.expt_tp = groups.expt_dp = groups.tp_cp = groups.tp_dp_cp = alone
+    return groups

@@ -139,9 +139,15 @@ class ExpertPlacement:
         ...         save_checkpoint(folder, step + 1, model, optimizer, schedule, placement)
     """
 
-    def __init__(self, layers: list[LayerPlacement]) -> None:
-        """Take charge of these layers; none for a system that moves no experts."""
+    def __init__(self, layers: list[LayerPlacement], group: dist.ProcessGroup | None = None) -> None:
+        """Take charge of these layers.
+
+        Args:
+            layers: none for a system that moves no experts.
+            group: ranks that decide together; None for Megatron's data-parallel group, which has all replicas.
+        """
         self.layers = layers
+        self._group = group
         self.planning_ms = 0.0  # of the latest step, all layers: measuring, reducing and deciding
         self._iteration = 0
 
@@ -220,7 +226,7 @@ class ExpertPlacement:
             layer.measured, layer.measuring_ms, layer.iteration = None, 0.0, iteration
 
     def _decide(self) -> list[tuple[LayerPlacement, PlacementUpdate]]:
-        group: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        group: Any = self._group or parallel_state.get_data_parallel_group(with_context_parallel=True)
         flat = {
             index: torch.cat([layer.measured.reshape(-1), layer.votes().to(layer.measured.dtype)])
             for index, layer in enumerate(self.layers)
