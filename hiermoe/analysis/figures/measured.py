@@ -87,8 +87,8 @@ def _row(run: Run, twin: Run, results: Results) -> dict[str, object]:
 def _steps(run: Run, results: Results) -> pd.DataFrame:
     """Step rows, and of their time on the wire what the stages took that the model predicts: rows, not counts.
 
-    Before a dispatch, ranks tell each other counts. Whoever comes early waits there: for ranks that share cores, as long
-    as the others still need for their own work.
+    Before a dispatch, ranks tell each other counts. Whoever comes early waits there: where ranks share cores, for as
+    long as the others need for their own work.
     """
     steps = results.rows(run, "step")
     stages = pd.concat([results.rows(run, phase) for phase in CALLS])
