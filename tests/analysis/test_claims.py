@@ -74,3 +74,11 @@ def test_setting_without_a_baseline_of_its_own_is_compared_with_the_baselines_sw
 def test_cells_of_two_nodes_are_marked_as_derived(results: Results) -> None:
     assert all(case.has_derived_constants for case in found("T4-hd2-G16", results))
     assert not any(case.has_derived_constants for case in found("T4-hd2-G8", results))
+
+
+def test_every_metric_can_be_judged_from_every_source_or_says_why_not() -> None:
+    rules = load_rules()
+    for source in SOURCES:
+        for claim in load_claims():
+            rule = rules.metrics[claim.metric]
+            assert claim.metric in METRICS or source in rule.not_testable, (claim.claim, source)

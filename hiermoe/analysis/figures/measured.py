@@ -15,11 +15,9 @@ from hiermoe.analysis.frames import Results, Run
 from hiermoe.analysis.statistics import Estimate, bootstrap, paired, ratio_of_medians, ratio_of_sums
 from hiermoe.analysis.wording import with_interval
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP
-from hiermoe.records.schema import CALLS
 
 BASELINE = "megatron"
 PREDICTIONS = "predictions"  # simulated twins of the measured runs
-DARK = (1.0, 0.55, 0.28)  # of exchanges, the rest on the wire, the rest of the calls
 SOURCES = {"emulated": "an emulated cluster", "cluster": "a cluster", "local": "one machine's loopback"}
 
 
@@ -46,10 +44,10 @@ def _same(run: Run) -> str:
 
 def _row(run: Run, twin: Run, results: Results) -> dict[str, object]:
     config = run.config
-    steps, predicted = _steps(run, results), results.rows(twin, "step")
-    exchange_ms, predicted_ms = paired(steps, predicted.assign(exchange_ms=predicted["step_ms"]), "exchange_ms")
+    steps, predicted = results.rows(run, "step"), results.rows(twin, "step")
+    wire_ms, predicted_ms = paired(steps, predicted.assign(wire_ms=predicted["step_ms"]), "wire_ms")
     whole = bootstrap(lambda x: np.median(x, -1), steps["step_ms"].to_numpy(float))
-    error = ratio_of_medians(exchange_ms, predicted_ms)
+    error = ratio_of_medians(wire_ms, predicted_ms)
     policy = str(config.system.policy)
     return {
         "source": run.source,
@@ -66,35 +64,21 @@ def _row(run: Run, twin: Run, results: Results) -> dict[str, object]:
         "narrowed": config.narrowed,
         "predicted_ms": float(np.median(predicted_ms)),
         "link_ms": _least_ms(twin, results),
-        "exchange_ms": float(np.median(exchange_ms)),
-        "wire_ms": steps["wire_ms"].median(),
+        "wire_ms": float(np.median(wire_ms)),
         "value": whole.value,
         "low": whole.low,
         "high": whole.high,
         "local_ms": steps["local_ms"].median(),
         "planning_ms": steps["planning_ms"].median(),
         "migration_ms": steps["migration_ms"].mean(),
-        "exchange_over_predicted": error.value,
-        "exchange_over_predicted_low": error.low,
-        "exchange_over_predicted_high": error.high,
+        "wire_over_predicted": error.value,
+        "wire_over_predicted_low": error.low,
+        "wire_over_predicted_high": error.high,
         "num_wrong": int(results.rows(run, "step", measured_only=False)["num_wrong"].sum()),
         "n": len(steps),
         **_speedups(run, twin, results),
         "stages": _stages(run, twin, results),
     }
-
-
-def _steps(run: Run, results: Results) -> pd.DataFrame:
-    """Step rows, and of their time on the wire what the stages took that the model predicts: rows, not counts.
-
-    Before a dispatch, ranks tell each other counts. Whoever comes early waits there: where ranks share cores, for as
-    long as the others need for their own work.
-    """
-    steps = results.rows(run, "step")
-    stages = pd.concat([results.rows(run, phase) for phase in CALLS])
-    stages = stages[~stages["stage"].isin(["all", "counts"])]
-    busiest = stages.groupby(["iteration", "phase", "stage"])["wire_ms"].max()
-    return steps.assign(exchange_ms=steps["iteration"].map(busiest.groupby("iteration").sum()))
 
 
 def _least_ms(twin: Run, results: Results) -> float:
@@ -105,7 +89,7 @@ def _least_ms(twin: Run, results: Results) -> float:
 
 
 def _speedups(run: Run, twin: Run, results: Results) -> dict[str, float]:
-    """Over stock Megatron on the same tokens: predicted, of the exchanges, on the wire, and of the whole calls."""
+    """Over stock Megatron on the same tokens: predicted, on the wire, and of the whole calls."""
     keys = {key: run.value(key) for key in ("source", "model", "cluster", "routing", "num_experts", "topk")}
     found = [
         other
@@ -117,11 +101,11 @@ def _speedups(run: Run, twin: Run, results: Results) -> dict[str, float]:
     twins = {_same(other): other for other in results.runs.get(PREDICTIONS, ()) if other.status == "ok"}
     if not found or _same(found[0]) not in twins:
         return {}
-    theirs, ours = _steps(found[0], results), _steps(run, results)
+    theirs, ours = results.rows(found[0], "step"), results.rows(run, "step")
     their_twin, our_twin = results.rows(twins[_same(found[0])], "step"), results.rows(twin, "step")
     predicted = ratio_of_sums(*paired(their_twin, our_twin, "step_ms"))
     columns: dict[str, float] = {"predicted_speedup": predicted.value}
-    for name, column in (("exchange", "exchange_ms"), ("wire", "wire_ms"), ("whole", "step_ms")):
+    for name, column in (("wire", "wire_ms"), ("whole", "step_ms")):
         estimate = ratio_of_medians(*paired(theirs, ours, column))
         columns |= {
             f"{name}_speedup": estimate.value,
@@ -159,11 +143,8 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
         for position, (_, row) in enumerate(rows.iterrows()):
             tone = style.color(str(row["system"]))
             panel.barh(position - 0.2, row["predicted_ms"], 0.34, facecolor="none", edgecolor=tone, linewidth=1.4)
-            parts = (row["exchange_ms"], row["wire_ms"] - row["exchange_ms"], row["value"] - row["wire_ms"])
-            left = 0.0
-            for part, dark in zip(parts, DARK, strict=True):
-                panel.barh(position + 0.2, part, 0.34, left=left, color=tone, alpha=dark)
-                left += part
+            panel.barh(position + 0.2, row["wire_ms"], 0.34, color=tone)
+            panel.barh(position + 0.2, row["value"] - row["wire_ms"], 0.34, left=row["wire_ms"], color=tone, alpha=0.35)
             panel.plot([row["link_ms"]] * 2, [position + 0.02, position + 0.38], color="white", linewidth=2.2)
             ends = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
             panel.errorbar(row["value"], position + 0.2, xerr=ends, color=style.INK, capsize=3, elinewidth=1.4)
@@ -182,9 +163,8 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
     factor = {"linestyle": "", "marker": "$1.2\\times$", "markersize": 22, "color": style.INK}
     marks: list[Patch | Line2D] = [
         Patch(facecolor="none", edgecolor="#444444", linewidth=1.4, label="predicted by the calibrated α + n·β"),
-        Patch(color="#444444", label="measured: exchanges of rows"),
-        Patch(color="#444444", alpha=DARK[1], label="counts, and waiting for other ranks"),
-        Patch(color="#444444", alpha=DARK[2], label="local work"),
+        Patch(color="#444444", label="measured, on the wire"),
+        Patch(color="#444444", alpha=0.35, label="measured, the rest of the calls"),
         Line2D([], [], label="least on the busiest links", **bar),  # type: ignore[arg-type]
         Line2D([], [], label="whole calls over Megatron-LM's", **factor),  # type: ignore[arg-type]
     ]
@@ -214,16 +194,16 @@ def words(table: pd.DataFrame) -> Words:
         for _, row in lead[lead["system"].isin(["hd2_moe", "hd_moe", "hiermoe"])].iterrows()
         if "whole_speedup" in row and not np.isnan(row["whole_speedup"])
     ]
-    off = table["exchange_over_predicted"]
+    off = (table["wire_over_predicted"] - 1).abs()
     wrong = int(table["num_wrong"].sum())
     text = [
-        f"Exchanges of rows take {off.min():.2f} to {off.max():.2f} times what the calibrated model predicts (median "
-        f"distance {(off - 1).abs().median():.0%}).",
+        f"On the wire runs take {table['wire_over_predicted'].min():.2f} to {table['wire_over_predicted'].max():.2f} "
+        f"times what the calibrated model predicts (median distance {off.median():.0%}).",
         f"Elements of results and gradients that differ from their known answer: {wrong}.",
         *_gap(table),
-        "Before each dispatch ranks exchange counts; there the early ones wait for the late ones. Where ranks share "
-        "cores that is mostly local work of others, and it is the same for all systems, so it pulls speed-ups of whole "
-        "calls towards 1.",
+        "Time on the wire includes waiting: a stage ends for nobody before the last rank has begun it, and before each "
+        "dispatch ranks exchange counts. Where ranks share cores, most of that is local work of other ranks, which no "
+        "prediction has and which every stage of a hierarchy adds once more; it pulls speed-ups towards 1.",
     ]
     sizes = "; ".join(
         f"{style.MODELS[str(model)]}: {rows['tokens_per_rank'].iloc[0]} tokens a rank, rows of "
@@ -233,7 +213,7 @@ def words(table: pd.DataFrame) -> Words:
     return Words(
         f"Measured on {SOURCES[str(first['source'])]}, over Megatron-LM on {first['routing']} routing: "
         f"{'; '.join(reached) or 'no baseline yet'}",
-        f"{first['num_ranks']} ranks. Busiest rank in each iteration, median over {table['n'].min()} iterations, "
+        f"{first['num_ranks']} gloo ranks. Busiest rank in each iteration, median over {table['n'].min()} iterations, "
         f"systems interleaved; 95 % block-bootstrap intervals. {sizes}.",
         tuple(text),
         tuple(_summary(table)),
@@ -242,23 +222,22 @@ def words(table: pd.DataFrame) -> Words:
 
 def _gap(table: pd.DataFrame) -> Iterator[str]:
     """Where speed-ups differ from the predicted ones by more than 15 %."""
-    if "exchange_speedup" not in table:
+    if "wire_speedup" not in table:
         return
-    known = table.dropna(subset=["exchange_speedup"])
+    known = table.dropna(subset=["wire_speedup"])
     known = known[known["system"] != BASELINE]
-    far = known[(known["exchange_speedup"] / known["predicted_speedup"] - 1).abs() > 0.15]
+    far = known[(known["wire_speedup"] / known["predicted_speedup"] - 1).abs() > 0.15]
     if len(known):
         names = ", ".join(f"{row['label']} on {row['routing']} routing" for _, row in far.iterrows())
         agree = f"within 15 % of the predicted ones for {len(known) - len(far)} of {len(known)} runs"
-        yield f"Speed-ups of the exchanges are {agree}" + (f"; not for {names}." if len(far) else ".")
+        yield f"Speed-ups on the wire are {agree}" + (f"; not for {names}." if len(far) else ".")
 
 
 def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
     yield (
-        "model, K", "routing", "system", "predicted ms", "busiest links ms", "exchanges ms", "wire ms",
-        "whole calls ms", "exchanges over predicted",
-        "stages: measured over predicted (over the busiest link's least)", "speed-up predicted", "of exchanges",
-        "on the wire",
+        "model, K", "routing", "system", "predicted ms", "busiest links ms", "wire ms", "whole calls ms",
+        "wire over predicted",
+        "stages: wire over predicted (over the busiest link's least)", "speed-up predicted", "on the wire",
         "whole calls", "planning ms", "migration ms a step", "n",
     )  # fmt: skip
     for _, row in table.iterrows():
@@ -268,13 +247,11 @@ def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
             row["label"] + (_interval(row["policy"]) if row["system"] == "hiermoe" else ""),
             f"{row['predicted_ms']:.0f}",
             "" if np.isnan(row["link_ms"]) else f"{row['link_ms']:.0f}",
-            f"{row['exchange_ms']:.0f}",
             f"{row['wire_ms']:.0f}",
             f"{row['value']:.0f} [{row['low']:.0f}, {row['high']:.0f}]",
-            _estimate(row, "exchange_over_predicted"),
+            _estimate(row, "wire_over_predicted"),
             row["stages"],
             f"{row.get('predicted_speedup', np.nan):.2f}",
-            _estimate(row, "exchange_speedup"),
             _estimate(row, "wire_speedup"),
             _estimate(row, "whole_speedup"),
             f"{row['planning_ms']:.0f}",
