@@ -92,6 +92,7 @@ def _groups() -> ProcessGroupCollection:
     """
     world = dist.group.WORLD
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    assert world is not None and isinstance(alone, dist.ProcessGroup)
     groups = ProcessGroupCollection()
     groups.ep = groups.tp_ep = world
     groups.tp = groups.cp = groups.expt_tp = groups.expt_dp = groups.tp_cp = groups.tp_dp_cp = alone
