@@ -20,10 +20,13 @@ from hiermoe.backends.memory import PeakMemory
 from hiermoe.backends.streams import RowStream, shared_folder
 from hiermoe.backends.workload import Workload
 from hiermoe.backends.worlds import Progress, World, no_progress
+from hiermoe.planner.policy import StaticPolicy
+from hiermoe.planner.realised import realised_gains
 from hiermoe.planner.system import SystemConfig
 from hiermoe.records.schema import CALLS
 from hiermoe.routing.step import RoutingStep, first_measured, iteration_schedule
 from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.placement import Placement
 
 Row = dict[str, Any]
 
@@ -31,6 +34,7 @@ _DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 _LARGEST_EXACT = {torch.bfloat16: 2**8, torch.float32: 2**24, torch.float64: 2**53}
 _FACTORS = 3  # experts multiply by 1, 2 or 3
 _WEIGHTS = 2  # routing weights are 1 or 2
+_WARM_UPS = 2  # iterations before those that count, of systems whose experts stay; others need all to place theirs
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,8 @@ def replay(rank: int, job: ReplayJob, systems: Sequence[SystemConfig], folder: P
     """One rank's share of all iterations of all systems. *Collective: every rank of the world must call it.*
 
     All systems do iteration i before any does iteration i + 1, each time another one first, so that whatever else the
-    machine does meets all alike. Rows have a column ``of``: the system's place in the list.
+    machine does meets all alike. Those that move experts start with the first iteration, the others shortly before the
+    first that counts. Rows have a column ``of``: the system's place in the list.
 
     Args:
         rank: of the world, and GPU of the hierarchy.
@@ -133,6 +138,8 @@ def replay(rank: int, job: ReplayJob, systems: Sequence[SystemConfig], folder: P
         )
         for system in systems
     ]
+    warm = max(0, job.measured.index(True) - _WARM_UPS)
+    starts = [warm if isinstance(system.build_policy(), StaticPolicy) else 0 for system in systems]
     memory = PeakMemory(job.device)
     with RowStream(folder, rank) as stream, meter:
         for iteration, routing_iteration in enumerate(job.routing_iterations):
@@ -142,6 +149,8 @@ def replay(rank: int, job: ReplayJob, systems: Sequence[SystemConfig], folder: P
             rows: list[Row] = []
             for turn in range(len(layers)):
                 of = (iteration + turn) % len(layers)
+                if iteration < starts[of]:
+                    continue
                 dispatcher, placement = layers[of]
                 dist.barrier()
                 memory.reset()
@@ -201,7 +210,8 @@ def replay_together(
         for iteration in sorted(set(schedule)):
             job.save(iteration, first.routing.step(iteration))
         rows = world.run(replay, (job, tuple(workload.system for workload in workloads)), timeout, progress)
-    return split_by_system(rows, len(workloads))
+    parts = split_by_system(rows, len(workloads))
+    return [_with_realised_gains(rows, workload) for rows, workload in zip(parts, workloads, strict=True)]
 
 
 def split_by_system(rows: pd.DataFrame, num_systems: int) -> list[pd.DataFrame]:
@@ -209,6 +219,25 @@ def split_by_system(rows: pd.DataFrame, num_systems: int) -> list[pd.DataFrame]:
     if rows.empty:
         return [rows] * num_systems
     return [rows[rows["of"] == of].drop(columns="of") for of in range(num_systems)]
+
+
+def _with_realised_gains(rows: pd.DataFrame, workload: Workload) -> pd.DataFrame:
+    """Add what each measured update saved by exact count, from the moves that rank 0 recorded."""
+    hierarchy, routing = workload.cluster.hierarchy, workload.routing
+    schedule = iteration_schedule(workload.iterations, routing.num_distinct)
+    moves = rows[(rows["phase"] == "step") & (rows["rank"] == 0)].sort_values("iteration")["moves"]
+    placements = [Placement.identity(workload.num_experts)]
+    for text in moves:
+        placements.append(placements[-1].after(text) if text else placements[-1])
+    gains = realised_gains(
+        placements[: len(schedule)],
+        lambda iteration, placement: routing.counts(schedule[iteration], placement, hierarchy),
+        workload.schemes,
+        workload.cluster,
+        workload.row_bytes,
+    )
+    gained = rows["iteration"].map(gains).where(rows["phase"] == "step")
+    return rows.assign(realised_gain_ms=gained.astype(float))
 
 
 @dataclass(frozen=True)

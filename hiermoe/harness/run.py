@@ -16,12 +16,9 @@ from hiermoe.backends.synthetic_timings import synthetic_timings
 from hiermoe.backends.workload import Workload
 from hiermoe.backends.worlds import World, world_of
 from hiermoe.harness.config import RunConfig
-from hiermoe.planner.realised import realised_gains
 from hiermoe.records.provenance import collect
 from hiermoe.records.status import NotApplicable, Status
 from hiermoe.records.store import RunStore
-from hiermoe.routing.step import iteration_schedule
-from hiermoe.topology.placement import Placement
 
 Progress = Callable[[int], None]
 
@@ -215,8 +212,7 @@ def _measure(
             yield from _measure([config], store, progress, world)
         return
     parts = parts or split_by_system(attempt.rows, len(workloads))
-    for (config, workload), rows in zip(workloads, parts, strict=True):
-        rows = rows if attempt.status != "ok" else with_realised_gains(rows, workload)
+    for (config, _), rows in zip(workloads, parts, strict=True):
         yield attempt.keep(config.run_id, config.content, keys_of(config, source), store, rows=rows)
 
 
@@ -227,25 +223,6 @@ def _world(config: RunConfig, given: World | None) -> Iterator[World]:
     else:
         with world_of(config.backend.name, config.cluster) as world:
             yield world
-
-
-def with_realised_gains(rows: pd.DataFrame, workload: Workload) -> pd.DataFrame:
-    """Add what each measured update saved by exact count, from the moves that rank 0 recorded."""
-    hierarchy, routing = workload.cluster.hierarchy, workload.routing
-    schedule = iteration_schedule(workload.iterations, routing.num_distinct)
-    moves = rows[(rows["phase"] == "step") & (rows["rank"] == 0)].sort_values("iteration")["moves"]
-    placements = [Placement.identity(workload.num_experts)]
-    for text in moves:
-        placements.append(placements[-1].after(text) if text else placements[-1])
-    gains = realised_gains(
-        placements[: len(schedule)],
-        lambda iteration, placement: routing.counts(schedule[iteration], placement, hierarchy),
-        workload.schemes,
-        workload.cluster,
-        workload.row_bytes,
-    )
-    gained = rows["iteration"].map(gains).where(rows["phase"] == "step")
-    return rows.assign(realised_gain_ms=gained.astype(float))
 
 
 def _single_row() -> pd.DataFrame:
