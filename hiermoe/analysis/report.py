@@ -144,7 +144,7 @@ def _section(
 def _measured_section(source: str, claims: Sequence[Claim], results: Results, folder: Path) -> Section:
     """What was measured on one kind of network, beside its predictions; what makes it, where there is nothing."""
     runs = {
-        name: [run for run in runs if run.source in ("simulated" if name == PREDICTIONS else source)]
+        name: [run for run in runs if run.source == ("simulated" if name == PREDICTIONS else source)]
         for name, runs in results.runs.items()
     }
     own = Results(runs, results.records, results.store)

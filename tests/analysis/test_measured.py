@@ -1,5 +1,6 @@
 """Measured runs beside their predictions: medians of the busiest rank, speed-ups over stock, no mixed column."""
 
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -7,7 +8,9 @@ import pytest
 
 from hiermoe.analysis.figures.measured import FIGURE, PREDICTIONS
 from hiermoe.analysis.frames import Results, load
+from hiermoe.analysis.report import write_report
 from hiermoe.harness.config import BackendConfig
+from hiermoe.harness.measured import MeasuredCell
 from hiermoe.harness.sweep import Cell
 from hiermoe.records.store import RunStore
 from tests.analysis.conftest import ITERATIONS, cell, records_of, step_ms, write
@@ -44,6 +47,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Three systems, simulated, and measured 1.5 times as slow on the wire."""
     store = RunStore(tmp_path_factory.mktemp("runs"))
     predicted, measured = [], []
+    other = cell({"system": "megatron", "cluster": "emulated_4x8", "routing": "uniform"}).config.model_copy(
+        update={"backend": BackendConfig(name="emulated", timeout_s=60), "narrowed": 2}
+    )
+    write(store, other, measured_rows(other, 9.0))
+    measured.append(Cell((), other))  # a baseline on rows of another width, without a prediction
     for system in SYSTEMS:
         twin = cell({"system": system, "cluster": "emulated_4x8", "routing": "uniform"})
         config = twin.config.model_copy(update={"backend": BackendConfig(name="emulated", timeout_s=60)})
@@ -92,3 +100,22 @@ def test_words_and_drawing_come_from_the_table(table: pd.DataFrame) -> None:
 def test_a_run_without_its_prediction_is_left_out(results: Results) -> None:
     alone = Results({**results.runs, PREDICTIONS: []}, results.records, results.store)
     assert FIGURE.table(alone, []).empty
+
+
+def test_report_judges_measured_runs_apart_from_predicted_ones(
+    results: Results, cells: dict[str, list[Cell]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twins = [Cell((), run.config) for run in results.runs[PREDICTIONS]]
+    measured = [
+        Cell((), run.config) for run in results.runs["fig11"] if run.source == "emulated" and run.config.narrowed == 1
+    ]
+    known = [MeasuredCell("fig11", "emulated_4x8", own, twin) for own, twin in zip(measured, twins, strict=True)]
+    monkeypatch.setattr("hiermoe.analysis.report.measured_so_far", lambda store: known)
+    page, verdicts = write_report(cells, results.store, tmp_path)
+    judged = verdicts[verdicts["source"] == "emulated"].set_index("claim")
+    whole_calls = (1.5 * 80 * 1.055 + 10) / (1.5 * 40 * 1.055 + 10)
+    assert judged.loc["F11-hiermoe-qwen3", "ours"] == pytest.approx(whole_calls)
+    assert judged.loc["A-e2e", "verdict"] == "not testable" and "no compute time" in str(judged.loc["A-e2e", "reason"])
+    assert (tmp_path / "figures" / "measured_emulated.png").exists()
+    text = page.with_suffix(".md").read_text()
+    assert "| emulated, uniform |" in text and "| claim | published |" in text

@@ -42,6 +42,11 @@ def _same(run: Run) -> str:
     return run.config.model_dump_json(exclude={"backend", "wandb"})
 
 
+def _tokens(run: Run) -> str:
+    """What is the same for all systems that can be compared."""
+    return run.config.model_dump_json(exclude={"system", "wandb"})
+
+
 def _row(run: Run, twin: Run, results: Results) -> dict[str, object]:
     config = run.config
     steps, predicted = results.rows(run, "step"), results.rows(twin, "step")
@@ -90,13 +95,11 @@ def _least_ms(twin: Run, results: Results) -> float:
 
 def _speedups(run: Run, twin: Run, results: Results) -> dict[str, float]:
     """Over stock Megatron on the same tokens: predicted, on the wire, and of the whole calls."""
-    keys = {key: run.value(key) for key in ("source", "model", "cluster", "routing", "num_experts", "topk")}
     found = [
         other
-        for name in results.runs
-        if name != PREDICTIONS
-        for other in results.find(name, system=BASELINE, status="ok", **keys)
-        if other.config.tokens_per_rank == run.config.tokens_per_rank and other.config.narrowed == run.config.narrowed
+        for name, runs in results.runs.items()
+        for other in runs
+        if name != PREDICTIONS and other.system == BASELINE and other.status == "ok" and _tokens(other) == _tokens(run)
     ]
     twins = {_same(other): other for other in results.runs.get(PREDICTIONS, ()) if other.status == "ok"}
     if not found or _same(found[0]) not in twins:

@@ -1,0 +1,102 @@
+"""Whole training steps: their parts, and speed-ups over stock, from records of training."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from hiermoe.analysis.claims import load_claims
+from hiermoe.analysis.figures.end_to_end import FIGURE
+from hiermoe.analysis.frames import Results
+from hiermoe.records.store import RunStore
+
+STEPS = 8
+ALLTOALL_MS = {"megatron": 60.0, "hiermoe": 20.0}
+
+
+@dataclass(frozen=True)
+class Named:
+    """As much of a configuration as the figure asks for."""
+
+    name: str
+    label: str = ""
+    source: str = "emulated"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Of a training run."""
+
+    system: Named
+    model: Named = Named("qwen3_30b_a3b_narrow")
+    cluster: Named = Named("emulated_4x2_calibrated")
+    backend: Named = Named("emulated")
+    world_size: int = 2
+    dtype: str = "fp32"
+
+    @property
+    def run_id(self) -> str:
+        """Of its record."""
+        return f"{self.system.name}-run"
+
+
+def rows(system: str) -> pd.DataFrame:
+    """Two ranks; the second is always the busiest, and the steps before the counted ones take ten times as long."""
+    keys = {
+        "run_id": f"{system}-run", "source": "emulated", "system": system, "model": "qwen3_30b_a3b_narrow",
+        "cluster": "emulated_4x2_calibrated", "routing": "trained", "seed": 1, "num_experts": 128, "topk": 8,
+        "num_ranks": 2, "tokens_per_rank": 64, "layer": -1, "phase": "train", "stage": "all",
+    }  # fmt: skip
+    found: list[dict[str, Any]] = []
+    for step in range(STEPS):
+        for rank, factor in ((0, 0.5), (1, 1.0)):
+            scale = factor * (1 if step >= STEPS // 2 else 10)
+            found.append(
+                keys | {
+                    "iteration": step, "routing_iteration": step, "measured": step >= STEPS // 2, "rank": rank,
+                    "loss": 9.0 - step, "train_step_ms": scale * (40 + ALLTOALL_MS[system]),
+                    "alltoall_forward_ms": scale * ALLTOALL_MS[system] / 2,
+                    "alltoall_backward_ms": scale * ALLTOALL_MS[system] / 2,
+                    "planning_ms": 2.0 if system == "hiermoe" else 0.0,
+                    "migration_ms": 8.0 if system == "hiermoe" else 0.0,
+                }
+            )  # fmt: skip
+    return pd.DataFrame(found)
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
+    store = RunStore(tmp_path / "runs")
+    configs = [Config(Named("megatron", "Megatron-LM")), Config(Named("hiermoe", "HierMoE")), Config(Named("hd_moe"))]
+    for config in configs[:2]:
+        store.write(config.run_id, {}, {}, rows(config.system.name))
+
+    @dataclass(frozen=True)
+    class One:
+        config: Config
+
+    monkeypatch.setattr("hiermoe.analysis.figures.end_to_end.expand_training", lambda name: [One(c) for c in configs])
+    return FIGURE.table(Results({}, pd.DataFrame(), store), load_claims())
+
+
+def test_a_step_is_what_the_busiest_rank_takes_with_all_that_follows_it(table: pd.DataFrame) -> None:
+    stock, hiermoe = table.to_dict("records")
+    assert (stock["step_ms"], hiermoe["step_ms"]) == (100.0, 70.0)
+    assert (hiermoe["alltoall_ms"], hiermoe["compute_ms"]) == (20.0, 40.0)
+    assert (stock["alltoall_share"], stock["n"]) == (0.6, STEPS // 2)
+
+
+def test_speedups_are_of_whole_steps_and_of_alltoall(table: pd.DataFrame) -> None:
+    hiermoe = table.to_dict("records")[1]
+    assert hiermoe["step_ms_speedup"] == pytest.approx(100 / 70)
+    assert hiermoe["alltoall_ms_speedup"] == pytest.approx(3)
+    assert hiermoe["published"] == "1.18–1.27"
+
+
+def test_drawing_and_words_come_from_the_table(table: pd.DataFrame) -> None:
+    words = FIGURE.words(table)
+    assert "Qwen3-30B-A3B 1.43× with HierMoE" in words.title
+    header, *lines = words.rows
+    assert len(lines) == 2 and {len(line) for line in lines} == {len(header)}
+    assert FIGURE.draw(table, words.title).axes
