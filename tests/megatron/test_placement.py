@@ -69,11 +69,11 @@ def trained(
     return {name: ranks[0][name] | {"tensors": joined([rank[name]["tensors"] for rank in ranks])} for name in systems}
 
 
-def check_equal_to_static(runs: dict[str, Seen], num_layers: int, tolerance: float = 1e-9) -> None:
+def check_equal_to_static(runs: dict[str, Seen], num_layers: int) -> None:
     static = runs["static"]
     for name, run in runs.items():
         assert run["losses"] == pytest.approx(static["losses"], rel=1e-9), name
-        assert largest_error(run["tensors"], static["tensors"]) < tolerance, name
+        assert largest_error(run["tensors"], static["tensors"]) < 1e-9, name
         moves = [len(updates) for updates in run["updates"]]
         if name in ("swapped", "shuffled"):
             assert moves == [num_layers] * len(moves)
@@ -121,10 +121,8 @@ def test_fifty_steps_of_the_narrow_models_under_moving_experts(model: str, cache
         print(
             f"{model} {name}: loss {loss:.1e}, tensors {largest_error(run['tensors'], runs['static']['tensors']):.1e}"
         )
-    # So many steps amplify roundings: what stock Megatron with its tokens in another order shows is no loss of state.
-    control = largest_error(runs.pop("reordered")["tensors"], runs["static"]["tensors"])
-    assert control < 1e-5
-    check_equal_to_static(runs, narrow.num_moe_layers, max(1e-9, 30 * control))
+    del runs["reordered"]  # printed for comparison: what the order of sums alone does to stock Megatron
+    check_equal_to_static(runs, narrow.num_moe_layers)
 
 
 class Dissent(Shuffle):
