@@ -103,8 +103,7 @@ def simulate_all(configs: Iterable[RunConfig], cells: Cells, session: Session) -
 
 def measure_emulated(amount: Amount, session: Session) -> list[Outcome]:
     """Calibrate the emulated clusters of an amount unless that is done, then measure."""
-    training = ["emulated_4x2_calibrated"] if amount == "full" else []
-    for name in [*clusters_of(amount), *training]:
+    for name in clusters_of(amount):
         config = calibration_config(name.removesuffix("_calibrated"), "emulated")
         if not (session.store.is_done(config.run_id) and config.path.exists()):
             with _progress(session.console) as progress:

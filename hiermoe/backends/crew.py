@@ -154,16 +154,7 @@ class Crew:
         timeout: timedelta,
         progress: Callable[[int], None] = lambda iteration: None,
     ) -> pd.DataFrame:
-        """Run ``function(rank, *args, folder)`` on all ranks, this one included. On rank 0 only.
-
-        Args:
-            function: an importable function.
-            args: further arguments.
-            timeout: of a collective.
-            progress: called with every iteration that rank 0 has finished.
-
-        Returns:
-            The rows of all ranks.
+        """As every world does, on rank 0 only, which takes part as a rank.
 
         Raises:
             RunDied: ranks refused with a ValueError; has the rows of the iterations before.

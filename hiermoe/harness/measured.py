@@ -22,7 +22,6 @@ AMOUNTS: tuple[Amount, ...] = ("quick", "default", "full")
 # Folders below sweeps/measured/ that an amount consists of.
 _FOLDERS: Mapping[Amount, tuple[str, ...]] = {"quick": ("quick",), "default": ("",), "full": ("", "full")}
 
-
 # On GPUs an iteration takes milliseconds, so nothing is cut down.
 _FULL_SIZE: Mapping[str, str] = {"narrowed": "1", "tokens_per_rank": "1024"}
 
@@ -73,12 +72,10 @@ def measured_cells(
 
 def clusters_of(amount: Amount) -> list[str]:
     """Names of the clusters, calibrated ones, that the files of an amount name."""
-    found = [
-        _named_cluster(path)
-        for folder in _FOLDERS[amount]
-        for path in sorted((SWEEPS / "measured" / folder).glob("*.yaml"))
-    ]
-    return list(dict.fromkeys(found))
+    paths = [path for folder in _FOLDERS[amount] for path in sorted((SWEEPS / "measured" / folder).glob("*.yaml"))]
+    if amount == "full":
+        paths.append(SWEEPS / "train" / "end_to_end.yaml")
+    return list(dict.fromkeys(_named_cluster(path) for path in paths))
 
 
 def _named_cluster(path: Path) -> str:

@@ -27,7 +27,8 @@ def test_every_amount_composes_and_full_has_all_of_default(calibrated: Path) -> 
     assert ids["default"] < ids["full"] and not ids["quick"] & ids["full"]
     assert len(ids["default"]) == 14  # the paper's seven systems on two routings
     assert clusters_of("quick") == ["emulated_4x2_calibrated"]
-    assert clusters_of("full") == ["emulated_4x8_calibrated"]
+    assert clusters_of("default") == ["emulated_4x8_calibrated"]
+    assert clusters_of("full") == ["emulated_4x8_calibrated", "emulated_4x2_calibrated"]  # the latter to train on
 
 
 def test_systems_on_the_same_tokens_run_together_and_nothing_else_does(calibrated: Path) -> None:
