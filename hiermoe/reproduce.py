@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -13,8 +13,8 @@ from hiermoe.analysis.verdicts import verdict_summary
 from hiermoe.backends.emulated.requirements import missing_requirement
 from hiermoe.harness.calibrate import calibrate, calibration_config
 from hiermoe.harness.config import RunConfig, WandbMode
-from hiermoe.harness.measured import Amount, MeasuredCell, clusters_of, measure_all, measured_cells, together
-from hiermoe.harness.run import Outcome
+from hiermoe.harness.measured import Amount, MeasuredCell, clusters_of, measured_cells, together
+from hiermoe.harness.run import Outcome, execute_together
 from hiermoe.harness.sweep import Cell, expand, run_all, sweep_names
 from hiermoe.harness.tracking import mirror_table
 from hiermoe.harness.train import execute_training, expand_training
@@ -127,21 +127,18 @@ def train_all(session: Session) -> list[Outcome]:
     return outcomes
 
 
-def measure(
-    cells: Sequence[MeasuredCell], session: Session, run: Callable[..., list[Outcome]] = measure_all
-) -> list[Outcome]:
-    """Measure what has no record, one group of systems after another, with one progress bar for all iterations."""
+def measure(cells: Sequence[MeasuredCell], session: Session) -> list[Outcome]:
+    """Measure what has no record, one group of systems after another and nothing beside, with one progress bar."""
     groups = together(cell.measured.config for cell in cells)
     missing = [group for group in groups if not all(session.store.is_done(config.run_id) for config in group)]
+    outcomes: list[Outcome] = []
     with _progress(session.console) as progress:
         task = progress.add_task("measuring", total=sum(group[0].iterations for group in missing))
-
-        def started(group: Sequence[RunConfig]) -> Callable[[int], None]:
+        for group in groups:
             first = group[0]
             progress.update(task, description=f"{first.model.name}, {first.routing.name}: {len(group)} systems")
-            return (lambda _: progress.advance(task)) if group in missing else (lambda _: None)
-
-        return run(groups, session.store, started)
+            outcomes += execute_together(group, session.store, lambda _: progress.advance(task))
+    return outcomes
 
 
 def predict(cells: Sequence[MeasuredCell], session: Session) -> list[Outcome]:

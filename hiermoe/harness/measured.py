@@ -1,6 +1,6 @@
 """Measured sweeps: the files of sweeps/measured/, each with the simulated twin that its numbers are compared with."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -9,9 +9,7 @@ from typing import Literal
 import yaml
 from omegaconf import OmegaConf
 
-from hiermoe.backends.worlds import World
 from hiermoe.harness.config import BackendConfig, RunConfig
-from hiermoe.harness.run import Outcome, execute_together
 from hiermoe.harness.sweep import Cell, expand_file
 from hiermoe.records.project import SWEEPS
 from hiermoe.records.store import RunStore
@@ -89,26 +87,6 @@ def together(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:
         shared = config.model_dump_json(exclude={"system", "wandb"})
         groups.setdefault(shared, {})[config.run_id] = config
     return [list(group.values()) for group in groups.values()]
-
-
-def measure_all(
-    groups: Sequence[Sequence[RunConfig]],
-    store: RunStore,
-    started: Callable[[Sequence[RunConfig]], Callable[[int], None]],
-    world: World | None = None,
-) -> list[Outcome]:
-    """Measure group after group, nothing else at the same time.
-
-    Args:
-        groups: as :func:`together` makes them.
-        store: where records are.
-        started: called with every group; returns what is called with every iteration of it that has finished.
-        world: the ranks; None for new ones on this machine.
-
-    Returns:
-        All outcomes.
-    """
-    return [outcome for group in groups for outcome in execute_together(group, store, started(group), world)]
 
 
 def measured_so_far(store: RunStore) -> list[MeasuredCell]:
