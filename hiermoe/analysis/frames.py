@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from hiermoe.harness.calibrate import CALIBRATED
 from hiermoe.harness.config import RunConfig
 from hiermoe.harness.sweep import Cell
 from hiermoe.records.store import RunStore
@@ -57,10 +58,11 @@ class Run:
 
     @property
     def has_derived_constants(self) -> bool:
-        """Whether alpha or beta of the cluster are a reading, not published."""
+        """Whether alpha or beta of the cluster are a reading: neither published nor measured."""
         cluster = self.config.cluster
         levels = [constants for level in cluster.levels for constants in (level.inter, level.intra) if constants]
-        return not all(constants.published for constants in (cluster.world, *levels))
+        known = [x.published or x.source.startswith(CALIBRATED) for x in (cluster.world, *levels)]
+        return not all(known)
 
     def value(self, key: str) -> Any:
         """A swept parameter, or a size of the run; None where the run has no such thing."""

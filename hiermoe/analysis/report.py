@@ -200,7 +200,7 @@ def _provenance_context(results: Results) -> dict[str, Any]:
     """What made the runs, the traces and this report."""
     made = collect()
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.orig_argv[1]).name, *sys.orig_argv[2:]]),
         "commit": (made["commit"] or "unknown")[:10],
         "uncommitted_changes": made["uncommitted_changes"],
         "runs": run_provenance(results),

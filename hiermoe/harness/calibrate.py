@@ -27,6 +27,8 @@ from hiermoe.topology.cluster import AlphaBeta, Cluster, Peers
 
 # Below, start-up decides and the line is not one.
 SMALLEST_FITTED_BYTES = 64 * 1024
+# What the source of a constant begins with that was measured.
+CALIBRATED = "calibrated on"
 # Of a line that a reader may trust.
 GOOD_R2 = 0.98
 
@@ -235,7 +237,7 @@ def write_cluster(config: CalibrationConfig, store: RunStore) -> Cluster:
 
     def constants(exchange: Peers) -> AlphaBeta:
         fit = fits[exchange]
-        source = f"calibrated on {where} on {date}, backend={config.backend.name}, r^2 = {fit.r2:.4f}"
+        source = f"{CALIBRATED} {where} on {date}, backend={config.backend.name}, r^2 = {fit.r2:.4f}"
         return AlphaBeta(alpha_ms=fit.alpha_ms, beta_ms_per_byte=fit.beta_ms_per_byte, source=source, published=False)
 
     levels = [
