@@ -171,7 +171,7 @@ def _verdict_context(judged: Sequence[Judged], rules: Rules, results: Results) -
     for name in rules.headline:
         claim = next(one.claim for one in judged if one.claim.claim == name)
         cells = [cell([one for one in by_kind[kind] if one.claim.claim == name]) for kind in kinds]
-        missing = [] if "cluster" in {source for source, _ in kinds} else ["not measured yet"]
+        missing = [] if "cluster" in {source for source, _ in kinds} else ["–"]
         headline.append((in_words(claim, labels), claim.published, cells + missing))
     columns = [_named(*kind) for kind in kinds]
     if "cluster" not in {source for source, _ in kinds}:
