@@ -18,9 +18,10 @@ from torch import Tensor
 
 from hiermoe.backends.memory import PeakMemory
 from hiermoe.backends.streams import RowStream, shared_folder
+from hiermoe.backends.walk import start_at
 from hiermoe.backends.workload import Workload
 from hiermoe.backends.worlds import Progress, World, no_progress
-from hiermoe.planner.policy import StaticPolicy
+from hiermoe.planner.policy import Start
 from hiermoe.planner.realised import realised_gains
 from hiermoe.planner.system import SystemConfig
 from hiermoe.records.schema import CALLS
@@ -34,7 +35,7 @@ _DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 _LARGEST_EXACT = {torch.bfloat16: 2**8, torch.float32: 2**24, torch.float64: 2**53}
 _FACTORS = 3  # experts multiply by 1, 2 or 3
 _WEIGHTS = 2  # routing weights are 1 or 2
-_WARM_UPS = 2  # iterations before those that count, of systems whose experts stay; others need all to place theirs
+_WARM_UPS = 2  # iterations before those that count
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class ReplayJob:
         layer: what records call the layer.
         measured: for every iteration, whether it counts.
         routing_iterations: for every iteration, which one of the source it is.
+        first: iteration to begin with.
         routing: folder of one file for every iteration of the routing source.
         timeout: of a collective.
         device: of the tensors.
@@ -65,6 +67,7 @@ class ReplayJob:
     layer: int
     measured: tuple[bool, ...]
     routing_iterations: tuple[int, ...]
+    first: int
     routing: Path
     timeout: timedelta
     device: str = "cpu"
@@ -101,17 +104,17 @@ class ReplayJob:
             raise ValueError(f"topk={self.topk}: sums of so many integers round in {self.dtype}; use element_bytes=4")
 
 
-def replay(rank: int, job: ReplayJob, systems: Sequence[SystemConfig], folder: Path) -> None:
+def replay(rank: int, job: ReplayJob, systems: Sequence[tuple[SystemConfig, Start]], folder: Path) -> None:
     """One rank's share of all iterations of all systems. *Collective: every rank of the world must call it.*
 
-    All systems do iteration i before any does iteration i + 1, each time another one first, so that whatever else the
-    machine does meets all alike. Those that move experts start with the first iteration, the others shortly before the
-    first that counts. Rows have a column ``of``: the system's place in the list.
+    Every call begins on all ranks together. All systems do iteration i before any does iteration i + 1, each time
+    another one first, so that whatever else the machine does meets all alike. Rows have a column ``of``: the system's
+    place in the list.
 
     Args:
         rank: of the world, and GPU of the hierarchy.
         job: what to do.
-        systems: what to do it with.
+        systems: what to do it with, and where its experts are when it starts.
         folder: where ranks stream their rows to.
     """
     # Only the ranks pay for importing megatron.
@@ -122,7 +125,7 @@ def replay(rank: int, job: ReplayJob, systems: Sequence[SystemConfig], folder: P
     from hiermoe.megatron.bench_layer import bench_layer
     from hiermoe.megatron.meter import Meter
 
-    meter = Meter()
+    meter = Meter(align=dist.barrier)
     layers = [
         bench_layer(
             system,
@@ -132,27 +135,24 @@ def replay(rank: int, job: ReplayJob, systems: Sequence[SystemConfig], folder: P
             hidden_size=job.hidden_size,
             expert_parameters=job.expert_parameters,
             layer=job.layer,
+            start=start,
             meter=meter,
             timeout=job.timeout,
             device=job.device,
         )
-        for system in systems
+        for system, start in systems
     ]
-    warm = max(0, job.measured.index(True) - _WARM_UPS)
-    starts = [warm if isinstance(system.build_policy(), StaticPolicy) else 0 for system in systems]
     memory = PeakMemory(job.device)
     with RowStream(folder, rank) as stream, meter:
-        for iteration, routing_iteration in enumerate(job.routing_iterations):
+        for iteration in range(job.first, len(job.routing_iterations)):
+            routing_iteration = job.routing_iterations[iteration]
             ids_TK = job.load(routing_iteration, rank)
             generator = torch.Generator().manual_seed(iteration * job.cluster.hierarchy.num_ranks + rank)
             question = Question.draw(ids_TK, job, generator)
             rows: list[Row] = []
             for turn in range(len(layers)):
                 of = (iteration + turn) % len(layers)
-                if iteration < starts[of]:
-                    continue
                 dispatcher, placement = layers[of]
-                dist.barrier()
                 memory.reset()
                 keys = {
                     "of": of,
@@ -174,6 +174,9 @@ def replay_together(
 ) -> list[pd.DataFrame]:
     """Replay the same routing of one layer under several systems, interleaved.
 
+    Of the iterations before those that count only the last few are replayed, to warm up. What policies learn from the
+    others, and where that puts experts, is found by walking through them, as the simulation does.
+
     Args:
         workloads: of one routing, cluster and size; they differ in their systems.
         timeout: of a collective.
@@ -181,8 +184,8 @@ def replay_together(
         progress: called with the number of every finished iteration.
 
     Returns:
-        For each workload rows of the phases dispatch, combine, their backward, and step, of every rank, without the
-        run's own keys.
+        For each workload rows of the phases start, dispatch, combine, their backward, and step, of every rank, without
+        the run's own keys.
 
     Raises:
         ValueError: results would not be exact in this dtype.
@@ -191,6 +194,8 @@ def replay_together(
     first = workloads[0]
     schedule = iteration_schedule(first.iterations, first.routing.num_distinct)
     measured_from = first_measured(first.iterations, first.routing.num_distinct)
+    begin = max(0, measured_from - _WARM_UPS)
+    starts = [start_at(workload, begin) for workload in workloads]
     with shared_folder() as folder:
         job = ReplayJob(
             cluster=first.cluster,
@@ -202,16 +207,18 @@ def replay_together(
             layer=first.layer,
             measured=tuple(iteration >= measured_from for iteration in range(first.iterations)),
             routing_iterations=tuple(schedule),
+            first=begin,
             routing=folder,
             timeout=timeout,
             device=world.device,
         )
         job.check()
-        for iteration in sorted(set(schedule)):
+        for iteration in sorted(set(schedule[begin:])):
             job.save(iteration, first.routing.step(iteration))
-        rows = world.run(replay, (job, tuple(workload.system for workload in workloads)), timeout, progress)
+        systems = tuple((workload.system, start) for workload, start in zip(workloads, starts, strict=True))
+        rows = world.run(replay, (job, systems), timeout, progress)
     parts = split_by_system(rows, len(workloads))
-    return [_with_realised_gains(rows, workload) for rows, workload in zip(parts, workloads, strict=True)]
+    return [_with_moves(*each) for each in zip(parts, workloads, starts, strict=True)]
 
 
 def split_by_system(rows: pd.DataFrame, num_systems: int) -> list[pd.DataFrame]:
@@ -221,23 +228,30 @@ def split_by_system(rows: pd.DataFrame, num_systems: int) -> list[pd.DataFrame]:
     return [rows[rows["of"] == of].drop(columns="of") for of in range(num_systems)]
 
 
-def _with_realised_gains(rows: pd.DataFrame, workload: Workload) -> pd.DataFrame:
-    """Add what each measured update saved by exact count, from the moves that rank 0 recorded."""
+def _with_moves(rows: pd.DataFrame, workload: Workload, start: Start) -> pd.DataFrame:
+    """Add where experts were at the start, and what each measured update saved by exact count.
+
+    The latter follows from the moves that rank 0 recorded.
+    """
     hierarchy, routing = workload.cluster.hierarchy, workload.routing
     schedule = iteration_schedule(workload.iterations, routing.num_distinct)
     moves = rows[(rows["phase"] == "step") & (rows["rank"] == 0)].sort_values("iteration")["moves"]
-    placements = [Placement.identity(workload.num_experts)]
+    placements = [start.placement]
     for text in moves:
         placements.append(placements[-1].after(text) if text else placements[-1])
     gains = realised_gains(
-        placements[: len(schedule)],
-        lambda iteration, placement: routing.counts(schedule[iteration], placement, hierarchy),
+        placements[: len(schedule) - start.iteration],
+        lambda index, placement: routing.counts(schedule[start.iteration + index], placement, hierarchy),
         workload.schemes,
         workload.cluster,
         workload.row_bytes,
     )
-    gained = rows["iteration"].map(gains).where(rows["phase"] == "step")
-    return rows.assign(realised_gain_ms=gained.astype(float))
+    gained = (rows["iteration"] - start.iteration).map(gains).where(rows["phase"] == "step")
+    rows = rows.assign(realised_gain_ms=gained.astype(float))
+    home = Placement.identity(workload.num_experts)
+    before = {"phase": "start", "stage": "all", "layer": workload.layer, "moves": home.moves_to(start.placement)}
+    before |= {"iteration": -1, "routing_iteration": -1, "measured": False, "rank": -1}
+    return pd.concat([pd.DataFrame([before]), rows], ignore_index=True)
 
 
 @dataclass(frozen=True)

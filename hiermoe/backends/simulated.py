@@ -5,9 +5,10 @@ from typing import Any
 
 import pandas as pd
 
+from hiermoe.backends.walk import walk
 from hiermoe.backends.workload import Workload
 from hiermoe.planner.bounds import fixed_placement_rows
-from hiermoe.planner.cost import ALLTOALLS_PER_STEP, Price, choose_scheme
+from hiermoe.planner.cost import ALLTOALLS_PER_STEP, Price
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.links import link_ms
 from hiermoe.planner.migration import STATE_BYTES_PER_PARAMETER, price_migration
@@ -36,34 +37,29 @@ def simulate(workload: Workload, progress: Callable[[int], None] = lambda iterat
     """
     rows: list[Row] = []
     placements: list[Placement] = []
-    policy = workload.new_policy()
-    placement = Placement.identity(workload.num_experts)
     cluster, routing = workload.cluster, workload.routing
     measured_from = first_measured(workload.iterations, routing.num_distinct)
     schedule = iteration_schedule(workload.iterations, routing.num_distinct)
-    for iteration, routing_iteration in enumerate(schedule):
+    for visit in walk(workload, workload.new_policy()):
+        iteration, placement, update = visit.iteration, visit.placement, visit.update
         placements.append(placement)
-        counts = routing.counts(routing_iteration, placement, cluster.hierarchy)
-        chosen = choose_scheme(workload.schemes, counts, cluster, workload.row_bytes)
-        context = StepContext(iteration, cluster, chosen.scheme, workload.row_bytes, workload.expert_parameters)
-        step = routing.step(routing_iteration)
-        measurement = policy.measure(step.expert_ids_NK, placement, cluster.hierarchy, iteration)
-        update = policy.decide(measurement, placement, context)
         keys = {
             "iteration": iteration,
-            "routing_iteration": routing_iteration,
+            "routing_iteration": schedule[iteration],
             "measured": iteration >= measured_from,
             "layer": workload.layer,
         }
-        rows += [keys | row for row in _dispatch_rows(chosen, counts, workload)]
-        rows += [keys | row for row in _routing_rows(counts, workload)]
-        rows.append(keys | _step_row(chosen, counts) | _update_columns(update, placement, workload))
-        if update is not None:
-            if update.modelled_gain_ms is not None and _exchanges_several(placement, update.placement):
-                after = routing.counts(routing_iteration, update.placement, cluster.hierarchy)
-                saved_ms = _q_ms(counts, context) - _q_ms(after, context)
-                rows[-1]["recounted_gain_ms"] = ALLTOALLS_PER_STEP * saved_ms
-            placement = update.placement
+        rows += [keys | row for row in _dispatch_rows(visit.chosen, visit.counts, workload)]
+        rows += [keys | row for row in _routing_rows(visit.counts, workload)]
+        rows.append(keys | _step_row(visit.chosen, visit.counts) | _update_columns(update, placement, workload))
+        if (
+            update is not None
+            and update.modelled_gain_ms is not None
+            and _exchanges_several(placement, update.placement)
+        ):
+            after = routing.counts(schedule[iteration], update.placement, cluster.hierarchy)
+            saved_ms = _q_ms(visit.counts, visit.context) - _q_ms(after, visit.context)
+            rows[-1]["recounted_gain_ms"] = ALLTOALLS_PER_STEP * saved_ms
         progress(iteration)
     gains = realised_gains(
         placements,

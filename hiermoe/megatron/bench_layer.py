@@ -15,9 +15,10 @@ from hiermoe.megatron.dispatcher import StagedTokenDispatcher
 from hiermoe.megatron.meter import Meter, MeteredDispatcher
 from hiermoe.megatron.placement import ExpertPlacement, LayerPlacement
 from hiermoe.planner.migration import STATE_BYTES_PER_PARAMETER
-from hiermoe.planner.policy import StaticPolicy
+from hiermoe.planner.policy import Start, StaticPolicy
 from hiermoe.planner.system import SystemConfig
 from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.placement import Placement
 
 
 def bench_layer(
@@ -32,6 +33,7 @@ def bench_layer(
     meter: Meter,
     timeout: timedelta,
     device: str = "cpu",
+    start: Start | None = None,
 ) -> tuple[MoETokenDispatcher, ExpertPlacement]:
     """The metered dispatcher of a system on this rank, and where its experts are.
 
@@ -49,6 +51,7 @@ def bench_layer(
         meter: times and counts.
         timeout: of a collective.
         device: cpu or cuda; on cpu, stand-ins for CUDA are installed in this process.
+        start: experts are where it says, and the policy knows what it did before; None: a first iteration.
 
     Raises:
         NotApplicable: the system cannot run here.
@@ -74,14 +77,17 @@ def bench_layer(
     stock = MoEAlltoAllTokenDispatcher(per_rank, list(range(first, first + per_rank)), config, groups)
     context = dispatch_context(system, cluster, config, groups, timeout)
     dispatcher = new_dispatcher(system, stock, config, groups, context)
+    start = start or Start(0, Placement.identity(num_experts))
     policy, moving = system.build_policy(), []
     if isinstance(dispatcher, StagedTokenDispatcher) and not isinstance(policy, StaticPolicy):
+        dispatcher.placement = start.placement
+        policy.load_state_dict(start.policy)
         states = [
             torch.zeros(STATE_BYTES_PER_PARAMETER * expert_parameters, dtype=torch.uint8) for _ in range(per_rank)
         ]
         parameters = [[torch.nn.Parameter(state.to(device), requires_grad=False)] for state in states]
         moving = [LayerPlacement(layer, dispatcher, policy, parameters, expert_parameters)]
-    return MeteredDispatcher(dispatcher, layer, meter), ExpertPlacement(moving, groups.ep)
+    return MeteredDispatcher(dispatcher, layer, meter), ExpertPlacement(moving, groups.ep, start.iteration)
 
 
 @cache

@@ -50,13 +50,15 @@ class Meter:
         >>> sum(call.wire_ms for call in meter.drain())
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, align: Callable[[], Any] | None = None) -> None:
         """Prepare; nothing is measured before the context is entered.
 
         Args:
             clock: in seconds; ``time.thread_time`` leaves out what the process waits.
+            align: called before the clock of every call starts. A barrier keeps out of a call what ranks did before it
+                at different times; None where ranks should meet as they do.
         """
-        self._clock = clock
+        self._clock, self._align = clock, align
         self._interposer = Interposer(clock)
         self._calls: list[Call] = []
         self._started: float | None = None
@@ -81,6 +83,8 @@ class Meter:
         self._interposer.drain()
         self._interposer.phase = phase
         _synchronise(device)
+        if self._align is not None:
+            self._align()
         self._started = self._clock()
 
     def stop(self, layer: int, phase: str, plan: DispatchPlan | None, device: torch.device) -> None:

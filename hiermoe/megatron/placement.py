@@ -139,17 +139,20 @@ class ExpertPlacement:
         ...         save_checkpoint(folder, step + 1, model, optimizer, schedule, placement)
     """
 
-    def __init__(self, layers: list[LayerPlacement], group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self, layers: list[LayerPlacement], group: dist.ProcessGroup | None = None, iteration: int = 0
+    ) -> None:
         """Take charge of these layers.
 
         Args:
             layers: none for a system that moves no experts.
             group: ranks that decide together; None for Megatron's data-parallel group, which has all replicas.
+            iteration: number of the coming step.
         """
         self.layers = layers
         self._group = group
         self.planning_ms = 0.0  # of the latest step, all layers: measuring, reducing and deciding
-        self._iteration = 0
+        self._start_iteration(iteration)
 
     def step(self, optimizer: MegatronOptimizer | None) -> list[LayerUpdate]:
         """Decide from what the step's routing measured, and move experts. Call it after the optimizer's step.

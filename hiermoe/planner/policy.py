@@ -1,6 +1,6 @@
 """Placement policies: who decides where experts sit, from what."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -48,6 +48,21 @@ class PlacementUpdate:
 
     placement: Placement
     modelled_gain_ms: float | None
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run may begin, so that what its policy learns from has not to be run.
+
+    Attributes:
+        iteration: the first one.
+        placement: in force in it.
+        policy: what the policy remembers of the iterations before.
+    """
+
+    iteration: int
+    placement: Placement
+    policy: dict[str, Tensor] = field(default_factory=dict)
 
 
 class PlacementPolicy(Protocol):

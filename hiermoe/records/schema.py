@@ -9,12 +9,13 @@ STATUSES = ("ok", "failed", "not_applicable")
 # phase "dispatch": one row per stage of the iteration's AlltoAll. Measured runs have one per rank, another with
 #                   stage "all" for the whole call, and the same for the three other calls of a training step.
 # phase "routing":  one row per level of the hierarchy, what the routing asks for whatever the system.
+# phase "start":    measured runs, one row: the moves that iterations before have led to, found without running them.
 # phase "step":     one row per iteration, the four AlltoAlls together, and what the placement policy did after it.
 # phase "train":    one row per training step and rank.
 # phase "calibration": one row per AlltoAll, size and repeat (iteration).
 # phase "run":      one row, for a run that failed or does not apply.
 CALLS = ("dispatch", "combine", "combine_backward", "dispatch_backward")
-PHASES = (*CALLS, "routing", "step", "train", "calibration", "run")
+PHASES = (*CALLS, "routing", "start", "step", "train", "calibration", "run")
 DEFAULTS = {"rank": -1, "row_bytes": 0, "moves": "", "status": "ok", "reason": ""}
 
 
@@ -36,7 +37,7 @@ RECORDS = pa.DataFrameSchema(
         "num_ranks": pa.Column(int),
         "tokens_per_rank": pa.Column(int),
         "row_bytes": pa.Column(int),  # M * v, after what the run has narrowed it to; 0 where no rows move
-        "iteration": pa.Column(int),  # of the run; -1 in phase "run"
+        "iteration": pa.Column(int),  # of the run; -1 in phases "run" and "start"
         "routing_iteration": pa.Column(int),  # of the routing source
         "measured": pa.Column(bool),  # counts for results: at most the last half, tokens that no decision has seen
         "layer": pa.Column(int),

@@ -37,6 +37,7 @@ def job() -> ReplayJob:
         layer=1,
         measured=(),
         routing_iterations=(),
+        first=0,
         routing=Path(),
         timeout=TIMEOUT,
     )

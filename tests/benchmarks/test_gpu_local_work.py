@@ -49,6 +49,7 @@ def local_work(device: str, backend: str, tokens: int, hidden: int, experts: int
                 layer=1,
                 measured=(),
                 routing_iterations=(),
+                first=0,
                 routing=folder,
                 timeout=timeout,
                 device=device,
