@@ -4,7 +4,8 @@ Inputs, factors, routing weights and output gradients are small integers, so eve
 can compute alone and that no dtype rounds. It is compared in every iteration, beside the times.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -107,9 +108,9 @@ class ReplayJob:
 def replay(rank: int, job: ReplayJob, systems: Sequence[tuple[SystemConfig, Start]], folder: Path) -> None:
     """One rank's share of all iterations of all systems. *Collective: every rank of the world must call it.*
 
-    Every call begins on all ranks together. All systems do iteration i before any does iteration i + 1, each time
-    another one first, so that whatever else the machine does meets all alike. Rows have a column ``of``: the system's
-    place in the list.
+    Every call begins on all ranks together, and after the four the rows of dispatch are sent once more, stage by stage.
+    All systems do iteration i before any does iteration i + 1, each time another one first, so that whatever else the
+    machine does meets all alike. Rows have a column ``of``: the system's place in the list.
 
     Args:
         rank: of the world, and GPU of the hierarchy.
@@ -125,7 +126,7 @@ def replay(rank: int, job: ReplayJob, systems: Sequence[tuple[SystemConfig, Star
     from hiermoe.megatron.bench_layer import bench_layer
     from hiermoe.megatron.meter import Meter
 
-    meter = Meter(align=dist.barrier)
+    meter = Meter(align=dist.barrier, repeatable=True)
     layers = [
         bench_layer(
             system,
@@ -164,8 +165,9 @@ def replay(rank: int, job: ReplayJob, systems: Sequence[tuple[SystemConfig, Star
                     "num_wrong": question.ask(dispatcher, job),
                 }
                 calls = meter.drain()
+                alone_ms = _repeat_rows(calls[0])
                 step = _step_row(calls, memory) | _update_columns(placement)
-                rows += [keys | row for row in (*_call_rows(calls, rank, job), step)]
+                rows += [keys | row for row in (*_call_rows(calls, rank, job, alone_ms), step)]
             stream.write(rows)
 
 
@@ -347,7 +349,25 @@ def kept_pairs(dispatcher: Any, routing_map_TE: Tensor) -> Tensor:
     return kept[:-1].view_as(routing_map_TE)
 
 
-def _call_rows(calls: list[Any], rank: int, job: ReplayJob) -> Iterator[Row]:
+def _repeat_rows(dispatch: Any) -> dict[str, float]:
+    """Send the rows of a dispatch again, each stage once all ranks are there. *Collective.*
+
+    What a stage takes in the dispatcher above this is waiting for ranks that come late.
+
+    Returns:
+        ms of every stage.
+    """
+    alone_ms: dict[str, float] = {}
+    for transfer in dispatch.transfers:
+        if transfer.kind == "payload":
+            dist.barrier()
+            started = time.perf_counter()
+            transfer.repeat()
+            alone_ms[transfer.stage] = alone_ms.get(transfer.stage, 0.0) + (time.perf_counter() - started) * 1e3
+    return alone_ms
+
+
+def _call_rows(calls: list[Any], rank: int, job: ReplayJob, alone_ms: Mapping[str, float]) -> Iterator[Row]:
     """For every call one row a stage and one for the whole."""
     row_bytes = job.hidden_size * job.element_bytes
     for call in calls:
@@ -364,14 +384,19 @@ def _call_rows(calls: list[Any], rank: int, job: ReplayJob) -> Iterator[Row]:
                 n for t, bytes_ in zip(payload, moved, strict=True) for m, n in _by_member(t, bytes_) if m == rank
             )
             metadata = [t.received_bytes if incoming else t.sent_bytes for t in transfers if t.kind == "metadata"]
-            yield total | {
-                "stage": stage,
-                "wire_ms": sum(t.wire_ms for t in transfers),
-                "rows": num_bytes // row_bytes,
-                "bytes": num_bytes,
-                "crossing_rows": (num_bytes - own) // row_bytes,
-                "metadata_bytes": sum(map(sum, metadata)),
-            }
+            again = {"alone_ms": alone_ms[stage]} if call is calls[0] and stage in alone_ms else {}
+            yield (
+                total
+                | again
+                | {
+                    "stage": stage,
+                    "wire_ms": sum(t.wire_ms for t in transfers),
+                    "rows": num_bytes // row_bytes,
+                    "bytes": num_bytes,
+                    "crossing_rows": (num_bytes - own) // row_bytes,
+                    "metadata_bytes": sum(map(sum, metadata)),
+                }
+            )
         yield total | {
             "stage": "all",
             "wire_ms": call.wire_ms,

@@ -9,7 +9,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import torch
@@ -33,6 +33,7 @@ class Transfer:
         wire_ms: from the call until the result is there; of an asynchronous call, until it returns.
         phase: what was going on, as named by the caller (``dispatch``, ``combine_backward``); empty for nothing.
         stage: which stage of a scheme this was (``1:inter1``); empty for none.
+        repeat: sends the same again, over what it received; None where the `Interposer` does not keep it.
     """
 
     operation: str
@@ -43,6 +44,7 @@ class Transfer:
     wire_ms: float
     phase: str
     stage: str
+    repeat: Callable[[], None] | None = field(default=None, compare=False, repr=False)
 
 
 # What a method of ProcessGroup is called in the versions of torch that this project supports, and how to read its call.
@@ -81,12 +83,14 @@ class Interposer:
 
     _active: "Interposer | None" = None
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, repeatable: bool = False) -> None:
         """Prepare; nothing is replaced before the context is entered.
 
         Args:
             clock: in seconds; ``time.thread_time`` leaves out what the process waits.
+            repeatable: keep what it takes to repeat a transfer, its tensors among it, until it is drained.
         """
+        self._repeatable = repeatable
         self._clock = clock
         self.phase = ""
         self.stage = ""
@@ -143,8 +147,16 @@ class Interposer:
             elapsed_ms = (self._clock() - started) * 1e3
             kind: Kind = "payload" if tensor.is_floating_point() and tensor.dim() == 2 else "metadata"
             members = tuple(dist.get_process_group_ranks(group))
+
+            def repeat() -> None:
+                again = original(group, *args, **kwargs)
+                if again is not None:
+                    again.wait()
+                _synchronise(tensor)
+
+            kept = repeat if self._repeatable else None
             self._transfers.append(
-                Transfer(operation, members, kind, sent, received, elapsed_ms, self.phase, self.stage)
+                Transfer(operation, members, kind, sent, received, elapsed_ms, self.phase, self.stage, kept)
             )
             return work
 

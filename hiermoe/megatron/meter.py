@@ -50,16 +50,22 @@ class Meter:
         >>> sum(call.wire_ms for call in meter.drain())
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter, align: Callable[[], Any] | None = None) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        align: Callable[[], Any] | None = None,
+        repeatable: bool = False,
+    ) -> None:
         """Prepare; nothing is measured before the context is entered.
 
         Args:
             clock: in seconds; ``time.thread_time`` leaves out what the process waits.
             align: called before the clock of every call starts. A barrier keeps out of a call what ranks did before it
                 at different times; None where ranks should meet as they do.
+            repeatable: transfers can be repeated, until calls are drained.
         """
         self._clock, self._align = clock, align
-        self._interposer = Interposer(clock)
+        self._interposer = Interposer(clock, repeatable)
         self._calls: list[Call] = []
         self._started: float | None = None
         self.active = False

@@ -65,6 +65,7 @@ RECORDS = pa.DataFrameSchema(
         "realised_gain_ms": _number(low=None),  # exact traffic of the next step, at the old placement less at the new
         "dispatch_ms": _number(),  # measured: the whole call
         "wire_ms": _number(),  # of it, in collectives: count exchange and metadata included
+        "alone_ms": _number(),  # dispatch stages: their rows sent once more, all ranks ready before
         "local_ms": _number(),  # of it, everything else
         "metadata_bytes": _number(),  # which experts and which weights, sent beside the rows
         "num_wrong": _number(),  # elements of the result that differ from the known answer
