@@ -153,6 +153,7 @@ class Crew:
         args: tuple[Any, ...],
         timeout: timedelta,
         progress: Callable[[int], None] = lambda iteration: None,
+        rows: Path | None = None,
     ) -> pd.DataFrame:
         """As every world does, on rank 0 only, which takes part as a rank.
 
@@ -161,7 +162,7 @@ class Crew:
             NotApplicable: a rank raised it.
             CrewEnded: the ranks cannot go on.
         """
-        with shared_folder() as folder:
+        with shared_folder() if rows is None else contextlib.nullcontext(rows) as folder:
             self._number += 1
             order = _Order(self._number, function, args, folder, timeout)
             self._in_order = True
@@ -175,13 +176,13 @@ class Crew:
                 done.set()
                 watcher.join()
             self._in_order = False
-            rows = collect(folder, self.world_size)
+            collected = collect(folder, self.world_size)
         for failure in failures:
             if failure.not_applicable:
                 raise NotApplicable(failure.message)
         if failures:
-            raise RunDied(f"rank {failures[0].rank} of {self.world_size} failed: {failures[0].message}", rows)
-        return rows
+            raise RunDied(f"rank {failures[0].rank} of {self.world_size} failed: {failures[0].message}", collected)
+        return collected
 
     def serve(self) -> None:
         """Do what rank 0 asks for until it is done. On all other ranks; does not return where the crew ended."""

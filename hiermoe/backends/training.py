@@ -1,4 +1,4 @@
-"""Training on this machine: stock Megatron on gloo ranks, its MoE layers given the dispatcher of a system."""
+"""Training: stock Megatron on the ranks of a world, its MoE layers given the dispatcher of a system."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import pandas as pd
 import torch.distributed as dist
 
 from hiermoe.backends.streams import RowStream
-from hiermoe.backends.worlds import world_of
+from hiermoe.backends.worlds import World, world_of
 from hiermoe.megatron.corpus import Corpus, training_corpus
 from hiermoe.megatron.training_config import TrainingConfig
 from hiermoe.planner.system import SystemConfig
@@ -49,7 +49,8 @@ class TrainingJob:
         steps: of the optimizer, those before the checkpoint that it starts from included.
         timeout: of a collective.
         checkpoints: where it starts, and what it saves.
-        backend: local or emulated.
+        backend: local or emulated, where ranks are started for it.
+        device: of the ranks: cpu or cuda.
     """
 
     training: TrainingConfig
@@ -59,14 +60,18 @@ class TrainingJob:
     timeout: timedelta
     checkpoints: Checkpoints
     backend: str
+    device: str = "cpu"
 
 
-def run_training(job: TrainingJob, progress: Callable[[int], None] = lambda step: None) -> pd.DataFrame:
-    """Train on new ranks.
+def run_training(
+    job: TrainingJob, progress: Callable[[int], None] = lambda step: None, world: World | None = None
+) -> pd.DataFrame:
+    """Train.
 
     Args:
         job: what to do.
         progress: called with the number of every finished step.
+        world: ranks to train on; None for new ones.
 
     Returns:
         Rows of the phase train, one per step and rank, without the run's own keys.
@@ -79,8 +84,10 @@ def run_training(job: TrainingJob, progress: Callable[[int], None] = lambda step
     job.system.build_schemes(job.cluster.hierarchy)
     job.system.build_policy()  # bad arguments end the run here, not on the ranks
     corpus = training_corpus(job.training)
-    with world_of(job.backend, job.cluster, job.training.data_parallel) as world:
+    if world is not None:
         return world.run(train, (job, corpus), job.timeout, progress, job.checkpoints.rows)
+    with world_of(job.backend, job.cluster, job.training.data_parallel) as ranks:
+        return ranks.run(train, (job, corpus), job.timeout, progress, job.checkpoints.rows)
 
 
 def train(rank: int, job: TrainingJob, corpus: Corpus, folder: Path) -> None:
@@ -101,7 +108,7 @@ def train(rank: int, job: TrainingJob, corpus: Corpus, folder: Path) -> None:
     from hiermoe.megatron.training import Trainer
 
     meter = Meter()
-    trainer = Trainer(job.training, job.timeout)
+    trainer = Trainer(job.training, job.timeout, device=job.device)
     placement = attach(trainer.model, job.system, job.cluster, meter=meter, timeout=job.timeout)
     saved = job.checkpoints
     start = trainer.load(saved.start, placement) if saved.start is not None else 0
@@ -135,6 +142,7 @@ def train(rank: int, job: TrainingJob, corpus: Corpus, folder: Path) -> None:
             if saved.every is not None and (step + 1) % saved.every == 0:
                 trainer.save(saved.folder, step + 1, placement, keep=saved.keep)
                 meter.drain()
+    trainer.close()
 
 
 def _alltoall_times(calls: list[Any]) -> dict[str, float]:

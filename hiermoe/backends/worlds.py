@@ -42,7 +42,12 @@ class World(Protocol):
         ...
 
     def run(
-        self, function: Callable[..., Any], args: tuple[Any, ...], timeout: timedelta, progress: Progress = no_progress
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        timeout: timedelta,
+        progress: Progress = no_progress,
+        rows: Path | None = None,
     ) -> pd.DataFrame:
         """Call ``function(rank, *args, folder)`` on all ranks; it makes ``RowStream(folder, rank)`` and writes to it.
 
@@ -51,6 +56,7 @@ class World(Protocol):
             args: further arguments.
             timeout: of a collective.
             progress: called with every iteration that rank 0 has finished.
+            rows: folder that the ranks' streams are in and stay in; None for a temporary one.
 
         Returns:
             The rows of all ranks.
@@ -88,7 +94,7 @@ class NewRanks:
         progress: Progress = no_progress,
         rows: Path | None = None,
     ) -> pd.DataFrame:
-        """As every world does; ``rows`` is a folder that the ranks' streams are in and stay in."""
+        """As every world does."""
         hosts = played_hosts(self.hierarchy) * self.replicas
         namespaces = None if self.namespaces is None else [*self.namespaces] * self.replicas
         return run_streaming(function, len(hosts), args, timeout, hosts, progress, namespaces, rows)

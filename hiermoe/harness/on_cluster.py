@@ -21,7 +21,8 @@ from hiermoe.harness.config import BackendConfig, RunConfig, WandbMode
 from hiermoe.harness.measured import Amount, MeasuredCell, measured_cells, measured_so_far, together
 from hiermoe.harness.run import Outcome, execute_together, keep_record, keys_of
 from hiermoe.harness.slurm import SlurmConfig, run_job, slurm_job_name
-from hiermoe.harness.sweep import expand, sweep_names
+from hiermoe.harness.sweep import Cell, expand, sweep_names
+from hiermoe.harness.train import TrainRunConfig, execute_training, training_on
 from hiermoe.records.project import CONF, SCRATCH
 from hiermoe.records.status import NotApplicable
 from hiermoe.records.store import RunStore
@@ -90,7 +91,10 @@ def measure_in_allocation(
             outcomes = [_wrong_size(cell, shape, store) for cell in others]
             for outcome in outcomes[:1]:
                 say(f"{len(outcomes)} runs do not apply here: {outcome.reason}")
-            return outcomes + _measure(fitting, store, attempts, crew, say)
+            outcomes += _measure(fitting, store, attempts, crew, say)
+            if crew.device == "cuda" and amount != "quick":
+                outcomes += _train(training_on(cluster, backend), store, attempts, crew, say)
+            return outcomes
     except CrewEnded as error:
         leave(error)
 
@@ -274,6 +278,25 @@ def _measure(cells: Sequence[MeasuredCell], store: RunStore, attempts: Attempts,
             if configs:
                 with attempts.of([config.run_id for config in configs]):
                     tell(execute_together(configs, store, world=crew), configs)
+    return outcomes
+
+
+def _train(
+    cells: Sequence[Cell[TrainRunConfig]], store: RunStore, attempts: Attempts, crew: Crew, say: Say
+) -> list[Outcome]:
+    """Train under one system after another; what an earlier job died in twice is left out."""
+    outcomes: list[Outcome] = []
+    for number, cell in enumerate(cells, start=1):
+        config = cell.config
+        what = f"[{number}/{len(cells)}] training {config.model.name}, {config.system.name}"
+        reason = None if store.is_done(config.run_id) else attempts.reason_to_skip(config.run_id)
+        if reason is not None:
+            say(f"{what}: left out, {reason}")
+            continue
+        with attempts.of([config.run_id]):
+            outcomes.append(execute_training(config, store, world=crew))
+        last = outcomes[-1]
+        say(f"{what}: {'kept from before' if last.cached else f'{last.status}, {last.seconds:.1f} s'}. {last.reason}")
     return outcomes
 
 

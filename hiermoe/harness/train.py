@@ -1,4 +1,4 @@
-"""`hiermoe train`: train a model under one system on this machine's ranks, as a record."""
+"""`hiermoe train`: train a model under one system, as a record."""
 
 import shutil
 from collections.abc import Callable
@@ -10,9 +10,12 @@ import pandas as pd
 from omegaconf import DictConfig
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from hiermoe.backends.crew import Crew, CrewEnded, leave
 from hiermoe.backends.streams import has_iterations
 from hiermoe.backends.training import Checkpoints, TrainingJob, run_training
+from hiermoe.backends.worlds import World
 from hiermoe.harness.config import BackendConfig, WandbConfig, parse
+from hiermoe.harness.measured import allocations_so_far
 from hiermoe.harness.run import Outcome, keep_record
 from hiermoe.harness.single import present
 from hiermoe.harness.summary import train_summary
@@ -21,7 +24,7 @@ from hiermoe.megatron.checkpoint_folder import finished_steps, latest_checkpoint
 from hiermoe.megatron.corpus import corpus_key
 from hiermoe.megatron.training_config import TrainingConfig
 from hiermoe.planner.system import SystemConfig
-from hiermoe.records.project import SWEEPS, from_root, to_root
+from hiermoe.records.project import SCRATCH, SWEEPS, from_root, to_root
 from hiermoe.records.run_id import run_id
 from hiermoe.records.store import RunStore
 from hiermoe.topology.cluster import Cluster
@@ -35,7 +38,7 @@ class TrainRunConfig(TrainingConfig):
     Attributes:
         system: What moves tokens.
         cluster: Hierarchy and constants, of `ep_size` GPUs.
-        backend: local, or emulated: with links as slow as the cluster says.
+        backend: local; emulated: with links as slow as the cluster says; torchrun: the processes of an allocation.
         steps: Of the optimizer.
         timeout_minutes: A rank that waits longer than this for another one ends the run.
         checkpoint_every: Steps between two checkpoints; None for no checkpoints.
@@ -78,7 +81,7 @@ class TrainRunConfig(TrainingConfig):
         """The name of the run, by its content and, if it starts from a checkpoint of another run, by that."""
         given = self.given_checkpoint
         files = () if given is None else tuple(path for path in sorted(given.rglob("*")) if path.is_file())
-        return run_id(self.content, files, measured=True)
+        return run_id(self.content, files, measured=True, on_this_host=self.backend.on_this_host)
 
     @property
     def given_checkpoint(self) -> Path | None:
@@ -87,8 +90,8 @@ class TrainRunConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _check_backend(self) -> Self:
-        if self.backend.name not in ("local", "emulated"):
-            raise ValueError(f"backend={self.backend.name} trains nothing; choose from local, emulated")
+        if not self.backend.starts_ranks:
+            raise ValueError(f"backend={self.backend.name} trains nothing; choose from local, emulated, torchrun")
         return self
 
     @model_validator(mode="after")
@@ -120,6 +123,31 @@ def expand_training(name: str) -> list[Cell["TrainRunConfig"]]:
     return expand_file(SWEEPS / "train" / f"{name}.yaml", "train", TrainRunConfig)
 
 
+def training_on(cluster: Cluster, backend: BackendConfig) -> list[Cell["TrainRunConfig"]]:
+    """Whole training steps on an allocation of GPUs, one sequence for each.
+
+    Args:
+        cluster: calibrated one of the allocation.
+        backend: of the allocation.
+    """
+    num_ranks = str(cluster.hierarchy.num_ranks)
+    instead = {"cluster": cluster.name, "world_size": num_ranks, "sequences_per_step": num_ranks}
+    cells = expand_file(SWEEPS / "train" / "end_to_end_on_gpus.yaml", "train", TrainRunConfig, instead)
+    return [Cell(cell.overrides, cell.config.model_copy(update={"backend": backend})) for cell in cells]
+
+
+def trained_steps(source: str, store: RunStore) -> list["TrainRunConfig"]:
+    """Runs of whole training steps that the figure of one kind of numbers has, whether they have a record or not.
+
+    Raises:
+        ValueError: the emulated cluster is not calibrated here.
+    """
+    if source == "emulated":
+        return [cell.config for cell in expand_training("end_to_end")]
+    allocations = [one for one in allocations_so_far(store) if one[0].device == "cuda"]
+    return [cell.config for backend, name in allocations for cell in training_on(Cluster.named(name), backend)]
+
+
 def train_and_print(composed: DictConfig) -> None:
     """Run a composed configuration and print what came out.
 
@@ -127,18 +155,39 @@ def train_and_print(composed: DictConfig) -> None:
         ValueError: the run does not apply or failed; its record has the reason too.
     """
     config = parse(composed, TrainRunConfig)
+    if config.backend.on_this_host:
+        _present(config)
+        return
+    assert config.backend.timeout_s is not None
+    crew = Crew.join(config.backend.device, timedelta(seconds=config.backend.timeout_s), SCRATCH)
+    if crew.world_size != config.world_size:
+        raise ValueError(f"world_size={config.world_size}, but the allocation has {crew.world_size} processes")
+    if crew.rank > 0:
+        crew.serve()
+        return
+    try:
+        with crew:
+            _present(config, crew)
+    except CrewEnded as error:
+        leave(error)
+
+
+def _present(config: TrainRunConfig, world: World | None = None) -> None:
     title = f"{config.system.label} · {config.model.name} · {config.cluster.name} · {config.dtype}"
     if config.data_parallel > 1:
         title += f" · {config.data_parallel} replicas"
 
     def run(store: RunStore, progress: Callable[[int], None]) -> Outcome:
-        return execute_training(config, store, progress)
+        return execute_training(config, store, progress, world)
 
     present(config, title, config.steps, run, train_summary)
 
 
 def execute_training(
-    config: TrainRunConfig, store: RunStore, progress: Callable[[int], None] = lambda step: None
+    config: TrainRunConfig,
+    store: RunStore,
+    progress: Callable[[int], None] = lambda step: None,
+    world: World | None = None,
 ) -> Outcome:
     """Train unless the record is there, and store the record.
 
@@ -146,6 +195,7 @@ def execute_training(
         config: what to run.
         store: where records are.
         progress: called with the number of every finished step.
+        world: ranks to train on; None for new ones.
 
     Returns:
         The outcome. A run whose ranks failed keeps the rows of the steps that all of them finished.
@@ -172,12 +222,13 @@ def execute_training(
         timeout=timedelta(minutes=config.timeout_minutes),
         checkpoints=checkpoints,
         backend=config.backend.name,
+        device=config.backend.device,
     )
 
     def measure() -> pd.DataFrame:
         if start is None or start.parent != checkpoints.folder:  # what an earlier attempt left does not belong to this
             shutil.rmtree(checkpoints.folder, ignore_errors=True)
-        return run_training(job, progress)
+        return run_training(job, progress, world)
 
     provenance = {} if start is None else {"resumed_from": to_root(start)}
     return keep_record(config.run_id, config.content, keys, measure, store, provenance)

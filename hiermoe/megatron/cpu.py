@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import torch._dynamo
-import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
+
+from hiermoe.megatron import without_te
 
 TESTED_VERSION = "0.16.1"
 
@@ -65,9 +66,10 @@ class _CudaMeansCpu(TorchFunctionMode):
 def cuda_means_cpu() -> Iterator[None]:
     """Reads device='cuda' as CPU inside: for building model and optimizer and for the optimizer's step.
 
-    Kept away from forward and backward, where it would slow every torch call and no such literal is met.
+    Kept away from forward and backward, where it would slow every torch call and no such literal is met. Changes
+    nothing in a process without the stand-ins, which has a GPU.
     """
-    with _CudaMeansCpu():
+    with _CudaMeansCpu() if _installed else nullcontext():
         yield
 
 
@@ -91,10 +93,10 @@ def install() -> None:
         return
     if torch.cuda.is_available():
         raise RuntimeError("device=cpu on a machine with CUDA: hide the GPUs first (CUDA_VISIBLE_DEVICES='')")
+    without_te.install()
     _stand_in_for_cuda()
     _stand_in_for_rng()
     _stand_in_for_moe()
-    _stand_in_for_attention()
     _stand_in_for_clipping()
     _installed = True
 
@@ -130,56 +132,13 @@ def _stand_in_for_rng() -> None:
 
 
 def _stand_in_for_moe() -> None:
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
-
-    # The name is bound only if Transformer Engine can be imported, but the router's GEMM reads it always.
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # type: ignore[attr-defined]
+    from megatron.core.transformer.moe import token_dispatcher
 
     # On a GPU this gives numpy splits; a tensor that is on the CPU already stays a tensor, and gloo wants integers.
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = to_host  # type: ignore[assignment]
-
-
-def _stand_in_for_attention() -> None:
-    from megatron.core.models import backends
-    from megatron.core.transformer import multi_latent_attention
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-
-    class CpuDotProductAttention(DotProductAttention):
-        """Causal attention by torch, in place of Transformer Engine's kernel.
-
-        The stock local module keeps a [batch * heads, s, s] matrix for backward, takes no `k_channels` / `v_channels`
-        and assumes that values are as wide as keys, which MLA's are not.
-        """
-
-        def __init__(self, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **kwargs: Any):
-            super().__init__(*args, **kwargs)
-
-        def forward(
-            self,
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            attention_mask: torch.Tensor | None = None,
-            *_args: Any,
-            **_kwargs: Any,
-        ) -> torch.Tensor:
-            """Causal attention. query, key, value: [s, b, heads, width]; returns [s, b, heads * value width]."""
-            if attention_mask is not None:
-                raise ValueError("attention on CPU is causal over whole sequences and takes no attention_mask")
-            query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-            context = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=key.shape[1] != query.shape[1]
-            )
-            return context.permute(2, 0, 1, 3).flatten(2)
-
-    backends.DotProductAttention = CpuDotProductAttention  # type: ignore[misc]
-    # True although Transformer Engine is missing, which makes TELinear a mock that isinstance() refuses.
-    multi_latent_attention.HAVE_TE = False
-    multi_latent_attention.TELinear = None  # type: ignore[misc,assignment]
 
 
 def _stand_in_for_clipping() -> None:

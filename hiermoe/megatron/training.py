@@ -15,7 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 
-from hiermoe.megatron import cpu
+from hiermoe.megatron import cpu, without_te
 from hiermoe.megatron.checkpoint import load_checkpoint, save_checkpoint
 from hiermoe.megatron.corpus import Corpus
 from hiermoe.megatron.models import build_model
@@ -25,7 +25,7 @@ from hiermoe.megatron.training_config import TrainingConfig
 
 
 class Trainer:
-    """Model, optimizer and learning-rate schedule of one rank, on CPU.
+    """Model, optimizer and learning-rate schedule of one rank.
 
     *Collective: every rank of the world must build it and call its methods.*
 
@@ -36,7 +36,11 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainingConfig, timeout: timedelta, prepare: Callable[[GPTModel], object] = lambda model: None
+        self,
+        config: TrainingConfig,
+        timeout: timedelta,
+        prepare: Callable[[GPTModel], object] = lambda model: None,
+        device: str = "cpu",
     ) -> None:
         """Set up Megatron's process groups and build everything.
 
@@ -44,8 +48,12 @@ class Trainer:
             config: The run; the world has `config.world_size` ranks.
             timeout: Of Megatron's process groups.
             prepare: Called with the built model before it is wrapped, to change it.
+            device: cpu: stand-ins for CUDA are installed in this process; cuda: the current GPU.
         """
-        cpu.install()
+        self._device = device
+        if device == "cpu":
+            cpu.install()
+        without_te.install()
         parallel_state.initialize_model_parallel(
             expert_model_parallel_size=config.ep_size,
             distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
@@ -93,7 +101,8 @@ class Trainer:
         """This rank's sequences of a step: int64 [b, s + 1], inputs and, shifted by one, targets."""
         share = self._config.sequences_per_rank
         sequences = corpus.step_batch(step, self._config.sequences_per_step, self._config.seq_length)
-        return torch.from_numpy(sequences[dist.get_rank() * share : (dist.get_rank() + 1) * share])
+        mine = sequences[dist.get_rank() * share : (dist.get_rank() + 1) * share]
+        return torch.from_numpy(mine).to(self._device)
 
     def step(self, sequences: torch.Tensor) -> float:
         """Train on this rank's sequences.
@@ -105,7 +114,7 @@ class Trainer:
             Mean loss per token over all ranks, before the update.
         """
         inputs, targets = sequences[:, :-1], sequences[:, 1:].contiguous()
-        positions = torch.arange(inputs.shape[1]).expand_as(inputs)
+        positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         with self._precision():
@@ -118,6 +127,10 @@ class Trainer:
         mean_loss = loss.detach().clone()
         dist.all_reduce(mean_loss)
         return mean_loss.item() / dist.get_world_size()
+
+    def close(self) -> None:
+        """Take Megatron's process groups down, so that another trainer can follow in the same process."""
+        parallel_state.destroy_model_parallel()
 
     def save(self, folder: Path, step: int, placement: ExpertPlacement, *, keep: int | None = None) -> Path:
         """Write a checkpoint; see `save_checkpoint`."""

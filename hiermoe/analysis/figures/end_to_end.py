@@ -1,6 +1,7 @@
 """Whole training steps under every system, on links that are as slow as a cluster's: what AlltoAll time is worth."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -14,22 +15,22 @@ from hiermoe.analysis.figures.tables import published
 from hiermoe.analysis.frames import Results
 from hiermoe.analysis.statistics import bootstrap, ratio_of_medians
 from hiermoe.analysis.wording import with_interval
-from hiermoe.harness.train import expand_training
+from hiermoe.harness.train import TrainRunConfig, trained_steps
 
 BASELINE = "megatron"
+WHERE = {"emulated": "the emulated cluster", "cluster": "a cluster"}
 PARTS = {"compute_ms": 0.35, "alltoall_ms": 1.0, "planning_ms": 0.6, "migration_ms": 0.6}  # and how dark they are
 
 
-def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
+def table(results: Results, claims: Sequence[Claim], source: str = "emulated") -> pd.DataFrame:
     """One row per model and system: medians over the counted steps of the busiest rank; speed-ups over Megatron-LM."""
     try:
-        cells = expand_training("end_to_end")
+        configs = trained_steps(source, results.store)
     except ValueError:  # the cluster is not calibrated here
         return pd.DataFrame()
     steps: dict[tuple[str, str], pd.DataFrame] = {}
     rows = []
-    for cell in cells:
-        config = cell.config
+    for config in configs:
         if results.store.status(config.run_id) != "ok":
             continue
         steps[config.model.name, config.system.name] = own = _steps(results.store.read(config.run_id))
@@ -42,6 +43,8 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
                 "cluster": config.cluster.name,
                 "num_ranks": config.world_size,
                 "dtype": config.dtype,
+                "device": config.backend.device,
+                "sizes": _sizes(config),
                 "alltoall_share": float((own["alltoall_ms"] / own["step_ms"]).median()),
                 "loss": own["loss"].iloc[-1],
                 "n": len(own),
@@ -60,6 +63,16 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
             low, high = published(claims, **fields)
             row["published"] = "" if np.isnan(low) else f"{low:g}–{high:g}"
     return pd.DataFrame(rows)
+
+
+def _sizes(config: TrainRunConfig) -> str:
+    """What was trained, in words."""
+    model = config.model
+    layers = f"{model.num_layers} layers" + (f", {model.num_dense_layers} of them dense" * (model.num_dense_layers > 0))
+    return (
+        f"{style.MODELS[model.name.removesuffix('_narrow')]}: {layers}, width {model.hidden_size}, vocabulary "
+        f"{model.vocab_size}, {config.sequences_per_rank} x {config.seq_length} tokens a rank"
+    )
 
 
 def _steps(records: pd.DataFrame) -> pd.DataFrame:
@@ -101,7 +114,8 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
         panel.set_ylim(len(rows) - 0.45, -0.55)
         panel.set_xlim(0, rows[list(PARTS)].sum(axis=1).max() * 1.15)
         panel.grid(axis="y", visible=False)
-        panel.set_title(style.MODELS[model.removesuffix("_narrow")] + ", narrow")
+        narrow = ", narrow" * model.endswith("_narrow")
+        panel.set_title(style.MODELS[model.removesuffix("_narrow")] + narrow)
         panel.set_xlabel("training step, ms")
     marks = [
         Patch(color="#999999", alpha=0.35, label="everything else"),
@@ -123,16 +137,23 @@ def words(table: pd.DataFrame) -> Words:
             row = known.sort_values("step_ms_speedup").iloc[-1]
             name = style.MODELS[str(model).removesuffix("_narrow")]
             best.append(f"{name} {row['step_ms_speedup']:.2f}× with {row['label']}")
+    on_gpus = first["device"] == "cuda"
+    ranks = "GPUs over NCCL" if on_gpus else "gloo ranks that share this machine's cores"
+    depends = (
+        ""
+        if on_gpus
+        else (
+            "Speed-ups of the step depend on AlltoAll's share, which here is that of few cores and slow links, not "
+            "of GPUs; the paper's stand beside them for orientation only. "
+        )
+    )
     return Words(
-        f"Whole training steps on the emulated cluster, fastest over Megatron-LM: {'; '.join(best) or 'no baseline'}",
-        f"Measured: stock Megatron-Core trains narrow siblings on {first['num_ranks']} gloo ranks, {first['dtype']}, "
-        f"that share this machine's cores. Busiest rank, median over {table['n'].min()} steps; 95 % block-bootstrap "
-        "intervals; one run each, one after another.",
-        (
-            "Speed-ups of the step depend on AlltoAll's share, which here is that of two cores and slow links, not of "
-            "GPUs; the paper's stand beside them for orientation only. Planning and moving experts count as part of "
-            "the step; neither overlaps with anything.",
-        ),
+        f"Whole training steps on {WHERE[str(first['source'])]}, fastest over Megatron-LM: "
+        f"{'; '.join(best) or 'no baseline'}",
+        f"Measured: stock Megatron-Core trains on {first['num_ranks']} {ranks}, {first['dtype']}. Busiest rank, median "
+        f"over {table['n'].min()} steps; 95 % block-bootstrap intervals; one run each, one after another. "
+        f"{'. '.join(table['sizes'].unique())}. The corpus is the standard library of Python.",
+        (depends + "Planning and moving experts count as part of the step; neither overlaps with anything.",),
         tuple(_summary(table)),
     )
 
@@ -158,4 +179,14 @@ def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
         )
 
 
-FIGURE = FigureSpec("end_to_end", "Measured: whole training steps", "end_to_end", table, draw, words)
+FIGURES = {
+    source: FigureSpec(
+        "end_to_end",
+        f"Measured: whole training steps, {heading}",
+        "end_to_end",
+        partial(table, source=source),
+        draw,
+        words,
+    )
+    for source, heading in {"emulated": "emulated cluster", "cluster": "cluster"}.items()
+}
