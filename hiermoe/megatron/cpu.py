@@ -6,6 +6,7 @@ never call it; constructors and the optimizer step also need the context manager
 """
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -86,13 +87,14 @@ def install() -> None:
     """Install every process-wide stand-in. Safe to call again.
 
     Raises:
-        RuntimeError: A CUDA device is available, whose work the stand-ins would break.
+        RuntimeError: This process has used a GPU, whose work the stand-ins would break.
     """
     global _installed
     if _installed:
         return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that nothing in this process finds a GPU
     if torch.cuda.is_available():
-        raise RuntimeError("device=cpu on a machine with CUDA: hide the GPUs first (CUDA_VISIBLE_DEVICES='')")
+        raise RuntimeError("device=cpu in a process that has used a GPU already: start it with CUDA_VISIBLE_DEVICES=''")
     without_te.install()
     _stand_in_for_cuda()
     _stand_in_for_rng()

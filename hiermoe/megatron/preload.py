@@ -3,6 +3,10 @@
 Safe to fork after: none of these imports starts a thread of its own or touches a device.
 """
 
+import os
+
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # whoever asks for GPUs must not initialise one before ranks fork
+
 from hiermoe.megatron import cpu
 
 cpu.expect_fallbacks()
