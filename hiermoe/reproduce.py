@@ -133,7 +133,7 @@ def measure(cells: Sequence[MeasuredCell], session: Session) -> list[Outcome]:
     missing = [group for group in groups if not all(session.store.is_done(config.run_id) for config in group)]
     outcomes: list[Outcome] = []
     with _progress(session.console) as progress:
-        task = progress.add_task("measuring", total=sum(group[0].iterations for group in missing))
+        task = progress.add_task("measuring", total=sum(group[0].num_steps for group in missing))
         for group in groups:
             first = group[0]
             progress.update(task, description=f"{first.model.name}, {first.routing.name}: {len(group)} systems")

@@ -57,6 +57,7 @@ class ReplayJob:
         routing: folder of one file for every iteration of the routing source.
         timeout: of a collective.
         device: of the tensors.
+        one_machine: whether all ranks have the same clock.
     """
 
     cluster: Cluster
@@ -72,6 +73,7 @@ class ReplayJob:
     routing: Path
     timeout: timedelta
     device: str = "cpu"
+    one_machine: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -165,7 +167,7 @@ def replay(rank: int, job: ReplayJob, systems: Sequence[tuple[SystemConfig, Star
                     "num_wrong": question.ask(dispatcher, job),
                 }
                 calls = meter.drain()
-                alone_ms = _repeat_rows(calls[0])
+                alone_ms = _repeat_rows(calls[0], job)
                 step = _step_row(calls, memory) | _update_columns(placement)
                 rows += [keys | row for row in (*_call_rows(calls, rank, job, alone_ms), step)]
             stream.write(rows)
@@ -196,7 +198,7 @@ def replay_together(
     first = workloads[0]
     schedule = iteration_schedule(first.iterations, first.routing.num_distinct)
     measured_from = first_measured(first.iterations, first.routing.num_distinct)
-    begin = max(0, measured_from - _WARM_UPS)
+    begin = first_replayed(first.iterations, first.routing.num_distinct)
     starts = [start_at(workload, begin) for workload in workloads]
     with shared_folder() as folder:
         job = ReplayJob(
@@ -213,6 +215,7 @@ def replay_together(
             routing=folder,
             timeout=timeout,
             device=world.device,
+            one_machine=world.source != "cluster",
         )
         job.check()
         for iteration in sorted(set(schedule[begin:])):
@@ -221,6 +224,11 @@ def replay_together(
         rows = world.run(replay, (job, systems), timeout, progress)
     parts = split_by_system(rows, len(workloads))
     return [_with_moves(*each) for each in zip(parts, workloads, starts, strict=True)]
+
+
+def first_replayed(iterations: int, num_distinct: int | None) -> int:
+    """First iteration of a run that is replayed; those before it are only walked through."""
+    return max(0, first_measured(iterations, num_distinct) - _WARM_UPS)
 
 
 def split_by_system(rows: pd.DataFrame, num_systems: int) -> list[pd.DataFrame]:
@@ -349,13 +357,14 @@ def kept_pairs(dispatcher: Any, routing_map_TE: Tensor) -> Tensor:
     return kept[:-1].view_as(routing_map_TE)
 
 
-def _repeat_rows(dispatch: Any) -> dict[str, float]:
+def _repeat_rows(dispatch: Any, job: ReplayJob) -> dict[str, float]:
     """Send the rows of a dispatch again, each stage once all ranks are there. *Collective.*
 
     What a stage takes in the dispatcher above this is waiting for ranks that come late.
 
     Returns:
-        ms of every stage.
+        ms of every stage: from the first rank's start to the last one's end where all ranks are on one machine, else of
+        this rank.
     """
     alone_ms: dict[str, float] = {}
     for transfer in dispatch.transfers:
@@ -363,7 +372,10 @@ def _repeat_rows(dispatch: Any) -> dict[str, float]:
             dist.barrier()
             started = time.perf_counter()
             transfer.repeat()
-            alone_ms[transfer.stage] = alone_ms.get(transfer.stage, 0.0) + (time.perf_counter() - started) * 1e3
+            ends = torch.tensor([-started, time.perf_counter()], dtype=torch.float64)
+            if job.one_machine:
+                dist.all_reduce(ends, dist.ReduceOp.MAX)
+            alone_ms[transfer.stage] = alone_ms.get(transfer.stage, 0.0) + ends.sum().item() * 1e3
     return alone_ms
 
 

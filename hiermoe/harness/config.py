@@ -10,6 +10,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from hiermoe.backends.replay import first_replayed
 from hiermoe.backends.workload import CachedRouting, Workload
 from hiermoe.harness.config_source import ProjectSource
 from hiermoe.megatron.model_config import ModelConfig
@@ -127,6 +128,16 @@ class RunConfig(_Strict):
             num_groups=self.model.router.num_groups,
             group_topk=self.model.router.group_topk,
         )
+
+    @property
+    def num_steps(self) -> int:
+        """Iterations that the backend goes through one by one; 0 where the run cannot even start."""
+        if not self.backend.starts_ranks:
+            return self.iterations
+        try:
+            return self.iterations - first_replayed(self.iterations, self.workload().routing.num_distinct)
+        except ValueError:
+            return 0
 
     @property
     def content(self) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def measure_in_allocation(
             for outcome in outcomes[:1]:
                 say(f"{len(outcomes)} runs do not apply here: {outcome.reason}")
             outcomes += _measure(fitting, store, attempts, crew, say)
-            if crew.device == "cuda" and amount != "quick":
+            if crew.device == "cuda" and amount == "full":
                 outcomes += _train(training_on(cluster, backend), store, attempts, crew, say)
             return outcomes
     except CrewEnded as error:

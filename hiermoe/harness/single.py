@@ -26,7 +26,7 @@ def run_and_print(composed: DictConfig) -> None:
     """
     config = parse(composed, RunConfig)
     title = f"{config.system.label} · {config.model.name} · {config.cluster.name} · {config.routing.name}"
-    present(config, title, config.iterations, partial(execute, config), summary)
+    present(config, title, config.num_steps, partial(execute, config), summary)
 
 
 def present(

@@ -1,13 +1,14 @@
 """Whole training steps: their parts, and speed-ups over stock, from records of training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 
 from hiermoe.analysis.claims import load_claims
-from hiermoe.analysis.figures.end_to_end import FIGURE
+from hiermoe.analysis.figures.end_to_end import FIGURES
 from hiermoe.analysis.frames import Results
 from hiermoe.records.store import RunStore
 
@@ -22,6 +23,11 @@ class Named:
     name: str
     label: str = ""
     source: str = "emulated"
+    device: str = "cpu"
+    num_layers: int = 2
+    num_dense_layers: int = 1
+    hidden_size: int = 64
+    vocab_size: int = 8192
 
 
 @dataclass(frozen=True)
@@ -33,12 +39,17 @@ class Config:
     cluster: Named = Named("emulated_4x2_calibrated")
     backend: Named = Named("emulated")
     world_size: int = 2
+    sequences_per_rank: int = 1
+    seq_length: int = 32
     dtype: str = "fp32"
 
     @property
     def run_id(self) -> str:
         """Of its record."""
         return f"{self.system.name}-run"
+
+
+GPUS = Named("torchrun", source="cluster", device="cuda")
 
 
 def rows(system: str) -> pd.DataFrame:
@@ -65,19 +76,18 @@ def rows(system: str) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-@pytest.fixture
-def table(tmp_path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
+@pytest.fixture(params=["emulated", "cluster"])
+def table(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
     store = RunStore(tmp_path / "runs")
     configs = [Config(Named("megatron", "Megatron-LM")), Config(Named("hiermoe", "HierMoE")), Config(Named("hd_moe"))]
     for config in configs[:2]:
         store.write(config.run_id, {}, {}, rows(config.system.name))
 
-    @dataclass(frozen=True)
-    class One:
-        config: Config
+    def trained(source: str, _store: RunStore) -> list[Config]:
+        return configs if source == "emulated" else [replace(one, backend=GPUS) for one in configs]
 
-    monkeypatch.setattr("hiermoe.analysis.figures.end_to_end.expand_training", lambda name: [One(c) for c in configs])
-    return FIGURE.table(Results({}, pd.DataFrame(), store), load_claims())
+    monkeypatch.setattr("hiermoe.analysis.figures.end_to_end.trained_steps", trained)
+    return FIGURES[request.param].table(Results({}, pd.DataFrame(), store), load_claims())
 
 
 def test_a_step_is_what_the_busiest_rank_takes_with_all_that_follows_it(table: pd.DataFrame) -> None:
@@ -95,8 +105,13 @@ def test_speedups_are_of_whole_steps_and_of_alltoall(table: pd.DataFrame) -> Non
 
 
 def test_drawing_and_words_come_from_the_table(table: pd.DataFrame) -> None:
-    words = FIGURE.words(table)
+    source = table["source"].iloc[0]
+    figure = FIGURES[source]
+    words = figure.words(table)
     assert "Qwen3-30B-A3B 1.43× with HierMoE" in words.title
+    assert "2 layers, 1 of them dense, width 64, vocabulary 8192, 1 x 32 tokens a rank" in words.caption
+    where = {"emulated": ("the emulated cluster", "2 gloo ranks"), "cluster": ("a cluster", "2 GPUs over NCCL")}
+    assert where[source][0] in words.title and where[source][1] in words.caption
     header, *lines = words.rows
     assert len(lines) == 2 and {len(line) for line in lines} == {len(header)}
-    assert FIGURE.draw(table, words.title).axes
+    assert figure.draw(table, words.title).axes
