@@ -16,6 +16,7 @@ from hiermoe.records.store import RunStore
 from tests.analysis.conftest import ITERATIONS, cell, records_of, step_ms, write
 
 SYSTEMS = ("megatron", "hd2_moe", "hiermoe")
+LINK_MS = {"1:world": 18.0, "1:inter1": 8.0, "2:intra1": 4.0}  # of one dispatch; alpha is 0
 
 
 def measured_rows(config: Any, slower: float) -> pd.DataFrame:
@@ -30,9 +31,10 @@ def measured_rows(config: Any, slower: float) -> pd.DataFrame:
             }  # fmt: skip
             wire_ms = factor * slower * step_ms(config.system.name) * (1 + 0.01 * iteration)
             rows += [
-                keys | {"phase": "dispatch", "stage": stage, "wire_ms": wire_ms / 4 / len(stages), "bytes": 10.0}
+                keys | {"phase": "dispatch", "stage": stage, "wire_ms": wire_ms / 4 / len(stages), "bytes": 10.0,
+                        "alone_ms": factor * LINK_MS[stage] * (1.2 if stage == "2:intra1" else 1.1)}
                 for stage in stages
-            ]
+            ]  # fmt: skip
             rows.append(
                 keys | {
                     "phase": "step", "stage": "all", "wire_ms": wire_ms, "dispatch_ms": wire_ms + 10.0,
@@ -55,7 +57,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     for system in SYSTEMS:
         twin = cell({"system": system, "cluster": "emulated_4x8", "routing": "uniform"})
         config = twin.config.model_copy(update={"backend": BackendConfig(name="emulated", timeout_s=60)})
-        write(store, twin.config, records_of(twin.config))
+        rows = records_of(twin.config)
+        link_ms = rows["stage"].map(LINK_MS).where(rows["phase"] == "dispatch").astype(float)
+        write(store, twin.config, rows.assign(link_ms=link_ms))
         write(store, config, measured_rows(config, 1.5))
         predicted.append(twin)
         measured.append(Cell(twin.overrides, config))
@@ -88,11 +92,21 @@ def test_speedups_on_the_wire_and_of_whole_calls_are_told_apart(table: pd.DataFr
     assert row["predicted_speedup"] == pytest.approx(80 / 40, rel=0.02)
 
 
+def test_links_have_their_own_prediction_and_stages_are_compared_with_them(table: pd.DataFrame) -> None:
+    stock, *hierarchical = table.to_dict("records")
+    for row in hierarchical:
+        assert row["links_speedup"] == pytest.approx(18 / (8 + 4))
+        assert (row["alone_low"], row["alone_high"]) == (pytest.approx(1.1), pytest.approx(1.2))
+        assert row["stages"].startswith("1:inter1 1.10, ") and "2:intra1 1.20, " in row["stages"]
+    assert stock["links_speedup"] == 1 and stock["link_ms"] == 4 * 18
+
+
 def test_words_and_drawing_come_from_the_table(table: pd.DataFrame) -> None:
     words = FIGURE.words(table)
     header, *rows = words.rows
     assert len(rows) == 3 and {len(row) for row in rows} == {len(header)}
     assert "within 15 % of the predicted ones for 2 of 2 runs" in " ".join(words.text)
+    assert "take 1.10 to 1.20 times α and what the busiest shaped link needs" in " ".join(words.text)
     assert "differ from their known answer: 0" in " ".join(words.text)
     assert FIGURE.draw(table, words.title).axes
 

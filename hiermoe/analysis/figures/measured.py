@@ -82,7 +82,7 @@ def _row(run: Run, twin: Run, results: Results) -> dict[str, object]:
         "num_wrong": int(results.rows(run, "step", measured_only=False)["num_wrong"].sum()),
         "n": len(steps),
         **_speedups(run, twin, results),
-        "stages": _stages(run, twin, results),
+        **_stages(run, twin, results),
     }
 
 
@@ -134,17 +134,24 @@ def _speedups(run: Run, twin: Run, results: Results) -> dict[str, float]:
     return columns
 
 
-def _stages(run: Run, twin: Run, results: Results) -> str:
-    """Every stage of a dispatch over what its busiest link allows: its rows sent alone, and in the dispatcher."""
+def _stages(run: Run, twin: Run, results: Results) -> dict[str, object]:
+    """Every stage of a dispatch over alpha and its busiest link: its rows sent alone, and in the dispatcher."""
     measured, by_links = results.rows(run, "dispatch"), _by_links(twin, results)
-    parts = []
+    parts, shaped = [], []
     for stage, rows in by_links.groupby("stage", sort=True):
         own = measured[measured["stage"] == stage].groupby("iteration")[["alone_ms", "wire_ms"]].max()
-        both = rows.set_index("iteration")[["least_ms"]].join(own, how="inner").median()
-        if not both.isna().any():
-            alone, inside = both[["alone_ms", "wire_ms"]] / both["least_ms"]
-            parts.append(f"{stage} {alone:.2f}, {inside:.2f}")
-    return "; ".join(parts)
+        both = rows.set_index("iteration")[["least_ms", "link_ms"]].join(own, how="inner").median()
+        if both.drop("link_ms").isna().any():
+            continue
+        alone, inside = both[["alone_ms", "wire_ms"]] / both["least_ms"]
+        parts.append(f"{stage} {alone:.2f}, {inside:.2f}")
+        if both["link_ms"] > 0:
+            shaped.append(alone)
+    return {
+        "stages": "; ".join(parts),
+        "alone_low": min(shaped, default=np.nan),
+        "alone_high": max(shaped, default=np.nan),
+    }
 
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
@@ -218,9 +225,7 @@ def words(table: pd.DataFrame) -> Words:
         f"times what the calibrated model predicts (median distance {off.median():.0%}).",
         f"Elements of results and gradients that differ from their known answer: {wrong}.",
         *_gap(table),
-        "Time on the wire includes waiting: a stage ends for nobody before the last rank has begun it, and before each "
-        "dispatch ranks exchange counts. Where ranks share cores, most of that is local work of other ranks, which no "
-        "prediction has and which every stage of a hierarchy adds once more; it pulls speed-ups towards 1.",
+        *_alone(table),
     ]
     sizes = "; ".join(
         f"{style.MODELS[str(model)]}: {rows['tokens_per_rank'].iloc[0]} tokens a rank, rows of "
@@ -234,6 +239,26 @@ def words(table: pd.DataFrame) -> Words:
         f"systems interleaved; 95 % block-bootstrap intervals. {sizes}.",
         tuple(text),
         tuple(_summary(table)),
+    )
+
+
+def _alone(table: pd.DataFrame) -> Iterator[str]:
+    """What stages take without waiting, and what waiting is."""
+    if not table["alone_low"].isna().all():
+        yield (
+            f"The rows of a dispatch's stages sent alone, all ranks ready, take {table['alone_low'].min():.2f} to "
+            f"{table['alone_high'].max():.2f} times α and what the busiest shaped link needs for them; what they "
+            "take above that in the dispatcher is waiting."
+        )
+    yield (
+        "Time on the wire includes waiting: a stage ends for nobody before the last rank has begun it, and before each "
+        "dispatch ranks exchange counts. Where ranks share cores, most of that is local work of other ranks, which no "
+        "prediction has and which every stage of a hierarchy adds once more; it pulls speed-ups towards 1."
+    )
+    yield (
+        "The cost model prices a stage by its busiest GPU. Where the GPUs of a node share a link, what decides is the "
+        "busiest link, which carries their average: the more uneven the load, the more the model overrates the flat "
+        "AlltoAll. The speed-ups by the links price stages with the same α and with what that link carries."
     )
 
 
