@@ -35,6 +35,7 @@ class AdviceConfig(BaseModel):
     systems: tuple[str, ...] | None = None
     seed: int = Field(ge=0)
     output: str | None = None
+    picture: str | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -79,16 +79,18 @@ class _Opened:
     notes: tuple[str, ...]
 
 
-def resolve(config: AdviceConfig) -> Case:
-    """Everything that the assessment needs.
+def resolve(config: AdviceConfig) -> tuple[Case, Path | None]:
+    """Everything that the assessment needs, and the file that routing came from, if any.
 
     Raises:
         ValueError: what is given does not fit together, in one line.
         OSError: a file is missing.
     """
     cluster = config.cluster if config.ep_size is None else config.cluster.reduced(config.ep_size)
+    path: Path | None = None
     if config.loads is not None:
-        opened, model = _from_loads(config, Path(config.loads), cluster), config.model
+        path = Path(config.loads)
+        opened, model = _from_loads(config, path, cluster), config.model
     elif config.routing is not None and "path" not in config.routing.source:
         opened, model = _synthetic(config, cluster), config.model
     else:
@@ -108,10 +110,11 @@ def resolve(config: AdviceConfig) -> Case:
         config.routing is None or config.routing.name != "group_limited"
     ):  # fmt: skip
         notes.append(
-            f"The router of {model.name} lets a token use {model.router.group_topk} of {model.router.num_groups} groups "
+            f"The router of {model.name} lets a token use {model.router.group_topk} of {model.router.num_groups} "
+            "groups "
             "of experts, which lowers traffic; this routing ignores it."
         )
-    return Case(
+    case = Case(
         name=f"{opened.name}-{cluster.name}".replace("@", "_"),
         kind=opened.kind,
         routing_words=opened.words,
@@ -129,6 +132,7 @@ def resolve(config: AdviceConfig) -> Case:
         share=config.share,
         notes=tuple(notes),
     )
+    return case, path
 
 
 def model_of(metadata: TraceMetadata) -> ModelConfig | None:
@@ -179,13 +183,15 @@ def _recorded(
     source = RecordedRouting(regrouped, layer, config.topk or meta.topk)
     if source.num_distinct < 2:
         raise ValueError(
-            f"trace of {meta.model} has one iteration of {cluster.hierarchy.num_ranks} x {config.tokens_per_rank} tokens; "
+            f"trace of {meta.model} has one iteration of {cluster.hierarchy.num_ranks} x {config.tokens_per_rank} "
+            "tokens; "
             "at least two are needed, one of them held out: take fewer tokens_per_rank, or a longer trace"
         )
     notes = []
     if meta.model.endswith("_narrow"):
         notes.append(
-            f"The trace is of a narrow sibling ({meta.model}): real routing, but not that of the model at its full width."
+            f"The trace is of a narrow sibling ({meta.model}): real routing, but not that of the model at its full "
+            "width."
         )
     if regrouped is not trace:
         notes.append(
@@ -215,7 +221,9 @@ def _from_loads(config: AdviceConfig, path: Path, cluster: Cluster) -> _Opened:
         raise ValueError("topk=... (or model=...) is missing: loads do not say how many experts a token has")
     for stated in (config.num_experts, config.model.num_experts if config.model and not config.num_experts else None):
         if stated not in (None, len(load_E)):
-            raise ValueError(f"{path} has {len(load_E)} experts, not {stated}: state num_experts={len(load_E)} if meant")
+            raise ValueError(
+                f"{path} has {len(load_E)} experts, not {stated}: state num_experts={len(load_E)} if meant"
+            )
     source = IndependentLoads(_request(config, len(load_E), topk, cluster), load_E)
     assert len(source.rates_E)  # impossible loads end here, before anything is computed
     return _Opened("loads", path.stem, f"loads of {path.name}, experts independent", source, 0, len(load_E), topk, ())
@@ -223,7 +231,9 @@ def _from_loads(config: AdviceConfig, path: Path, cluster: Cluster) -> _Opened:
 
 def _synthetic(config: AdviceConfig, cluster: Cluster) -> _Opened:
     assert config.routing is not None
-    sizes = {key: getattr(config, key) or (config.model and getattr(config.model, key)) for key in ("num_experts", "topk")}
+    sizes = {
+        key: getattr(config, key) or (config.model and getattr(config.model, key)) for key in ("num_experts", "topk")
+    }
     for key, size in sizes.items():
         if size is None:
             raise ValueError(f"{key}=... (or model=...) is missing: routing={config.routing.name} does not say it")
@@ -262,14 +272,20 @@ def _check_divides(num_experts: int, cluster: Cluster) -> None:
 
 def _sizes_missing(config: AdviceConfig, opened: _Opened) -> str:
     names = ", ".join(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
-    why = f"{opened.words} names no model of conf/model/" if opened.kind == "recorded" else f"{opened.words} has no sizes"
+    why = (
+        f"{opened.words} names no model of conf/model/" if opened.kind == "recorded" else f"{opened.words} has no sizes"
+    )
     return f"model=... is missing: {why}; choose from {names}, or state hidden_size=... and moe_ffn_hidden_size=..."
 
 
 def _model_words(config: AdviceConfig, model: ModelConfig | None, hidden: int, ffn: int) -> str:
-    stated = [key for key in ("hidden_size", "moe_ffn_hidden_size", "element_bytes") if getattr(config, key) is not None]
+    stated = [
+        key for key in ("hidden_size", "moe_ffn_hidden_size", "element_bytes") if getattr(config, key) is not None
+    ]
     base = f"sizes of {model.name}" if model else "sizes as stated"
-    return f"{base}{', ' + ' and '.join(stated) + ' as stated' if model and stated else ''}: M = {hidden}, expert FFN {ffn}"
+    if model and stated:
+        base += f", {' and '.join(stated)} as stated"
+    return f"{base}: M = {hidden}, expert FFN {ffn}"
 
 
 def _cluster_notes(config: AdviceConfig, cluster: Cluster) -> list[str]:
@@ -277,6 +293,7 @@ def _cluster_notes(config: AdviceConfig, cluster: Cluster) -> list[str]:
         return []
     return [
         f"{cluster.hierarchy.num_ranks} of the {config.cluster.hierarchy.num_ranks} GPUs of {config.cluster.name} "
-        f"({' x '.join(map(str, cluster.hierarchy.groups))} groups); constants are those of the whole cluster, which have "
+        f"({' x '.join(map(str, cluster.hierarchy.groups))} groups); constants are those of the whole cluster, which "
+        "have "
         "more of the traffic leave a group."
     ]

@@ -66,7 +66,8 @@ def inclusion_rates(load_E: np.ndarray, topk: int) -> np.ndarray:
     wanted = topk * load_E / load_E.sum()
     if wanted.max() > 1 + 1e-9:
         raise ValueError(
-            f"expert {int(wanted.argmax())} has {load_E.max() / load_E.sum():.1%} of the load; with topk={topk} distinct "
+            f"expert {int(wanted.argmax())} has {load_E.max() / load_E.sum():.1%} of the load; with topk={topk} "
+            "distinct "
             f"experts a token no expert can have more than {1 / topk:.1%}"
         )
     if (wanted > 0).sum() < topk:

@@ -1,11 +1,11 @@
 """One of four answers, by a ladder of rules with named thresholds.
 
 1. The fastest system, migration spread over `HORIZON_STEPS`, saves less than `STAY_BELOW_GAIN`, or (where the user says
-   what share of the step AlltoAll takes) the step gains less than `STAY_BELOW_STEP_GAIN`: **stay** with the flat AlltoAll.
+   what share of the step AlltoAll takes) the step gains less than `STAY_BELOW_STEP_GAIN`: **stay** with the flat one.
 2. The gain is below what the model resolves (`RESOLUTION`), or its interval does not exclude 1: **unresolved**.
 3. Some system that leaves experts alone passes 1 and 2 and takes at most `PLACEMENT_PAYS_FROM` longer than the fastest:
    **dispatch**. Of such systems within `TIE` of their fastest, the one with the fewest stages.
-4. Else: **placement**, the fastest system, which moves experts.
+4. Else: **placement**: of the systems within `TIE` of the fastest, the one that spends the least on moving experts.
 
 Systems that may drop tokens are never recommended.
 """
@@ -104,11 +104,11 @@ def constants_of(cluster: Cluster) -> Constants:
 
 
 def option(assessed: Assessed, cluster: Cluster, share_of_bytes: float = 1.0) -> Option:
-    """A system under some constants: experts where its last update before the held-out iterations left them."""
+    """A system under some constants."""
     candidate = assessed.candidate
     return Option(
         name=candidate.name,
-        step_ms=assessed.frozen.step_ms(cluster, share_of_bytes),
+        step_ms=assessed.held_out.step_ms(cluster, share_of_bytes),
         moved_ms=assessed.moved_ms,
         moves=candidate.moves,
         stages=max(scheme.dimension for scheme in candidate.schemes),
@@ -135,11 +135,13 @@ def recommend(options: Sequence[Option], constants: Constants, share: float | No
     found = fastest.speedup(flat)
     gain = 1 - 1 / found.value
     if gain < STAY_BELOW_GAIN:
-        why = f"the fastest other system saves {gain:.1%} of the AlltoAll time, and less than {STAY_BELOW_GAIN:.0%} does not pay"
+        saves = f"saves {gain:.1%} of the AlltoAll time" if gain > 0 else "saves no AlltoAll time"
+        why = f"the fastest other system {saves}, and less than {STAY_BELOW_GAIN:.0%} does not pay"
         return Recommendation("stay", flat.name, fastest.name, found, resolution, why)
     if share is not None and (step := float(step_speedup(share, 1 / found.value))) < 1 + STAY_BELOW_STEP_GAIN:
         why = (
-            f"with AlltoAll at {share:.1%} of the step even the fastest system makes it {step:.3f} times faster, and less "
+            f"with AlltoAll at {share:.1%} of the step even the fastest system makes it {step:.3f} times faster, and "
+            "less "
             f"than {1 + STAY_BELOW_STEP_GAIN:.2f} does not pay"
         )
         return Recommendation("stay", flat.name, fastest.name, found, resolution, why)
@@ -160,13 +162,19 @@ def recommend(options: Sequence[Option], constants: Constants, share: float | No
                 f"{PLACEMENT_PAYS_FROM:.0%} does not pay"
             )
             return Recommendation("dispatch", simplest.name, fastest.name, speedup, resolution, why)
-    why = "it is the fastest"
-    if fastest.moves and math.isfinite(best_still_ms):
-        why = (
-            f"moving experts saves {1 - fastest.mean_ms / best_still_ms:.1%} of the time of the best system that leaves them "
-            f"alone, migration spread over {HORIZON_STEPS} steps included"
+    tied = [
+        one for one in others if one.mean_ms <= fastest.mean_ms * (1 + TIE) and _resolved(one.speedup(flat), resolution)
+    ]
+    chosen = min(tied, key=lambda one: (one.moved_ms, one.mean_ms, one.name))
+    why = f"of the systems within {TIE:.0%} of the fastest it spends the least on moving experts"
+    if math.isfinite(best_still_ms) and chosen.moves:
+        why += (
+            f"; it saves {1 - chosen.mean_ms / best_still_ms:.1%} of the time of the best system that leaves them "
+            "alone, "
+            f"migration spread over {HORIZON_STEPS} steps included"
         )
-    return Recommendation("placement" if fastest.moves else "dispatch", fastest.name, fastest.name, found, resolution, why)
+    outcome = "placement" if chosen.moves else "dispatch"
+    return Recommendation(outcome, chosen.name, fastest.name, chosen.speedup(flat), resolution, why)
 
 
 def _resolved(speedup: Estimate, resolution: float) -> bool:
@@ -176,5 +184,6 @@ def _resolved(speedup: Estimate, resolution: float) -> bool:
 
 def _why_not(speedup: Estimate, resolution: float) -> str:
     if speedup.value < 1 + resolution:
-        return f"a predicted speed-up of {speedup.value:.2f} is below the {1 + resolution:.2f} that the model tells from none"
+        least = f"{1 + resolution:.2f} that the model tells from none"
+        return f"a predicted speed-up of {speedup.value:.2f} is below the {least}"
     return f"the interval of the predicted speed-up, {speedup.low:.2f} to {speedup.high:.2f}, does not exclude 1"
