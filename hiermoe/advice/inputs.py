@@ -231,13 +231,12 @@ def _from_loads(config: AdviceConfig, path: Path, cluster: Cluster) -> _Opened:
 
 def _synthetic(config: AdviceConfig, cluster: Cluster) -> _Opened:
     assert config.routing is not None
-    sizes = {
-        key: getattr(config, key) or (config.model and getattr(config.model, key)) for key in ("num_experts", "topk")
-    }
-    for key, size in sizes.items():
-        if size is None:
-            raise ValueError(f"{key}=... (or model=...) is missing: routing={config.routing.name} does not say it")
-    request = _request(config, sizes["num_experts"], sizes["topk"], cluster)
+    num_experts = config.num_experts or (config.model and config.model.num_experts)
+    topk = config.topk or (config.model and config.model.topk)
+    if num_experts is None or topk is None:
+        missing = "num_experts" if num_experts is None else "topk"
+        raise ValueError(f"{missing}=... (or model=...) is missing: routing={config.routing.name} does not say it")
+    request = _request(config, num_experts, topk, cluster)
     try:
         source = build(config.routing.source, request=request)
     except NotApplicable as error:

@@ -190,7 +190,8 @@ def _step_rows(answer: Answer) -> Iterator[tuple[str, ...]]:
     names = list(answer.end_to_end.columns[1:])
     yield ("AlltoAll's share of the step now", *(f"step under {answer.label(name)}" for name in names))
     own = answer.assessment.case.share
-    for share in sorted({0.1, 0.2, 0.3, 0.4, 0.5, 0.6, *([] if own is None else [own])}):
+    shares = {0.1, 0.2, 0.3, 0.4, 0.5, 0.6} | ({own} if own is not None else set[float]())
+    for share in sorted(shares):
         cells = [f"{step_speedup(share, answer.communication(name)):.2f}×{answer.mark}" for name in names]
         yield (f"{share:.0%}{' (yours)' if share == own else ''}", *cells)
 

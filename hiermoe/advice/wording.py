@@ -190,7 +190,7 @@ def title_of_traffic(answer: Answer) -> str:
 def title_of_placement(answer: Answer) -> str:
     """The largest gain of any policy over its own dispatch."""
     last = answer.updates.groupby("system", sort=False).last()
-    best = last.loc[last["value"].idxmax()]
+    best = last.sort_values("value").iloc[-1]
     if best["value"] < 1.005:
         return "No placement policy makes AlltoAll faster on steps that it has not seen"
     paid = "" if math.isinf(best["break_even_steps"]) else f", paid back after {best['break_even_steps']:.0f} steps"
