@@ -161,7 +161,7 @@ def title_of_overview(answer: Answer) -> str:
     return {
         "stay": f"Stay with the flat AlltoAll: at best {own.candidate.label}, {speedup} ({where})",
         "unresolved": f"{own.candidate.label}'s {speedup} is within what the model cannot resolve ({where})",
-    }.get(answer.found.outcome, f"{own.candidate.label} makes AlltoAll {speedup} as fast ({where})")
+    }.get(answer.found.outcome, f"Predicted: {own.candidate.label} makes AlltoAll {speedup} as fast ({where})")
 
 
 def title_of_systems(answer: Answer) -> str:
