@@ -119,7 +119,7 @@ def assess(
             steps = run[run["phase"] == "step"]
             placements = _placements(case, steps)
             counted = _count(case, candidate, placements[-1], held_out)
-            updates = _updates(case, candidate, steps, placements, held_out, fixed)
+            updates = _updates(case, candidate, steps, placements, held_out, (fixed, counted))
         flat = assessed[0].held_out if assessed else counted
         speedup = ratio_of_sums(flat.step_ms(case.cluster), counted.step_ms(case.cluster))
         assessed.append(Assessed(candidate, counted, speedup, updates))
@@ -161,9 +161,11 @@ def _updates(
     steps: pd.DataFrame,
     placements: Sequence[Placement],
     held_out: Sequence[int],
-    fixed: HeldOut,
+    ends: tuple[HeldOut, HeldOut],
 ) -> pd.DataFrame:
     """What updates bring on held-out iterations, if the placement then stays as it is.
+
+    ``ends`` is what was counted after no update and after all.
 
     Columns:
         system, label: of the system.
@@ -177,11 +179,13 @@ def _updates(
     """
     acting = steps[steps["moves"].fillna("") != ""] if "moves" in steps else steps.iloc[:0]
     last = len(placements) - 1
-    fixed_ms = fixed.step_ms(case.cluster)
+    counted = {0: ends[0], last: ends[1]}
+    fixed_ms = counted[0].step_ms(case.cluster)
     rows = []
     for updates in sorted({*(2**n for n in range(20) if 2**n < last), 0, last}):
         so_far = acting.iloc[:updates]
-        own_ms = _count(case, candidate, placements[updates], held_out).step_ms(case.cluster)
+        own = counted.get(updates) or _count(case, candidate, placements[updates], held_out)
+        own_ms = own.step_ms(case.cluster)
         gain, moved_ms = ratio_of_sums(fixed_ms, own_ms), float(so_far["migration_link_ms"].sum())
         rows.append(
             {

@@ -210,4 +210,4 @@ def title_of_sensitivity(answer: Answer) -> str:
 
 
 def _ms(value: float) -> str:
-    return f"{value / 1e3:.2g} s" if value >= 1000 else f"{value:.0f} ms"
+    return f"{value / 1e3:.3g} s" if value >= 1000 else f"{value:.0f} ms"

@@ -58,9 +58,9 @@ def test_trace_gives_a_page_tables_and_the_short_of_it(trace_file: Path, tmp_pat
     assert systems["n"].eq(16).all() and systems["low"].le(systems["speedup"]).all()
     assert "†" not in text
     steps, by_name = pd.read_csv(tmp_path / "figures" / "end_to_end.csv"), systems.set_index("system")
+    step_ms, moved_ms = by_name["step_ms"].to_dict(), by_name["moved_ms"].to_dict()
     for name in steps.columns[1:]:
-        row = by_name.loc[name]
-        communication = (row["step_ms"] + row["moved_ms"] / 1000) / by_name.loc["megatron", "step_ms"]
+        communication = (step_ms[name] + moved_ms[name] / 1000) / step_ms["megatron"]
         at_forty = steps.loc[np.isclose(steps["alltoall_share"], 0.4), name].item()
         assert at_forty == pytest.approx(1 / (0.6 + 0.4 * communication))
     with Image.open(picture) as small:
