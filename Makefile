@@ -38,6 +38,8 @@ losses: setup ## loss curves of real training under every system, for the report
 
 reference: reproduce losses ## the small copy of the report that is committed: reports/reference
 	@$(BIN)/hiermoe report --reference
+	@$(BIN)/hiermoe advise trace=qwen3_30b_a3b_e128 cluster=a6000_4x8 share=0.4 \
+	  picture=reports/reference/figures/advice_qwen3_a6000.png
 
 # What the shipped traces are too short for: Table IV's other E, and longer traces of every MoE layer.
 TRACES := $(addprefix results/traces/,qwen3_30b_a3b_e64.trace qwen3_30b_a3b_e256.trace large/qwen3_30b_a3b_e128.trace large/deepseek_v3_e256.trace)

@@ -22,6 +22,7 @@ USAGE = """hiermoe: does HierMoE's communication hold, and would it help your mo
   hiermoe reproduce   all sweeps of the paper on all cores, then the report; what is done is skipped
   hiermoe report      the report from the records that are there
   hiermoe record      train a narrow model on real text and record what its routers choose
+  hiermoe advise      would it help your model on your cluster? From a trace, expert loads or a profile: a page
   hiermoe trace       import routing that others recorded, show a trace, export its traffic (hiermoe trace --help)
   hiermoe doctor      what this machine can run, and what each missing thing would take
 """
@@ -36,6 +37,7 @@ def main() -> None:
         "record": _record,
         "reproduce": _reproduce,
         "report": _report,
+        "advise": _advise,
         "trace": _trace,
         "doctor": _doctor,
     }
@@ -109,6 +111,20 @@ def _record() -> None:
     def task(config: DictConfig) -> None:
         with _one_line_errors(RankFailedError):
             record.main(config)
+
+    task()
+
+
+def _advise() -> None:
+    from hiermoe.advice.command import advise_and_print
+    from hiermoe.harness.config import register_search_path
+
+    register_search_path()
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="advise")
+    def task(config: DictConfig) -> None:
+        with _one_line_errors():
+            advise_and_print(config)
 
     task()
 

@@ -8,6 +8,7 @@ import pytest
 from hiermoe.records.project import PROJECT_ROOT
 
 ORDER = ["records", "routing", "topology", "planner", "dispatch", "megatron", "backends", "harness", "analysis"]
+ORDER += ["advice"]
 FILES = sorted((PROJECT_ROOT / "hiermoe").rglob("*.py")) + sorted((PROJECT_ROOT / "baselines").rglob("*.py"))
 
 

@@ -112,15 +112,22 @@ def write_reference(folder: Path = REPORTS / "reference", report: Path = REPORTS
     text = (report / "report.md").read_text()
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for old in (folder / "figures").glob("*.png"):
-        old.unlink()
+        if not old.name.startswith("advice_"):  # `hiermoe advise picture=` made it
+            old.unlink()
     (folder / "report.md").write_text(text)
     for image in sorted((report / "figures").glob("*.png")):
-        with Image.open(image) as full:
-            size = (REFERENCE_WIDTH, round(full.height * REFERENCE_WIDTH / full.width))
-            small = full.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-            small = small.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-            small.save(folder / "figures" / image.name, optimize=True)
+        small_copy(image, folder / "figures" / image.name)
     return folder
+
+
+def small_copy(image: Path, target: Path) -> None:
+    """A picture of `REFERENCE_WIDTH` and few colours, for committing."""
+    with Image.open(image) as full:
+        size = (REFERENCE_WIDTH, round(full.height * REFERENCE_WIDTH / full.width))
+        small = full.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        small = small.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        small.save(target, optimize=True)
 
 
 def _sources(results: Results) -> list[str]:

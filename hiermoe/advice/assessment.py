@@ -1,0 +1,248 @@
+"""The numbers of a case: what every system takes on held-out iterations, and what placement adds update by update."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import pandas as pd
+
+from hiermoe.advice.held_out import HeldOut, count_held_out
+from hiermoe.advice.inputs import Case
+from hiermoe.advice.systems import BASELINE, Candidate
+from hiermoe.analysis.statistics import Estimate, ratio_of_sums
+from hiermoe.backends.simulated import simulate
+from hiermoe.backends.workload import CachedRouting, Workload
+from hiermoe.routing.step import RoutingStep, first_measured, iteration_schedule
+from hiermoe.topology.placement import Placement
+
+FEWEST_FOR_INTERVALS = 8  # held-out iterations; a bootstrap of fewer says little
+
+Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Assessed:
+    """A system on the case's held-out iterations.
+
+    Attributes:
+        candidate: the system.
+        held_out: its traffic there, experts where its last update before them left them.
+        speedup: AlltoAll time of the flat AlltoAll over its own, without migration.
+        updates: for a system that may move experts, one row per number of updates (see `_updates`); else empty.
+    """
+
+    candidate: Candidate
+    held_out: HeldOut
+    speedup: Estimate
+    updates: pd.DataFrame
+
+    @property
+    def moved_ms(self) -> float:
+        """Migration of all updates before the held-out iterations, full state at the link's rate."""
+        return float(self.updates["moved_ms"].iloc[-1]) if len(self.updates) else 0.0
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """All numbers of a case.
+
+    Attributes:
+        case: what was asked.
+        systems: the flat AlltoAll first.
+        levels: one row per level, outermost first (see `_levels`).
+        num_seen: iterations that placement policies decided from, repeats included.
+        num_held_out: iterations that count.
+        left_out: label of each system that does not apply, and why.
+    """
+
+    case: Case
+    systems: tuple[Assessed, ...]
+    levels: pd.DataFrame
+    num_seen: int
+    num_held_out: int
+    left_out: tuple[tuple[str, str], ...]
+
+    @property
+    def flat(self) -> Assessed:
+        """The flat AlltoAll."""
+        return self.systems[0]
+
+    @property
+    def has_intervals(self) -> bool:
+        """Whether there are enough held-out iterations for intervals to mean something."""
+        return self.num_held_out >= FEWEST_FOR_INTERVALS
+
+    def named(self, name: str) -> Assessed:
+        """The system of this name."""
+        return next(one for one in self.systems if one.candidate.name == name)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The iterations that policies may decide from, in the order of the run."""
+
+    routing: CachedRouting
+    schedule: Sequence[int]
+    num_distinct: None = None
+
+    def step(self, iteration: int) -> RoutingStep:
+        return self.routing.step(self.schedule[iteration])
+
+
+def assess(
+    case: Case,
+    systems: Sequence[Candidate],
+    left_out: Sequence[tuple[str, str]] = (),
+    progress: Progress = lambda label, iteration: None,
+) -> Assessment:
+    """Let every policy decide on the first iterations, and price every system on the others.
+
+    Args:
+        case: what is asked.
+        systems: the flat AlltoAll first.
+        left_out: of systems that do not apply, to be told.
+        progress: called with a label and the number of an iteration that is done.
+    """
+    assert systems[0].name == BASELINE
+    schedule = iteration_schedule(case.iterations, case.routing.num_distinct)
+    split = first_measured(case.iterations, case.routing.num_distinct)
+    seen = CachedRouting(_Seen(case.routing, schedule[:split]))
+    held_out, identity = schedule[split:], Placement.identity(case.num_experts)
+    assessed: list[Assessed] = []
+    for candidate in systems:
+        fixed = counted = _count(case, candidate, identity, held_out)
+        updates = pd.DataFrame()
+        if candidate.moves:
+            run = simulate(_workload(case, candidate, seen, split), lambda i, label=candidate.label: progress(label, i))
+            steps = run[run["phase"] == "step"]
+            placements = _placements(case, steps)
+            counted = _count(case, candidate, placements[-1], held_out)
+            updates = _updates(case, candidate, steps, placements, held_out, (fixed, counted))
+        flat = assessed[0].held_out if assessed else counted
+        speedup = ratio_of_sums(flat.step_ms(case.cluster), counted.step_ms(case.cluster))
+        assessed.append(Assessed(candidate, counted, speedup, updates))
+        progress(candidate.label, split - 1)
+    return Assessment(case, tuple(assessed), _levels(case, held_out), split, len(held_out), tuple(left_out))
+
+
+def _workload(case: Case, candidate: Candidate, seen: CachedRouting, iterations: int) -> Workload:
+    return Workload(
+        system=candidate.system,
+        schemes=candidate.schemes,
+        new_policy=candidate.system.build_policy,
+        cluster=case.cluster,
+        routing=seen,
+        layer=case.layer,
+        num_experts=case.num_experts,
+        topk=case.topk,
+        row_bytes=case.row_bytes,
+        element_bytes=case.element_bytes,
+        expert_parameters=case.expert_parameters,
+        iterations=iterations,
+    )
+
+
+def _count(case: Case, candidate: Candidate, placement: Placement, iterations: Sequence[int]) -> HeldOut:
+    counts = [case.routing.counts(i, placement, case.cluster.hierarchy) for i in iterations]
+    return count_held_out(candidate.schemes, counts, case.cluster.hierarchy, case.row_bytes)
+
+
+def _placements(case: Case, steps: pd.DataFrame) -> list[Placement]:
+    """After 0, 1, 2, ... updates."""
+    moves = steps["moves"].dropna() if "moves" in steps else pd.Series(dtype=str)
+    return list(accumulate(moves[moves != ""], Placement.after, initial=Placement.identity(case.num_experts)))
+
+
+def _updates(
+    case: Case,
+    candidate: Candidate,
+    steps: pd.DataFrame,
+    placements: Sequence[Placement],
+    held_out: Sequence[int],
+    ends: tuple[HeldOut, HeldOut],
+) -> pd.DataFrame:
+    """What updates bring on held-out iterations, if the placement then stays as it is.
+
+    ``ends`` is what was counted after no update and after all.
+
+    Columns:
+        system, label: of the system.
+        updates: number of updates, 0 and rising.
+        step: training steps until the last of them; 0 for none.
+        moved_experts: in all of them, a move back and forth counted twice.
+        step_ms: AlltoAll time of a held-out step.
+        value, low, high: AlltoAll time with fixed experts under the same schemes over it, with its interval.
+        moved_ms: migration of all of them, full state at the link's rate.
+        break_even_steps: until the time saved makes up for it; infinite where nothing is saved.
+    """
+    acting = steps[steps["moves"].fillna("") != ""] if "moves" in steps else steps.iloc[:0]
+    last = len(placements) - 1
+    counted = {0: ends[0], last: ends[1]}
+    fixed_ms = counted[0].step_ms(case.cluster)
+    rows = []
+    for updates in sorted({*(2**n for n in range(20) if 2**n < last), 0, last}):
+        so_far = acting.iloc[:updates]
+        own = counted.get(updates) or _count(case, candidate, placements[updates], held_out)
+        own_ms = own.step_ms(case.cluster)
+        gain, moved_ms = ratio_of_sums(fixed_ms, own_ms), float(so_far["migration_link_ms"].sum())
+        rows.append(
+            {
+                "system": candidate.name,
+                "label": candidate.label,
+                "updates": updates,
+                "step": int(so_far["iteration"].iloc[-1]) + 1 if updates else 0,
+                "moved_experts": int(so_far["moved_experts"].sum()),
+                "step_ms": float(own_ms.mean()),
+                "value": gain.value,
+                "low": gain.low,
+                "high": gain.high,
+                "moved_ms": moved_ms,
+                "break_even_steps": break_even_steps(moved_ms, float((fixed_ms - own_ms).mean())),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def break_even_steps(moved_ms: float, saved_ms: float) -> float:
+    """Steps until what is saved in each makes up for a migration; infinite where nothing is saved."""
+    if moved_ms == 0:
+        return 0.0
+    return moved_ms / saved_ms if saved_ms > 0 else math.inf
+
+
+def _levels(case: Case, held_out: Sequence[int]) -> pd.DataFrame:
+    """What routing asks of every level with experts in their first places.
+
+    Columns:
+        level: 1 is outermost.
+        name: of a group.
+        groups: U[level].
+        pairs, distinct: token-expert pairs and distinct (token, group) pairs of a step, mean.
+        duplication: 1 - distinct / pairs.
+        independent: the same if every token drew K experts at random.
+        lowest, highest: the same for the worst and best routing that there can be.
+    """
+    hierarchy = case.cluster.hierarchy
+    counts = [case.routing.counts(i, Placement.identity(case.num_experts), hierarchy) for i in held_out]
+    pairs = float(np.mean([int(x.pairs_GE.sum()) for x in counts]))
+    rows = []
+    for level, (name, groups) in enumerate(zip(hierarchy.names, hierarchy.groups, strict=True), start=1):
+        distinct = float(np.mean([int(x.tokens[level - 1].sum()) for x in counts]))
+        size, topk = case.num_experts // groups, case.topk
+        missed = math.comb(case.num_experts - size, topk) / math.comb(case.num_experts, topk)
+        rows.append(
+            {
+                "level": level,
+                "name": name,
+                "groups": groups,
+                "pairs": pairs,
+                "distinct": distinct,
+                "duplication": 1 - distinct / pairs,
+                "independent": 1 - groups * (1 - missed) / topk,
+                "lowest": 1 - min(groups, topk) / topk,
+                "highest": 1 - math.ceil(topk / size) / topk,
+            }
+        )
+    return pd.DataFrame(rows)

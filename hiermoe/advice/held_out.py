@@ -1,0 +1,104 @@
+"""What systems move under a placement that is not touched any more, on iterations that no decision has seen."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hiermoe.planner.cost import ALLTOALLS_PER_STEP
+from hiermoe.planner.counts import RoutingCounts, separating_level
+from hiermoe.planner.scheme import DispatchScheme
+from hiermoe.planner.traffic import exact_traffic
+from hiermoe.topology.cluster import Cluster, Peers
+from hiermoe.topology.hierarchy import Hierarchy
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Bytes of every scheme that a system may choose, under one placement; any constants can price them.
+
+    Attributes:
+        schemes: candidates.
+        busiest_bytes: for each, int64 [iteration, stage]: at the busiest GPU.
+        crossing_bytes: for each, int64 [iteration, D]: that leave their group of the level, but not one further out;
+            of one AlltoAll, all GPUs together.
+    """
+
+    schemes: tuple[DispatchScheme, ...]
+    busiest_bytes: tuple[np.ndarray, ...]
+    crossing_bytes: tuple[np.ndarray, ...]
+
+    def stage_ms(self, cluster: Cluster, share_of_bytes: float = 1.0) -> list[np.ndarray]:
+        """Time of every stage of every scheme in the four AlltoAlls of a step: float64 [iteration, stage] each.
+
+        Args:
+            cluster: constants, of the hierarchy that was counted on.
+            share_of_bytes: price only so many of them, as if there were so many tokens.
+        """
+        found = []
+        for scheme, bytes_IS in zip(self.schemes, self.busiest_bytes, strict=True):
+            constants = [cluster.constants(stage.peers) for stage in scheme.stages]
+            alpha_S = np.array([x.alpha_ms for x in constants])
+            beta_S = np.array([x.beta_ms_per_byte for x in constants])
+            found.append(ALLTOALLS_PER_STEP * (alpha_S + share_of_bytes * bytes_IS * beta_S))
+        return found
+
+    def chosen(self, cluster: Cluster) -> np.ndarray:
+        """Position of the cheapest scheme in every iteration (Algorithm 1): int64 [iteration]."""
+        return np.stack([x.sum(1) for x in self.stage_ms(cluster)]).argmin(0)
+
+    def step_ms(self, cluster: Cluster, share_of_bytes: float = 1.0) -> np.ndarray:
+        """Time of the four AlltoAlls of a step under the cheapest scheme: float64 [iteration]."""
+        return np.stack([x.sum(1) for x in self.stage_ms(cluster, share_of_bytes)]).min(0)
+
+    def mean_stages(self, cluster: Cluster) -> dict[Peers, float]:
+        """Time that each kind of exchange takes in a step, mean over iterations, in the order of the stages."""
+        chosen_I, total = self.chosen(cluster), {}
+        for position, (scheme, ms_IS) in enumerate(zip(self.schemes, self.stage_ms(cluster), strict=True)):
+            for stage, ms in zip(scheme.stages, ms_IS[chosen_I == position].sum(0), strict=True):
+                total[stage.peers] = total.get(stage.peers, 0.0) + float(ms) / len(chosen_I)
+        return {peers: ms for peers, ms in total.items() if ms}
+
+    def dimensions(self, cluster: Cluster) -> dict[int, float]:
+        """Share of iterations in which each dimension is the cheapest (d*), by falling share."""
+        positions, counts = np.unique(self.chosen(cluster), return_counts=True)
+        shares = {self.schemes[p].dimension: n / counts.sum() for p, n in zip(positions, counts, strict=True)}
+        return dict(sorted(shares.items(), key=lambda one: -one[1]))
+
+    def crossing(self, cluster: Cluster) -> np.ndarray:
+        """Bytes across every level of one AlltoAll, under the cheapest scheme, mean over iterations: float64 [D]."""
+        chosen_I = self.chosen(cluster)
+        return np.stack(self.crossing_bytes)[chosen_I, np.arange(len(chosen_I))].mean(0)
+
+
+def count_held_out(
+    schemes: Sequence[DispatchScheme], steps: Sequence[RoutingCounts], hierarchy: Hierarchy, row_bytes: int
+) -> HeldOut:
+    """Exact bytes of some iterations.
+
+    Args:
+        schemes: candidates.
+        steps: counts of each iteration under the placement.
+        hierarchy: groups of GPUs.
+        row_bytes: M * v.
+    """
+    busiest, crossing = [], []
+    for scheme in schemes:
+        traffic = [exact_traffic(scheme, counts, hierarchy) for counts in steps]
+        busiest.append(torch.stack([x.busiest_rows() for x in traffic]).numpy() * row_bytes)
+        crossing.append(torch.stack([crossing_rows(x.rows_SGG, hierarchy) for x in traffic]).numpy() * row_bytes)
+    return HeldOut(tuple(schemes), tuple(busiest), tuple(crossing))
+
+
+def crossing_rows(rows_SGG: Tensor, hierarchy: Hierarchy) -> Tensor:
+    """Rows by the outermost level whose groups they leave, all stages together: int64 [D].
+
+    Args:
+        rows_SGG: int64 [stage, source, destination].
+        hierarchy: groups of GPUs.
+    """
+    level_GG = separating_level(hierarchy)  # D + 1 on the diagonal: these rows stay
+    total = torch.zeros(hierarchy.depth + 2, dtype=torch.int64)
+    return total.index_add_(0, level_GG.view(-1), rows_SGG.sum(0).view(-1))[1:-1]

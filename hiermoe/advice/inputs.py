@@ -1,0 +1,298 @@
+"""From what the user gives to a case: routing on the cluster's GPUs, and the sizes of the model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hiermoe.advice.config import AdviceConfig
+from hiermoe.advice.loads import IndependentLoads, read_loads
+from hiermoe.backends.workload import CachedRouting
+from hiermoe.megatron.model_config import ModelConfig
+from hiermoe.planner.system import build
+from hiermoe.records.project import CONF, PROJECT_ROOT
+from hiermoe.records.status import NotApplicable
+from hiermoe.routing.step import RoutingRequest, RoutingSource
+from hiermoe.routing.trace import RecordedRouting, RoutingTrace, TraceMetadata, recorded_path
+from hiermoe.topology.cluster import Cluster
+
+Kind = Literal["recorded", "loads", "synthetic"]
+
+TRACES = PROJECT_ROOT / "results" / "traces"
+DEFAULT_ELEMENT_BYTES = 2  # bf16
+# Tokens to walk through where the number of iterations is left open: some 20 s for all systems on one core.
+WALKED_TOKENS = 64 * 32 * 1024
+FEWEST_ITERATIONS, MOST_ITERATIONS = 16, 128
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question, ready to be computed.
+
+    Attributes:
+        name: of the output folder.
+        kind: where routing comes from.
+        routing_words: the same, as a phrase.
+        routing: the steps, laid out over the cluster's GPUs.
+        layer: model layer that they stand for; 0 where there is none.
+        cluster: hierarchy and constants.
+        model_words: whose sizes these are.
+        num_experts: E.
+        topk: K.
+        tokens_per_rank: T.
+        row_bytes: M * v.
+        element_bytes: v.
+        expert_parameters: of one expert.
+        iterations: to walk through.
+        share: of the AlltoAlls in the user's step; None where it is not known.
+        notes: what a reader must know about all this, in sentences.
+    """
+
+    name: str
+    kind: Kind
+    routing_words: str
+    routing: CachedRouting
+    layer: int
+    cluster: Cluster
+    model_words: str
+    num_experts: int
+    topk: int
+    tokens_per_rank: int
+    row_bytes: int
+    element_bytes: int
+    expert_parameters: int
+    iterations: int
+    share: float | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """Routing, and what it says of itself."""
+
+    kind: Kind
+    name: str
+    words: str
+    source: RoutingSource
+    layer: int
+    num_experts: int
+    topk: int
+    notes: tuple[str, ...]
+
+
+def resolve(config: AdviceConfig) -> tuple[Case, Path | None]:
+    """Everything that the assessment needs, and the file that routing came from, if any.
+
+    Raises:
+        ValueError: what is given does not fit together, in one line.
+        OSError: a file is missing.
+    """
+    cluster = config.cluster if config.ep_size is None else config.cluster.reduced(config.ep_size)
+    path: Path | None = None
+    if config.loads is not None:
+        path = Path(config.loads)
+        opened, model = _from_loads(config, path, cluster), config.model
+    elif config.routing is not None and "path" not in config.routing.source:
+        opened, model = _synthetic(config, cluster), config.model
+    else:
+        path, layer = _trace_file(config, cluster)
+        trace = RoutingTrace.load(path)
+        model = config.model or model_of(trace.metadata)
+        opened = _recorded(config, path, layer, trace, model, cluster)
+    hidden = config.hidden_size or (model and model.hidden_size)
+    ffn = config.moe_ffn_hidden_size or (model and model.moe_ffn_hidden_size)
+    if hidden is None or ffn is None:
+        raise ValueError(_sizes_missing(config, opened))
+    element_bytes = config.element_bytes or (model.element_bytes if model else DEFAULT_ELEMENT_BYTES)
+    tokens = cluster.hierarchy.num_ranks * config.tokens_per_rank
+    iterations = min(max(WALKED_TOKENS // tokens, FEWEST_ITERATIONS), MOST_ITERATIONS)
+    notes = [*opened.notes, *_cluster_notes(config, cluster)]
+    if model is not None and opened.kind != "recorded" and model.router.num_groups is not None and (
+        config.routing is None or config.routing.name != "group_limited"
+    ):  # fmt: skip
+        notes.append(
+            f"The router of {model.name} lets a token use {model.router.group_topk} of {model.router.num_groups} "
+            "groups "
+            "of experts, which lowers traffic; this routing ignores it."
+        )
+    case = Case(
+        name=f"{opened.name}-{cluster.name}".replace("@", "_"),
+        kind=opened.kind,
+        routing_words=opened.words,
+        routing=CachedRouting(opened.source),
+        layer=opened.layer,
+        cluster=cluster,
+        model_words=_model_words(config, model, hidden, ffn),
+        num_experts=opened.num_experts,
+        topk=opened.topk,
+        tokens_per_rank=config.tokens_per_rank,
+        row_bytes=hidden * element_bytes,
+        element_bytes=element_bytes,
+        expert_parameters=3 * hidden * ffn,
+        iterations=config.iterations or iterations,
+        share=config.share,
+        notes=tuple(notes),
+    )
+    return case, path
+
+
+def model_of(metadata: TraceMetadata) -> ModelConfig | None:
+    """The model whose routing a trace is, if conf/model/ has it; of a narrow sibling, the model that it stands for."""
+    for name in (metadata.model.removesuffix("_narrow"), metadata.model):
+        path = CONF / "model" / f"{name}.yaml"
+        if path.parent == CONF / "model" and path.is_file():
+            return ModelConfig.from_yaml(path)
+    return None
+
+
+def _trace_file(config: AdviceConfig, cluster: Cluster) -> tuple[Path, int]:
+    """The file of a trace, and the layer of it."""
+    if config.trace is None:
+        assert config.routing is not None
+        if config.model is None:
+            raise ValueError(f"model=... is missing: routing={config.routing.name} is that of a model")
+        request = _request(config, config.model.num_experts, config.model.topk, cluster)
+        return recorded_path(config.routing.source["path"], request), config.layer
+    shipped = TRACES / f"{config.trace}.trace"
+    if shipped.is_file():
+        return shipped, config.layer
+    if not Path(config.trace).is_file():
+        names = ", ".join(sorted(path.stem for path in TRACES.glob("*.trace")))
+        raise ValueError(f"trace={config.trace} is neither a file nor one of results/traces/: {names}")
+    return Path(config.trace), config.layer
+
+
+def _recorded(
+    config: AdviceConfig, path: Path, layer: int, trace: RoutingTrace, model: ModelConfig | None, cluster: Cluster
+) -> _Opened:
+    meta = trace.metadata
+    if config.num_experts not in (None, meta.num_experts):
+        raise ValueError(f"num_experts={config.num_experts}: the trace has num_experts={meta.num_experts}")
+    for key, mine, theirs in (
+        ("num_experts", meta.num_experts, model and model.num_experts),
+        ("topk", meta.topk, model and model.topk),
+    ):
+        if theirs not in (None, mine) and getattr(config, key) is None:
+            assert model is not None
+            raise ValueError(
+                f"the trace has {key}={mine}, model {model.name} has {theirs}: name the trace's model, or state "
+                f"{key}={mine} to use the sizes of {model.name} alone"
+            )
+    _check_divides(meta.num_experts, cluster)
+    ranks, tokens = trace.expert_ids.shape[2:4]
+    regrouped = trace.reshard(cluster.hierarchy.num_ranks, config.tokens_per_rank)
+    source = RecordedRouting(regrouped, layer, config.topk or meta.topk)
+    if source.num_distinct < 2:
+        raise ValueError(
+            f"trace of {meta.model} has one iteration of {cluster.hierarchy.num_ranks} x {config.tokens_per_rank} "
+            "tokens; "
+            "at least two are needed, one of them held out: take fewer tokens_per_rank, or a longer trace"
+        )
+    notes = []
+    if meta.model.endswith("_narrow"):
+        notes.append(
+            f"The trace is of a narrow sibling ({meta.model}): real routing, but not that of the model at its full "
+            "width."
+        )
+    if regrouped is not trace:
+        notes.append(
+            f"The trace's {ranks} ranks of {tokens} tokens are regrouped in their order to "
+            f"{cluster.hierarchy.num_ranks} of {config.tokens_per_rank}: {source.num_distinct} iterations."
+        )
+    if source.topk != meta.topk:
+        notes.append(f"K = {source.topk} cuts or extends the ranking of a router that was trained with {meta.topk}.")
+    if len(meta.layers) > 1:
+        notes.append(f"One of the trace's layers {meta.layers}: layer={layer} is number {meta.layers[layer]}.")
+    return _Opened(
+        kind="recorded",
+        name=path.stem,
+        words=f"recorded routing of {meta.model}, layer {meta.layers[layer]}",
+        source=source,
+        layer=meta.layers[layer],
+        num_experts=meta.num_experts,
+        topk=source.topk,
+        notes=tuple(notes),
+    )
+
+
+def _from_loads(config: AdviceConfig, path: Path, cluster: Cluster) -> _Opened:
+    load_E = read_loads(path)
+    topk = config.topk or (config.model and config.model.topk)
+    if topk is None:
+        raise ValueError("topk=... (or model=...) is missing: loads do not say how many experts a token has")
+    for stated in (config.num_experts, config.model.num_experts if config.model and not config.num_experts else None):
+        if stated not in (None, len(load_E)):
+            raise ValueError(
+                f"{path} has {len(load_E)} experts, not {stated}: state num_experts={len(load_E)} if meant"
+            )
+    source = IndependentLoads(_request(config, len(load_E), topk, cluster), load_E)
+    assert len(source.rates_E)  # impossible loads end here, before anything is computed
+    return _Opened("loads", path.stem, f"loads of {path.name}, experts independent", source, 0, len(load_E), topk, ())
+
+
+def _synthetic(config: AdviceConfig, cluster: Cluster) -> _Opened:
+    assert config.routing is not None
+    num_experts = config.num_experts or (config.model and config.model.num_experts)
+    topk = config.topk or (config.model and config.model.topk)
+    if num_experts is None or topk is None:
+        missing = "num_experts" if num_experts is None else "topk"
+        raise ValueError(f"{missing}=... (or model=...) is missing: routing={config.routing.name} does not say it")
+    request = _request(config, num_experts, topk, cluster)
+    try:
+        source = build(config.routing.source, request=request)
+    except NotApplicable as error:
+        raise ValueError(f"routing={config.routing.name}: {error}") from None
+    words = f"synthetic routing: {config.routing.name.replace('_', '-')}"
+    return _Opened("synthetic", config.routing.name, words, source, 0, request.num_experts, request.topk, ())
+
+
+def _request(config: AdviceConfig, num_experts: int, topk: int, cluster: Cluster) -> RoutingRequest:
+    _check_divides(num_experts, cluster)
+    router = config.model.router if config.model else None
+    return RoutingRequest(
+        trace=config.model.trace if config.model else "",
+        num_experts=num_experts,
+        topk=topk,
+        num_ranks=cluster.hierarchy.num_ranks,
+        tokens_per_rank=config.tokens_per_rank,
+        seed=config.seed,
+        num_groups=router and router.num_groups,
+        group_topk=router and router.group_topk,
+    )
+
+
+def _check_divides(num_experts: int, cluster: Cluster) -> None:
+    ranks = cluster.hierarchy.num_ranks
+    if num_experts % ranks:
+        raise ValueError(
+            f"num_experts={num_experts} is not divisible by ep_size={ranks}, the GPUs of {cluster.name}; a smaller "
+            "ep_size= takes a part of the cluster"
+        )
+
+
+def _sizes_missing(config: AdviceConfig, opened: _Opened) -> str:
+    names = ", ".join(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
+    why = (
+        f"{opened.words} names no model of conf/model/" if opened.kind == "recorded" else f"{opened.words} has no sizes"
+    )
+    return f"model=... is missing: {why}; choose from {names}, or state hidden_size=... and moe_ffn_hidden_size=..."
+
+
+def _model_words(config: AdviceConfig, model: ModelConfig | None, hidden: int, ffn: int) -> str:
+    stated = [
+        key for key in ("hidden_size", "moe_ffn_hidden_size", "element_bytes") if getattr(config, key) is not None
+    ]
+    base = f"sizes of {model.name}" if model else "sizes as stated"
+    if model and stated:
+        base += f", {' and '.join(stated)} as stated"
+    return f"{base}: M = {hidden}, expert FFN {ffn}"
+
+
+def _cluster_notes(config: AdviceConfig, cluster: Cluster) -> list[str]:
+    if cluster is config.cluster:
+        return []
+    return [
+        f"{cluster.hierarchy.num_ranks} of the {config.cluster.hierarchy.num_ranks} GPUs of {config.cluster.name} "
+        f"({' x '.join(map(str, cluster.hierarchy.groups))} groups); constants are those of the whole cluster, which "
+        "have "
+        "more of the traffic leave a group."
+    ]

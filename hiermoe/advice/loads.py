@@ -1,0 +1,100 @@
+"""Expert loads alone, as routing: every token draws its experts independently of what fires together.
+
+From loads nobody can know how often experts share a token. Drawing them independently is an assumption, and whatever
+rests on it is marked.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from hiermoe.routing.step import RoutingRequest, RoutingStep
+from hiermoe.routing.synthetic import Endless, full_step, generator, weighted_choices
+
+COLUMNS = ("expert", "load")
+
+
+def read_loads(path: Path) -> np.ndarray:
+    """Loads of all experts: float64 [E], in the unit of the file.
+
+    Args:
+        path: CSV with the columns expert (0 to E - 1, each once, in any order) and load (at least 0).
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: malformed; the message names the rule.
+    """
+    try:
+        table = pd.read_csv(path)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no CSV file of expert,load: {str(error).splitlines()[0]}") from None
+    if tuple(table.columns) != COLUMNS:
+        raise ValueError(f"{path} has the columns {','.join(map(str, table.columns))}; the rule is expert,load")
+    experts = pd.to_numeric(table["expert"], errors="coerce").to_numpy(float)
+    loads = pd.to_numeric(table["load"], errors="coerce").to_numpy(float)
+    if len(table) == 0 or not np.array_equal(np.sort(experts), np.arange(len(experts))):
+        raise ValueError(f"{path}: experts must be 0 to E - 1, each once; there are {len(experts)} rows")
+    bad = ~np.isfinite(loads) | (loads < 0)
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(f"{path}: load of expert {experts[row]:.0f} is {table['load'].iloc[row]}; the rule is >= 0")
+    if loads.sum() == 0:
+        raise ValueError(f"{path}: all loads are 0")
+    return loads[np.argsort(experts)]
+
+
+def inclusion_rates(load_E: np.ndarray, topk: int) -> np.ndarray:
+    """Rates of a race whose K first experts have, each, close to the given share of the choices.
+
+    An expert with share s of all choices is in a token's K with probability p = K s. In a race of exponential arrival
+    times with rates -log(1 - p), all experts that arrive before time 1 would be chosen with exactly these
+    probabilities, and K of them on average; taking the K first instead changes them little (Rosén 1997, order sampling
+    with fixed inclusion probabilities).
+
+    Args:
+        load_E: float64 [E], at least 0.
+        topk: K.
+
+    Raises:
+        ValueError: an expert would be in more than all tokens, or fewer than K experts have any load.
+    """
+    wanted = topk * load_E / load_E.sum()
+    if wanted.max() > 1 + 1e-9:
+        raise ValueError(
+            f"expert {int(wanted.argmax())} has {load_E.max() / load_E.sum():.1%} of the load; with topk={topk} "
+            "distinct "
+            f"experts a token no expert can have more than {1 / topk:.1%}"
+        )
+    if (wanted > 0).sum() < topk:
+        raise ValueError(f"{(wanted > 0).sum()} experts have any load; topk={topk} needs as many")
+    with np.errstate(divide="ignore"):  # an expert of every token arrives at once
+        return -np.log1p(-np.minimum(wanted, 1.0))
+
+
+@dataclass(frozen=True)
+class IndependentLoads(Endless):
+    """K distinct experts a token, each with its own probability, whatever the others are.
+
+    Attributes:
+        request: sizes and seed.
+        load_E: float64 [E], how often each expert is chosen, in any unit.
+    """
+
+    request: RoutingRequest
+    load_E: np.ndarray
+
+    @cached_property
+    def rates_E(self) -> Tensor:
+        """Rate of each expert's arrival: float32 [E]."""
+        return torch.from_numpy(inclusion_rates(self.load_E, self.request.topk)).float()
+
+    def step(self, iteration: int) -> RoutingStep:
+        """Routing of one iteration."""
+        r = self.request
+        rng = generator("independent_loads", r.seed, iteration)
+        return full_step(weighted_choices(rng, self.rates_E, r.num_ranks * r.tokens_per_rank, r.topk), r)

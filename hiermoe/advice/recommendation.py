@@ -1,0 +1,189 @@
+"""One of four answers, by a ladder of rules with named thresholds.
+
+1. The fastest system, migration spread over `HORIZON_STEPS`, saves less than `STAY_BELOW_GAIN`, or (where the user says
+   what share of the step AlltoAll takes) the step gains less than `STAY_BELOW_STEP_GAIN`: **stay** with the flat one.
+2. The gain is below what the model resolves (`RESOLUTION`), or its interval does not exclude 1: **unresolved**.
+3. Some system that leaves experts alone passes 1 and 2 and takes at most `PLACEMENT_PAYS_FROM` longer than the fastest:
+   **dispatch**. Of such systems within `TIE` of their fastest, the one with the fewest stages.
+4. Else: **placement**: of the systems within `TIE` of the fastest, the one that spends the least on moving experts.
+
+Systems that may drop tokens are never recommended.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from hiermoe.advice.assessment import FEWEST_FOR_INTERVALS, Assessed
+from hiermoe.analysis.end_to_end import step_speedup
+from hiermoe.analysis.statistics import Estimate, ratio_of_sums
+from hiermoe.harness.calibrate import CALIBRATED
+from hiermoe.topology.cluster import Cluster
+
+Outcome = Literal["stay", "unresolved", "dispatch", "placement"]
+Constants = Literal["calibrated", "published", "data sheet", "derived"]
+
+STAY_BELOW_GAIN = 0.05  # of AlltoAll time; less does not pay for another dispatcher in a training stack
+STAY_BELOW_STEP_GAIN = 0.01  # of the step, where AlltoAll's share of it is known
+# Least predicted gain that is told from none. Where prediction and measurement are both known (the report, "Measured":
+# constants of that very network, processes that shared two cores) measured speed-ups were pulled towards 1, gains to
+# about half: 15 % predicted would still be more than `STAY_BELOW_GAIN`. Constants of a cluster that is not the user's,
+# or that nobody measured, are less certain still; how much less is a judgement.
+RESOLUTION: dict[Constants, float] = {"calibrated": 0.15, "published": 0.25, "data sheet": 0.35, "derived": 0.35}
+PLACEMENT_PAYS_FROM = 0.05  # of AlltoAll time; moving experts touches optimizer state and checkpoints
+TIE = 0.02  # of AlltoAll time
+HORIZON_STEPS = 1000  # of training over which what was moved must pay
+
+
+@dataclass(frozen=True)
+class Option:
+    """A system as the rules see it.
+
+    Attributes:
+        name: of the system.
+        step_ms: AlltoAll time of every held-out step: float64 [iteration].
+        moved_ms: migration of all updates, once.
+        moves: whether it moves experts.
+        stages: the most that its AlltoAll has.
+        lossy: whether it may drop tokens.
+    """
+
+    name: str
+    step_ms: np.ndarray
+    moved_ms: float
+    moves: bool
+    stages: int
+    lossy: bool
+
+    @property
+    def mean_ms(self) -> float:
+        """Of a step, with its part of the migration."""
+        return float(self.step_ms.mean()) + self.moved_ms / HORIZON_STEPS
+
+    def speedup(self, flat: "Option") -> Estimate:
+        """Over the flat AlltoAll, migration included."""
+        return ratio_of_sums(flat.step_ms, self.step_ms + self.moved_ms / HORIZON_STEPS)
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The answer.
+
+    Attributes:
+        outcome: which rule ended the ladder.
+        chosen: name of the system; of the flat AlltoAll for ``stay``; of the fastest for ``unresolved``.
+        fastest: name of the fastest system that is not the flat AlltoAll.
+        speedup: of AlltoAll, of ``fastest`` for ``stay``, else of ``chosen``.
+        resolution: least gain that counts, by the constants.
+        why: the rule, with its numbers.
+    """
+
+    outcome: Outcome
+    chosen: str
+    fastest: str
+    speedup: Estimate
+    resolution: float
+    why: str
+
+
+def constants_of(cluster: Cluster) -> Constants:
+    """Where the least certain of a cluster's constants comes from."""
+    kinds: set[Constants] = set()
+    for peers in cluster.exchanges:
+        constants = cluster.constants(peers)
+        if constants.source.startswith(CALIBRATED):
+            kinds.add("calibrated")
+        elif "data sheet" in constants.source.lower():
+            kinds.add("data sheet")
+        else:
+            kinds.add("published" if constants.published else "derived")
+    return max(kinds, key=lambda kind: (RESOLUTION[kind], kind))
+
+
+def option(assessed: Assessed, cluster: Cluster, share_of_bytes: float = 1.0) -> Option:
+    """A system under some constants."""
+    candidate = assessed.candidate
+    return Option(
+        name=candidate.name,
+        step_ms=assessed.held_out.step_ms(cluster, share_of_bytes),
+        moved_ms=assessed.moved_ms,
+        moves=candidate.moves,
+        stages=max(scheme.dimension for scheme in candidate.schemes),
+        lossy=candidate.lossy,
+    )
+
+
+def recommend(options: Sequence[Option], constants: Constants, share: float | None) -> Recommendation:
+    """Climb the ladder.
+
+    Args:
+        options: the flat AlltoAll first.
+        constants: where alpha and beta come from.
+        share: of AlltoAll in the user's step; None where it is not known.
+
+    Raises:
+        ValueError: nothing to choose from.
+    """
+    flat, others = options[0], [one for one in options[1:] if not one.lossy]
+    if not others:
+        raise ValueError("there is no system to compare with the flat AlltoAll")
+    resolution = RESOLUTION[constants]
+    fastest = min(others, key=lambda one: (one.mean_ms, one.stages, one.name))
+    found = fastest.speedup(flat)
+    gain = 1 - 1 / found.value
+    if gain < STAY_BELOW_GAIN:
+        saves = f"saves {gain:.1%} of the AlltoAll time" if gain > 0 else "saves no AlltoAll time"
+        why = f"the fastest other system {saves}, and less than {STAY_BELOW_GAIN:.0%} does not pay"
+        return Recommendation("stay", flat.name, fastest.name, found, resolution, why)
+    if share is not None and (step := float(step_speedup(share, 1 / found.value))) < 1 + STAY_BELOW_STEP_GAIN:
+        why = (
+            f"with AlltoAll at {share:.1%} of the step even the fastest system makes it {step:.3f} times faster, and "
+            "less "
+            f"than {1 + STAY_BELOW_STEP_GAIN:.2f} does not pay"
+        )
+        return Recommendation("stay", flat.name, fastest.name, found, resolution, why)
+    if not _resolved(found, resolution):
+        return Recommendation("unresolved", fastest.name, fastest.name, found, resolution, _why_not(found, resolution))
+    still = [one for one in others if not one.moves]
+    best_still_ms = min((one.mean_ms for one in still), default=math.inf)
+    if best_still_ms <= fastest.mean_ms * (1 + PLACEMENT_PAYS_FROM):
+        simplest = min(
+            (one for one in still if one.mean_ms <= best_still_ms * (1 + TIE)),
+            key=lambda one: (one.stages, one.mean_ms, one.name),
+        )
+        speedup = simplest.speedup(flat)
+        if _resolved(speedup, resolution):
+            why = (
+                f"of the systems that leave experts alone it has the fewest stages within {TIE:.0%} of the fastest; "
+                f"moving experts would save {max(1 - fastest.mean_ms / best_still_ms, 0):.1%} more, and less than "
+                f"{PLACEMENT_PAYS_FROM:.0%} does not pay"
+            )
+            return Recommendation("dispatch", simplest.name, fastest.name, speedup, resolution, why)
+    tied = [
+        one for one in others if one.mean_ms <= fastest.mean_ms * (1 + TIE) and _resolved(one.speedup(flat), resolution)
+    ]
+    chosen = min(tied, key=lambda one: (one.moved_ms, one.mean_ms, one.name))
+    why = f"of the systems within {TIE:.0%} of the fastest it spends the least on moving experts"
+    if math.isfinite(best_still_ms) and chosen.moves:
+        why += (
+            f"; it saves {1 - chosen.mean_ms / best_still_ms:.1%} of the time of the best system that leaves them "
+            "alone, "
+            f"migration spread over {HORIZON_STEPS} steps included"
+        )
+    outcome = "placement" if chosen.moves else "dispatch"
+    return Recommendation(outcome, chosen.name, fastest.name, chosen.speedup(flat), resolution, why)
+
+
+def _resolved(speedup: Estimate, resolution: float) -> bool:
+    enough = speedup.n >= FEWEST_FOR_INTERVALS
+    return speedup.value >= 1 + resolution and (speedup.low > 1 or not enough)
+
+
+def _why_not(speedup: Estimate, resolution: float) -> str:
+    if speedup.value < 1 + resolution:
+        least = f"{1 + resolution:.2f} that the model tells from none"
+        return f"a predicted speed-up of {speedup.value:.2f} is below the {least}"
+    return f"the interval of the predicted speed-up, {speedup.low:.2f} to {speedup.high:.2f}, does not exclude 1"

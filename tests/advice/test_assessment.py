@@ -1,0 +1,165 @@
+"""Numbers against slow, obvious references and against the simulation of whole runs."""
+
+from dataclasses import replace
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+import torch
+
+from hiermoe.advice.assessment import Assessment, assess, break_even_steps
+from hiermoe.advice.held_out import crossing_rows
+from hiermoe.advice.inputs import Case
+from hiermoe.advice.recommendation import STAY_BELOW_GAIN, option, recommend
+from hiermoe.advice.sensitivity import assumptions, sensitivity, tokens_needed
+from hiermoe.advice.systems import BASELINE, candidates
+from hiermoe.backends.simulated import simulate
+from hiermoe.backends.workload import Workload
+from hiermoe.planner.cost import ALLTOALLS_PER_STEP, choose_scheme
+from hiermoe.planner.migration import STATE_BYTES_PER_PARAMETER, price_migration
+from hiermoe.topology.hierarchy import Hierarchy
+from hiermoe.topology.placement import Placement
+from tests.advice.conftest import ITERATIONS
+
+
+def whole_run(case: Case, assessment: Assessment, name: str):
+    candidate = assessment.named(name).candidate
+    system = candidate.system
+    workload = Workload(
+        system, candidate.schemes, system.build_policy, case.cluster, case.routing, case.layer, case.num_experts,
+        case.topk, case.row_bytes, case.element_bytes, case.expert_parameters, case.iterations,
+    )  # fmt: skip
+    run = simulate(workload)
+    return run[run["phase"] == "step"]
+
+
+@pytest.mark.parametrize("name", ["megatron", "hd1", "hd2", "hd_moe", "tutel_2dh_padded_cf1"])
+def test_fixed_experts_take_what_the_simulated_run_takes(name: str, case: Case, assessment: Assessment) -> None:
+    own = assessment.named(name)
+    steps = whole_run(case, assessment, name).query("measured")
+    np.testing.assert_allclose(own.held_out.step_ms(case.cluster), steps["predicted_ms"], rtol=1e-12)
+    assert own.held_out.dimensions(case.cluster) == pytest.approx(
+        steps["dimension"].value_counts(normalize=True).to_dict()
+    )
+    assert sum(own.held_out.mean_stages(case.cluster).values()) == pytest.approx(steps["predicted_ms"].mean())
+
+
+@pytest.mark.parametrize("name", ["hiermoe", "smartmoe_f1"])
+def test_policy_decides_as_in_the_simulated_run_and_then_stays(name: str, case: Case, assessment: Assessment) -> None:
+    own, steps = assessment.named(name), whole_run(case, assessment, name)
+    before = steps[~steps["measured"]]
+    assert assessment.num_seen == len(before) and assessment.num_held_out == ITERATIONS // 2
+    old = placement = Placement.identity(case.num_experts)
+    moved_ms = 0.0
+    for moves in before["moves"].fillna(""):
+        old, placement = placement, placement.after(moves)
+        moved_ms += price_migration(
+            old, placement, case.cluster, STATE_BYTES_PER_PARAMETER * case.expert_parameters
+        ).link_ms
+    assert not placement.is_identity
+    schemes, last = own.candidate.schemes, own.updates.iloc[-1]
+    expected = [
+        ALLTOALLS_PER_STEP
+        * choose_scheme(
+            schemes, case.routing.counts(i, placement, case.cluster.hierarchy), case.cluster, case.row_bytes
+        ).alltoall_ms
+        for i in range(ITERATIONS // 2, ITERATIONS)
+    ]
+    np.testing.assert_allclose(own.held_out.step_ms(case.cluster), expected, rtol=1e-12)
+    assert last["step_ms"] == pytest.approx(np.mean(expected))
+    assert last["moved_ms"] == own.moved_ms == pytest.approx(moved_ms)
+    assert last["updates"] == (before["moved_experts"] > 0).sum()
+
+
+def test_updates_start_from_fixed_experts_and_say_when_they_have_paid(assessment: Assessment) -> None:
+    rows = assessment.named("hiermoe").updates
+    fixed = assessment.named("hd_moe").held_out.step_ms(assessment.case.cluster).mean()
+    assert rows["updates"].is_monotonic_increasing and rows["updates"].iloc[0] == 0
+    assert rows["step_ms"].iloc[0] == pytest.approx(fixed)
+    np.testing.assert_allclose(rows["value"], fixed / rows["step_ms"])
+    last = rows.iloc[-1]
+    assert last["value"] > 1
+    assert last["break_even_steps"] == pytest.approx(last["moved_ms"] / (fixed - last["step_ms"]))
+    assert 0 < last["step"] <= 16 and rows["step"].iloc[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("moved", "saved", "steps"), [(10.0, 2.0, 5.0), (10.0, 0.0, np.inf), (10, -1, np.inf), (0, 0, 0)]
+)
+def test_break_even(moved: float, saved: float, steps: float) -> None:
+    assert break_even_steps(moved, saved) == steps
+
+
+def test_crossing_rows_are_counted_at_the_outermost_level_that_they_leave() -> None:
+    hierarchy = Hierarchy((2, 4, 12))
+    rows_SGG = torch.from_numpy(np.random.default_rng(0).integers(0, 9, (3, 12, 12)))
+    expected = [0, 0, 0]
+    for stage, source, target in product(range(3), range(12), range(12)):
+        for level in (1, 2, 3):
+            if source // hierarchy.lanes(level) != target // hierarchy.lanes(level):
+                expected[level - 1] += int(rows_SGG[stage, source, target])
+                break
+    assert crossing_rows(rows_SGG, hierarchy).tolist() == expected
+
+
+def test_duplication_beside_what_chance_and_any_routing_would_give(assessment: Assessment) -> None:
+    for _, level in assessment.levels.iterrows():
+        assert level["lowest"] - 1e-12 <= level["independent"] <= level["highest"] + 1e-12
+        assert level["lowest"] <= level["duplication"] <= level["highest"]
+    outer = assessment.levels.iloc[0]
+    sets = list(combinations(range(32), 4))  # E, K of the trace; two halves of 16
+    distinct = np.mean([len({expert // 16 for expert in one}) for one in sets])
+    assert outer["independent"] == pytest.approx(1 - distinct / 4)
+    assert (outer["lowest"], outer["highest"]) == (0.5, 0.75)
+
+
+def test_systems_that_no_count_tells_apart_stand_together(case: Case) -> None:
+    found, left_out = candidates(case.cluster.hierarchy)
+    labels = {one.name: one.labels for one in found}
+    assert found[0].name == BASELINE and labels["megatron"] == ("Megatron-LM", "H1")
+    assert set(labels["hd2"]) == {"HD2", "HD2-MoE", "Megatron-LM (flex)"}
+    assert "megatron_reordered" not in labels
+    assert {label for label, _ in left_out} == {"H4", "HD4"}
+    assert {one.name for one in found if one.moves} >= {"hiermoe", "smartmoe", "hd2_moe_smart"}
+    assert [one.name for one in found if one.lossy] == ["tutel_2dh_padded_cf1"]
+
+
+def test_other_assumptions_price_what_a_new_assessment_would(case: Case, assessment: Assessment) -> None:
+    base = recommend([option(x, case.cluster) for x in assessment.systems], "published", None)
+    base = replace(base, outcome="dispatch", chosen="hd2")
+    table = sensitivity(assessment, base).set_index("assumption")
+    for one in assumptions(case.cluster, case.tokens_per_rank):
+        if one.share_of_bytes != 1:
+            continue
+        systems, _ = candidates(case.cluster.hierarchy, ["hd2"])
+        anew = assess(replace(case, cluster=one.cluster), systems)
+        assert table.loc[one.words, "value"] == pytest.approx(anew.named("hd2").speedup.value)
+    assert table["value"].nunique() == len(table)
+
+
+def test_assumptions_change_what_they_say(case: Case) -> None:
+    given, slow, fast, inside, start, flat, fewer = assumptions(case.cluster, 64)
+    world, inter1, intra1, inter2, intra2 = case.cluster.exchanges
+
+    def ratio(one, peers, field="beta_ms_per_byte") -> float:
+        return getattr(one.cluster.constants(peers), field) / getattr(given.cluster.constants(peers), field)
+
+    assert [ratio(slow, p) for p in (world, inter1, intra1, inter2, intra2)] == pytest.approx([2, 2, 1, 1, 1])
+    assert [ratio(fast, p) for p in (world, inter1, intra1)] == pytest.approx([0.5, 0.5, 1])
+    assert [ratio(inside, p) for p in (world, inter1, intra1, inter2, intra2)] == pytest.approx([1, 1, 2, 2, 2])
+    assert [ratio(start, p, "alpha_ms") for p in (world, inter1, intra2)] == pytest.approx([2, 2, 2])
+    assert [ratio(flat, p) for p in (world, inter1)] == pytest.approx([0.8, 1])
+    assert fewer.share_of_bytes == 1 / 8 and fewer.words == "8 tokens a GPU, not 64"
+
+
+def test_tokens_needed_is_the_first_power_of_two_that_pays(assessment: Assessment) -> None:
+    case = assessment.case
+
+    def gain(tokens: int) -> float:
+        part = tokens / case.tokens_per_rank
+        ours, flat = (assessment.named(x).held_out.step_ms(case.cluster, part).sum() for x in ("hd2", "megatron"))
+        return 1 - ours / flat
+
+    paying = [tokens for tokens in (16, 32, 64) if gain(tokens) >= STAY_BELOW_GAIN]
+    assert tokens_needed(assessment, "hd2") == (paying[0] if paying else None)
+    assert tokens_needed(assessment, "megatron") is None
