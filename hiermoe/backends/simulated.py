@@ -1,9 +1,11 @@
 """No network: walk through the routing as training would, count the exact traffic of every step, and price it."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pandas as pd
+from torch import Tensor
 
 from hiermoe.backends.workload import Workload
 from hiermoe.planner.bounds import fixed_placement_rows
@@ -11,9 +13,9 @@ from hiermoe.planner.cost import ALLTOALLS_PER_STEP, Price, choose_scheme
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.links import link_ms
 from hiermoe.planner.migration import STATE_BYTES_PER_PARAMETER, price_migration
-from hiermoe.planner.policy import PlacementUpdate, StepContext
+from hiermoe.planner.policy import PlacementPolicy, PlacementUpdate, StaticPolicy, StepContext
 from hiermoe.planner.realised import realised_gains
-from hiermoe.planner.scheme import Stage
+from hiermoe.planner.scheme import DispatchScheme, Stage
 from hiermoe.routing.step import first_measured, iteration_schedule
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
@@ -26,6 +28,9 @@ def simulate(workload: Workload, progress: Callable[[int], None] = lambda iterat
 
     Each iteration: choose the scheme on the step's own routing (Algorithm 1), price its four AlltoAlls, let the
     placement policy measure and decide; what it decides acts from the next iteration on.
+
+    Where there are several expert-parallel groups, each chooses for itself, and rows tell of the one that takes
+    longest: the step waits for it. They share one placement, decided from the tokens of all.
 
     Args:
         workload: what to run.
@@ -43,12 +48,10 @@ def simulate(workload: Workload, progress: Callable[[int], None] = lambda iterat
     schedule = iteration_schedule(workload.iterations, routing.num_distinct)
     for iteration, routing_iteration in enumerate(schedule):
         placements.append(placement)
-        counts = routing.counts(routing_iteration, placement, cluster.hierarchy)
-        chosen = choose_scheme(workload.schemes, counts, cluster, workload.row_bytes)
-        context = StepContext(iteration, cluster, chosen.scheme, workload.row_bytes, workload.expert_parameters)
-        step = routing.step(routing_iteration)
-        measurement = policy.measure(step.expert_ids_NK, placement, cluster.hierarchy, iteration)
-        update = policy.decide(measurement, placement, context)
+        slowest, chosen, most_used = _priced(workload, routing_iteration, placement)
+        counts = routing.counts(routing_iteration, placement, cluster.hierarchy, slowest)
+        context = _context(workload, iteration, most_used)
+        update = policy.decide(_measured(policy, workload, iteration, routing_iteration, placement), placement, context)
         keys = {
             "iteration": iteration,
             "routing_iteration": routing_iteration,
@@ -59,12 +62,15 @@ def simulate(workload: Workload, progress: Callable[[int], None] = lambda iterat
         rows += [keys | row for row in _routing_rows(counts, workload)]
         rows.append(keys | _step_row(chosen, counts) | _update_columns(update, placement, workload))
         if update is not None:
-            if update.modelled_gain_ms is not None and _exchanges_several(placement, update.placement):
+            several = _exchanges_several(placement, update.placement)
+            if update.modelled_gain_ms is not None and several and routing.replicas == 1:
                 after = routing.counts(routing_iteration, update.placement, cluster.hierarchy)
                 saved_ms = _q_ms(counts, context) - _q_ms(after, context)
                 rows[-1]["recounted_gain_ms"] = ALLTOALLS_PER_STEP * saved_ms
             placement = update.placement
         progress(iteration)
+    if routing.replicas > 1:
+        return pd.DataFrame(rows)  # what an update saved is not recounted group by group
     gains = realised_gains(
         placements,
         lambda iteration, placement: routing.counts(schedule[iteration], placement, cluster.hierarchy),
@@ -76,6 +82,42 @@ def simulate(workload: Workload, progress: Callable[[int], None] = lambda iterat
         if row["phase"] == "step" and row["iteration"] in gains:
             row["realised_gain_ms"] = gains[row["iteration"]]
     return pd.DataFrame(rows)
+
+
+def _priced(workload: Workload, routing_iteration: int, placement: Placement) -> tuple[int, Price, DispatchScheme]:
+    """The group that takes longest, the first on ties, its price, and the scheme that most groups chose."""
+    routing, cluster = workload.routing, workload.cluster
+    slowest, longest, votes = 0, None, Counter[DispatchScheme]()
+    for replica in range(routing.replicas):
+        counts = routing.counts(routing_iteration, placement, cluster.hierarchy, replica)
+        chosen = choose_scheme(workload.schemes, counts, cluster, workload.row_bytes)
+        votes[chosen.scheme] += 1
+        if longest is None or chosen.alltoall_ms > longest.alltoall_ms:
+            slowest, longest = replica, chosen
+    assert longest is not None
+    return slowest, longest, max(workload.schemes, key=lambda scheme: votes[scheme])
+
+
+def _context(workload: Workload, iteration: int, scheme: DispatchScheme) -> StepContext:
+    """What the policy decides with. Its counts are sums over the groups: Q prices a row at its share of one."""
+    row_bytes = max(workload.row_bytes // workload.routing.replicas, 1)
+    return StepContext(iteration, workload.cluster, scheme, row_bytes, workload.expert_parameters)
+
+
+def _measured(
+    policy: PlacementPolicy, workload: Workload, iteration: int, routing_iteration: int, placement: Placement
+) -> Tensor | None:
+    """What the policy measures, summed over the groups; experts that stay need no tokens."""
+    if isinstance(policy, StaticPolicy):
+        return None
+    summed = None
+    for replica in range(workload.routing.replicas):
+        ids_NK = workload.routing.step(routing_iteration, replica).expert_ids_NK
+        measured = policy.measure(ids_NK, placement, workload.cluster.hierarchy, iteration)
+        if measured is None:
+            return None
+        summed = measured if summed is None else summed + measured
+    return summed
 
 
 def _dispatch_rows(chosen: Price, counts: RoutingCounts, workload: Workload) -> Iterator[Row]:
