@@ -17,7 +17,8 @@ from hiermoe.topology.placement import Placement
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
-KEPT_BYTES = 2**29  # of steps, and as much again of counts
+KEPT_STEP_BYTES = 2**28
+KEPT_COUNT_BYTES = 2**30  # all iterations of 16 groups of 256 GPUs
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,12 @@ class CachedRouting:
         self.replicas = replicas
         self.num_distinct = None if source.num_distinct is None else source.num_distinct // replicas
         self._source = source
-        self._steps = Kept[int, RoutingStep](lambda step: step.expert_ids_NK.nbytes + step.source_N.nbytes)
+        self._steps = Kept[int, RoutingStep](
+            lambda step: step.expert_ids_NK.nbytes + step.source_N.nbytes, KEPT_STEP_BYTES
+        )
         self._counts = Kept[tuple[int, bytes, Hierarchy], RoutingCounts](
-            lambda counts: sum(x.nbytes for x in (*counts.tokens, counts.pairs_GE, counts.tokens_G))
+            lambda counts: sum(x.nbytes for x in (*counts.tokens, counts.pairs_GE, counts.tokens_G)),
+            KEPT_COUNT_BYTES,
         )
 
     def step(self, iteration: int, replica: int = 0) -> RoutingStep:
@@ -88,7 +92,7 @@ class CachedRouting:
 class Kept(Generic[K, V]):
     """The values that were asked for last, within a budget of bytes; always at least the last one."""
 
-    def __init__(self, size: Callable[[V], int], budget_bytes: int = KEPT_BYTES) -> None:
+    def __init__(self, size: Callable[[V], int], budget_bytes: int) -> None:
         """Start empty; ``size`` gives the bytes of a value."""
         self._size, self._left = size, budget_bytes
         self._values: OrderedDict[K, V] = OrderedDict()

@@ -39,7 +39,7 @@ class RoutingConfig(_Strict):
 class BackendConfig(_Strict):
     """Where the run happens: one file in conf/backend/."""
 
-    name: Literal["simulated", "synthetic_timings", "local", "emulated", "torchrun"]
+    name: Literal["simulated", "synthetic_timings", "planning", "local", "emulated", "torchrun"]
     timeout_s: float | None = Field(default=None, gt=0)  # of a collective, where there are ranks
     device: Literal["cpu", "cuda"] = "cpu"  # of the tensors that ranks exchange: over gloo, or over NCCL
 
@@ -65,6 +65,8 @@ class BackendConfig(_Strict):
     @property
     def source(self) -> str:
         """What a record says of its numbers."""
+        if self.name == "planning":
+            return "local"
         if not self.starts_ranks:
             return "simulated"
         return self.name if self.on_this_host else "cluster"
@@ -161,7 +163,8 @@ class RunConfig(_Strict):
         """The name of the run, by its content."""
         path = self.routing.source.get("path")
         inputs = () if path is None else (recorded_path(path, self.request),)
-        return run_id(self.content, inputs, measured=self.backend.starts_ranks, on_this_host=self.backend.on_this_host)
+        backend = self.backend
+        return run_id(self.content, inputs, measured=backend.source != "simulated", on_this_host=backend.on_this_host)
 
     def workload(self) -> Workload:
         """Everything that a backend needs.
