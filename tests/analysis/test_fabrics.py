@@ -8,10 +8,12 @@ import pandas as pd
 import pytest
 
 from hiermoe.analysis.figures import heat_map, planner_cost, scaling
+from hiermoe.analysis.figures.fabrics import alpha_share
 from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.report import write_report
 from hiermoe.harness.sweep import Cell, expand, large_so_far
 from hiermoe.records.store import RunStore
+from hiermoe.topology.cluster import Peers
 from hiermoe.topology.data_sheet import CAVEAT
 from tests.analysis.conftest import not_run, records_of, write
 
@@ -96,6 +98,28 @@ def test_heat_map_takes_the_fastest_system_of_each_cell(beyond: dict[str, list[C
     assert CAVEAT in words.caption and "Mixtral-8x22B 8" in words.caption
 
 
+@pytest.mark.parametrize(("lead", "named"), [(1.005, "hd_moe"), (1.02, "hiermoe")])
+def test_heat_map_names_the_simpler_system_unless_another_is_faster(
+    lead: float, named: str, beyond: dict[str, list[Cell]], small_store: RunStore
+) -> None:
+    some = [c for c in beyond["heat_map"] if c.config.routing.name == "uniform" and "mixtral" in c.config.model.name]
+    fill(small_store, some, lambda c: 46 / 40 / lead if c.system.name == "hiermoe" else 1.0)
+    table = heat_map.FIGURE.table(load(beyond, small_store), [])
+    assert table["system"].tolist() == [named] * 2
+    assert (table["value"] / table["fixed"]).tolist() == pytest.approx([lead if named == "hiermoe" else 1.0] * 2)
+
+
+def test_alpha_share_is_of_the_stages_that_were_used(beyond: dict[str, list[Cell]], small_store: RunStore) -> None:
+    fill(small_store, beyond["scaling"])
+    results = load(beyond, small_store)
+    (run,) = results.find("scaling", system="hd_moe", cluster="h100_ib400@64")
+    stages = results.rows(run, "dispatch")
+    cluster = run.config.cluster
+    alpha_ms = sum(cluster.constants(Peers(kind, 1)).alpha_ms for kind in ("inter", "intra"))
+    time_ms = stages.groupby("iteration")["predicted_ms"].sum()
+    assert alpha_share(run, results) == pytest.approx(alpha_ms * len(time_ms) / time_ms.sum())
+
+
 def test_planner_cost_takes_the_least_time_of_the_counted_repeats(
     beyond: dict[str, list[Cell]], small_store: RunStore
 ) -> None:
@@ -115,7 +139,8 @@ def test_planner_cost_takes_the_least_time_of_the_counted_repeats(
     assert set(table["source"]) == {"local"} and set(table["n"]) == {4}
     assert (table["measure_ms"] == table["tokens_per_rank"] / 1e3).all()
     assert (table["decide_ms"] == table["num_experts"] ** 2 / 1e4).all()
-    assert len(table) == table[["num_experts", "tokens_per_rank", "num_ranks"]].drop_duplicates().shape[0]
+    assert set(zip(table["num_experts"], table["num_ranks"], strict=True)) == {(64, 8), (64, 64), (256, 8), (256, 64)}
+    planner_cost.FIGURE.draw(table, "a title")
     words = planner_cost.FIGURE.words(table)
     assert "with tokens (T^1.0)" in words.text[0] and "pairs of experts (E^2.0)" in words.text[0]
     assert "on this machine" in words.title

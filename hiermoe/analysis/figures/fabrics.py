@@ -54,10 +54,18 @@ def worlds(results: Results, sweep: str) -> Iterator[dict[str, Any]]:
             ep_size=run.num_ranks,
             replicas=config.replicas,
             step_ms=steps["predicted_ms"].mean(),
+            alpha_share=alpha_share(run, results),
             dimension=int(used.index[0]),
             dimension_share=used.iloc[0],
             stages=stages_of(run, int(used.index[0])),
         )
+
+
+def alpha_share(run: Run, results: Results) -> float:
+    """The part of the time that does not depend on bytes: of constants from data sheets, the less certain one."""
+    stages, cluster = results.rows(run, "dispatch"), run.config.cluster
+    alpha_ms = {str(peers): cluster.constants(peers).alpha_ms for peers in cluster.exchanges}
+    return stages["stage"].str.partition(":")[2].map(alpha_ms).sum() / stages["predicted_ms"].sum()
 
 
 def stages_of(run: Run, dimension: int) -> str:

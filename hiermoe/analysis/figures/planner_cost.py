@@ -13,13 +13,18 @@ from hiermoe.analysis.figures.spec import FigureSpec, Words
 from hiermoe.analysis.figures.words import span
 from hiermoe.analysis.frames import Results
 
-SHADES = ("#F5A873", "#D55E00", "#7A3300")  # few GPUs to many
+SHADES = ("#F5A873", "#D55E00", "#7A3300", "#3D1900")  # few GPUs to many
 
 
 def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
-    """One row per E, T and G: least time of each part over the repeats, which other processes disturb least."""
+    """One row per E, T and G: least time of each part over the repeats, which other processes disturb least.
+
+    Worlds larger than E are left out: their expert-parallel groups are those of a smaller one.
+    """
     rows = []
     for run in results.find("planner_cost", status="ok"):
+        if run.num_ranks != run.config.world_size:
+            continue
         parts = results.rows(run, "planning").groupby("stage")
         least_ms = parts["planning_ms"].min()
         rows.append(
@@ -36,15 +41,14 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
                 "n": len(parts.get_group("measure")),
             }
         )
-    found = pd.DataFrame(rows)
-    return found if found.empty else found.drop_duplicates(["num_experts", "tokens_per_rank", "num_ranks"])
+    return pd.DataFrame(rows)
 
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
     """Against E: counting a rank's tokens, deciding, and the sum's size."""
     figure, panels = style.grid(title, 1, 3, (12, 5.2))
     sizes = sorted(table["num_ranks"].unique())
-    tones = dict(zip(sizes, SHADES[-len(sizes) :] if len(sizes) < 3 else SHADES, strict=False))
+    tones = dict(zip(sizes, SHADES, strict=False))
     tokens = sorted(table["tokens_per_rank"].unique())
     columns = (("measure_ms", 1.0, tokens), ("decide_ms", 1.0, tokens[:1]), ("summed_bytes", 1e6, tokens[:1]))
     for panel, (column, unit, shown) in zip(panels, columns, strict=True):
@@ -52,8 +56,8 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
             for many, amount in enumerate(shown):
                 line = table[(table["num_ranks"] == ranks) & (table["tokens_per_rank"] == amount)]
                 line = line.sort_values("num_experts")
-                look = {"color": tones[ranks], "marker": "o", "linestyle": "--" if many else "-"}
-                panel.plot(line["num_experts"], line[column] / unit, **look)
+                dashes, tone = "--" if many else "-", tones[ranks]
+                panel.plot(line["num_experts"], line[column] / unit, color=tone, marker="o", linestyle=dashes)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         ticks = sorted(table["num_experts"].unique())

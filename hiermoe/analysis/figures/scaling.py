@@ -112,6 +112,7 @@ def words(table: pd.DataFrame) -> Words:
     text = []
     for fabric, rows in table.groupby("fabric", sort=False):
         text.append(_of_fabric(FABRICS[str(fabric)], rows))
+    text.append(_on_alpha(table))
     largest = table["world_size"].max()
     if (table["replicas"] > 1).any():
         text.append(_with_replicas(table))
@@ -141,7 +142,7 @@ def _of_fabric(name: str, rows: pd.DataFrame) -> str:
     """One fabric, in two sentences."""
     dedup = rows[rows["system"] == "hd_moe"].sort_values("world_size")
     swaps = rows[rows["system"] == "hiermoe"].set_index("world_size")["value"]
-    best = dedup.loc[dedup["value"].idxmax()]
+    best = dedup.sort_values("value").iloc[-1]
     paying = dedup[dedup["value"] >= 1.1]["world_size"]
     begins = f"first exceeds 1.1× at {paying.min():.0f} GPUs" if len(paying) else "nowhere reaches 1.1×"
     added = swaps / dedup.set_index("world_size")["value"]
@@ -151,14 +152,27 @@ def _of_fabric(name: str, rows: pd.DataFrame) -> str:
         if len(split)
         else "d* is 1 throughout: the flat exchange, deduplicated"
     )
-    slower = [
-        f"{SYSTEMS[str(system)]} {span(part['value'])}×"
-        for system, part in rows[rows["system"].isin(["tutel_2dh", "hd2_moe"])].groupby("system", sort=False)
+    fixed = [
+        f"{SYSTEMS[system]} {span(rows.loc[rows['system'] == system, 'value'])}×"
+        for system in ("tutel_2dh", "hd2_moe")
+        if (rows["system"] == system).any()
     ]
     return (
         f"{name}: deduplication (HD-MoE) {begins} and is worth most at {best['world_size']:.0f} GPUs, "
         f"{best['value']:.2f}×; {where}. Swaps change that by {span((added - 1) * 100, 0)} %. "
-        f"Fixed dimensions: {', '.join(slower)}."
+        f"Fixed at two dimensions: {', '.join(fixed)}."
+    )
+
+
+def _on_alpha(table: pd.DataFrame) -> str:
+    """How much of the times hangs on the assumption behind alpha."""
+    size = table["ep_size"].max()
+    largest = table[table["ep_size"] == size]
+    flat, dedup = (largest.loc[largest["system"] == x, "alpha_share"] * 100 for x in ("megatron", "hd_moe"))
+    return (
+        "Start-up (α), which rests on an assumption where β rests on a data sheet, makes "
+        f"{span(flat, 0)} % of the flat AlltoAll's time in groups of {size:.0f}, and {span(dedup, 0)} % of HD-MoE's: a "
+        "flat exchange among many GPUs posts many small messages."
     )
 
 
