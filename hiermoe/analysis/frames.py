@@ -60,9 +60,8 @@ class Run:
     def has_derived_constants(self) -> bool:
         """Whether alpha or beta of the cluster are a reading: neither published nor measured."""
         cluster = self.config.cluster
-        levels = [constants for level in cluster.levels for constants in (level.inter, level.intra) if constants]
-        known = [x.published or x.source.startswith(CALIBRATED) for x in (cluster.world, *levels)]
-        return not all(known)
+        constants = [cluster.constants(peers) for peers in cluster.exchanges]
+        return not all(x.published or x.source.startswith(CALIBRATED) for x in constants)
 
     def value(self, key: str) -> Any:
         """A swept parameter, or a size of the run; None where the run has no such thing."""

@@ -11,7 +11,7 @@ import pandas as pd
 from PIL import Image
 
 from hiermoe.analysis.claims import Claim, Rules, load_claims, load_rules
-from hiermoe.analysis.figures import FIGURES, end_to_end, losses, measured
+from hiermoe.analysis.figures import FIGURES, end_to_end, losses, measured, planner_cost
 from hiermoe.analysis.figures.measured import PREDICTIONS
 from hiermoe.analysis.figures.spec import FigureSpec, Words, render
 from hiermoe.analysis.findings import findings
@@ -21,7 +21,7 @@ from hiermoe.analysis.render import environment, to_html
 from hiermoe.analysis.verdicts import VERDICTS, Judged, judge_all, to_frame
 from hiermoe.analysis.wording import GLYPHS, cell, in_words, number, system_labels
 from hiermoe.harness.measured import measured_so_far
-from hiermoe.harness.sweep import Cell, expand, sweep_names
+from hiermoe.harness.sweep import Cell, expand, large_so_far, sweep_names
 from hiermoe.records.project import REPORTS
 from hiermoe.records.provenance import collect
 from hiermoe.records.store import RunStore
@@ -70,6 +70,8 @@ def write_report(
     known = measured_so_far(store)
     for run in known:
         all_cells[run.sweep].append(run.measured)
+    for name, done in large_so_far(store).items():
+        all_cells.setdefault(name, []).extend(done)
     results = load(all_cells | {PREDICTIONS: [run.predicted for run in known]}, store)
     claims, rules = load_claims(), load_rules()
     judged = judge_all(claims, rules, results)
@@ -83,6 +85,8 @@ def write_report(
         for source, spec in end_to_end.FIGURES.items()
     ]
     sections += [_section(spec, "simulated", claims, predicted, folder) for spec in FIGURES]
+    missing = "`hiermoe reproduce --sweeps planner_cost` measures it on this machine"
+    sections.append(_section(planner_cost.FIGURE, "local", claims, results, folder, missing=missing))
     sections.append(_section(losses.FIGURE, "local", claims, results, folder, missing="`make losses` trains them"))
     context = _verdict_context(judged, rules, results) | _provenance_context(results)
     text = (

@@ -28,6 +28,9 @@ def simulate(workload: Workload, progress: Callable[[int], None] = lambda iterat
     Each iteration: choose the scheme on the step's own routing (Algorithm 1), price its four AlltoAlls, let the
     placement policy measure and decide; what it decides acts from the next iteration on.
 
+    Where there are several expert-parallel groups, each chooses for itself, and rows tell of the one that takes
+    longest: the step waits for it. They share one placement, decided from the tokens of all.
+
     Args:
         workload: what to run.
         progress: called with the number of every finished iteration.
@@ -56,11 +59,14 @@ def simulate(workload: Workload, progress: Callable[[int], None] = lambda iterat
             update is not None
             and update.modelled_gain_ms is not None
             and _exchanges_several(placement, update.placement)
+            and routing.replicas == 1
         ):
             after = routing.counts(schedule[iteration], update.placement, cluster.hierarchy)
             saved_ms = _q_ms(visit.counts, visit.context) - _q_ms(after, visit.context)
             rows[-1]["recounted_gain_ms"] = ALLTOALLS_PER_STEP * saved_ms
         progress(iteration)
+    if routing.replicas > 1:
+        return pd.DataFrame(rows)  # what an update saved is not recounted group by group
     gains = realised_gains(
         placements,
         lambda iteration, placement: routing.counts(schedule[iteration], placement, cluster.hierarchy),

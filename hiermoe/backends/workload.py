@@ -1,8 +1,9 @@
 """What a run consists of, whatever its backend: a system, a cluster, a model's sizes, and routing."""
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Generic, TypeVar
 
 from hiermoe.planner.counts import RoutingCounts, count_routing
 from hiermoe.planner.policy import PlacementPolicy
@@ -12,6 +13,12 @@ from hiermoe.routing.step import RoutingSource, RoutingStep
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+KEPT_STEP_BYTES = 2**28
+KEPT_COUNT_BYTES = 2**30  # all iterations of 16 groups of 256 GPUs
 
 
 @dataclass(frozen=True)
@@ -50,21 +57,53 @@ class Workload:
 class CachedRouting:
     """A routing source that keeps what it made: many systems walk through the same steps.
 
-    Also keeps the counts under the identity placement, which all systems with fixed experts share.
+    Where expert-parallel groups hold replicas of the experts, group r of iteration i takes step i * replicas + r of the
+    source. Counts are kept too: systems with fixed experts share them, and what an update saved needs them again.
+
+    Attributes:
+        replicas: expert-parallel groups.
+        num_distinct: of the source, for all groups together.
     """
 
-    def __init__(self, source: RoutingSource) -> None:
+    def __init__(self, source: RoutingSource, replicas: int = 1) -> None:
         """Wrap a source."""
-        self.num_distinct = source.num_distinct
-        self.step: Callable[[int], RoutingStep] = lru_cache(maxsize=256)(source.step)
-        self._identity_counts = lru_cache(maxsize=256)(self._count_identity)
+        self.replicas = replicas
+        self.num_distinct = None if source.num_distinct is None else source.num_distinct // replicas
+        self._source = source
+        self._steps = Kept[int, RoutingStep](
+            lambda step: step.expert_ids_NK.nbytes + step.source_N.nbytes, KEPT_STEP_BYTES
+        )
+        self._counts = Kept[tuple[int, bytes, Hierarchy], RoutingCounts](
+            lambda counts: sum(x.nbytes for x in (*counts.tokens, counts.pairs_GE, counts.tokens_G)),
+            KEPT_COUNT_BYTES,
+        )
 
-    def counts(self, iteration: int, placement: Placement, hierarchy: Hierarchy) -> RoutingCounts:
+    def step(self, iteration: int, replica: int = 0) -> RoutingStep:
+        """Routing of one group in one iteration."""
+        index = iteration * self.replicas + replica
+        return self._steps.get(index, lambda: self._source.step(index))
+
+    def counts(self, iteration: int, placement: Placement, hierarchy: Hierarchy, replica: int = 0) -> RoutingCounts:
         """Counts of a step under a placement."""
-        if placement.is_identity:
-            return self._identity_counts(iteration, hierarchy)
-        return count_routing(self.step(iteration), placement, hierarchy)
+        key = (iteration * self.replicas + replica, placement.slot_E.numpy().tobytes(), hierarchy)
+        return self._counts.get(key, lambda: count_routing(self.step(iteration, replica), placement, hierarchy))
 
-    def _count_identity(self, iteration: int, hierarchy: Hierarchy) -> RoutingCounts:
-        step = self.step(iteration)
-        return count_routing(step, Placement.identity(step.num_experts), hierarchy)
+
+class Kept(Generic[K, V]):
+    """The values that were asked for last, within a budget of bytes; always at least the last one."""
+
+    def __init__(self, size: Callable[[V], int], budget_bytes: int) -> None:
+        """Start empty; ``size`` gives the bytes of a value."""
+        self._size, self._left = size, budget_bytes
+        self._values: OrderedDict[K, V] = OrderedDict()
+
+    def get(self, key: K, make: Callable[[], V]) -> V:
+        """The value of a key, made if it is not there (any longer)."""
+        if key in self._values:
+            self._values.move_to_end(key)
+            return self._values[key]
+        value = self._values[key] = make()
+        self._left -= self._size(value)
+        while self._left < 0 and len(self._values) > 1:
+            self._left += self._size(self._values.popitem(last=False)[1])
+        return value

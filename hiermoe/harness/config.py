@@ -16,9 +16,12 @@ from hiermoe.harness.config_source import ProjectSource
 from hiermoe.megatron.model_config import ModelConfig
 from hiermoe.planner.system import SystemConfig, build
 from hiermoe.records.run_id import run_id
+from hiermoe.records.status import NotApplicable
+from hiermoe.routing.resampled import Resampled
 from hiermoe.routing.step import RoutingRequest, experts_per_rank
 from hiermoe.routing.trace import RecordedRouting, recorded_path
 from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.scaling import scaled
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -37,7 +40,7 @@ class RoutingConfig(_Strict):
 class BackendConfig(_Strict):
     """Where the run happens: one file in conf/backend/."""
 
-    name: Literal["simulated", "synthetic_timings", "local", "emulated", "torchrun"]
+    name: Literal["simulated", "synthetic_timings", "planning", "local", "emulated", "torchrun"]
     timeout_s: float | None = Field(default=None, gt=0)  # of a collective, where there are ranks
     device: Literal["cpu", "cuda"] = "cpu"  # of the tensors that ranks exchange: over gloo, or over NCCL
 
@@ -63,6 +66,8 @@ class BackendConfig(_Strict):
     @property
     def source(self) -> str:
         """What a record says of its numbers."""
+        if self.name == "planning":
+            return "local"
         if not self.starts_ranks:
             return "simulated"
         return self.name if self.on_this_host else "cluster"
@@ -87,6 +92,7 @@ class RunConfig(_Strict):
     routing: RoutingConfig
     backend: BackendConfig
     world_size: int | None = Field(default=None, ge=1)
+    max_ep_size: int | None = Field(default=None, ge=1)
     iterations: int = Field(ge=2)
     tokens_per_rank: int = Field(ge=1)
     narrowed: int = Field(default=1, ge=1)
@@ -96,19 +102,38 @@ class RunConfig(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _cut_cluster(cls, values: Any) -> Any:
-        """Where ranks are started, ``world_size`` may ask for fewer than the cluster has GPUs."""
-        if values.get("world_size") is None:
+        """The cluster of as many GPUs as exchange with each other.
+
+        Where ranks are started, ``world_size`` may ask for fewer than the cluster has GPUs. Simulated, it asks for a
+        cluster of that size, of which an expert-parallel group takes ``max_ep_size`` GPUs, or fewer where there are
+        fewer GPUs or experts.
+        """
+        world_size, largest = (None if values.get(k) is None else int(values[k]) for k in ("world_size", "max_ep_size"))
+        if world_size is None and largest is None:
             return values
-        if not BackendConfig.model_validate(values["backend"]).starts_ranks:
-            raise ValueError(f"world_size={values['world_size']} is for backends that start ranks; choose cluster=...")
-        cluster = Cluster.model_validate(values["cluster"]).reduced(int(values["world_size"]))
-        return {**values, "cluster": cluster}
+        cluster = Cluster.model_validate(values["cluster"])
+        if BackendConfig.model_validate(values["backend"]).starts_ranks:
+            if world_size is None or largest is not None:
+                raise ValueError(f"max_ep_size={largest} is for simulation: ranks that are started are one group")
+            return {**values, "cluster": cluster.reduced(world_size)}
+        world_size = world_size or cluster.hierarchy.num_ranks
+        ep_size = world_size
+        if largest is not None:
+            ep_size = min(world_size, largest, ModelConfig.model_validate(values["model"]).num_experts)
+        if world_size % ep_size:
+            raise ValueError(f"world_size={world_size} is not divisible into groups of ep_size={ep_size}")
+        return {**values, "world_size": world_size, "cluster": scaled(cluster, ep_size)}
 
     @model_validator(mode="after")
     def _check_narrowed(self) -> Self:
         if self.model.hidden_size % self.narrowed:
             raise ValueError(f"narrowed={self.narrowed} does not divide hidden_size={self.model.hidden_size}")
         return self
+
+    @property
+    def replicas(self) -> int:
+        """Expert-parallel groups of the simulated world, each with a replica of all experts."""
+        return 1 if self.world_size is None else self.world_size // self.cluster.hierarchy.num_ranks
 
     @property
     def row_bytes(self) -> int:
@@ -149,7 +174,8 @@ class RunConfig(_Strict):
         """The name of the run, by its content."""
         path = self.routing.source.get("path")
         inputs = () if path is None else (recorded_path(path, self.request),)
-        return run_id(self.content, inputs, measured=self.backend.starts_ranks, on_this_host=self.backend.on_this_host)
+        backend = self.backend
+        return run_id(self.content, inputs, measured=backend.source != "simulated", on_this_host=backend.on_this_host)
 
     def workload(self) -> Workload:
         """Everything that a backend needs.
@@ -160,7 +186,7 @@ class RunConfig(_Strict):
         """
         experts_per_rank(self.model.num_experts, self.cluster.hierarchy.num_ranks)
         schemes = self.system.build_schemes(self.cluster.hierarchy)
-        routing, layer = _open_routing(json.dumps(self.routing.source), self.request)
+        routing, layer = _open_routing(json.dumps(self.routing.source), self.request, self.replicas)
         self.system.build_policy()  # bad arguments end the run here, not in its middle
         return Workload(
             system=self.system,
@@ -179,11 +205,17 @@ class RunConfig(_Strict):
 
 
 @lru_cache(maxsize=2)  # runs come grouped by routing; two keep a model's E and K neighbours without filling memory
-def _open_routing(source: str, request: RoutingRequest) -> tuple[CachedRouting, int]:
+def _open_routing(source: str, request: RoutingRequest, replicas: int) -> tuple[CachedRouting, int]:
     """The routing source and the model layer that it stands for (0 for synthetic routing)."""
     opened = build(json.loads(source), request=request)
-    layer = opened.trace.metadata.layers[opened.layer] if isinstance(opened, RecordedRouting) else 0
-    return CachedRouting(opened), layer
+    layer = opened.trace.metadata.layers[opened.layer] if isinstance(opened, RecordedRouting | Resampled) else 0
+    routing = CachedRouting(opened, replicas)
+    if routing.num_distinct is not None and routing.num_distinct < 2:
+        raise NotApplicable(
+            f"the trace lasts for {routing.num_distinct} iterations of {replicas} groups of {request.num_ranks} ranks "
+            f"with {request.tokens_per_rank} tokens each; a run takes at least 2 (routing=resampled has no end)"
+        )
+    return routing, layer
 
 
 def parse(config: DictConfig, schema: type[Schema]) -> Schema:

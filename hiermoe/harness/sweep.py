@@ -48,6 +48,20 @@ def sweep_names() -> list[str]:
     return sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 
 
+def large_sweep_names() -> list[str]:
+    """Names of the sweeps that take minutes by themselves and run only where they are named."""
+    return sorted(f"large/{path.stem}" for path in (SWEEPS / "large").glob("*.yaml"))
+
+
+def large_so_far(store: RunStore) -> dict[str, list[Cell]]:
+    """Runs of large sweeps that have a record, by the name of the sweep that they go on from."""
+    found: dict[str, list[Cell]] = {}
+    for name in large_sweep_names():
+        done = [cell for cell in expand(name) if store.status(cell.config.run_id) is not None]
+        found[name.removeprefix("large/")] = done
+    return found
+
+
 def expand(name: str) -> list[Cell]:
     """All runs of a sweep, as ``hiermoe run -m +sweeps=<name>`` would run them.
 
@@ -56,7 +70,7 @@ def expand(name: str) -> list[Cell]:
     """
     path = SWEEPS / f"{name}.yaml"
     if not path.exists():
-        raise ValueError(f"sweep {name!r} is unknown; choose from {', '.join(sweep_names())}")
+        raise ValueError(f"sweep {name!r} is unknown; choose from {', '.join([*sweep_names(), *large_sweep_names()])}")
     return expand_file(path, "config", RunConfig)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hiermoe.planner.counts import separating_level
-from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.cluster import Cluster, Peers
 from hiermoe.topology.placement import Placement
 
 WEIGHT_BYTES_PER_PARAMETER = 2  # bf16
@@ -58,12 +58,10 @@ def price_migration(old: Placement, new: Placement, cluster: Cluster, expert_byt
 
 def _beta(cluster: Cluster, level: int) -> float:
     """Time per byte between siblings of a level; the innermost exchange is the intra of the level above it."""
-    spec = cluster.levels[level - 1]
-    if spec.inter is not None:
-        return spec.inter.beta_ms_per_byte
-    above = cluster.levels[level - 2].intra if level > 1 else cluster.world
-    assert above is not None
-    return above.beta_ms_per_byte
+    if level < cluster.hierarchy.depth:
+        return cluster.constants(Peers("inter", level)).beta_ms_per_byte
+    innermost = Peers("intra", level - 1) if level > 1 else Peers("world")
+    return cluster.constants(innermost).beta_ms_per_byte
 
 
 def _largest_count(index: Tensor, size: int) -> int:

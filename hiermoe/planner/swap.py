@@ -257,7 +257,7 @@ def counts_after_swap(stats: SwapStatistics, level: int) -> Tensor:
     """
     pairs, counts = stats.pairs, stats.levels[level - 1]
     stays_E = counts.needed_U[pairs.group_E[level - 1]] - counts.alone_E  # need the group without the slot
-    result = counts.alone_P2.T.contiguous()
+    result = counts.alone_P2.T.clone(memory_format=torch.contiguous_format)  # of one pair, contiguous() is no copy
     result += counts.absent_UE.view(-1).index_select(0, pairs.entry_2P[level - 1].view(-1)).view(result.shape)
     for row, slot_P in zip(result, pairs.slots_2P[:, : pairs.count[level]], strict=True):
         row += stays_E.index_select(0, slot_P)

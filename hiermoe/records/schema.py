@@ -11,11 +11,12 @@ STATUSES = ("ok", "failed", "not_applicable")
 # phase "routing":  one row per level of the hierarchy, what the routing asks for whatever the system.
 # phase "start":    measured runs, one row: the moves that iterations before have led to, found without running them.
 # phase "step":     one row per iteration, the four AlltoAlls together, and what the placement policy did after it.
+# phase "planning": one row per iteration and part of what a rank's placement policy does (stage measure, decide).
 # phase "train":    one row per training step and rank.
 # phase "calibration": one row per AlltoAll, size and repeat (iteration).
 # phase "run":      one row, for a run that failed or does not apply.
 CALLS = ("dispatch", "combine", "combine_backward", "dispatch_backward")
-PHASES = (*CALLS, "routing", "start", "step", "train", "calibration", "run")
+PHASES = (*CALLS, "routing", "start", "step", "planning", "train", "calibration", "run")
 DEFAULTS = {"rank": -1, "row_bytes": 0, "moves": "", "status": "ok", "reason": ""}
 
 
@@ -49,7 +50,7 @@ RECORDS = pa.DataFrameSchema(
         "link_ms": _number(),  # dispatch: least time of the stage on the busiest link of a shaped level
         "rows": _number(),  # dispatch: at the busiest GPU; routing: distinct (token, group) pairs
         "group_rows": _number(),  # dispatch, deduplicated: of the busiest group, per GPU of it: what Q counts
-        "bytes": _number(),  # rows * M * v
+        "bytes": _number(),  # rows * M * v; planning: what ranks sum
         "crossing_rows": _number(),  # dispatch: rows that leave their GPU, all GPUs together
         "pairs": _number(),  # token-expert pairs of the step
         "dropped_pairs": _number(),
@@ -74,7 +75,8 @@ RECORDS = pa.DataFrameSchema(
         "train_step_ms": _number(),  # measured: forward, backward and optimizer
         "alltoall_forward_ms": _number(),  # of it, in dispatch and combine
         "alltoall_backward_ms": _number(),
-        "planning_ms": _number(),  # measured, beside the step: what the placement policy measured, summed and decided
+        "planning_ms": _number(),  # measured, beside the step: what the placement policy measured, summed and decided;
+        # phase planning: one of its parts alone
         "migration_ms": _number(),  # measured, after the step: moving experts
         "status": pa.Column(str, pa.Check.isin(STATUSES)),
         "reason": pa.Column(str),

@@ -247,6 +247,17 @@ def open_recorded(request: RoutingRequest, path: str, layer: int = 0) -> Recorde
         NotApplicable: no such trace was recorded.
         ValueError: the trace is damaged, or its E or K do not fit.
     """
+    trace = load_recorded(request, path)
+    return RecordedRouting(trace.reshard(request.num_ranks, request.tokens_per_rank), layer, request.topk)
+
+
+def load_recorded(request: RoutingRequest, path: str) -> RoutingTrace:
+    """The trace of a request's model.
+
+    Raises:
+        NotApplicable: no such trace was recorded.
+        ValueError: the trace is damaged, or its E does not fit.
+    """
     file = recorded_path(path, request)
     if not file.exists():
         raise NotApplicable(f"no trace was recorded at {to_root(file)}; `make traces` records more")
@@ -255,7 +266,7 @@ def open_recorded(request: RoutingRequest, path: str, layer: int = 0) -> Recorde
         raise ValueError(
             f"{file} was recorded with num_experts={trace.metadata.num_experts}, the model has {request.num_experts}"
         )
-    return RecordedRouting(trace.reshard(request.num_ranks, request.tokens_per_rank), layer, request.topk)
+    return trace
 
 
 def recorded_path(path: str, request: RoutingRequest) -> Path:

@@ -2,74 +2,68 @@
 
 import math
 import operator
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hiermoe.topology.cluster_files import cluster_file, cluster_names
+from hiermoe.topology.data_sheet import Port, derived
 from hiermoe.topology.hierarchy import Hierarchy
-
-PeerKind = Literal["world", "inter", "intra"]
-
-
-@dataclass(frozen=True)
-class Peers:
-    """Who exchanges with whom in a stage (paper, Sec. III-A).
-
-    ``world``: all GPUs. ``inter`` at level i: inside each level-(i-1) group, the GPUs of equal lane in its level-i
-    sub-groups. ``intra`` at level i: all GPUs of one level-i group.
-    """
-
-    kind: PeerKind
-    level: int = 0
-
-    def __str__(self) -> str:
-        return self.kind if self.kind == "world" else f"{self.kind}{self.level}"
-
-    def size(self, hierarchy: Hierarchy) -> int:
-        """Number of GPUs that exchange with each other."""
-        if self.kind == "world":
-            return hierarchy.num_ranks
-        if self.kind == "inter":
-            return hierarchy.U[self.level] // hierarchy.U[self.level - 1]
-        return hierarchy.lanes(self.level)
-
-
-class AlphaBeta(BaseModel):
-    """t = alpha + n * beta for n bytes at the busiest GPU (paper, Sec. III-B and Fig. 9).
-
-    Attributes:
-        alpha_ms: start-up time.
-        beta_ms_per_byte: time per byte.
-        source: where the constants come from.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    alpha_ms: float = Field(ge=0)
-    beta_ms_per_byte: float = Field(ge=0)
-    source: str
-    published: bool = True  # False: derived by a reading, marked wherever it is used
+from hiermoe.topology.peers import AlphaBeta, Peers
 
 
 class Level(BaseModel):
-    """One level of the hierarchy, outermost first."""
+    """One level of the hierarchy, outermost first.
+
+    Where ``port`` is given, the rate of one transfer is that of one port, and ``inter`` and ``intra`` may be left out:
+    they are derived then (:mod:`hiermoe.topology.data_sheet`).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     groups: int = Field(ge=1)
     link_gb_per_s: float = Field(gt=0)  # one point-to-point transfer between two groups of this level, links idle
+    port: Port | None = None  # how traffic leaves a group of this level
     inter: AlphaBeta | None = None  # among sibling groups of this level, equal lanes; not for the innermost level
     intra: AlphaBeta | None = None  # among all GPUs of one group of this level; not for the innermost level
     shaped_mbit_per_s: float | None = Field(default=None, gt=0, le=10_000)  # of a group's emulated link, each way
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_transfer_has_a_port(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("port") and "link_gb_per_s" not in values:
+            return {**values, "link_gb_per_s": Port.model_validate(values["port"]).gb_per_s}
+        return values
+
+
+class OuterLevel(BaseModel):
+    """A level that a larger cluster of the same kind has around these.
+
+    Attributes:
+        name: of one group.
+        holds: groups of the next level inwards that one group has room for.
+        port: how traffic leaves a group.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    holds: int = Field(ge=2)
+    port: Port
+
 
 class Cluster(BaseModel):
     """Hierarchy and constants of a cluster; one file in conf/cluster/ each.
+
+    Attributes:
+        name: also of its file.
+        description: one line.
+        world: alpha and beta among all GPUs; derived where left out.
+        levels: outermost first.
+        beyond: levels around these in a larger cluster, outermost first; for :func:`hiermoe.topology.scaling.scaled`.
 
     Raises:
         ValueError: levels that do not divide, missing constants, negative alpha or beta.
@@ -79,22 +73,45 @@ class Cluster(BaseModel):
 
     name: str
     description: str
-    world: AlphaBeta
+    world: AlphaBeta | None = None
     levels: tuple[Level, ...] = Field(min_length=1)
+    beyond: tuple[OuterLevel, ...] = ()
 
     @model_validator(mode="after")
     def _levels_are_complete(self) -> "Cluster":
         hierarchy = self.hierarchy
-        for level in self.levels[:-1]:
-            if level.inter is None or level.intra is None:
-                raise ValueError(f"level {level.name} needs alpha and beta of both inter and intra")
+        assert hierarchy.num_ranks >= 1
         if self.levels[-1].inter is not None or self.levels[-1].intra is not None:
             raise ValueError(f"innermost level {self.levels[-1].name}: its exchange is the intra of the level above")
-        assert hierarchy.num_ranks >= 1
+        if self._ports is None:
+            for level in self.levels[:-1]:
+                if level.inter is None or level.intra is None:
+                    raise ValueError(
+                        f"level {level.name} needs alpha and beta of both inter and intra, or all levels need a port"
+                    )
+            if self.world is None:
+                raise ValueError("world needs alpha and beta, or all levels need a port")
+            if self.beyond:
+                raise ValueError("beyond is for clusters all of whose levels have a port")
+        for number, level in enumerate(self.levels, start=1):
+            if level.port is not None and hierarchy.lanes(number) % level.port.gpus:
+                lanes = hierarchy.lanes(number)
+                raise ValueError(f"level {level.name}: {level.port.gpus} GPUs share a port, a group has {lanes} GPUs")
         for outer, inner in pairwise(self.levels):
             if inner.shaped_mbit_per_s is not None and outer.shaped_mbit_per_s is None:
                 raise ValueError(f"level {inner.name} is shaped, but {outer.name} around it is not: shape outer levels")
         return self
+
+    @property
+    def _ports(self) -> tuple[Port, ...] | None:
+        """Of all levels; None where one has none."""
+        ports = tuple(level.port for level in self.levels if level.port is not None)
+        return ports if len(ports) == len(self.levels) else None
+
+    @property
+    def from_data_sheets(self) -> bool:
+        """Whether some constant is derived from data sheets, and not published or calibrated."""
+        return any(self._stated(peers) is None for peers in self.exchanges)
 
     @property
     def hierarchy(self) -> Hierarchy:
@@ -113,14 +130,24 @@ class Cluster(BaseModel):
         return (Peers("world"), *(Peers(kind, level) for level in levels for kind in ("inter", "intra")))
 
     def constants(self, peers: Peers) -> AlphaBeta:
-        """Alpha and beta of a stage among these peers."""
+        """Alpha and beta of a stage among these peers: as stated, else derived from the ports.
+
+        Raises:
+            ValueError: the cluster has no such peers.
+        """
+        if peers not in self.exchanges:
+            raise ValueError(f"cluster {self.name} has no constants for {peers}")
+        stated = self._stated(peers)
+        if stated is not None:
+            return stated
+        assert self._ports is not None
+        return derived(peers, self.hierarchy, self._ports)
+
+    def _stated(self, peers: Peers) -> AlphaBeta | None:
         if peers.kind == "world":
             return self.world
         level = self.levels[peers.level - 1]
-        constants = level.inter if peers.kind == "inter" else level.intra
-        if constants is None:
-            raise ValueError(f"cluster {self.name} has no constants for {peers}")
-        return constants
+        return level.inter if peers.kind == "inter" else level.intra
 
     def reduced(self, num_ranks: int) -> "Cluster":
         """A smaller cluster of the same kind, for runs that place its ranks on one machine.

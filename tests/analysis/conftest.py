@@ -22,6 +22,12 @@ from hiermoe.routing.step import first_measured
 
 GROUPS = ("system", "model", "cluster", "routing", "backend")
 ITERATIONS = 8
+SIZES = ("world_size", "max_ep_size", "tokens_per_rank")
+THINNED: dict[str, dict[str, tuple[Any, ...]]] = {  # of sweeps beyond the paper, as much as tests need
+    "scaling": {"world_size": (8, 64, 256)},
+    "heat_map": {"cluster": ("h100_ib400", "h800_ib400"), "model": ("deepseek_v3", "mixtral_8x22b")},
+    "planner_cost": {"model.num_experts": (64, 256), "world_size": (8, 64)},
+}
 # Milliseconds of a step, made up: the order is the paper's.
 STEP_MS = {
     "megatron": 80.0, "smartmoe": 79.0, "tutel": 94.0, "hd2_moe_smart": 66.0, "hd2": 63.0, "hd_moe": 46.0, "hd": 50.0,
@@ -56,7 +62,8 @@ def cell(overrides: dict[str, Any]) -> Cell:
                 target = target[part]
             target[last] = value
     wandb = {"mode": "disabled", "project": "test"}
-    config = RunConfig(**content, iterations=ITERATIONS, tokens_per_rank=64, seed=0, wandb=wandb)  # type: ignore[arg-type]
+    sizes = {"tokens_per_rank": 64} | {key: values[key] for key in SIZES if key in values}
+    config = RunConfig(**content, **sizes, iterations=ITERATIONS, seed=0, wandb=wandb)  # type: ignore[arg-type]
     return Cell(tuple(f"{key}={value}" for key, value in overrides.items()), config)
 
 
@@ -67,6 +74,10 @@ def cells() -> dict[str, list[Cell]]:
     for name in sweep_names():
         params = yaml.safe_load((SWEEPS / f"{name}.yaml").read_text())["hydra"]["sweeper"]["params"]
         choices = [[(key, yaml.safe_load(x)) for x in str(values).split(",")] for key, values in params.items()]
+        for key, kept in THINNED.get(name, {}).items():
+            (varied,) = [choice for choice in choices if choice[0][0] == key]
+            varied[:] = [(key, value) for key, value in varied if value in kept]
+            assert len(varied) == len(kept)
         expanded[name] = [cell(dict(combination)) for combination in itertools.product(*choices)]
     return expanded
 

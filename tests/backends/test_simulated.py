@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hiermoe.backends.simulated import simulate
-from hiermoe.planner.cost import choose_scheme
+from hiermoe.planner.cost import choose_scheme, price
 from hiermoe.planner.counts import count_routing
 from hiermoe.planner.policy import PlacementUpdate
 from hiermoe.topology.placement import Placement
@@ -102,3 +102,18 @@ def test_realised_gain_is_what_the_next_step_would_have_taken_more_without_the_u
         gain = 4 * unmoved.alltoall_ms - float(steps["predicted_ms"][iteration + 1])
         assert steps["realised_gain_ms"][iteration] == pytest.approx(gain, rel=1e-9)
         placement = placement.after(str(steps["moves"][iteration]))
+
+
+def test_five_levels_are_walked_through(composed: Composer) -> None:
+    """Pods, racks, nodes, sockets and GPUs, as a profile scales to; d* is the best of HD1 to HD5."""
+    five = ("cluster=cloud_eth100", "world_size=512", "model.num_experts=512", "tokens_per_rank=8", "iterations=2")
+    workload = composed(*five, "system=hiermoe").workload()
+    hierarchy = workload.cluster.hierarchy
+    assert hierarchy.names == ("pod", "rack", "node", "socket", "gpu") and len(workload.schemes) == 5
+    records = simulate(workload)
+    assert records.loc[records["phase"] == "routing", "stage"].tolist() == list(hierarchy.names) * 2
+    first = records[(records["phase"] == "step") & (records["iteration"] == 0)].iloc[0]
+    counts = workload.routing.counts(0, Placement.identity(512), hierarchy)
+    times = [price(scheme, counts, workload.cluster, workload.row_bytes).alltoall_ms for scheme in workload.schemes]
+    assert first["predicted_ms"] == 4 * min(times) and first["dimension"] == 1 + times.index(min(times))
+    assert first["moved_experts"] == 2 and first["modelled_gain_ms"] > 0

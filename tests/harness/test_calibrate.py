@@ -87,7 +87,7 @@ def test_cluster_file_is_found_by_name_and_by_path(
     assert written.hierarchy == config.cluster.hierarchy
     assert all(written.constants(x).beta_ms_per_byte == pytest.approx(2e-6) for x in written.exchanges)
     date = json.loads((store.path(config.run_id) / "provenance.json").read_text())["time"][:10]
-    assert written.world.source.endswith(f"on {date}, backend=local, r^2 = 1.0000")
+    assert written.constants(Peers("world")).source.endswith(f"on {date}, backend=local, r^2 = 1.0000")
     for name in ("mine", clusters / "mine.yaml"):
         code, out, err = hiermoe("run", f"cluster={name}", *RUN)
         assert code == 0, err

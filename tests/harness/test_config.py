@@ -6,7 +6,7 @@ import pytest
 from hydra.errors import MissingConfigException
 
 from hiermoe.harness.run import execute
-from hiermoe.harness.sweep import expand, sweep_names
+from hiermoe.harness.sweep import expand, large_sweep_names, sweep_names
 from hiermoe.records.project import CONF
 from hiermoe.records.store import RunStore
 from tests.conftest import Composer
@@ -24,8 +24,8 @@ def test_every_system_runs_on_four_nodes(system: str, composed: Composer, store:
     assert len(steps) == 4 and (steps["predicted_ms"] > 0).all()
 
 
-@pytest.mark.parametrize("routing", [name for name in names("routing") if name != "recorded"])
-@pytest.mark.parametrize("model", names("model"))
+@pytest.mark.parametrize("routing", [name for name in names("routing") if name not in ("recorded", "resampled")])
+@pytest.mark.parametrize("model", [name for name in names("model") if name != "mixtral_8x22b"])
 def test_every_model_runs_under_every_synthetic_routing(
     routing: str, model: str, composed: Composer, store: RunStore
 ) -> None:
@@ -34,6 +34,13 @@ def test_every_model_runs_under_every_synthetic_routing(
         assert outcome.status == "not_applicable" and "no group limit" in outcome.reason
     else:
         assert (outcome.status, outcome.reason) == ("ok", "")
+
+
+def test_model_with_fewer_experts_than_gpus_takes_a_group_of_them(composed: Composer, store: RunStore) -> None:
+    eight = ("model=mixtral_8x22b", "cluster=h100_ib400", "world_size=32", "max_ep_size=64")
+    outcome = execute(composed(*eight, "system=hiermoe"), store)
+    assert (outcome.status, outcome.reason) == ("ok", "")
+    assert set(store.read(outcome.run_id)["num_ranks"]) == {8}
 
 
 @pytest.mark.parametrize("cluster", names("cluster"))
@@ -47,12 +54,13 @@ def test_shipped_trace_runs_for_every_model(model: str, composed: Composer, stor
     assert (outcome.status, outcome.reason) == ("ok", "")
 
 
-@pytest.mark.parametrize("name", sweep_names())
+@pytest.mark.parametrize("name", [*sweep_names(), *large_sweep_names()])
 def test_sweep_expands_to_valid_runs_and_states_its_command(name: str) -> None:
     cells = expand(name)
     assert len(cells) > 1 and len({cell.overrides for cell in cells}) == len(cells)
     lines = (CONF.parent / "sweeps" / f"{name}.yaml").read_text().splitlines()
-    assert lines[1] == f"# hiermoe run -m +sweeps={name}"
+    folder, _, stem = f"sweeps/{name}".rpartition("/")
+    assert lines[1] == f"# hiermoe run -m +{folder}={stem}"
 
 
 @pytest.mark.parametrize(

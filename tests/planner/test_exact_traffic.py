@@ -28,7 +28,7 @@ def rows_of(case: Case, dimension: int, deduplicate: bool) -> torch.Tensor:
     return exact_traffic(hierarchical(dimension, deduplicate, case.hierarchy), counts, case.hierarchy).rows_SGG
 
 
-@given(case=cases(depths=(1, 4)))
+@given(case=cases(depths=(1, 5)))
 @examples(80)
 def test_rows_equal_a_walk_of_every_token(case: Case) -> None:
     counts = count_routing(case.step, case.placement, case.hierarchy)

@@ -28,7 +28,7 @@ MAXIMA = [
     MaxFunction("logsumexp", 10.0),
 ]
 
-SMALL = cases(depths=(1, 4), most_ranks=16, most_per_rank=2, most_tokens=4)
+SMALL = cases(depths=(1, 5), most_ranks=16, most_per_rank=2, most_tokens=4)
 
 
 def statistics(expert_ids_NK: torch.Tensor, placement: Placement, hierarchy: Hierarchy) -> SwapStatistics:

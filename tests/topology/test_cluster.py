@@ -173,5 +173,5 @@ def test_cluster_is_found_by_its_file_too(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text((CONF / "cluster" / "a6000_1x8.yaml").read_text().replace("name: a6000_1x8", "name: mine"))
     assert Cluster.named(str(path)).name == "mine"
-    with pytest.raises(ValueError, match=r"cluster=nothing is unknown; choose from a6000_1x8, "):
+    with pytest.raises(ValueError, match=r"cluster=nothing is unknown; choose from a100_ib200, a6000_1x8, "):
         Cluster.named("nothing")

@@ -7,7 +7,9 @@ from hiermoe.analysis.figures import (
     fig11,
     fig12,
     fig13,
+    heat_map,
     placement,
+    scaling,
     swap_cost,
     swap_policy,
     table2,
@@ -17,5 +19,8 @@ from hiermoe.analysis.figures.spec import FigureSpec
 
 FIGURES: tuple[FigureSpec, ...] = tuple(
     module.FIGURE
-    for module in (fig11, fig10, table2, fig9, fig12, fig13, table4, placement, swap_policy, swap_cost, balance)
+    for module in (
+        *(fig11, fig10, table2, fig9, fig12, fig13, table4, placement, swap_policy, swap_cost, balance),
+        *(scaling, heat_map),
+    )
 )

@@ -1,0 +1,73 @@
+"""What figures beyond the paper's testbed share: names of fabrics, and speed-ups of worlds of one size."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from hiermoe.analysis.figures.tables import row_of
+from hiermoe.analysis.frames import Results, Run
+from hiermoe.analysis.quantities import speedup
+
+FABRICS = {
+    "h100_ib400": "8×H100, 400 Gb/s a GPU",
+    "h800_ib400": "8×H800, 400 Gb/s a GPU",
+    "gb200_nvl72_ib400": "GB200 NVL72, 400 Gb/s a GPU",
+    "gb200_nvl72_ib800": "GB200 NVL72, 800 Gb/s a GPU",
+    "a100_ib200": "8×A100, 200 Gb/s a GPU",
+    "cloud_eth100": "8 PCIe GPUs, 100 Gb/s a node",
+}
+MODELS = {
+    "deepseek_v3": "DeepSeek-V3",
+    "qwen3_30b_a3b": "Qwen3-30B-A3B",
+    "qwen3_235b_a22b": "Qwen3-235B-A22B",
+    "mixtral_8x22b": "Mixtral-8x22B",
+}
+ROUTINGS = {"recorded": "recorded", "resampled": "recorded sequences, resampled", "uniform": "uniform"}
+SYSTEMS = {  # in the order of legends
+    "megatron": "Megatron-LM (flat)",
+    "tutel_2dh": "Tutel-2DH",
+    "smartmoe": "SmartMoE",
+    "hd2_moe": "HD2-MoE",
+    "hd_moe": "HD-MoE",
+    "hiermoe": "HierMoE",
+}
+
+
+def worlds(results: Results, sweep: str) -> Iterator[dict[str, Any]]:
+    """Every run of a sweep that has numbers, the flat ones too, beside the flat AlltoAll of the same world."""
+    keys = ("source", "model", "cluster", "routing", "world_size")
+    flat: dict[tuple[Any, ...], Run] = {
+        tuple(run.value(key) for key in keys): run for run in results.find(sweep, system="megatron", status="ok")
+    }
+    for run in results.find(sweep, status="ok"):
+        baseline = flat.get(tuple(run.value(key) for key in keys))
+        if baseline is None:
+            continue
+        steps = results.rows(run, "step")
+        used = steps["dimension"].value_counts(normalize=True)
+        config = run.config
+        yield row_of(
+            run,
+            speedup(run, baseline, results),
+            fabric=config.cluster.name.partition("@")[0],
+            from_data_sheets=config.cluster.from_data_sheets,
+            world_size=config.world_size,
+            ep_size=run.num_ranks,
+            replicas=config.replicas,
+            step_ms=steps["predicted_ms"].mean(),
+            alpha_share=alpha_share(run, results),
+            dimension=int(used.index[0]),
+            dimension_share=used.iloc[0],
+            stages=stages_of(run, int(used.index[0])),
+        )
+
+
+def alpha_share(run: Run, results: Results) -> float:
+    """The part of the time that does not depend on bytes: of constants from data sheets, the less certain one."""
+    stages, cluster = results.rows(run, "dispatch"), run.config.cluster
+    alpha_ms = {str(peers): cluster.constants(peers).alpha_ms for peers in cluster.exchanges}
+    return stages["stage"].str.partition(":")[2].map(alpha_ms).sum() / stages["predicted_ms"].sum()
+
+
+def stages_of(run: Run, dimension: int) -> str:
+    """What a deduplicating AlltoAll of d dimensions splits at, e.g. ``node``; empty for d = 1."""
+    return ", ".join(run.config.cluster.hierarchy.names[: dimension - 1])
