@@ -14,7 +14,7 @@ SIMULATED_SOURCES = (
     "hiermoe/records/schema.py",
     "hiermoe/routing/*.py",
     "hiermoe/topology/*.py",
-    "hiermoe/planner/*.py",
+    "hiermoe/planner/**/*.py",
     "hiermoe/megatron/model_config.py",
     "hiermoe/backends/simulated.py",
     "hiermoe/backends/synthetic_timings.py",
