@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from hiermoe.backends.bounds import bound_times
 from hiermoe.backends.replay import replay_together, split_by_system
 from hiermoe.backends.simulated import simulate
 from hiermoe.backends.streams import RunDied
@@ -59,6 +60,8 @@ def execute(config: RunConfig, store: RunStore, progress: Progress = lambda iter
     def predict() -> pd.DataFrame:
         if config.backend.name == "synthetic_timings":
             return synthetic_timings(config.cluster, config.seed)
+        if config.backend.name == "bounds":
+            return bound_times(config.workload(), progress)
         return simulate(config.workload(), progress)
 
     return keep_record(config.run_id, config.content, keys_of(config, "simulated"), predict, store)

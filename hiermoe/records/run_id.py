@@ -17,6 +17,7 @@ SIMULATED_SOURCES = (
     "hiermoe/planner/**/*.py",
     "hiermoe/megatron/model_config.py",
     "hiermoe/backends/simulated.py",
+    "hiermoe/backends/bounds.py",
     "hiermoe/backends/synthetic_timings.py",
     "hiermoe/backends/workload.py",
     "hiermoe/harness/config.py",

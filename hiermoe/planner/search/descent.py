@@ -10,7 +10,7 @@ from torch import Tensor
 from hiermoe.planner.maxima import MaxFunction
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.planner.search.token_sets import TokenSets
-from hiermoe.planner.swap import SwapStatistics, SwapTimes, measure_swaps, swap_times
+from hiermoe.planner.swap import SwapStatistics, SwapTimes, measure_swaps, swap_times, time_of_groups
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.placement import Placement
 
@@ -48,6 +48,11 @@ class SwapTable:
     def times(self, scheme: DispatchScheme, row_bytes: int, max_function: MaxFunction) -> SwapTimes:
         """Q under the present placement, for a step of mean size."""
         return swap_times(self.statistics, scheme, self.cluster, row_bytes * self._scale, max_function)
+
+    def now_ms(self, scheme: DispatchScheme, row_bytes: int) -> float:
+        """One AlltoAll under the present placement, with the plain maximum, for a step of mean size."""
+        scaled_bytes = row_bytes * self._scale
+        return time_of_groups(self.statistics.needed, scheme, self.cluster, scaled_bytes, MaxFunction("plain"))
 
     def swap(self, r: int, c: int) -> None:
         """Exchange the experts in slots r and c."""

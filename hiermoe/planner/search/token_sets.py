@@ -56,15 +56,14 @@ class TokenSets:
         if step_N is not None and step_N.shape != expert_ids_NK.shape[:1]:
             raise ValueError(f"step_N has shape {list(step_N.shape)} for {len(expert_ids_NK)} tokens")
         count = len(expert_ids_NK)
-        if step_N is None:
-            step_N = torch.zeros(count, dtype=torch.int64)
-        else:
-            step_N = torch.unique(step_N, return_inverse=True)[1]
+        numbered_N = torch.zeros(count, dtype=torch.int64)
+        if step_N is not None:
+            numbered_N = torch.unique(step_N, return_inverse=True)[1]
         return cls(
             expert_ids_NK.long().sort(dim=1).values,
             torch.ones(count, dtype=torch.int32),
-            step_N,
-            torch.bincount(step_N),
+            numbered_N,
+            torch.bincount(numbered_N),
             num_experts,
         )
 
@@ -79,6 +78,16 @@ class TokenSets:
             torch.cat([part.tokens_S for part in parts]),
             parts[0].num_experts,
         )
+
+    def by_step(self) -> list["TokenSets"]:
+        """Each step alone; undoes :meth:`joined`."""
+        parts = []
+        for step in range(self.num_steps):
+            of = self.step_N == step
+            zeros = torch.zeros(int(of.sum()), dtype=torch.int64)
+            tokens = self.tokens_S[step : step + 1]
+            parts.append(TokenSets(self.ids_NK[of], self.weight_N[of], zeros, tokens, self.num_experts))
+        return parts
 
     def sample(self, count: int, generator: torch.Generator) -> "TokenSets":
         """About so many sets, from every step the same share, equal ones of a step merged."""
