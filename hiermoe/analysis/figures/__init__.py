@@ -8,6 +8,7 @@ from hiermoe.analysis.figures import (
     fig12,
     fig13,
     placement,
+    search,
     swap_cost,
     swap_policy,
     table2,
@@ -17,5 +18,5 @@ from hiermoe.analysis.figures.spec import FigureSpec
 
 FIGURES: tuple[FigureSpec, ...] = tuple(
     module.FIGURE
-    for module in (fig11, fig10, table2, fig9, fig12, fig13, table4, placement, swap_policy, swap_cost, balance)
+    for module in (fig11, fig10, table2, fig9, fig12, fig13, table4, placement, search, swap_policy, swap_cost, balance)
 )

@@ -154,6 +154,6 @@ class SearchPolicy:
         self._remembered = []
         if "ids_NK" in state:
             sets = TokenSets(
-                *(state[name] for name in ("ids_NK", "weight_N", "step_N", "tokens_S")), int(state["num_experts"])
+                state["ids_NK"], state["weight_N"], state["step_N"], state["tokens_S"], int(state["num_experts"])
             )
             self._remembered = sets.by_step()
