@@ -40,7 +40,7 @@ class RoutingConfig(_Strict):
 class BackendConfig(_Strict):
     """Where the run happens: one file in conf/backend/."""
 
-    name: Literal["simulated", "synthetic_timings", "planning", "local", "emulated", "torchrun"]
+    name: Literal["simulated", "bounds", "synthetic_timings", "planning", "local", "emulated", "torchrun"]
     timeout_s: float | None = Field(default=None, gt=0)  # of a collective, where there are ranks
     device: Literal["cpu", "cuda"] = "cpu"  # of the tensors that ranks exchange: over gloo, or over NCCL
 

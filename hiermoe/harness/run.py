@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from hiermoe.backends.bounds import bound_times
 from hiermoe.backends.planning import planning_cost
 from hiermoe.backends.replay import replay_together, split_by_system
 from hiermoe.backends.simulated import simulate
@@ -62,6 +63,8 @@ def execute(config: RunConfig, store: RunStore, progress: Progress = lambda iter
             return synthetic_timings(config.cluster, config.seed)
         if config.backend.name == "planning":
             return planning_cost(config.workload())
+        if config.backend.name == "bounds":
+            return bound_times(config.workload(), progress)
         return simulate(config.workload(), progress)
 
     return keep_record(config.run_id, config.content, keys_of(config, config.backend.source), predict, store)

@@ -91,9 +91,9 @@ def _predicted(records: pd.DataFrame, title: str) -> Table:
         table.add_row(f"stage {stage}", f"{rows['predicted_ms'].mean():.2f} ms, {rows['bytes'].mean() / 1e6:.1f} MB")
     for level, rows in counted[counted["phase"] == "routing"].groupby("stage", sort=False):
         table.add_row(f"duplication per {level}", f"{1 - rows['rows'].sum() / rows['pairs'].sum():.1%}")
-    table.add_row(
-        "busiest GPU's expert rows / mean", f"{(steps['expert_rows_max'] / steps['expert_rows_mean']).mean():.2f}"
-    )
+    if steps["expert_rows_max"].notna().all():
+        skew = (steps["expert_rows_max"] / steps["expert_rows_mean"]).mean()
+        table.add_row("busiest GPU's expert rows / mean", f"{skew:.2f}")
     if steps["dropped_pairs"].any():
         table.add_row("dropped pairs", f"{steps['dropped_pairs'].sum() / steps['pairs'].sum():.1%}")
     if every_step["moved_experts"].any():

@@ -195,13 +195,16 @@ def _part_sizes(num_experts: int, hierarchy: Hierarchy) -> list[int]:
     ]
 
 
-def measure_swaps(expert_ids_NK: Tensor, placement: Placement, hierarchy: Hierarchy) -> Tensor:
+def measure_swaps(
+    expert_ids_NK: Tensor, placement: Placement, hierarchy: Hierarchy, weight_N: Tensor | None = None
+) -> Tensor:
     """Count what :func:`swap_times` needs, as one vector that can be summed over micro-batches and ranks.
 
     Args:
         expert_ids_NK: int64 [N, K], logical experts.
         placement: where they sit now.
         hierarchy: groups of GPUs.
+        weight_N: int32 [N], tokens that each row stands for; None for one.
 
     Returns:
         int32 [X], read by :meth:`SwapStatistics.unpack`; 0.99 MB for 256 experts on 32 GPUs in four levels.
@@ -215,6 +218,12 @@ def measure_swaps(expert_ids_NK: Tensor, placement: Placement, hierarchy: Hierar
 
     one = torch.ones((), dtype=torch.int32)
 
+    def repeated(part: slice, times: int) -> Tensor:
+        """The weight of each token, for all its entries."""
+        if weight_N is None:
+            return one.expand(len(slot_NK[part]) * times)
+        return weight_N[part].repeat_interleave(times)
+
     def histogram(level_NK: Tensor, size: int, index: Callable[[slice], Tensor]) -> Tensor:
         """Entries of an index by the level from which on they hold, cumulated over levels: int32 [D + 1, size]."""
         counted = torch.zeros(depth + 1, size, dtype=torch.int32)
@@ -222,7 +231,7 @@ def measure_swaps(expert_ids_NK: Tensor, placement: Placement, hierarchy: Hierar
             part = slice(start, start + CHUNK_TOKENS)
             code = index(part)
             code += ((level_NK[part] - 1) * size).view(*level_NK[part].shape, *[1] * (code.dim() - 2))
-            counted.view(-1).index_add_(0, code.view(-1), one.expand(code.numel()))
+            counted.view(-1).index_add_(0, code.view(-1), repeated(part, code[:1].numel()))
         for level in range(1, depth):
             counted[level] += counted[level - 1]
         return counted
@@ -236,7 +245,8 @@ def measure_swaps(expert_ids_NK: Tensor, placement: Placement, hierarchy: Hierar
         first_from_NK, ranks * experts, lambda part: rank_NK[part, :, None] * experts + slot_NK[part, None, :]
     )
     needed = histogram(first_from_NK, ranks, lambda part: rank_NK[part].clone())
-    selected_E = torch.bincount(slot_NK.reshape(-1), minlength=experts).int()
+    selected_E = torch.zeros(experts, dtype=torch.int32)
+    selected_E.index_add_(0, slot_NK.reshape(-1), repeated(slice(None), slot_NK.shape[1]))
     parts = []
     for level, groups in enumerate(hierarchy.groups, start=1):
         absent_UE = selected_E - present[level - 1].view(groups, -1, experts).sum(1, dtype=torch.int32)
@@ -246,7 +256,9 @@ def measure_swaps(expert_ids_NK: Tensor, placement: Placement, hierarchy: Hierar
             absent_UE.view(-1),
             needed[level - 1].view(groups, -1).sum(1, dtype=torch.int32),
         ]
-    return torch.cat([*parts, torch.tensor([-(-expert_ids_NK.numel() // PAIRS_UNIT)], dtype=torch.int32)])
+    tokens = len(slot_NK) if weight_N is None else int(weight_N.sum())
+    pairs_counted = tokens * expert_ids_NK.shape[1]
+    return torch.cat([*parts, torch.tensor([-(-pairs_counted // PAIRS_UNIT)], dtype=torch.int32)])
 
 
 def counts_after_swap(stats: SwapStatistics, level: int) -> Tensor:
@@ -295,7 +307,7 @@ class SwapTimes:
 
 
 def swap_times(
-    stats: SwapStatistics, scheme: DispatchScheme, cluster: Cluster, row_bytes: int, max_function: MaxFunction
+    stats: SwapStatistics, scheme: DispatchScheme, cluster: Cluster, row_bytes: float, max_function: MaxFunction
 ) -> SwapTimes:
     """Q: modelled time of one AlltoAll after the exchange of every two slots.
 
@@ -327,7 +339,7 @@ def swap_times(
 
 
 def time_of_groups(
-    needed: Sequence[Tensor], scheme: DispatchScheme, cluster: Cluster, row_bytes: int, max_function: MaxFunction
+    needed: Sequence[Tensor], scheme: DispatchScheme, cluster: Cluster, row_bytes: float, max_function: MaxFunction
 ) -> float:
     """Modelled time of one AlltoAll, in ms.
 

@@ -10,6 +10,7 @@ from hiermoe.analysis.figures import (
     heat_map,
     placement,
     scaling,
+    search,
     swap_cost,
     swap_policy,
     table2,
@@ -20,7 +21,7 @@ from hiermoe.analysis.figures.spec import FigureSpec
 FIGURES: tuple[FigureSpec, ...] = tuple(
     module.FIGURE
     for module in (
-        *(fig11, fig10, table2, fig9, fig12, fig13, table4, placement, swap_policy, swap_cost, balance),
+        *(fig11, fig10, table2, fig9, fig12, fig13, table4, placement, search, swap_policy, swap_cost, balance),
         *(scaling, heat_map),
     )
 )
