@@ -124,6 +124,7 @@ def test_nothing_to_compare_with_is_refused() -> None:
 
 def with_source(source: str, published: bool) -> Cluster:
     cluster = Cluster.named("a6000_1x8")
+    assert cluster.world is not None
     return cluster.model_copy(
         update={"world": cluster.world.model_copy(update={"source": source, "published": published})}
     )
