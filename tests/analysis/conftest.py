@@ -92,6 +92,8 @@ def records_of(config: RunConfig) -> pd.DataFrame:
             "iteration": iteration, "routing_iteration": iteration, "measured": iteration >= measured_from, "layer": 0,
         }  # fmt: skip
         time_ms = step_ms(config.system.name) * (1 + 0.01 * noise.standard_normal())
+        if config.backend.name == "bounds":
+            time_ms *= 0.5
         pairs = hierarchy.num_ranks * config.tokens_per_rank * config.model.topk
         stages = ("world",) if dimension == 1 else ("inter1", "intra1")
         rows += [

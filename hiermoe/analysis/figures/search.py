@@ -153,16 +153,16 @@ def words(table: pd.DataFrame) -> Words:
         f"{updates} swaps {swaps}",
         "The same dispatch (HierD-AlltoAll) under every placement, on "
         f"n = {span(table.groupby(['model', 'system', 'iterations_before'])['iteration'].nunique(), 0)} held-out steps "
-        "that no decision has seen when it acts; all but the one search go on deciding there. Above: each point is a run "
-        "with so many updates before them. Below: of each policy the run of "
-        f"{table['iterations_before'].min()} iterations before them, of HierD-ES each by its updates, and a lower bound. "
+        "that no decision has seen when it acts; all but the one search go on deciding there. Above: each point is a "
+        f"run with so many updates before them. Below: runs with {table['iterations_before'].min()} iterations before "
+        "them, of HierD-ES all, by updates, and a lower bound. "
         "Predicted times, nothing measured.",
         (
             *paragraphs,
             "The bound holds for every placement, even one made anew for each step's own tokens: every expert takes "
-            "the mates that suit its tokens best, whether or not they take it, and fractions of mates, and all GPUs have "
-            "equal shares of a stage's rows. So it is loose: what lies between it and the best placement found is the "
-            "most that could be left, not what is.",
+            "the mates that suit its tokens best, whether or not they take it, and fractions of mates, and all GPUs "
+            "have equal shares of a stage's rows. So it is loose: what lies between it and the best placement found is "
+            "the most that could be left, not what is.",
         ),
         tuple(_summary(table)),
     )
