@@ -91,6 +91,8 @@ def records_of(config: RunConfig) -> pd.DataFrame:
     """Rows as the backends write them, with made-up numbers that differ between iterations."""
     if config.backend.name == "synthetic_timings":
         return _timings(config)
+    if config.backend.name == "planning":
+        return _planning()
     hierarchy = config.cluster.hierarchy
     noise = np.random.default_rng(1)
     measured_from = first_measured(ITERATIONS, None)
@@ -103,6 +105,8 @@ def records_of(config: RunConfig) -> pd.DataFrame:
             "iteration": iteration, "routing_iteration": iteration, "measured": iteration >= measured_from, "layer": 0,
         }  # fmt: skip
         time_ms = step_ms(config.system.name) * (1 + 0.01 * noise.standard_normal())
+        if config.backend.name == "bounds":
+            time_ms *= 0.5
         pairs = hierarchy.num_ranks * config.tokens_per_rank * config.model.topk
         stages = ("world",) if dimension == 1 else ("inter1", "intra1")
         rows += [
@@ -131,6 +135,17 @@ def records_of(config: RunConfig) -> pd.DataFrame:
             }
         )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _planning() -> pd.DataFrame:
+    keys = {"phase": "planning", "routing_iteration": 0, "layer": 0, "planning_ms": 3.0}
+    return pd.DataFrame(
+        [
+            keys | {"iteration": i, "measured": i > 0, "stage": stage, "bytes": 1e6 if stage == "measure" else math.nan}
+            for i in range(ITERATIONS)
+            for stage in ("measure", "decide")
+        ]
+    )
 
 
 def _timings(config: RunConfig) -> pd.DataFrame:

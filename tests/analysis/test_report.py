@@ -93,7 +93,9 @@ def test_report_without_records_says_so(cells: dict[str, list[Cell]], tmp_path: 
     page, verdicts = write_report(cells, RunStore(tmp_path / "none"), tmp_path)
     assert set(verdicts["verdict"]) == {"not testable"}
     text = (page.parent / "report.md").read_text()
-    assert text.count("Not drawn") == len(FIGURES) + 4  # and loss curves, whole steps, two kinds of measured runs
+    assert (
+        text.count("Not drawn") == len(FIGURES) + 6
+    )  # loss curves, planner cost, and whole steps and measured runs of two kinds each
     assert "`make reproduce BACKEND=slurm NODES=4 GPUS_PER_NODE=8` measures on a cluster" in text
     assert not list((tmp_path / "figures").iterdir())
 

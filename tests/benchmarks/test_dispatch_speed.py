@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from hiermoe.backends.replay import Question, ReplayJob
+from hiermoe.backends.replay_job import Question, ReplayJob
 from hiermoe.dispatch.communicators import played_hosts
 from hiermoe.dispatch.ranks import run_ranks
 from hiermoe.planner.system import SystemConfig

@@ -154,9 +154,8 @@ def words(table: pd.DataFrame) -> Words:
         "The same dispatch (HierD-AlltoAll) under every placement, on "
         f"n = {span(table.groupby(['model', 'system', 'iterations_before'])['iteration'].nunique(), 0)} held-out steps "
         "that no decision has seen when it acts; all but the one search go on deciding there. Above: each point is a "
-        "run with so many updates before them. Below: of each policy the run of "
-        f"{table['iterations_before'].min()} iterations before them, of HierD-ES each by its updates, and a lower "
-        "bound. "
+        f"run with so many updates before them. Below: runs with {table['iterations_before'].min()} iterations before "
+        "them, of HierD-ES all, by updates, and a lower bound. "
         "Predicted times, nothing measured.",
         (
             *paragraphs,
