@@ -76,6 +76,7 @@ def test_the_hottest_expert_bounds_the_time_too() -> None:
     sets = TokenSets.of(torch.tensor([[0, 1 + n % 7] for n in range(70)]), 8)
     found = least_traffic(sets, [MateBound(8, hierarchy, 1)], (scheme,), cluster, 100)
     constants = cluster.world
+    assert constants is not None
     assert found.alltoall_ms == pytest.approx(constants.alpha_ms + constants.beta_ms_per_byte * 100 * 70)
 
 
