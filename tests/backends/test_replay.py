@@ -113,3 +113,19 @@ def test_a_system_that_does_not_apply_ends_no_other(composed: Composer, store: R
     outcomes = execute_together(configs, store)
     assert [outcome.status for outcome in outcomes] == ["not_applicable", "ok"]
     assert execute(configs[0], store).cached
+
+
+@pytest.mark.parametrize("system", ["hiermoe_search", "hiermoe_search_online"])
+def test_ranks_search_alike_and_experts_move_between_them(system: str, composed: Composer, store: RunStore) -> None:
+    """All ranks decide from summed sketches; a rank that found another placement would end the run."""
+    policy = [f"system.policy.{key}={value}" for key, value in (("first_search", 2), ("cells", 256), ("steps", 30))]
+    config = composed("backend=local", "world_size=4", *SMALL[2:], f"system={system}", *policy, "routing=recorded")
+    outcome = execute(config, store)
+    assert outcome.status == "ok", outcome.reason
+    steps = store.read(outcome.run_id)
+    steps = steps[steps["phase"] == "step"].sort_values("iteration")
+    assert (steps["num_wrong"] == 0).all()
+    for _, of_rank in steps.groupby("rank"):
+        moved = of_rank["moved_experts"].tolist()
+        assert moved[0] == 0 and moved[1] > 0
+        assert moved[2:] == [0] * 4 if system == "hiermoe_search" else max(moved) <= 8

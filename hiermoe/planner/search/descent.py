@@ -1,5 +1,6 @@
 """Exact swaps, one after another: swap statistics that follow the placement instead of being counted anew."""
 
+import math
 import time
 from collections.abc import Callable
 from copy import copy
@@ -105,10 +106,14 @@ class Budget:
         return self._clock() - self._started
 
     @property
+    def seconds_left(self) -> float:
+        """Until the limit; infinite where there is none."""
+        return math.inf if self._seconds is None else self._seconds - self.seconds
+
+    @property
     def is_spent(self) -> bool:
         """Whether a limit is reached."""
-        late = self._seconds is not None and self.seconds >= self._seconds
-        return late or (self._steps is not None and self.steps >= self._steps)
+        return self.seconds_left <= 0 or (self._steps is not None and self.steps >= self._steps)
 
 
 def descend(

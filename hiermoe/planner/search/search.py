@@ -21,6 +21,7 @@ BUDGET_S = 5.0
 SWAPPED_SETS = 32768  # that swaps are chosen from
 JUDGED_SETS = 65536  # that local optima are compared on
 PARTITIONED_SETS = 4096  # of which the hypergraph is made
+PARTITION_S = 2.0  # no partition is started with less time left, since none can be interrupted
 KICK = 4  # random swaps that lead out of a local optimum
 MAXIMUM = MaxFunction("smooth", 10.0)  # as HierD-ES; sharper ones fit imbalances that do not last
 
@@ -91,7 +92,7 @@ def search_placement(
         step_N: integer [N], training step of each token, so that the busiest GPU of every step is priced. None: all
             are of one step, whose size then is N.
         start: where experts sit now; None for expert e in slot e.
-        budget_s: seconds of search; None for no limit. The partitioner may exceed it by about a second.
+        budget_s: seconds of search; None for no limit.
         steps: evaluations of Q; None for no limit. With this limit alone a result is the same every time.
         seed: of samples, partitions and kicks.
 
@@ -120,6 +121,8 @@ def search(
     best_ms = objective.step_ms(judged, start)
     progress = [SearchProgress(budget.seconds, 0, best_ms, "present")]
     for origin in chain(("present", "pairs", "sets"), repeat("kick")):
+        if origin in ("pairs", "sets") and budget.seconds_left < PARTITION_S:
+            continue
         if origin == "pairs":
             table = SwapTable(swapped, partition_experts(sets, hierarchy, "pairs", seed), objective.cluster)
         elif origin == "sets":

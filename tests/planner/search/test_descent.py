@@ -1,5 +1,7 @@
 """Statistics that follow the placement, and descents on them."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -67,10 +69,11 @@ def test_descent_ends_where_no_swap_helps_and_every_step_lowers_q(a6000: Cluster
 def test_budget_ends_by_steps_or_by_seconds() -> None:
     now = [0.0]
     budget = Budget(5.0, 3, clock=lambda: now[0])
-    assert not budget.is_spent
+    assert not budget.is_spent and budget.seconds_left == 5.0
     now[0] = 5.0
-    assert budget.is_spent
+    assert budget.is_spent and budget.seconds == 5.0
     budget = Budget(None, 3, clock=lambda: now[0])
+    assert budget.seconds_left == math.inf
     budget.steps = 2
     assert not budget.is_spent
     budget.steps = 3

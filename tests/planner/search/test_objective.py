@@ -9,6 +9,7 @@ from hiermoe.planner.scheme import every_dimension, hierarchical
 from hiermoe.planner.search.objective import Objective, needed_by_step
 from hiermoe.planner.search.token_sets import TokenSets
 from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.placement import Placement
 from tests.planner import reference
 from tests.planner.cases import Case, cases, examples, random_cluster
 
@@ -49,6 +50,19 @@ def test_a_sample_is_scaled_to_its_step(case: Case) -> None:
         strict=True,
     ):
         assert torch.allclose(3 * whole, more)
+
+
+def test_small_and_large_steps_may_take_different_schemes(a6000: Cluster) -> None:
+    """Few tokens: each stage's alpha counts, so HD1. Many: bytes between nodes count."""
+    ids_NK = torch.arange(64).view(2, 32)[:, :8].repeat(8, 1)
+    sets = TokenSets.of(ids_NK, 64, torch.arange(16) // 8)
+    uneven = TokenSets(sets.ids_NK, sets.weight_N, sets.step_N, torch.tensor([1, 100_000]), 64)
+    objective = Objective(a6000, every_dimension(a6000.hierarchy), 4096)
+    times = objective.scheme_ms(uneven, Placement.identity(64))
+    small, large = times.argmin(0).tolist()
+    assert small == 0 < large
+    expected = 4 * (float(times[small, 0]) + float(times[large, 1])) / 2
+    assert objective.step_ms(uneven, Placement.identity(64)) == pytest.approx(expected)
 
 
 def test_schemes_that_send_pairs_are_refused(a6000: Cluster) -> None:
