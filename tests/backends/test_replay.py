@@ -127,5 +127,5 @@ def test_ranks_search_alike_and_experts_move_between_them(system: str, composed:
     assert (steps["num_wrong"] == 0).all()
     for _, of_rank in steps.groupby("rank"):
         moved = of_rank["moved_experts"].tolist()
-        assert moved[0] > 0  # after iteration 1, the first that is replayed: what came before it is in the policy's memory
+        assert moved[0] > 0  # after iteration 1, the first replayed; the policy remembers the one before
         assert moved[1:] == [0] * 4 if system == "hiermoe_search" else max(moved) <= 8
