@@ -201,7 +201,7 @@ def _of_model(model: str, rows: pd.DataFrame) -> Iterator[str]:
             "together already."
         )
     cost_ms, moved = search["migration_before_ms"].iloc[0], search["moved_before"].iloc[0]
-    if saved_ms > 0:
+    if _gain(search).low > 1:
         yield (
             f" The search moves {moved:.0f} experts once, {cost_ms:.0f} ms of full state at the link's rate, which "
             f"{cost_ms / saved_ms:.0f} steps pay back"

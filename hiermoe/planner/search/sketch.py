@@ -7,8 +7,8 @@ collide fail that test (one in 2^13 passes by chance, with 8192 cells) and are l
 what is left is a fair sample of the distinct sets, equal ones merged over all ranks. Where a step has more distinct
 sets than cells, only those whose hash has some zero bits take part; every rank derives their number from earlier sums.
 
-Counts of pairs of experts would be smaller (E * E), but they cannot tell how many groups a token needs: searched by
-them alone, the placement of the recorded DeepSeek-V3 routing came out a tenth slower than experts in order.
+Counts of pairs of experts would be smaller (E * E), but they cannot tell how many groups a token needs: partitioned by
+them alone, recorded DeepSeek-V3 routing took a tenth longer than with experts in order.
 """
 
 import math
