@@ -111,8 +111,7 @@ def resolve(config: AdviceConfig) -> tuple[Case, Path | None]:
     ):  # fmt: skip
         notes.append(
             f"The router of {model.name} lets a token use {model.router.group_topk} of {model.router.num_groups} "
-            "groups "
-            "of experts, which lowers traffic; this routing ignores it."
+            "groups of experts, which lowers traffic; this routing ignores it."
         )
     case = Case(
         name=f"{opened.name}-{cluster.name}".replace("@", "_"),
@@ -184,8 +183,7 @@ def _recorded(
     if source.num_distinct < 2:
         raise ValueError(
             f"trace of {meta.model} has one iteration of {cluster.hierarchy.num_ranks} x {config.tokens_per_rank} "
-            "tokens; "
-            "at least two are needed, one of them held out: take fewer tokens_per_rank, or a longer trace"
+            "tokens; at least two are needed, one of them held out: take fewer tokens_per_rank, or a longer trace"
         )
     notes = []
     if meta.model.endswith("_narrow"):
@@ -293,6 +291,5 @@ def _cluster_notes(config: AdviceConfig, cluster: Cluster) -> list[str]:
     return [
         f"{cluster.hierarchy.num_ranks} of the {config.cluster.hierarchy.num_ranks} GPUs of {config.cluster.name} "
         f"({' x '.join(map(str, cluster.hierarchy.groups))} groups); constants are those of the whole cluster, which "
-        "have "
-        "more of the traffic leave a group."
+        "have more of the traffic leave a group."
     ]

@@ -67,8 +67,7 @@ def inclusion_rates(load_E: np.ndarray, topk: int) -> np.ndarray:
     if wanted.max() > 1 + 1e-9:
         raise ValueError(
             f"expert {int(wanted.argmax())} has {load_E.max() / load_E.sum():.1%} of the load; with topk={topk} "
-            "distinct "
-            f"experts a token no expert can have more than {1 / topk:.1%}"
+            f"distinct experts a token no expert can have more than {1 / topk:.1%}"
         )
     if (wanted > 0).sum() < topk:
         raise ValueError(f"{(wanted > 0).sum()} experts have any load; topk={topk} needs as many")

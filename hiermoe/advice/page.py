@@ -113,8 +113,7 @@ def sections(answer: Answer) -> Iterator[Section]:
         "Every system",
         wording.title_of_systems(answer),
         f"Time of the four AlltoAlls of a step by stage, mean of {n} held-out iterations. Dotted: the flat AlltoAll. "
-        "d: "
-        "stages of the AlltoAll, of HD-MoE and HierMoE the cheapest of every step (d\\*). Slower than "
+        "d: stages of the AlltoAll, of HD-MoE and HierMoE the cheapest of every step (d\\*). Slower than "
         f"{figures.SLOWEST_SHOWN:g} "
         f"times the flat AlltoAll: in the table only.{interval}",
         figures.systems,
@@ -126,8 +125,7 @@ def sections(answer: Answer) -> Iterator[Section]:
         "Duplication and traffic",
         wording.title_of_traffic(answer),
         f"Exact counts, mean of {n} held-out iterations, experts in their first places (right: where each system has "
-        "put "
-        "them). A row counts where it leaves the outermost group that it leaves; hierarchical systems pass rows on "
+        "put them). A row counts where it leaves the outermost group that it leaves; hierarchical systems pass rows on "
         "inside.",
         figures.traffic,
         answer.assessment.levels,

@@ -17,10 +17,9 @@ CONSTANTS = {
     "derived": "Some of α and β are derived from others, not measured: run `hiermoe calibrate`.",
 }
 LEAVES_OUT = (
-    "Left out: overlap of AlltoAll with compute or with itself, contention with other traffic, packing and kernel "
-    "time.\n"
-    "Every time is α + n·β of the busiest GPU's exact rows; measured gains of deduplication were smaller than "
-    "predicted ones."
+    "Left out: overlap of AlltoAll with compute or with itself, contention with other traffic, packing, kernel time.\n"
+    "Every time is α + n·β of the busiest GPU's exact rows; speed-ups measured on emulated clusters were as predicted "
+    "or smaller, the smaller the more ranks shared a core."
 )
 
 
@@ -117,28 +116,23 @@ def conditions(answer: Answer) -> Iterator[str]:
     yield CONSTANTS[answer.constants]
     yield (
         f"With such constants a predicted gain counts from {answer.found.resolution:.0%} on, and a migration must "
-        "pay within "
-        f"{HORIZON_STEPS} steps."
+        f"pay within {HORIZON_STEPS} steps."
     )
     if case.kind == "loads":
         yield (
             f"{answer.mark} Only loads are known. Experts are drawn independently with these loads (met within a few "
-            "per "
-            "cent). Which experts fire together, and so duplication beyond chance and what placement by affinity "
-            "brings, "
-            "cannot be known from loads; nor how loads change over time. Intervals cover the drawing alone."
+            "per cent). Which experts fire together, and so duplication beyond chance and what placement by affinity "
+            "brings, cannot be known from loads; nor how loads change over time. Intervals cover the drawing alone."
         )
     elif case.kind == "synthetic":
         yield (
             f"Routing is synthetic ({case.routing_words.split(': ')[1]}): it shows what such routing would do, not "
-            "what your "
-            "model's routers do. Intervals cover the drawing alone."
+            "what your model's routers do. Intervals cover the drawing alone."
         )
     if not assessment.has_intervals:
         yield (
             f"Only {assessment.num_held_out} held-out iterations: no intervals (they need {FEWEST_FOR_INTERVALS}). A "
-            "longer "
-            "trace, or fewer tokens_per_rank, gives more."
+            "longer trace, or fewer tokens_per_rank, gives more."
         )
     if case.share is None:
         yield "AlltoAll's share of your step is not known; state share= (from a profile) for the gain of your step."
@@ -171,8 +165,7 @@ def title_of_systems(answer: Answer) -> str:
     peers, ms = max(stages.items(), key=lambda one: -1.0 if math.isnan(one[1]) else float(one[1]))
     return (
         f"{fastest['label']} is the fastest of {len(answer.systems)} systems; {ms / fastest['step_ms']:.0%} of its "
-        "time is "
-        f"{exchange_words(peers, answer.assessment)}"
+        f"time is {exchange_words(peers, answer.assessment)}"
     )
 
 

@@ -70,6 +70,8 @@ class Trainer:
                 params_dtype=PARAMS_DTYPE[config.dtype],
                 recompute=config.recompute,
             )
+        if device == "cuda":
+            model.cuda()  # Megatron makes the router and torch's norms on the CPU
         if config.dtype == "fp64":
             make_float64(model)
         prepare(model)

@@ -37,11 +37,7 @@ class Resampled:
     request: RoutingRequest
 
     def __post_init__(self) -> None:
-        recorded = self.trace.metadata.num_recorded
-        if self.request.topk > recorded:
-            raise ValueError(f"topk={self.request.topk} exceeds the {recorded} experts per token that were recorded")
-        if not 0 <= self.layer < self.trace.expert_ids.shape[1]:
-            raise ValueError(f"layer={self.layer} is not among the trace's {self.trace.expert_ids.shape[1]} layers")
+        self.trace.check(self.layer, self.request.topk)
         if len(self.expert_ids_STK) < 2:
             raise ValueError(f"tokens_per_rank={self.request.tokens_per_rank} leaves fewer than two sequences to draw")
 

@@ -207,6 +207,18 @@ class RoutingTrace:
             weights=None if self.weights is None else regroup(self.weights),
         )
 
+    def check(self, layer: int, topk: int) -> None:
+        """Refuse what was not recorded.
+
+        Raises:
+            ValueError: there is no such layer (by position), or K exceeds what was recorded.
+        """
+        recorded, layers = self.metadata.num_recorded, self.expert_ids.shape[1]
+        if topk > recorded:
+            raise ValueError(f"topk={topk} exceeds the {recorded} experts per token that the trace recorded")
+        if not 0 <= layer < layers:
+            raise ValueError(f"layer={layer} is not among the trace's {layers} layers")
+
 
 @dataclass(frozen=True)
 class RecordedRouting:
@@ -217,11 +229,7 @@ class RecordedRouting:
     topk: int
 
     def __post_init__(self) -> None:
-        recorded = self.trace.metadata.num_recorded
-        if self.topk > recorded:
-            raise ValueError(f"topk={self.topk} exceeds the {recorded} experts per token that the trace recorded")
-        if not 0 <= self.layer < self.trace.expert_ids.shape[1]:
-            raise ValueError(f"layer={self.layer} is not among the trace's {self.trace.expert_ids.shape[1]} layers")
+        self.trace.check(self.layer, self.topk)
 
     @property
     def num_distinct(self) -> int:
@@ -260,7 +268,7 @@ def load_recorded(request: RoutingRequest, path: str) -> RoutingTrace:
     """
     file = recorded_path(path, request)
     if not file.exists():
-        raise NotApplicable(f"no trace was recorded at {to_root(file)}; `make traces` records more")
+        raise NotApplicable(f"no trace was recorded at {to_root(file)} (results/traces/README.md: how to record one)")
     trace = RoutingTrace.load(file)
     if trace.metadata.num_experts != request.num_experts:
         raise ValueError(

@@ -7,6 +7,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from hiermoe.planner.swap import SwapStatistics, measure_swaps
 from hiermoe.routing.step import RoutingStep, make_step
 from hiermoe.topology.cluster import AlphaBeta, Cluster, Level
 from hiermoe.topology.hierarchy import Hierarchy
@@ -87,3 +88,8 @@ def random_cluster(hierarchy: Hierarchy, seed: int) -> Cluster:
         for i in range(1, last + 1)
     )  # fmt: skip
     return Cluster(name="random", description="", world=constants(), levels=levels)
+
+
+def statistics(expert_ids_NK: torch.Tensor, placement: Placement, hierarchy: Hierarchy) -> SwapStatistics:
+    """What HierD-ES decides from."""
+    return SwapStatistics.unpack(measure_swaps(expert_ids_NK, placement, hierarchy), placement.num_experts, hierarchy)
