@@ -22,7 +22,7 @@ from hiermoe.harness.measured import Amount, MeasuredCell, measured_cells, measu
 from hiermoe.harness.run import Outcome, execute_together, keep_record, keys_of
 from hiermoe.harness.slurm import SlurmConfig, run_job, slurm_job_name
 from hiermoe.harness.sweep import Cell, expand, sweep_names
-from hiermoe.harness.train import TrainRunConfig, execute_training, training_on
+from hiermoe.harness.train import TrainRunConfig, execute_training, keys_of_training, training_on
 from hiermoe.records.project import CONF, SCRATCH
 from hiermoe.records.status import NotApplicable
 from hiermoe.records.store import RunStore
@@ -271,7 +271,7 @@ def _measure(cells: Sequence[MeasuredCell], store: RunStore, attempts: Attempts,
         for config in suspects:
             reason = given_up[config.run_id]
             if reason is not None:
-                tell([_give_up(config, reason, store)], [config])
+                tell([_give_up(config, keys_of(config, "cluster"), reason, store)], [config])
         innocent = [config for config in missing if config not in suspects]
         alone = [[config] for config in suspects if given_up[config.run_id] is None]
         for configs in [innocent, *alone]:
@@ -284,24 +284,26 @@ def _measure(cells: Sequence[MeasuredCell], store: RunStore, attempts: Attempts,
 def _train(
     cells: Sequence[Cell[TrainRunConfig]], store: RunStore, attempts: Attempts, crew: Crew, say: Say
 ) -> list[Outcome]:
-    """Train under one system after another; what an earlier job died in twice is left out."""
+    """Train under one system after another; what earlier jobs died in twice is given up."""
     outcomes: list[Outcome] = []
     for number, cell in enumerate(cells, start=1):
         config = cell.config
         what = f"[{number}/{len(cells)}] training {config.model.name}, {config.system.name}"
         reason = None if store.is_done(config.run_id) else attempts.reason_to_skip(config.run_id)
         if reason is not None:
-            say(f"{what}: left out, {reason}")
-            continue
-        with attempts.of([config.run_id]):
-            outcomes.append(execute_training(config, store, world=crew))
+            outcomes.append(_give_up(config, keys_of_training(config), reason, store))
+        else:
+            with attempts.of([config.run_id]):
+                outcomes.append(execute_training(config, store, world=crew))
         last = outcomes[-1]
         say(f"{what}: {'kept from before' if last.cached else f'{last.status}, {last.seconds:.1f} s'}. {last.reason}")
     return outcomes
 
 
-def _give_up(config: RunConfig, reason: str, store: RunStore) -> Outcome:
+def _give_up(config: RunConfig | TrainRunConfig, keys: dict[str, Any], reason: str, store: RunStore) -> Outcome:
+    """Record that a run is not tried again."""
+
     def refuse() -> Any:
         raise ValueError(reason)
 
-    return keep_record(config.run_id, config.content, keys_of(config, "cluster"), refuse, store)
+    return keep_record(config.run_id, config.content, keys, refuse, store)

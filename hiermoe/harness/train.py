@@ -183,6 +183,22 @@ def _present(config: TrainRunConfig, world: World | None = None) -> None:
     present(config, title, config.steps, run, train_summary)
 
 
+def keys_of_training(config: TrainRunConfig) -> dict[str, Any]:
+    """Columns that all rows of a run share."""
+    return {
+        "source": config.backend.source,
+        "system": config.system.name,
+        "model": config.model.name,
+        "cluster": config.cluster.name,
+        "routing": "trained",
+        "seed": config.seed,
+        "num_experts": config.model.num_experts,
+        "topk": config.model.topk,
+        "num_ranks": config.world_size,
+        "tokens_per_rank": config.sequences_per_rank * config.seq_length,
+    }
+
+
 def execute_training(
     config: TrainRunConfig,
     store: RunStore,
@@ -200,18 +216,6 @@ def execute_training(
     Returns:
         The outcome. A run whose ranks failed keeps the rows of the steps that all of them finished.
     """
-    keys = {
-        "source": config.backend.source,
-        "system": config.system.name,
-        "model": config.model.name,
-        "cluster": config.cluster.name,
-        "routing": "trained",
-        "seed": config.seed,
-        "num_experts": config.model.num_experts,
-        "topk": config.model.topk,
-        "num_ranks": config.world_size,
-        "tokens_per_rank": config.sequences_per_rank * config.seq_length,
-    }
     checkpoints = config.checkpoints()
     start = checkpoints.start
     job = TrainingJob(
@@ -231,4 +235,4 @@ def execute_training(
         return run_training(job, progress, world)
 
     provenance = {} if start is None else {"resumed_from": to_root(start)}
-    return keep_record(config.run_id, config.content, keys, measure, store, provenance)
+    return keep_record(config.run_id, config.content, keys_of_training(config), measure, store, provenance)
