@@ -1,5 +1,9 @@
 """Sweeps run each configuration once, skip what is done, and survive what fails."""
 
+import threading
+import time
+
+import psutil
 import pytest
 
 from hiermoe.harness.run import Outcome, execute
@@ -32,3 +36,24 @@ def test_full_disk_ends_the_sweep_with_an_error(composed: Composer, tmp_path) ->
     blocked.write_text("a file where the store wants a folder")
     with pytest.raises(OSError):
         run_all([composed()], 1, lambda outcome: None, RunStore(blocked))
+
+
+def test_a_killed_worker_is_one_clear_message(composed: Composer, store: RunStore) -> None:
+    """As when memory runs out: the kernel kills the process that takes most."""
+    slow = composed("system=hiermoe", "tokens_per_rank=1024", "iterations=400")
+
+    def kill_worker() -> None:
+        """The worker is the one that a server of ours has forked, and takes processor time."""
+        for _ in range(600):
+            servers = psutil.Process().children()
+            busy = [worker for server in servers for worker in server.children() if worker.cpu_times().user > 0.5]
+            if busy:
+                busy[0].kill()
+                return
+            time.sleep(0.1)
+
+    killer = threading.Thread(target=kill_worker)
+    killer.start()
+    with pytest.raises(ValueError, match=r"a simulating process was killed.*--workers 1 takes less"):
+        run_all([slow], 1, lambda outcome: None, store)
+    killer.join()
