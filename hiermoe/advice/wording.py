@@ -65,6 +65,7 @@ def _advice(answer: Answer, own: Assessed) -> str:
         names = f" (system {', '.join(others)})" if others else ""
         return f"Use {dispatch}{where}, and leave the experts where they are{names}."
     last = own.updates.iloc[-1]
+    updates = f"{last['updates']:.0f} updates" if last["updates"] > 1 else "one update"
     pays = last["break_even_steps"]
     gain = f"{last['value']:.2f}×{answer.mark} the speed of the same dispatch with fixed experts"
     cost = (
@@ -75,8 +76,8 @@ def _advice(answer: Answer, own: Assessed) -> str:
     if math.isinf(pays):
         cost = f"costs {_ms(last['moved_ms'])} a layer once"
     return (
-        f"Use {dispatch}{where}, and place experts by {own.candidate.label}: {last['updates']:.0f} updates in "
-        f"{last['step']:.0f} steps bring {gain}; moving them {cost}."
+        f"Use {dispatch}{where}, and place experts by {own.candidate.label}: {updates} in "
+        f"{last['step']:.0f} steps bring{'' if last['updates'] > 1 else 's'} {gain}; moving them {cost}."
     )
 
 
