@@ -6,7 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from hiermoe.analysis.report import write_report
 from hiermoe.analysis.verdicts import verdict_summary
@@ -117,7 +125,8 @@ def measure_emulated(amount: Amount, session: Session) -> list[Outcome]:
         config = calibration_config(name.removesuffix("_calibrated"), "emulated")
         if not (session.store.is_done(config.run_id) and config.path.exists()):
             with _progress(session.console) as progress:
-                task = progress.add_task(f"calibrating {config.cluster.name}", total=config.num_measurements)
+                task = progress.add_task("calibrating", total=config.num_measurements)
+                _show(progress, task, f"calibrating {config.cluster.name}")
                 calibrate(config, session.store, lambda _, task=task: progress.advance(task))
     cells = measured_cells(amount)
     outcomes = [*measure(cells, session), *predict(cells, session)]
@@ -132,7 +141,7 @@ def train_all(session: Session) -> list[Outcome]:
         task = progress.add_task("training", total=sum(config.steps for config in missing))
         outcomes = []
         for config in configs:
-            progress.update(task, description=f"training {config.model.name}, {config.system.label}")
+            _show(progress, task, f"training {config.model.name}, {config.system.label}")
             outcomes.append(execute_training(config, session.store, lambda _: progress.advance(task)))
     return outcomes
 
@@ -146,7 +155,7 @@ def measure(cells: Sequence[MeasuredCell], session: Session) -> list[Outcome]:
         task = progress.add_task("measuring", total=sum(group[0].num_steps for group in missing))
         for group in groups:
             first = group[0]
-            progress.update(task, description=f"{first.model.name}, {first.routing.name}: {len(group)} systems")
+            _show(progress, task, f"{first.model.name}, {first.routing.name}: {len(group)} systems")
             outcomes += execute_together(group, session.store, lambda _: progress.advance(task))
     return outcomes
 
@@ -180,6 +189,13 @@ def finish(outcomes: Sequence[Outcome], session: Session, wandb_mode: WandbMode,
     console.print(f"report: [bold]{report}[/bold] ({session.seconds:.0f} s in all)")
     if failed:
         raise ValueError(f"{len(failed)} of {len(outcomes)} runs failed; the report leaves them out and says so")
+
+
+def _show(progress: Progress, task: TaskID, what: str) -> None:
+    """Say what is being done now; in a file, where no bar moves, as a line of its own."""
+    progress.update(task, description=what)
+    if not progress.console.is_terminal:
+        progress.console.print(what)
 
 
 def _progress(console: Console) -> Progress:

@@ -139,6 +139,21 @@ def test_inside_a_leaf_nothing_is_shaped(network: EmulatedNetwork) -> None:
 
 
 @needs_namespaces
+def test_links_carry_both_directions_at_once(network: EmulatedNetwork) -> None:
+    (rate,) = Cluster.named("emulated_4x2").shaped_rates
+    with Conversation(network, 0, 3) as there, Conversation(network, 3, 0) as back:
+        found = []
+        while len(found) < 20 and max(found, default=0.0) < 0.9 * rate:
+            started = time.perf_counter()
+            thread = threading.Thread(target=back.send, args=(4 * MEGABYTE,))
+            thread.start()
+            there.send(4 * MEGABYTE)
+            thread.join()
+            found.append(4 * MEGABYTE * 8 / 1e6 / (time.perf_counter() - started))
+    assert 0.9 * rate < max(found) < 1.1 * rate
+
+
+@needs_namespaces
 def test_small_message_gets_through_beside_a_large_one(network: EmulatedNetwork) -> None:
     with Conversation(network, 0, 1) as bulk, Conversation(network, 0, 1) as small:
         started = time.perf_counter()

@@ -56,6 +56,7 @@ def _row(run: Run, twin: Run, results: Results) -> dict[str, object]:
     policy = str(config.system.policy)
     return {
         "source": run.source,
+        "device": config.backend.device,
         "cluster": config.cluster.name,
         "model": config.model.name,
         "routing": run.routing,
@@ -232,10 +233,11 @@ def words(table: pd.DataFrame) -> Words:
         f"{rows['row_bytes'].iloc[0]} bytes, 1/{rows['narrowed'].iloc[0]} of the model's"
         for model, rows in table.groupby("model", sort=False)
     )
+    ranks = "GPUs over NCCL" if first["device"] == "cuda" else "gloo ranks"
     return Words(
         f"Measured on {SOURCES[str(first['source'])]}, over Megatron-LM on {first['routing']} routing: "
         f"{'; '.join(reached) or 'no baseline yet'}",
-        f"{first['num_ranks']} gloo ranks. Busiest rank in each iteration, median over {table['n'].min()} iterations, "
+        f"{first['num_ranks']} {ranks}. Busiest rank in each iteration, median over {table['n'].min()} iterations, "
         f"systems interleaved; 95 % block-bootstrap intervals. {sizes}.",
         tuple(text),
         tuple(_summary(table)),
@@ -249,6 +251,12 @@ def _alone(table: pd.DataFrame) -> Iterator[str]:
             f"The rows of a dispatch's stages sent alone, all ranks ready, take {table['alone_low'].min():.2f} to "
             f"{table['alone_high'].max():.2f} times α and what the busiest shaped link needs for them; what they "
             "take above that in the dispatcher is waiting."
+        )
+    if (table["device"] == "cpu").all():
+        yield (
+            "A gloo rank tells a peer that it is ready to receive behind the data that it sends on the same "
+            "connection. So the two directions of a pair may follow one another, and an AlltoAll of only two ranks can "
+            "take up to twice what its links need, alone and in the calibration too."
         )
     yield (
         "Time on the wire includes waiting: a stage ends for nobody before the last rank has begun it, and before each "
