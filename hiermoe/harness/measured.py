@@ -90,8 +90,8 @@ def together(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:
 
 
 def measured_so_far(store: RunStore) -> list[MeasuredCell]:
-    """Measured runs of all amounts that have a record, whatever came of them, each once."""
-    found: dict[str, MeasuredCell] = {}
+    """Measured runs of all amounts that have a record, whatever came of them, once for each sweep that has them."""
+    found: dict[tuple[str, str], MeasuredCell] = {}
     for amount, (backend, cluster) in product(AMOUNTS, [(None, None), *allocations_so_far(store)]):
         try:
             cells = measured_cells(amount, backend, cluster)
@@ -99,7 +99,7 @@ def measured_so_far(store: RunStore) -> list[MeasuredCell]:
             continue
         for cell in cells:
             if store.status(cell.measured.config.run_id) is not None:
-                found.setdefault(cell.measured.config.run_id, cell)
+                found.setdefault((cell.sweep, cell.measured.config.run_id), cell)
     return list(found.values())
 
 

@@ -111,6 +111,18 @@ def test_words_and_drawing_come_from_the_table(table: pd.DataFrame) -> None:
     assert FIGURE.draw(table, words.title).axes
 
 
+def test_clusters_have_panels_of_their_own_and_the_largest_the_title(table: pd.DataFrame) -> None:
+    small = table.assign(cluster="small", num_ranks=8, whole_speedup=9.0)
+    both = pd.concat([table, small], ignore_index=True)
+    words = FIGURE.words(both)
+    assert words.title == FIGURE.words(table).title and "9.00" not in words.title
+    assert words.caption.startswith("32 or 8 gloo ranks.")
+    named = [row[0] for row in words.rows[1:]]
+    assert named == ["Qwen3-30B-A3B, K=8, 32 ranks"] * 3 + ["Qwen3-30B-A3B, K=8, 8 ranks"] * 3
+    panels = [panel for panel in FIGURE.draw(both, words.title).axes if panel.get_visible()]
+    assert [len(panel.get_yticklabels()) for panel in panels] == [3, 3]
+
+
 def test_a_run_without_its_prediction_is_left_out(results: Results) -> None:
     alone = Results({**results.runs, PREDICTIONS: []}, results.records, results.store)
     assert FIGURE.table(alone, []).empty

@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
-from hiermoe.harness.measured import AMOUNTS, clusters_of, measured_cells, measured_so_far, together
+from hiermoe.harness.measured import AMOUNTS, Amount, clusters_of, measured_cells, measured_so_far, together
 from hiermoe.records.project import CONF
 from hiermoe.records.store import RunStore
 
@@ -60,6 +61,22 @@ def test_a_cluster_that_nobody_has_calibrated_is_an_error_and_not_in_the_report(
     with pytest.raises(ValueError, match=r"sweeps/measured/fig11.yaml: .*emulated_4x8_calibrated"):
         measured_cells("default")
     assert measured_so_far(RunStore(tmp_path / "runs")) == []
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_every_system_is_measured_beside_the_baseline(calibrated: Path, amount: Amount) -> None:
+    for group in together(cell.measured.config for cell in measured_cells(amount)):
+        assert "megatron" in {config.system.name for config in group}, group[0]
+
+
+def test_a_run_that_several_sweeps_share_is_found_for_each(calibrated: Path, tmp_path: Path) -> None:
+    cells = [cell for cell in measured_cells("full") if cell.sweep == "fig13"]
+    shared = next(cell.measured.config for cell in cells if cell.measured.config.system.name == "hd_moe")
+    folder = tmp_path / "runs" / shared.run_id
+    folder.mkdir(parents=True)
+    pd.DataFrame({"status": ["ok"]}).to_parquet(folder / "records.parquet")
+    store = RunStore(tmp_path / "runs")
+    assert {cell.sweep for cell in measured_so_far(store)} == {"fig11", "fig13", "table4"}
 
 
 def test_a_new_calibration_names_its_runs_anew(calibrated: Path) -> None:

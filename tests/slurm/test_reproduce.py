@@ -81,6 +81,7 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,  # so that a signal reaches make and what it has started, as one of a terminal does
         )
 
     @property
@@ -116,7 +117,7 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", ti
         time.sleep(0.2)
 
 
-def test_a_preempted_and_a_cancelled_job_go_on_with_what_is_missing(project: Project) -> None:
+def test_a_preempted_a_cancelled_and_a_left_job_go_on_with_what_is_missing(project: Project) -> None:
     first = project.start(*QUICK)
     wait_for(lambda: any(project.folder.glob("results/runs/calibration-*/started-1.json")), first)
     job = next(iter(project.cluster.job_states()))
@@ -134,9 +135,18 @@ def test_a_preempted_and_a_cancelled_job_go_on_with_what_is_missing(project: Pro
     assert not list(project.folder.glob("results/runs/*/started-*.json")), "to be ended is not the runs' fault"
     finished = project.records
     second = project.start(*QUICK)
-    output = second.communicate(timeout=300)[0]
+    wait_for(lambda: len(list(project.folder.rglob("request.json"))) == 2, second)
+    wait_for(lambda: "RUNNING" in project.cluster.job_states().values(), second)
+    os.killpg(second.pid, signal.SIGINT)
+    output = second.communicate(timeout=60)[0]
     print(output)
-    assert second.returncode == 0, output
+    assert second.returncode != 0
+    assert "goes on without this" in output
+    third = project.start(*QUICK)
+    output = third.communicate(timeout=300)[0]
+    print(output)
+    assert third.returncode == 0, output
+    assert "is under way for the same: following it" in output
     assert output.count("kept from before") > RUNS // 2
     assert {name: content for name, content in project.records.items() if name in finished} == finished
     records = project.measured()

@@ -18,12 +18,15 @@ from hiermoe.planner.cost import ALLTOALLS_PER_STEP
 
 BASELINE = "megatron"
 PREDICTIONS = "predictions"  # simulated twins of the measured runs
+# What is the same for all systems of a panel.
+PANEL = ["cluster", "num_ranks", "tokens_per_rank", "narrowed", "model", "topk", "routing"]
 SOURCES = {"emulated": "an emulated cluster", "cluster": "a cluster", "local": "one machine's loopback"}
 
 
 def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
-    """One row per measured run that has a prediction: medians per iteration of the busiest rank."""
-    return pd.DataFrame([_row(run, twin, results) for run, twin in _twins(results)])
+    """One row per measured run that has a prediction: medians per iteration of the busiest rank; most ranks first."""
+    rows = pd.DataFrame([_row(run, twin, results) for run, twin in _twins(results)])
+    return rows if rows.empty else rows.sort_values("num_ranks", ascending=False, kind="stable", ignore_index=True)
 
 
 def _twins(results: Results) -> Iterator[tuple[Run, Run]]:
@@ -156,12 +159,12 @@ def _stages(run: Run, twin: Run, results: Results) -> dict[str, object]:
 
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
-    """A panel per model, K and routing: a row per system, predicted above measured."""
+    """A panel per cluster, model, K and routing: a row per system, predicted above measured."""
     groups = list(_panels(table))
     columns = min(2, len(groups))
     lines = -(-len(groups) // columns)
-    tallest = max(len(rows) for _, rows in groups)
-    figure, panels = style.grid(title, lines, columns, (12, 1.6 + lines * (0.9 + 0.46 * tallest)))
+    heights = [0.9 + 0.46 * max(len(rows) for _, rows in groups[n * columns : (n + 1) * columns]) for n in range(lines)]
+    figure, panels = style.grid(title, lines, columns, (12, 1.6 + sum(heights)), height_ratios=heights)
     for panel in panels[len(groups) :]:
         panel.set_visible(False)
     for panel, (name, rows) in zip(panels, groups, strict=False):
@@ -198,11 +201,19 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
 
 
 def _panels(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    for (model, topk, routing), rows in table.groupby(["model", "topk", "routing"], sort=False):  # type: ignore[misc]
+    for _, rows in table.groupby(PANEL, sort=False):
         unique = rows.drop_duplicates(["system", "policy"])
         several = unique["label"].duplicated(keep=False)
         labels = unique["label"].where(~several, unique["label"] + unique["policy"].map(_interval))
-        yield f"{style.MODELS[str(model)]}, K={topk}, {style.ROUTINGS[str(routing)][1]}", unique.assign(label=labels)
+        routing = style.ROUTINGS[str(rows["routing"].iloc[0])][1]
+        yield f"{_what(rows.iloc[0], table)}, {routing}", unique.assign(label=labels)
+
+
+def _what(row: pd.Series, table: pd.DataFrame) -> str:
+    """Model and K, and what more tells rows of the table apart."""
+    several = table["num_ranks"].min() < table["num_ranks"].max()
+    ranks = f", {row['num_ranks']} ranks" if several else ""
+    return f"{style.MODELS[str(row['model'])]}, K={row['topk']}{ranks}"
 
 
 def _interval(policy: str) -> str:
@@ -213,7 +224,7 @@ def _interval(policy: str) -> str:
 def words(table: pd.DataFrame) -> Words:
     """How far measurement and model agree, and what was measured where."""
     first = table.iloc[0]
-    lead = table[(table["routing"] == first["routing"]) & (table["model"] == first["model"])]
+    lead = table[(table[PANEL] == first[PANEL]).all(axis=1)].drop_duplicates("system")
     reached = [
         f"{row['label']} {row['whole_speedup']:.2f}× (predicted {row['predicted_speedup']:.2f}×)"
         for _, row in lead[lead["system"].isin(["hd2_moe", "hd_moe", "hiermoe"])].iterrows()
@@ -229,15 +240,16 @@ def words(table: pd.DataFrame) -> Words:
         *_alone(table),
     ]
     sizes = "; ".join(
-        f"{style.MODELS[str(model)]}: {rows['tokens_per_rank'].iloc[0]} tokens a rank, rows of "
-        f"{rows['row_bytes'].iloc[0]} bytes, 1/{rows['narrowed'].iloc[0]} of the model's"
-        for model, rows in table.groupby("model", sort=False)
+        f"{_what(row, table)}: {row['tokens_per_rank']} tokens a rank, rows of {row['row_bytes']} bytes, "
+        f"1/{row['narrowed']} of the model's"
+        for _, row in table.drop_duplicates([name for name in PANEL if name != "routing"]).iterrows()
     )
-    ranks = "GPUs over NCCL" if first["device"] == "cuda" else "gloo ranks"
+    ranks = " or ".join(str(n) for n in table["num_ranks"].unique())
+    kind = "GPUs over NCCL" if first["device"] == "cuda" else "gloo ranks"
     return Words(
         f"Measured on {SOURCES[str(first['source'])]}, over Megatron-LM on {first['routing']} routing: "
         f"{'; '.join(reached) or 'no baseline yet'}",
-        f"{first['num_ranks']} {ranks}. Busiest rank in each iteration, median over {table['n'].min()} iterations, "
+        f"{ranks} {kind}. Busiest rank in each iteration, median over {table['n'].min()} iterations, "
         f"systems interleaved; 95 % block-bootstrap intervals. {sizes}.",
         tuple(text),
         tuple(_summary(table)),
@@ -285,14 +297,14 @@ def _gap(table: pd.DataFrame) -> Iterator[str]:
 
 def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
     yield (
-        "model, K", "routing", "system", "predicted ms", "busiest links ms", "wire ms", "whole calls ms",
+        "model", "routing", "system", "predicted ms", "busiest links ms", "wire ms", "whole calls ms",
         "wire over predicted",
         "stages of dispatch over α and busiest link: rows alone, in the dispatcher",
         "speed-up predicted", "by the links", "on the wire", "whole calls", "planning ms", "migration ms a step", "n",
     )  # fmt: skip
     for _, row in table.iterrows():
         yield (
-            f"{style.MODELS[row['model']]}, {row['topk']}",
+            _what(row, table),
             style.ROUTINGS[row["routing"]][1].removesuffix(" routing"),
             row["label"] + (_interval(row["policy"]) if row["system"] == "hiermoe" else ""),
             f"{row['predicted_ms']:.0f}",
