@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 QUICK = ("BACKEND=slurm", "NODES=4", "GPUS_PER_NODE=2", "DEVICE=cpu", "QUICK=1")
 
-# Two groups of runs, so that one is finished while the other is under way.
+# Two groups of runs: one is finished while the other is under way, for longer than an ended job may still go on.
 SWEEP = """\
 # @package _global_
 hydra:
@@ -28,7 +28,7 @@ hydra:
       cluster: emulated_4x2_calibrated
       tokens_per_rank: 32
       narrowed: 16
-      iterations: 12
+      iterations: 160
       model: qwen3_30b_a3b
       routing: recorded,uniform
       system: megatron,hd2_moe,hiermoe
@@ -134,6 +134,7 @@ def test_a_preempted_a_cancelled_and_a_left_job_go_on_with_what_is_missing(proje
     assert output.count(f"job {job}: running") == 2
     assert not list(project.folder.glob("results/runs/*/started-*.json")), "to be ended is not the runs' fault"
     finished = project.records
+    assert project.measured()["run_id"].nunique() == 1 + RUNS // 2
     second = project.start(*QUICK)
     wait_for(lambda: len(list(project.folder.rglob("request.json"))) == 2, second)
     wait_for(lambda: "RUNNING" in project.cluster.job_states().values(), second)
