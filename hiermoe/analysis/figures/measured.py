@@ -185,7 +185,7 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
         panel.set_ylim(len(rows) - 0.45, -0.55)
         panel.set_xlim(0, max(rows["high"].max(), rows["predicted_ms"].max()) * 1.15)
         panel.grid(axis="y", visible=False)
-        panel.set_title(name)
+        panel.set_title(name, fontsize=12)
         panel.set_xlabel("four AlltoAlls of one layer, ms a step")
     bar = {"linestyle": "", "marker": "|", "markersize": 15, "markeredgewidth": 2.2, "color": "#BBBBBB"}
     factor = {"linestyle": "", "marker": "$1.2\\times$", "markersize": 22, "color": style.INK}
@@ -205,7 +205,7 @@ def _panels(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         unique = rows.drop_duplicates(["system", "policy"])
         several = unique["label"].duplicated(keep=False)
         labels = unique["label"].where(~several, unique["label"] + unique["policy"].map(_interval))
-        routing = style.ROUTINGS[str(rows["routing"].iloc[0])][1]
+        routing = style.ROUTINGS[str(rows["routing"].iloc[0])][1].removesuffix(" routing")
         yield f"{_what(rows.iloc[0], table)}, {routing}", unique.assign(label=labels)
 
 
@@ -245,11 +245,13 @@ def words(table: pd.DataFrame) -> Words:
         for _, row in table.drop_duplicates([name for name in PANEL if name != "routing"]).iterrows()
     )
     ranks = " or ".join(str(n) for n in table["num_ranks"].unique())
+    fewest, most = table["n"].min(), table["n"].max()
+    iterations = f"{fewest}" if fewest == most else f"{fewest}–{most}"
     kind = "GPUs over NCCL" if first["device"] == "cuda" else "gloo ranks"
     return Words(
         f"Measured on {SOURCES[str(first['source'])]}, over Megatron-LM on {first['routing']} routing: "
         f"{'; '.join(reached) or 'no baseline yet'}",
-        f"{ranks} {kind}. Busiest rank in each iteration, median over {table['n'].min()} iterations, "
+        f"{ranks} {kind}. Busiest rank in each iteration, median over {iterations} iterations, "
         f"systems interleaved; 95 % block-bootstrap intervals. {sizes}.",
         tuple(text),
         tuple(_summary(table)),
