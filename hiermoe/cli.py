@@ -181,7 +181,7 @@ def _reproduce() -> None:
         return
     if general.pop("sweeps"):
         parser.error(f"--sweeps chooses simulated sweeps; --backend {backend} measures")
-    from hiermoe.harness.on_cluster import reproduce_on_cluster
+    from hiermoe.on_cluster import reproduce_on_cluster
 
     reproduce_on_cluster(backend, given, **general)
 

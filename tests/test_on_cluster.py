@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
+from hiermoe import on_cluster
 from hiermoe.backends.crew import CrewEnded
-from hiermoe.harness import on_cluster
 from hiermoe.harness.attempts import Attempts
 from hiermoe.harness.calibrate import with_measured_links
 from hiermoe.harness.config import RunConfig
 from hiermoe.harness.measured import measured_cells
-from hiermoe.harness.on_cluster import calibration_of, required_shape, shape_of, torchrun_backend, uncalibrated
 from hiermoe.harness.run import Outcome, keep_record, keys_of
+from hiermoe.on_cluster import calibration_of, required_shape, shape_of, torchrun_backend, uncalibrated
 from hiermoe.records.status import NotApplicable
 from hiermoe.records.store import RunStore
 from hiermoe.topology.cluster import AlphaBeta, Peers
