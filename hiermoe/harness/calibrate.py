@@ -84,7 +84,11 @@ class CalibrationConfig(BaseModel):
     @property
     def run_id(self) -> str:
         """The name of the run, by its content."""
-        return run_id(self.content, measured=True, on_this_host=self.backend.on_this_host)
+        return run_id(
+            self.content,
+            ("hiermoe.backends.calibration", "hiermoe.backends.worlds", "hiermoe.backends.crew"),
+            on_this_host=self.backend.on_this_host,
+        )
 
     @property
     def job(self) -> CalibrationJob:

@@ -64,6 +64,13 @@ class BackendConfig(_Strict):
         return self.name != "torchrun"
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        """Where the code begins that makes the numbers."""
+        if self.starts_ranks:
+            return ("hiermoe.backends.replay", "hiermoe.backends.worlds", "hiermoe.backends.crew")
+        return (f"hiermoe.backends.{self.name}",)
+
+    @property
     def source(self) -> str:
         """What a record says of its numbers."""
         if self.name == "planning":
@@ -175,7 +182,8 @@ class RunConfig(_Strict):
         path = self.routing.source.get("path")
         inputs = () if path is None else (recorded_path(path, self.request),)
         backend = self.backend
-        return run_id(self.content, inputs, measured=backend.source != "simulated", on_this_host=backend.on_this_host)
+        here = backend.source != "simulated" and backend.on_this_host
+        return run_id(self.content, backend.modules, inputs, on_this_host=here)
 
     def workload(self) -> Workload:
         """Everything that a backend needs.

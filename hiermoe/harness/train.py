@@ -81,7 +81,12 @@ class TrainRunConfig(TrainingConfig):
         """The name of the run, by its content and, if it starts from a checkpoint of another run, by that."""
         given = self.given_checkpoint
         files = () if given is None else tuple(path for path in sorted(given.rglob("*")) if path.is_file())
-        return run_id(self.content, files, measured=True, on_this_host=self.backend.on_this_host)
+        return run_id(
+            self.content,
+            ("hiermoe.backends.training", "hiermoe.backends.worlds", "hiermoe.backends.crew"),
+            files,
+            on_this_host=self.backend.on_this_host,
+        )
 
     @property
     def given_checkpoint(self) -> Path | None:

@@ -1,71 +1,157 @@
-"""A run is named by its content: its resolved configuration and the source files that produce its numbers."""
+"""A run is named by its content: its resolved configuration and what the code that produces its numbers says.
 
+Code counts by its syntax tree, without docstrings, comments and formatting, and wherever its files lie: a module counts
+under its last name, which no two have in common. Only the modules count that a run can reach by imports from where it
+begins, what its configuration names in ``_target_`` among them.
+"""
+
+import ast
 import hashlib
 import json
 import socket
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from hiermoe.records.project import PROJECT_ROOT
 
-# What simulated numbers are made by. The records' schema belongs to it: old columns must not be read as new ones.
-SIMULATED_SOURCES = (
-    "hiermoe/records/schema.py",
-    "hiermoe/routing/*.py",
-    "hiermoe/topology/*.py",
-    "hiermoe/planner/**/*.py",
-    "hiermoe/megatron/model_config.py",
-    "hiermoe/backends/bounds.py",
-    "hiermoe/backends/simulated.py",
-    "hiermoe/backends/synthetic_timings.py",
-    "hiermoe/backends/walk.py",
-    "hiermoe/backends/workload.py",
-    "hiermoe/harness/config.py",
-    "baselines/*.py",
-)
-# What measured numbers are made by.
-MEASURED_SOURCES = (*SIMULATED_SOURCES, "hiermoe/backends/**/*.py", "hiermoe/dispatch/*.py", "hiermoe/megatron/*.py")
+_PACKAGES = ("hiermoe", "baselines")
+_SCHEMA = "hiermoe.records.schema"  # old columns must not be read as new ones
 
 
 def run_id(
-    config: dict[str, Any], inputs: tuple[Path, ...] = (), *, measured: bool = False, on_this_host: bool = True
+    config: dict[str, Any],
+    modules: Sequence[str],
+    inputs: tuple[Path, ...] = (),
+    *,
+    on_this_host: bool = False,
 ) -> str:
     """Name of a run.
 
     Args:
         config: the resolved configuration, without what does not change numbers (logging).
+        modules: dotted names of those that the run begins in.
         inputs: files that the run reads; their content counts, not their path. A missing file counts as missing.
-        measured: whether its numbers are measured. Then the host counts too, and all code that runs.
-        on_this_host: whether they are measured here; the nodes of a cluster are as good as each other, and which of
-            them an allocation begins with does not count. The cluster's constants do, in ``config``.
+        on_this_host: whether its numbers are this machine's, so that the host counts too. The nodes of a cluster are as
+            good as each other; its constants count, in ``config``.
 
     Returns:
         ``<system>-<model>-<16 hexadecimal digits>``.
     """
+    targets = sorted({target.rpartition(".")[0] for target in _targets(config)})
     content = {
-        "config": config,
-        "code": code_digest(MEASURED_SOURCES if measured else SIMULATED_SOURCES),
+        "config": _anywhere(config),
+        "code": code_digest((_SCHEMA, *modules, *targets)),
         "inputs": [_file_digest(path, path.stat().st_mtime_ns) if path.exists() else None for path in inputs],
     }
-    if measured and on_this_host:
+    if on_this_host:
         content["host"] = socket.gethostname()
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     return f"{config['system']['name']}-{config['model']['name']}-{digest}"
 
 
-@lru_cache(maxsize=2)
-def code_digest(patterns: tuple[str, ...]) -> str:
-    """Hash of the source files that produce numbers.
+@lru_cache(maxsize=64)
+def code_digest(modules: tuple[str, ...], root: Path = PROJECT_ROOT) -> str:
+    """Hash of the project's code that can be reached from some modules.
 
     Args:
-        patterns: of their paths below the project's root.
+        modules: dotted names.
+        root: folder that the project's packages are in.
     """
-    digest = hashlib.sha256()
-    for pattern in patterns:
-        for path in sorted(PROJECT_ROOT.glob(pattern)):
-            digest.update(path.relative_to(PROJECT_ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+    digests = {module.rpartition(".")[2]: _code(module, root) for module in reachable(modules, root)}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def reachable(modules: Iterable[str], root: Path = PROJECT_ROOT) -> set[str]:
+    """The project's modules that these import, directly or not, anywhere in their text; themselves included."""
+    found: set[str] = set()
+    waiting = [module for module in modules if _path(module, root) is not None]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found.add(module)
+            waiting += _imported(module, root)
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _imported(module: str, root: Path) -> tuple[str, ...]:
+    """What a module's text imports of the project."""
+    nodes = [node for node in ast.walk(_tree(module, root)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    named = [name if _path(name, root) is not None else module for node in nodes for module, name, _ in _names(node)]
+    return tuple(name for name in named if _path(name, root) is not None)
+
+
+@lru_cache(maxsize=1024)
+def _code(module: str, root: Path) -> str:
+    """Hash of what a module says."""
+    tree = _tree(module, root)
+    for node in ast.walk(tree):
+        for field in ("body", "orelse", "finalbody"):
+            statements = getattr(node, field, None)
+            if isinstance(statements, list):
+                setattr(node, field, _meant(statements, root))
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def _meant(statements: list[ast.stmt], root: Path) -> list[ast.AST]:
+    """Statements without strings that only stand there, and with one sorted list of names in the place of imports."""
+    kept, imported = [], []
+    for statement in statements:
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            for module, name, known_as in _names(statement):
+                ours = name.split(".")[0] in _PACKAGES
+                where = module if ours and _path(name, root) is None else name  # of ours only the last name counts
+                imported.append(f"{where.rpartition('.')[2]} {name.rpartition('.')[2]}" if ours else name)
+                imported[-1] += f" as {known_as}"
+        elif not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):
+            kept.append(statement)
+    return [*(ast.Constant(name) for name in sorted(imported)), *kept]
+
+
+def _names(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, str, str]]:
+    """Of each imported thing the module that it is asked from, its whole dotted name, and what it is called here."""
+    for alias in node.names:
+        if isinstance(node, ast.Import):
+            yield alias.name, alias.name, alias.asname or alias.name.partition(".")[0]
+        else:
+            yield node.module or "", f"{node.module}.{alias.name}", alias.asname or alias.name
+
+
+def _tree(module: str, root: Path) -> ast.Module:
+    path = _path(module, root)
+    assert path is not None
+    return ast.parse(path.read_bytes())
+
+
+def _path(module: str, root: Path) -> Path | None:
+    """The file of a module of the project; None for anything else."""
+    if module.partition(".")[0] not in _PACKAGES:
+        return None
+    stem = root / module.replace(".", "/")
+    return next((path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None)
+
+
+def _targets(value: Any) -> Iterator[str]:
+    """Every ``_target_`` of a configuration."""
+    if isinstance(value, dict):
+        if "_target_" in value:
+            yield str(value["_target_"])
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _targets(item)
+
+
+def _anywhere(value: Any) -> Any:
+    """A configuration whose targets are named by module and function, wherever the module lies."""
+    if isinstance(value, dict):
+        return {
+            key: ".".join(str(item).split(".")[-2:]) if key == "_target_" else _anywhere(item)
+            for key, item in value.items()
+        }
+    return [_anywhere(item) for item in value] if isinstance(value, list) else value
 
 
 @lru_cache(maxsize=256)

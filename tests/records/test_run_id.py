@@ -1,47 +1,103 @@
-"""A run's name changes with whatever code makes its numbers."""
+"""A run's name changes with what the code says that makes its numbers, and with nothing else."""
 
-import ast
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from hiermoe.records.project import PROJECT_ROOT
-from hiermoe.records.run_id import MEASURED_SOURCES, SIMULATED_SOURCES
+from hiermoe.records.run_id import code_digest, reachable, run_id
 
-SIMULATING = ("hiermoe.backends.simulated", "hiermoe.backends.bounds", "hiermoe.backends.synthetic_timings")
-MEASURING = ("hiermoe.backends.replay", "hiermoe.backends.training", "hiermoe.backends.calibration")
-# They say where files are and how a run ended, or write records down, and make no number.
-NO_NUMBERS = {f"hiermoe/records/{name}.py" for name in ("project", "status", "store")}
+PRICE = '''"""What a row costs."""
+
+from hiermoe.planner.counts import count, rank
+import math
 
 
-def imported(path: Path) -> set[Path]:
-    """Files of the project that a file imports, anywhere in it."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    files = (
-        PROJECT_ROOT / f"{name.replace('.', '/')}.py" for name in names if name.startswith(("hiermoe", "baselines"))
+def price(rows: int, beta: float) -> float:
+    """Rows times beta."""
+    # rounded up
+    return math.ceil(count(rows) + rank) * beta
+'''
+COUNTS = "rank = 3\n\n\ndef count(rows):\n    return rows\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    """Writes modules of a small project, and gives the digest of what can be reached from one of them."""
+
+    def write(begin: str, **files: str) -> str:
+        for name, text in files.items():
+            path = tmp_path / "hiermoe" / f"{name.replace('__', '/')}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        code_digest.cache_clear()
+        for cached in ("_imported", "_code"):
+            getattr(__import__("hiermoe.records.run_id", fromlist=[cached]), cached).cache_clear()
+        return code_digest((begin,), tmp_path)
+
+    return write
+
+
+def test_comments_docstrings_and_format_do_not_count(write: Callable[..., str]) -> None:
+    before = write("hiermoe.planner.price", planner__price=PRICE, planner__counts=COUNTS)
+    changed = PRICE.replace("# rounded up", "# to whole rows, since no half row travels").replace(
+        '"""Rows', '"""Many rows'
     )
-    return {file for file in files if file.exists()}
+    changed = changed.replace("rows: int, beta: float", "\n    rows: int,\n    beta: float,\n")
+    changed = changed.replace("count, rank", "(rank, count)")
+    assert changed != PRICE
+    assert write("hiermoe.planner.price", planner__price=changed) == before
 
 
-def all_imported(modules: tuple[str, ...]) -> set[str]:
-    """The files of modules and of all that they import, and so on."""
-    found: set[Path] = set()
-    left = {PROJECT_ROOT / f"{name.replace('.', '/')}.py" for name in modules}
-    while left:
-        file = left.pop()
-        found.add(file)
-        left |= imported(file) - found
-    return {file.relative_to(PROJECT_ROOT).as_posix() for file in found}
+def test_a_moved_file_does_not_count(write: Callable[..., str], tmp_path: Path) -> None:
+    before = write("hiermoe.planner.price", planner__price=PRICE, planner__counts=COUNTS)
+    (tmp_path / "hiermoe" / "planner" / "counts.py").unlink()
+    moved = "import math\n\nfrom hiermoe.a.b.counts import count, rank\n" + PRICE.split("import math")[1]
+    assert write("hiermoe.cost.price", cost__price=moved, a__b__counts=COUNTS) == before
 
 
-@pytest.mark.parametrize(("modules", "patterns"), [(SIMULATING, SIMULATED_SOURCES), (MEASURING, MEASURED_SOURCES)])
-def test_all_code_that_makes_numbers_counts(modules: tuple[str, ...], patterns: tuple[str, ...]) -> None:
-    counted = {path.relative_to(PROJECT_ROOT).as_posix() for pattern in patterns for path in PROJECT_ROOT.glob(pattern)}
-    used = all_imported(modules)
-    assert len(used) > 10
-    assert used - counted - NO_NUMBERS == set()
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("+ rank", "- rank"), ("ceil", "floor"), ("count, rank", "count, rank2 as rank"), ("import math", "")],
+)
+def test_what_is_computed_counts(write: Callable[..., str], old: str, new: str) -> None:
+    before = write("hiermoe.planner.price", planner__price=PRICE, planner__counts=COUNTS)
+    assert write("hiermoe.planner.price", planner__price=PRICE.replace(old, new)) != before
+
+
+def test_what_is_imported_counts_and_what_is_not_does_not(write: Callable[..., str]) -> None:
+    files = {"planner__price": PRICE, "planner__counts": COUNTS}
+    before = write("hiermoe.planner.price", **files)
+    assert write("hiermoe.planner.price", planner__other="x = 1\n") == before
+    assert write("hiermoe.planner.price", planner__counts=COUNTS.replace("3", "4")) != before
+
+
+def test_what_a_run_can_reach_is_all_that_it_imports() -> None:
+    simulated = reachable(("hiermoe.backends.simulated",))
+    measured = reachable(("hiermoe.backends.replay",))
+    assert {"hiermoe.planner.traffic", "hiermoe.topology.hierarchy"} <= simulated
+    assert not any(module.startswith("hiermoe.dispatch") for module in simulated)
+    # imported inside functions, since only ranks pay for it
+    assert {"hiermoe.megatron.bench_layer", "hiermoe.dispatch.exchange", "hiermoe.planner.traffic"} <= measured
+
+
+def test_targets_count_by_their_code_and_wherever_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"system": {"name": "s"}, "model": {"name": "m"}}
+
+    def named(target: str) -> str:
+        return run_id(config | {"policy": {"_target_": target}}, ())
+
+    assert named("baselines.smartmoe.SmartMoEPolicy") != named("baselines.smartmoe.pack")
+    without_code = named("nowhere.smartmoe.SmartMoEPolicy")
+    assert named("elsewhere.smartmoe.SmartMoEPolicy") == without_code != named("baselines.smartmoe.SmartMoEPolicy")
+
+
+def test_the_host_counts_where_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"system": {"name": "s"}, "model": {"name": "m"}}
+    ids = []
+    for host in ("here", "there"):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        ids.append((run_id(config, ()), run_id(config, (), on_this_host=True)))
+    (anywhere, here), (anywhere_again, there) = ids
+    assert anywhere == anywhere_again
+    assert len({anywhere, here, there}) == 3

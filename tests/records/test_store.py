@@ -9,7 +9,7 @@ import pandas as pd
 import pandera.errors
 import pytest
 
-from hiermoe.records.run_id import code_digest, run_id
+from hiermoe.records.run_id import run_id
 from hiermoe.records.store import RunStore
 
 
@@ -101,26 +101,9 @@ def test_run_id_follows_configuration_and_inputs_alone(tmp_path: Path) -> None:
     trace.write_bytes(b"one")
     same_content = tmp_path / "b.trace"
     same_content.write_bytes(b"one")
-    missing = run_id(config, (tmp_path / "none",))
-    assert run_id(config, (trace,)) == run_id(dict(reversed(config.items())), (same_content,))
-    assert run_id(config | {"iterations": 5}, (trace,)) != run_id(config, (trace,))
-    before = run_id(config, (trace,))
+    missing = run_id(config, (), (tmp_path / "none",))
+    assert run_id(config, (), (trace,)) == run_id(dict(reversed(config.items())), (), (same_content,))
+    assert run_id(config | {"iterations": 5}, (), (trace,)) != run_id(config, (), (trace,))
+    before = run_id(config, (), (trace,))
     trace.write_bytes(b"two!")
-    assert run_id(config, (trace,)) not in (before, missing)
-
-
-def test_dispatch_code_and_host_are_part_of_measured_ids_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hiermoe.records.run_id.PROJECT_ROOT", tmp_path)
-    source = tmp_path / "hiermoe" / "dispatch" / "exchange.py"
-    source.parent.mkdir(parents=True)
-    config = {"system": {"name": "s"}, "model": {"name": "m"}}
-    ids = []
-    for content, host in (("a", "here"), ("b", "here"), ("b", "there")):
-        source.write_text(content)
-        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
-        code_digest.cache_clear()
-        ids.append((run_id(config), run_id(config, measured=True)))
-    code_digest.cache_clear()
-    simulated, measured = zip(*ids, strict=True)
-    assert len(set(simulated)) == 1
-    assert len({*measured, *simulated}) == 4
+    assert run_id(config, (), (trace,)) not in (before, missing)
