@@ -9,7 +9,7 @@ weights, so that the optimizer's masters undo the move, and it remaps dropped to
 import torch
 from torch import Tensor
 
-from hiermoe.planner.policy import PlacementUpdate, StepContext
+from hiermoe.policies.protocol import PlacementUpdate, StepContext
 from hiermoe.routing.step import experts_per_rank
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
@@ -103,7 +103,7 @@ def _assign_slots(members: list[list[int]], placement: Placement, per_rank: int)
         free -= {old[expert] for expert in staying}
         for expert, slot in zip(sorted(set(experts) - set(staying)), sorted(free), strict=True):
             new[expert] = slot
-    return Placement(torch.tensor(new, dtype=torch.int64))
+    return Placement.of_slots(torch.tensor(new, dtype=torch.int64))
 
 
 def largest_load(load_E: Tensor, placement: Placement, num_ranks: int) -> int:

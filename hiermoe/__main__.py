@@ -1,5 +1,5 @@
 """``python -m hiermoe``."""
 
-from hiermoe.cli import main
+from hiermoe.commands.cli import main
 
 main()

@@ -9,10 +9,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from hiermoe.cli import main
-from hiermoe.harness.config import RunConfig, parse, register_search_path
+from hiermoe.commands.cli import main
 from hiermoe.records.project import CONF
 from hiermoe.records.store import RunStore
+from hiermoe.runs.run_config import RunConfig, parse, register_search_path
+from hiermoe.topology.cluster import Cluster
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -44,6 +45,18 @@ def composed() -> Iterator[Composer]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="test"):
         yield Composer()
+
+
+@pytest.fixture(scope="session")
+def a6000() -> Cluster:
+    """The paper's testbed: 4 nodes x 8 RTX A6000."""
+    return Cluster.named("a6000_4x8")
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One folder of tokenised corpora for the whole session."""
+    return str(tmp_path_factory.mktemp("corpus"))
 
 
 Command = Callable[..., tuple[int, str, str]]

@@ -7,8 +7,8 @@ import pytest
 
 from hiermoe.records.project import PROJECT_ROOT
 
-ORDER = ["records", "routing", "topology", "planner", "dispatch", "megatron", "backends", "harness", "analysis"]
-ORDER += ["advice"]
+ORDER = ["records", "routing", "model", "topology", "planner", "policies", "dispatch", "ranks", "megatron", "narrow"]
+ORDER += ["measure", "runs", "analysis", "advice", "commands"]
 FILES = sorted((PROJECT_ROOT / "hiermoe").rglob("*.py")) + sorted((PROJECT_ROOT / "baselines").rglob("*.py"))
 
 

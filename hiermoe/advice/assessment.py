@@ -12,8 +12,8 @@ from hiermoe.advice.held_out import HeldOut, count_held_out
 from hiermoe.advice.inputs import Case
 from hiermoe.advice.systems import BASELINE, Candidate
 from hiermoe.analysis.statistics import Estimate, ratio_of_sums
-from hiermoe.backends.simulated import simulate
-from hiermoe.backends.workload import CachedRouting, Workload
+from hiermoe.measure.predict import simulate
+from hiermoe.measure.workload import CachedRouting, Workload
 from hiermoe.routing.step import RoutingStep, first_measured, iteration_schedule
 from hiermoe.topology.placement import Placement
 

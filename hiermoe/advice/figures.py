@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from scipy.optimize import isotonic_regression
 
+from hiermoe.advice.answer_tables import Answer, groups_of
 from hiermoe.advice.systems import BASELINE
-from hiermoe.advice.tables import Answer, groups_of
-from hiermoe.analysis.end_to_end import PUBLISHED_SHARES, step_speedup
 from hiermoe.analysis.figures import style
+from hiermoe.analysis.whole_step import PUBLISHED_SHARES, step_speedup
 from hiermoe.topology.cluster import Peers
 
 UNNAMED = "#7A5195"  # of a system that the house's palette has no colour for

@@ -3,9 +3,9 @@
 import numpy as np
 from matplotlib.figure import Figure
 
+from hiermoe.advice.answer_tables import Answer
 from hiermoe.advice.figures import end_labels, tone
 from hiermoe.advice.recommendation import HORIZON_STEPS, STAY_BELOW_GAIN
-from hiermoe.advice.tables import Answer
 from hiermoe.analysis.figures import style
 
 DASHES = ("-", "--", "-.", ":")

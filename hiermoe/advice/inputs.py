@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hiermoe.advice.config import AdviceConfig
-from hiermoe.advice.loads import IndependentLoads, read_loads
-from hiermoe.backends.workload import CachedRouting
-from hiermoe.megatron.model_config import ModelConfig
-from hiermoe.planner.system import build
+from hiermoe.advice.advice_config import AdviceConfig
+from hiermoe.measure.workload import CachedRouting
+from hiermoe.model import ModelConfig
+from hiermoe.policies.system import build
 from hiermoe.records.project import CONF, PROJECT_ROOT
 from hiermoe.records.status import NotApplicable
+from hiermoe.routing.loads import IndependentLoads, read_loads
 from hiermoe.routing.step import RoutingRequest, RoutingSource
 from hiermoe.routing.trace import RecordedRouting, RoutingTrace, TraceMetadata, recorded_path
 from hiermoe.topology.cluster import Cluster

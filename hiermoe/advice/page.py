@@ -11,13 +11,14 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
-from hiermoe.advice import figures, figures_of_change, recommendation, wording
+from hiermoe.advice import figures, figures_of_change, recommendation
+from hiermoe.advice import phrases as wording
+from hiermoe.advice.answer_tables import Answer, exchange_words
 from hiermoe.advice.systems import BASELINE
-from hiermoe.advice.tables import Answer, exchange_words
-from hiermoe.analysis.end_to_end import PUBLISHED_SHARES, step_speedup
 from hiermoe.analysis.figures.spec import DPI
 from hiermoe.analysis.figures.style import SETTINGS
 from hiermoe.analysis.render import environment, to_html
+from hiermoe.analysis.whole_step import PUBLISHED_SHARES, step_speedup
 from hiermoe.records.provenance import collect
 
 Rows = tuple[tuple[str, ...], ...]

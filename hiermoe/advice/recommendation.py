@@ -18,9 +18,9 @@ from typing import Literal
 import numpy as np
 
 from hiermoe.advice.assessment import FEWEST_FOR_INTERVALS, Assessed
-from hiermoe.analysis.end_to_end import step_speedup
 from hiermoe.analysis.statistics import Estimate, ratio_of_sums
-from hiermoe.harness.calibrate import CALIBRATED
+from hiermoe.analysis.whole_step import step_speedup
+from hiermoe.runs.calibration import CALIBRATED
 from hiermoe.topology.cluster import Cluster
 
 Outcome = Literal["stay", "unresolved", "dispatch", "placement"]

@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from hiermoe.planner.policy import StaticPolicy
 from hiermoe.planner.scheme import DispatchScheme
-from hiermoe.planner.system import SystemConfig
+from hiermoe.policies.protocol import StaticPolicy
+from hiermoe.policies.system import SystemConfig
 from hiermoe.records.project import CONF
 from hiermoe.records.status import NotApplicable
 from hiermoe.topology.hierarchy import Hierarchy

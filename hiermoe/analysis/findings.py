@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import pandas as pd
 
 from hiermoe.analysis.claims import TESTBED_RANKS, Claim
-from hiermoe.analysis.end_to_end import share_needed
 from hiermoe.analysis.figures.tables import counterpart, published
 from hiermoe.analysis.figures.words import per_routing, span
 from hiermoe.analysis.frames import Results, Run
 from hiermoe.analysis.quantities import duplication_rate, speedup
+from hiermoe.analysis.whole_step import share_needed
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP
-from hiermoe.planner.migration import STATE_BYTES_PER_PARAMETER, WEIGHT_BYTES_PER_PARAMETER
+from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, WEIGHT_BYTES_PER_PARAMETER
 from hiermoe.topology.cluster import Peers
 
 MODELS = {"qwen3_30b_a3b": "Qwen3-30B-A3B", "deepseek_v3": "DeepSeek-V3"}

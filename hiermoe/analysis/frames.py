@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from hiermoe.harness.calibrate import CALIBRATED
-from hiermoe.harness.config import RunConfig
-from hiermoe.harness.sweep import Cell
 from hiermoe.records.store import RunStore
+from hiermoe.runs.calibration import CALIBRATED
+from hiermoe.runs.run_config import RunConfig
+from hiermoe.runs.sweep import Cell
 
 NO_ROUTING = "none"  # the routing column of what no routing enters
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from hiermoe.analysis.cases import Case
 from hiermoe.analysis.claims import BEST_OF
-from hiermoe.analysis.end_to_end import FULL_STATE_AT_LINK, PUBLISHED_SHARES, migration_prices, migration_share
 from hiermoe.analysis.frames import Results, Run
 from hiermoe.analysis.statistics import Estimate, bootstrap, paired, ratio_of_medians, ratio_of_sums, ratio_of_variation
+from hiermoe.analysis.whole_step import FULL_STATE_AT_LINK, PUBLISHED_SHARES, migration_prices, migration_share
 from hiermoe.planner.fit import Fit, fit_alpha_beta
 from hiermoe.topology.cluster import Peers
 

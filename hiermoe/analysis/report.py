@@ -11,20 +11,24 @@ import pandas as pd
 from PIL import Image
 
 from hiermoe.analysis.claims import Claim, Rules, load_claims, load_rules
-from hiermoe.analysis.figures import FIGURES, end_to_end, losses, measured, planner_cost
-from hiermoe.analysis.figures.measured import PREDICTIONS
+from hiermoe.analysis.figures import FIGURES
+from hiermoe.analysis.figures.beyond import planner_cost
+from hiermoe.analysis.figures.measured import dispatchers as measured
+from hiermoe.analysis.figures.measured import losses
+from hiermoe.analysis.figures.measured import training_steps as end_to_end
+from hiermoe.analysis.figures.measured.dispatchers import PREDICTIONS
 from hiermoe.analysis.figures.spec import FigureSpec, Words, render
 from hiermoe.analysis.findings import findings
 from hiermoe.analysis.frames import NO_ROUTING, Results, load
-from hiermoe.analysis.provenance import run_provenance, trace_facts
+from hiermoe.analysis.origins import run_provenance, trace_facts
 from hiermoe.analysis.render import environment, to_html
 from hiermoe.analysis.verdicts import VERDICTS, Judged, judge_all, to_frame
 from hiermoe.analysis.wording import GLYPHS, cell, in_words, number, system_labels
-from hiermoe.harness.measured import measured_so_far
-from hiermoe.harness.sweep import Cell, expand, large_so_far, sweep_names
 from hiermoe.records.project import REPORTS
 from hiermoe.records.provenance import collect
 from hiermoe.records.store import RunStore
+from hiermoe.runs.measured_cells import measured_so_far
+from hiermoe.runs.sweep import Cell, expand, large_so_far, sweep_names
 
 TITLE = "HierMoE, reproduced"
 ROUTINGS = ("recorded", "uniform", "group_limited", NO_ROUTING)

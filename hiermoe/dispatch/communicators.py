@@ -10,10 +10,12 @@ from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
-from hiermoe.dispatch.ranks import HOST_VARIABLE
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.topology.cluster import Peers
 from hiermoe.topology.hierarchy import Hierarchy
+
+HOST_VARIABLE = "HIERMOE_HOST"
+"""Environment variable of a rank: the name of the host that it plays."""
 
 
 @dataclass(frozen=True)

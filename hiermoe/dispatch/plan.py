@@ -183,7 +183,7 @@ def _local_pairs(routing_map_TE: Tensor, probs_TE: Tensor, placement: Placement)
         token_P, slot_P = routing_map_TE.nonzero(as_tuple=True)
         index_P = token_P * num_experts + slot_P
     else:
-        expert_at = placement.expert_at().to(routing_map_TE.device)
+        expert_at = placement.expert_at_S.to(routing_map_TE.device)
         token_P, slot_P = routing_map_TE[:, expert_at].nonzero(as_tuple=True)
         index_P = token_P * num_experts + expert_at[slot_P]
     return _Pairs(token_P, slot_P, probs_TE.reshape(-1)[index_P], num_tokens), index_P

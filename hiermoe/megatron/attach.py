@@ -14,14 +14,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hiermoe.dispatch.communicators import Communicators
 from hiermoe.dispatch.plan import DispatchContext
-from hiermoe.megatron.dispatcher import ReorderedTokenDispatcher, StagedTokenDispatcher
+from hiermoe.megatron.adapter import ReorderedTokenDispatcher, StagedTokenDispatcher
+from hiermoe.megatron.expert_placement import ExpertPlacement, LayerPlacement
 from hiermoe.megatron.flex import flex_dispatcher
 from hiermoe.megatron.logical_names import name_experts_by_slot, name_experts_logically
 from hiermoe.megatron.meter import Meter, MeteredDispatcher
 from hiermoe.megatron.migration import expert_parameters
-from hiermoe.megatron.placement import ExpertPlacement, LayerPlacement
-from hiermoe.planner.policy import PlacementPolicy, StaticPolicy
-from hiermoe.planner.system import SystemConfig
+from hiermoe.policies.protocol import PlacementPolicy, StaticPolicy
+from hiermoe.policies.system import SystemConfig
 from hiermoe.topology.cluster import Cluster
 
 _BEFORE = "_before_attach"  # on a layer: its own dispatcher, and the placement that it has meanwhile

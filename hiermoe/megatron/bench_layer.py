@@ -9,14 +9,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hiermoe.megatron import cpu
+from hiermoe.megatron.adapter import StagedTokenDispatcher
 from hiermoe.megatron.attach import dispatch_context, new_dispatcher
-from hiermoe.megatron.dispatcher import StagedTokenDispatcher
+from hiermoe.megatron.expert_placement import ExpertPlacement, LayerPlacement
 from hiermoe.megatron.meter import Meter, MeteredDispatcher
-from hiermoe.megatron.placement import ExpertPlacement, LayerPlacement
-from hiermoe.planner.migration import STATE_BYTES_PER_PARAMETER
-from hiermoe.planner.policy import Start, StaticPolicy
-from hiermoe.planner.system import SystemConfig
+from hiermoe.megatron.standins import cpu
+from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER
+from hiermoe.policies.protocol import Start, StaticPolicy
+from hiermoe.policies.system import SystemConfig
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.placement import Placement
 

@@ -35,9 +35,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hiermoe.megatron import cpu
 from hiermoe.megatron.checkpoint_folder import checkpoint_path, partial_path, remove_old, remove_partial
-from hiermoe.megatron.placement import ExpertPlacement
+from hiermoe.megatron.expert_placement import ExpertPlacement
+from hiermoe.megatron.standins import cpu
 
 
 def save_checkpoint(

@@ -6,7 +6,7 @@ from typing import Any
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from hiermoe.megatron.dispatcher import StagedTokenDispatcher
+from hiermoe.megatron.adapter import StagedTokenDispatcher
 
 
 def name_experts_logically(layer: MoELayer, dispatcher: StagedTokenDispatcher) -> None:
@@ -21,7 +21,7 @@ def name_experts_logically(layer: MoELayer, dispatcher: StagedTokenDispatcher) -
     first = layer.local_expert_indices[0]
 
     def sharded_state_dict(prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        expert_at = dispatcher.placement.expert_at().tolist()
+        expert_at = dispatcher.placement.expert_at_S.tolist()
         result = {}
         for i, expert in enumerate(experts.local_experts):
             # Stock code numbers the only expert of this stand-in by its rank among E ranks.

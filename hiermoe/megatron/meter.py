@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hiermoe.dispatch.interposer import Interposer, Transfer
 from hiermoe.dispatch.plan import DispatchPlan
-from hiermoe.megatron.dispatcher import DelegatingDispatcher
+from hiermoe.megatron.adapter import DelegatingDispatcher
 
 _STOCK_STAGES = {"all_gather": "counts", "all_to_all": "1:world"}
 

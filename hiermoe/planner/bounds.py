@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.scheme import DispatchScheme
-from hiermoe.planner.search.token_sets import TokenSets
+from hiermoe.planner.token_sets import TokenSets
 from hiermoe.routing.step import experts_per_rank
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy

@@ -1,4 +1,4 @@
-"""Where each expert sits."""
+"""Where each expert sits, and which of its copies a token uses."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,52 +9,113 @@ from torch import Tensor
 from hiermoe.routing.step import experts_per_rank
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Placement:
-    """Permutation from logical experts to physical slots. GPU g owns slots [g * E/G, (g + 1) * E/G).
+    """A map from slots to experts. GPU g owns slots [g * S/G, (g + 1) * S/G).
+
+    An expert may have copies: as many as slots name it. Tokens of one source GPU all use the same copy of an expert.
 
     Attributes:
-        slot_E: int64 [E], slot of each logical expert.
+        expert_at_S: int64 [S], logical expert in each slot, S >= E; each of 0..E-1 at least once.
+        copy_GE: int64 [G, E], slot of the copy of expert e that tokens of source GPU g use; None where no expert has
+            copies.
 
     Raises:
-        ValueError: ``slot_E`` is not a permutation of 0..E-1.
+        ValueError: an expert without a slot, or a copy that is not where ``copy_GE`` says.
     """
 
-    slot_E: Tensor
+    expert_at_S: Tensor
+    copy_GE: Tensor | None = None
 
     def __post_init__(self) -> None:
-        expected = torch.arange(len(self.slot_E))
-        if self.slot_E.dtype != torch.int64 or not torch.equal(self.slot_E.sort().values, expected):
-            raise ValueError(f"slot_E={self.slot_E.tolist()} is not an int64 permutation of 0..{len(self.slot_E) - 1}")
+        found = self.expert_at_S.unique() if self.expert_at_S.dtype == torch.int64 else self.expert_at_S.new_empty(0)
+        if not len(found) or not torch.equal(found, torch.arange(len(found))):
+            raise ValueError(
+                f"expert_at_S={self.expert_at_S.tolist()} is not int64 with each of 0..{len(found) - 1} at least once"
+            )
+        if self.copy_GE is None:
+            if len(found) < len(self.expert_at_S):
+                raise ValueError(f"{len(self.expert_at_S)} slots for {len(found)} experts: copies need copy_GE")
+        else:
+            fits = self.copy_GE.shape[1:] == found.shape and bool((self.copy_GE >= 0).all())
+            if not fits or not bool((self.copy_GE < self.num_slots).all()):
+                raise ValueError(f"copy_GE does not name slots 0..{self.num_slots - 1} of {len(found)} experts")
+            if not bool((self.expert_at_S[self.copy_GE] == found).all()):
+                raise ValueError("copy_GE names a slot that another expert sits in")
 
     @classmethod
     def identity(cls, num_experts: int) -> "Placement":
         """Expert e in slot e."""
         return cls(torch.arange(num_experts))
 
-    @cached_property
-    def is_identity(self) -> bool:
-        """Whether every expert e sits in slot e."""
-        return torch.equal(self.slot_E, torch.arange(len(self.slot_E)))
+    @classmethod
+    def of_slots(cls, slot_E: Tensor) -> "Placement":
+        """The placement without copies in which expert e sits in slot ``slot_E[e]``.
+
+        Raises:
+            ValueError: ``slot_E`` is not a permutation of 0..E-1.
+        """
+        if slot_E.dtype != torch.int64 or not torch.equal(slot_E.sort().values, torch.arange(len(slot_E))):
+            raise ValueError(f"slot_E={slot_E.tolist()} is not an int64 permutation of 0..{len(slot_E) - 1}")
+        placement = cls(torch.argsort(slot_E))
+        placement.__dict__["slot_E"] = slot_E  # known, so not sorted for again
+        return placement
 
     @property
+    def num_slots(self) -> int:
+        """S."""
+        return len(self.expert_at_S)
+
+    @cached_property
     def num_experts(self) -> int:
         """E."""
-        return len(self.slot_E)
+        return self.num_slots if self.copy_GE is None else self.copy_GE.shape[1]
 
-    def expert_at(self) -> Tensor:
-        """Logical expert in each slot: int64 [E], the inverse permutation."""
-        return torch.argsort(self.slot_E)
+    @property
+    def has_copies(self) -> bool:
+        """Whether there are more slots than experts."""
+        return self.num_slots > self.num_experts
+
+    @cached_property
+    def is_identity(self) -> bool:
+        """Whether every expert e sits in slot e, and nowhere else."""
+        return torch.equal(self.expert_at_S, torch.arange(self.num_experts))
+
+    @cached_property
+    def slot_E(self) -> Tensor:
+        """Slot of each logical expert: int64 [E].
+
+        Raises:
+            ValueError: experts have copies, so that they have no one slot.
+        """
+        if self.has_copies:
+            raise ValueError(f"{self.num_experts} experts have {self.num_slots} slots: a copy depends on the source")
+        return torch.argsort(self.expert_at_S)
+
+    def slots_of(self, expert_ids_NK: Tensor, source_N: Tensor) -> Tensor:
+        """Slot that each token's chosen experts are used in: int64 [N, K].
+
+        Args:
+            expert_ids_NK: int64 [N, K], logical experts.
+            source_N: int64 [N], GPU that holds each token.
+        """
+        if self.copy_GE is None:
+            return self.slot_E[expert_ids_NK]
+        return self.copy_GE[source_N[:, None], expert_ids_NK]
 
     def rank_of(self, num_ranks: int) -> Tensor:
-        """GPU of each logical expert: int64 [E]."""
-        return self.slot_E // experts_per_rank(self.num_experts, num_ranks)
+        """GPU of each logical expert: int64 [E].
+
+        Raises:
+            ValueError: experts have copies, or E is not divisible by G.
+        """
+        return self.slot_E // experts_per_rank(self.num_slots, num_ranks)
 
     def swapped(self, a: int, b: int) -> "Placement":
         """The placement after logical experts a and b have exchanged their slots."""
         slot_E = self.slot_E.clone()
         slot_E[[a, b]] = self.slot_E[[b, a]]
-        return Placement(slot_E)
+        return Placement.of_slots(slot_E)
 
     def moves_to(self, other: "Placement") -> str:
         """What tells ``other`` from this one, as records keep it: ``17>40 40>17``, logical expert > its new slot."""
@@ -67,4 +128,4 @@ class Placement:
         for move in moves.split():
             expert, slot = move.split(">")
             slot_E[int(expert)] = int(slot)
-        return Placement(slot_E)
+        return Placement.of_slots(slot_E)

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hiermoe.advice.advice_config import AdviceConfig
 from hiermoe.advice.assessment import Assessment, assess
-from hiermoe.advice.config import AdviceConfig
 from hiermoe.advice.inputs import Case, resolve
 from hiermoe.advice.systems import candidates
 from hiermoe.routing.step import RoutingRequest

@@ -13,10 +13,10 @@ from hiermoe.advice.inputs import Case
 from hiermoe.advice.recommendation import STAY_BELOW_GAIN, option, recommend
 from hiermoe.advice.sensitivity import assumptions, sensitivity, tokens_needed
 from hiermoe.advice.systems import BASELINE, candidates
-from hiermoe.backends.simulated import simulate
-from hiermoe.backends.workload import Workload
+from hiermoe.measure.predict import simulate
+from hiermoe.measure.workload import Workload
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP, choose_scheme
-from hiermoe.planner.migration import STATE_BYTES_PER_PARAMETER, price_migration
+from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, price_migration
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
 from tests.advice.conftest import ITERATIONS

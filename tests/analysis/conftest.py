@@ -14,11 +14,11 @@ import pytest
 import yaml
 
 from hiermoe.analysis.frames import Results, load
-from hiermoe.harness.config import RunConfig
-from hiermoe.harness.sweep import Cell, sweep_names
 from hiermoe.records.project import CONF, SWEEPS
 from hiermoe.records.store import RunStore
 from hiermoe.routing.step import first_measured
+from hiermoe.runs.run_config import RunConfig
+from hiermoe.runs.sweep import Cell, sweep_names
 
 GROUPS = ("system", "model", "cluster", "routing", "backend")
 ITERATIONS = 8
@@ -149,7 +149,7 @@ def _planning() -> pd.DataFrame:
 
 
 def _timings(config: RunConfig) -> pd.DataFrame:
-    from hiermoe.backends.synthetic_timings import synthetic_timings
+    from hiermoe.measure.self_test import synthetic_timings
 
     return synthetic_timings(config.cluster, config.seed)
 

@@ -8,8 +8,8 @@ from hiermoe.analysis.cases import cases
 from hiermoe.analysis.claims import load_claims, load_rules
 from hiermoe.analysis.frames import Results
 from hiermoe.analysis.quantities import METRICS
-from hiermoe.harness.sweep import sweep_names
 from hiermoe.records.schema import SOURCES
+from hiermoe.runs.sweep import sweep_names
 
 CLAIMS, RULES = load_claims(), load_rules()
 

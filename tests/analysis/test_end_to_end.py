@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from hiermoe.analysis.end_to_end import migration_prices, migration_share, share_needed, step_speedup
+from hiermoe.analysis.whole_step import migration_prices, migration_share, share_needed, step_speedup
 
 
 def test_share_needed_is_the_share_at_which_both_speedups_agree() -> None:

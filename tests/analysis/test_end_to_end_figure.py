@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from hiermoe.analysis.claims import load_claims
-from hiermoe.analysis.figures.end_to_end import FIGURES
+from hiermoe.analysis.figures.measured.training_steps import FIGURES
 from hiermoe.analysis.frames import Results
 from hiermoe.records.store import RunStore
 
@@ -86,7 +86,7 @@ def table(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     def trained(source: str, _store: RunStore) -> list[Config]:
         return configs if source == "emulated" else [replace(one, backend=GPUS) for one in configs]
 
-    monkeypatch.setattr("hiermoe.analysis.figures.end_to_end.trained_steps", trained)
+    monkeypatch.setattr("hiermoe.analysis.figures.measured.training_steps.trained_steps", trained)
     return FIGURES[request.param].table(Results({}, pd.DataFrame(), store), load_claims())
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from hiermoe.analysis.figures import heat_map, planner_cost, scaling
-from hiermoe.analysis.figures.fabrics import alpha_share
+from hiermoe.analysis.figures.beyond import heat_map, planner_cost
+from hiermoe.analysis.figures.beyond import world_sizes as scaling
+from hiermoe.analysis.figures.beyond.fabrics import alpha_share
 from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.report import write_report
-from hiermoe.harness.sweep import Cell, expand, large_so_far
 from hiermoe.records.store import RunStore
+from hiermoe.runs.sweep import Cell, expand, large_so_far
 from hiermoe.topology.cluster import Peers
 from hiermoe.topology.data_sheet import CAVEAT
 from tests.analysis.conftest import not_run, records_of, write

@@ -6,13 +6,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from hiermoe.analysis.figures.measured import FIGURE, PREDICTIONS
+from hiermoe.analysis.figures.measured.dispatchers import FIGURE, PREDICTIONS
 from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.report import write_report
-from hiermoe.harness.config import BackendConfig
-from hiermoe.harness.measured import MeasuredCell
-from hiermoe.harness.sweep import Cell
 from hiermoe.records.store import RunStore
+from hiermoe.runs.measured_cells import MeasuredCell
+from hiermoe.runs.run_config import BackendConfig
+from hiermoe.runs.sweep import Cell
 from tests.analysis.conftest import ITERATIONS, cell, records_of, step_ms, write
 
 SYSTEMS = ("megatron", "hd2_moe", "hiermoe")

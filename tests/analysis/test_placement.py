@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from hiermoe.analysis.claims import load_claims
-from hiermoe.analysis.figures.placement import FIGURE
+from hiermoe.analysis.figures.beyond.policies import FIGURE
 from hiermoe.analysis.frames import Results
 from tests.analysis.conftest import step_ms
 

@@ -5,7 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from hiermoe.analysis.claims import load_claims
-from hiermoe.analysis.figures.search import FIGURE
+from hiermoe.analysis.figures.beyond.searched import FIGURE
 from hiermoe.analysis.frames import Results
 from tests.analysis.conftest import ITERATIONS, step_ms
 

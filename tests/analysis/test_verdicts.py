@@ -10,8 +10,8 @@ from hiermoe.analysis.claims import Rule, load_claims, load_rules
 from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.statistics import Estimate
 from hiermoe.analysis.verdicts import VERDICTS, Judged, judge, judge_all, to_frame, verdict_summary
-from hiermoe.harness.sweep import Cell
 from hiermoe.records.store import RunStore
+from hiermoe.runs.sweep import Cell
 from tests.analysis.conftest import not_run, records_of, write
 
 CLAIMS, RULES = load_claims(), load_rules()

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baselines.smartmoe import SmartMoEPolicy, largest_load, pack
-from hiermoe.planner.policy import PlacementUpdate, StepContext
 from hiermoe.planner.scheme import hierarchical
+from hiermoe.policies.protocol import PlacementUpdate, StepContext
 from hiermoe.topology.cluster import AlphaBeta, Cluster, Level
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
@@ -63,7 +63,7 @@ def test_packing_is_a_permutation_with_a_full_house_on_every_gpu(
     generator = torch.Generator().manual_seed(seed)
     experts = ranks * per_rank
     load_E = torch.randint(0, most + 1, (experts,), generator=generator)
-    placement = Placement(torch.randperm(experts, generator=generator))
+    placement = Placement.of_slots(torch.randperm(experts, generator=generator))
     packed = pack(load_E, placement, ranks)
     assert sorted(packed.slot_E.tolist()) == list(range(experts))
     assert torch.bincount(packed.rank_of(ranks), minlength=ranks).tolist() == [per_rank] * ranks
@@ -88,7 +88,7 @@ def test_packing_is_a_permutation_with_a_full_house_on_every_gpu(
 def test_adopted_exactly_where_the_largest_load_falls(seed: int, ranks: int, most: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     load_E = torch.randint(0, most, (3 * ranks,), generator=generator)
-    placement = Placement(torch.randperm(3 * ranks, generator=generator))
+    placement = Placement.of_slots(torch.randperm(3 * ranks, generator=generator))
     packed = pack(load_E, placement, ranks)
     update = decide_once(SmartMoEPolicy(interval=1), load_E.tolist(), placement, ranks)
     lowers = largest_load(load_E, packed, ranks) < largest_load(load_E, placement, ranks)
@@ -98,7 +98,7 @@ def test_adopted_exactly_where_the_largest_load_falls(seed: int, ranks: int, mos
 
 
 def test_equal_loads_stay_where_they_are() -> None:
-    placement = Placement(torch.randperm(12, generator=torch.Generator().manual_seed(0)))
+    placement = Placement.of_slots(torch.randperm(12, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(pack(torch.full((12,), 7), placement, 4).slot_E, placement.slot_E)
     assert decide_once(SmartMoEPolicy(interval=1), [7] * 12, placement, 4) is None
 
@@ -153,7 +153,7 @@ def test_resuming_in_the_middle_of_an_interval_decides_as_if_never_stopped() -> 
 
 
 def test_measure_counts_logical_experts_whatever_the_placement() -> None:
-    placement = Placement(torch.tensor([3, 2, 1, 0]))
+    placement = Placement.of_slots(torch.tensor([3, 2, 1, 0]))
     ids_NK = torch.tensor([[0, 1], [0, 2]])
     measured = SmartMoEPolicy().measure(ids_NK, placement, Hierarchy((2,)), 0)
     assert measured is not None and measured.tolist() == [2, 1, 1, 0]

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from hiermoe.backends.replay_job import Question, ReplayJob
 from hiermoe.dispatch.communicators import played_hosts
-from hiermoe.dispatch.ranks import run_ranks
-from hiermoe.planner.system import SystemConfig
+from hiermoe.measure.replay_job import Question, ReplayJob
+from hiermoe.policies.system import SystemConfig
+from hiermoe.ranks.launch import run_ranks
 from hiermoe.topology.cluster import Cluster
 from tests.benchmarks.conftest import RATIOS
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hiermoe.backends.replay_job import Question, ReplayJob
-from hiermoe.planner.system import SystemConfig
+from hiermoe.measure.replay_job import Question, ReplayJob
+from hiermoe.policies.system import SystemConfig
 from hiermoe.topology.cluster import AlphaBeta, Cluster, Level
 from tests.benchmarks.conftest import RATIOS
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hiermoe.dispatch.ranks import run_ranks
-from hiermoe.megatron.model_config import ModelConfig
-from hiermoe.planner.migration import STATE_BYTES_PER_PARAMETER, WEIGHT_BYTES_PER_PARAMETER
+from hiermoe.model import ModelConfig
+from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, WEIGHT_BYTES_PER_PARAMETER
+from hiermoe.ranks.launch import run_ranks
 from hiermoe.records.project import CONF
 from hiermoe.topology.placement import Placement
 from tests.benchmarks.conftest import RATIOS
@@ -46,7 +46,7 @@ def exchange(rank: int) -> dict[str, dict[str, float]]:
     from hiermoe.megatron.migration import migrate
 
     group: Any = dist.group.WORLD
-    home, away = Placement(torch.tensor([0, 1])), Placement(torch.tensor([1, 0]))
+    home, away = Placement.of_slots(torch.tensor([0, 1])), Placement.of_slots(torch.tensor([1, 0]))
     found = {}
     for what, bytes_per_parameter in WHAT.items():
         parameters, optimizer = expert(what)

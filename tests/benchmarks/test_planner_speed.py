@@ -20,10 +20,11 @@ from baselines.tutel_2dh import two_dimensional
 from hiermoe.planner.cost import choose_scheme
 from hiermoe.planner.counts import count_routing
 from hiermoe.planner.maxima import MaxFunction
-from hiermoe.planner.policy import HierDESPolicy, StepContext
 from hiermoe.planner.scheme import DispatchScheme, every_dimension, hierarchical
-from hiermoe.planner.swap import SwapStatistics, SwapTimes, measure_swaps, swap_times
 from hiermoe.planner.traffic import exact_traffic
+from hiermoe.policies.hierd_es import HierDESPolicy
+from hiermoe.policies.protocol import StepContext
+from hiermoe.policies.swap import SwapStatistics, SwapTimes, measure_swaps, swap_times
 from hiermoe.routing.step import RoutingStep, make_step
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.placement import Placement
@@ -58,7 +59,7 @@ def workload(num_experts: int, tokens_per_rank: int) -> Workload:
     generator = torch.Generator().manual_seed(num_experts + tokens_per_rank)
     ids = torch.rand(RANKS, tokens_per_rank, num_experts, generator=generator).topk(TOPK, dim=-1).indices
     step = make_step(ids, torch.full((RANKS,), tokens_per_rank), num_experts)
-    return Workload(step, Placement(torch.randperm(num_experts, generator=generator)))
+    return Workload(step, Placement.of_slots(torch.randperm(num_experts, generator=generator)))
 
 
 def all_swaps(work: Workload) -> SwapTimes:
@@ -69,7 +70,7 @@ def all_swaps(work: Workload) -> SwapTimes:
 
 def time_after_swap(work: Workload, r: int, c: int, scheme: DispatchScheme = SCHEME) -> float:
     """Swap two slots, recount all tokens, evaluate the stage formulas."""
-    expert_at = work.placement.expert_at()
+    expert_at = work.placement.expert_at_S
     placement = work.placement.swapped(int(expert_at[r]), int(expert_at[c]))
     counts = count_routing(work.step, placement, HIERARCHY)
     time_ms = 0.0

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hiermoe.dispatch.ranks import run_ranks
+from hiermoe.ranks.launch import run_ranks
 from tests.dispatch import contract
 from tests.dispatch.worlds import DEADLINE, TIMEOUT, World, cases_of
 

@@ -99,7 +99,7 @@ def run(
         dispatcher.placement = placement
     numbers = numbers_for(routing)
     per_rank = routing.num_experts // len(routing.ids)
-    mine = placement.expert_at()[rank * per_rank : (rank + 1) * per_rank]
+    mine = placement.expert_at_S[rank * per_rank : (rank + 1) * per_rank]
     weight_LMM = numbers.weight_EMM[mine].clone().requires_grad_()
     x_TM = numbers.x[rank].clone().requires_grad_()
     probs_TE = routing.probs_TE(rank).requires_grad_()

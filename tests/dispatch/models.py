@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from hiermoe.megatron import cpu
-from hiermoe.megatron.model_config import ModelConfig
+from hiermoe.megatron.standins import cpu
+from hiermoe.model import ModelConfig
 from hiermoe.records.project import CONF
 
 KINDS = ("qwen3_30b_a3b", "deepseek_v3")  # softmax router; sigmoid, expert bias, group limit and a shared expert
@@ -42,7 +42,7 @@ def build(model: ModelConfig, ep_size: int, dtype: torch.dtype = torch.float64, 
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from hiermoe.megatron.models import transformer_config
+    from hiermoe.narrow.models import transformer_config
 
     torch.manual_seed(1)
     model_parallel_cuda_manual_seed(1)

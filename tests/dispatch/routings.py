@@ -163,7 +163,7 @@ def routing_of(case: str, ranks: int) -> Routing:
 def placement_of(case: str, num_experts: int) -> Placement:
     """A placement that moves most experts."""
     generator = torch.Generator().manual_seed(list(CASES).index(case))
-    return Placement(torch.randperm(num_experts, generator=generator))
+    return Placement.of_slots(torch.randperm(num_experts, generator=generator))
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hiermoe.dispatch.communicators import Communicators, check_hosts, members_of, played_hosts
-from hiermoe.dispatch.ranks import HOST_VARIABLE, run_ranks
+from hiermoe.dispatch.communicators import HOST_VARIABLE, Communicators, check_hosts, members_of, played_hosts
 from hiermoe.planner.scheme import DispatchScheme, stage_routes
+from hiermoe.ranks.launch import run_ranks
 from hiermoe.records.status import NotApplicable
 from hiermoe.topology.cluster import Peers
 from hiermoe.topology.hierarchy import Hierarchy

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from hiermoe.dispatch.interposer import Interposer, Transfer, staged
-from hiermoe.dispatch.ranks import run_ranks
+from hiermoe.ranks.launch import run_ranks
 from tests.dispatch.worlds import DEADLINE, TIMEOUT
 
 KEPT: Callable[..., Any] = dist.all_to_all_single  # as a library keeps it that imports the function by name

@@ -50,7 +50,7 @@ def routing_from(case: Case, generator: torch.Generator) -> Routing:
 def layer(rank: int, case: Case, routing: Routing, numbers: Numbers, context: DispatchContext) -> Any:
     """Forward and backward of linear experts on one rank: plan, output and gradients."""
     per_rank = routing.num_experts // case.hierarchy.num_ranks
-    mine = case.placement.expert_at()[rank * per_rank : (rank + 1) * per_rank]
+    mine = case.placement.expert_at_S[rank * per_rank : (rank + 1) * per_rank]
     weight_LMM = numbers.weight_EMM[mine].clone().requires_grad_()
     x_TM, probs_TE = numbers.x[rank].clone().requires_grad_(), routing.probs_TE(rank).requires_grad_()
     plan = make_plan(routing.chosen_TE(rank), probs_TE.detach(), case.placement, context, ROW_BYTES)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from hiermoe.dispatch.ranks import run_ranks
 from hiermoe.planner.bounds import fixed_placement_rows
 from hiermoe.planner.counts import RoutingCounts, count_routing
+from hiermoe.ranks.launch import run_ranks
 from hiermoe.records.project import from_root
 from hiermoe.routing.trace import RecordedRouting, RoutingTrace
 from hiermoe.topology.placement import Placement

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from hiermoe.dispatch.ranks import run_ranks
+from hiermoe.ranks.launch import run_ranks
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.placement import Placement
 from tests.dispatch import contract

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from hiermoe.dispatch.communicators import played_hosts
-from hiermoe.megatron import cpu
-from hiermoe.planner.system import SystemConfig
+from hiermoe.megatron.standins import cpu
+from hiermoe.policies.system import SystemConfig
 from hiermoe.records.project import CONF
 from hiermoe.topology.cluster import Cluster
 from tests.dispatch.routings import CASES, FEWER
@@ -60,7 +60,7 @@ class World:
 @cache
 def transport_of(system: str) -> SystemConfig:
     """A system whose experts stay: its way of moving tokens alone."""
-    static = {"_target_": "hiermoe.planner.policy.StaticPolicy"}
+    static = {"_target_": "hiermoe.policies.protocol.StaticPolicy"}
     return SystemConfig.named(system).model_copy(update={"policy": static})
 
 

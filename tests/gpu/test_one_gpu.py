@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hiermoe.backends.worlds import NewRanks
-from hiermoe.harness.run import execute_together
+from hiermoe.ranks.worlds import NewRanks
 from hiermoe.records.store import RunStore
+from hiermoe.runs.execute import execute_together
 from tests.conftest import Command, Composer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -6,18 +6,18 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from tiny_training import tiny_training
 from torch import Tensor
 
 from hiermoe.dispatch.communicators import played_hosts
-from hiermoe.dispatch.ranks import run_ranks
-from hiermoe.megatron.corpus import Corpus
-from hiermoe.megatron.training_config import TrainingConfig
-from hiermoe.planner.policy import Memoryless, PlacementUpdate, StepContext
-from hiermoe.planner.system import SystemConfig
+from hiermoe.narrow.corpus import Corpus
+from hiermoe.narrow.training_config import TrainingConfig
+from hiermoe.policies.protocol import Memoryless, PlacementUpdate, StepContext
+from hiermoe.policies.system import SystemConfig
+from hiermoe.ranks.launch import run_ranks
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
+from tests.narrow.tiny_training import tiny_training
 
 TIMEOUT = timedelta(seconds=120)  # of a collective
 DEADLINE = timedelta(seconds=280)  # of a launch; pytest's own limit is 300 s
@@ -32,7 +32,7 @@ class Shuffle(Memoryless):
 
     def decide(self, summed: Tensor | None, placement: Placement, context: StepContext) -> PlacementUpdate | None:
         generator = torch.Generator().manual_seed(context.iteration)
-        return PlacementUpdate(Placement(torch.randperm(placement.num_experts, generator=generator)), None)
+        return PlacementUpdate(Placement.of_slots(torch.randperm(placement.num_experts, generator=generator)), None)
 
 
 class Swap(Shuffle):
@@ -63,7 +63,7 @@ class Watch(Shuffle):
 def system(policy: str | None = None, schemes: str = "hd2", **arguments: Any) -> SystemConfig:
     """A way of moving tokens with a policy: the name of a class here or a whole path; None: experts stay."""
     if policy is None:
-        policy = "hiermoe.planner.policy.StaticPolicy"
+        policy = "hiermoe.policies.protocol.StaticPolicy"
     target = policy if "." in policy else f"{__name__}.{policy}"
     return SystemConfig.named(schemes).model_copy(update={"policy": {"_target_": target, **arguments}})
 
@@ -100,11 +100,11 @@ class Run:
     def __init__(self, config: TrainingConfig, corpus: Corpus, system: SystemConfig) -> None:
         from megatron.core import parallel_state
 
-        from hiermoe.megatron import cpu
+        from hiermoe.megatron.standins import cpu
 
         cpu.expect_fallbacks()
         from hiermoe.megatron.attach import attach, moe_layers
-        from hiermoe.megatron.training import Trainer
+        from hiermoe.narrow.trainer import Trainer
 
         parallel_state.destroy_model_parallel()
         self.config, self.corpus = config, corpus
@@ -150,7 +150,7 @@ class Run:
             return name
         per_rank = self.config.model.num_experts // self.config.ep_size
         slot = self.layers[0].ep_group.rank() * per_rank + int(match[2])
-        expert = int(self.placement_of(int(match[1]) + 1).expert_at()[slot])
+        expert = int(self.placement_of(int(match[1]) + 1).expert_at_S[slot])
         return f"{name[: match.start(2)]}{expert}{name[match.end(2) :]}"
 
     def states_of(self, parameter: Any) -> Iterator[tuple[str, Tensor]]:

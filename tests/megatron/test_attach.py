@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from hiermoe.megatron import cpu
+from hiermoe.megatron.standins import cpu
 
 cpu.expect_fallbacks()
 
-from hiermoe.dispatch.ranks import run_ranks  # noqa: E402
+from hiermoe.megatron.adapter import StagedTokenDispatcher  # noqa: E402
 from hiermoe.megatron.attach import attach, check_supported, detach, moe_layers, with_system  # noqa: E402
-from hiermoe.megatron.dispatcher import StagedTokenDispatcher  # noqa: E402
-from hiermoe.planner.system import SystemConfig  # noqa: E402
+from hiermoe.policies.system import SystemConfig  # noqa: E402
+from hiermoe.ranks.launch import run_ranks  # noqa: E402
 from tests.dispatch import models  # noqa: E402
 from tests.dispatch.worlds import DEADLINE, TIMEOUT, World, start_megatron  # noqa: E402
 

@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from hiermoe.megatron import cpu
+from hiermoe.megatron.standins import cpu
 
 cpu.expect_fallbacks()
 
-from moving import HIERMOE, SHUFFLED, STATIC, STOCK, Run, joined, largest_error, launch, small, system  # noqa: E402
-
-from hiermoe.dispatch.ranks import RankFailedError  # noqa: E402
 from hiermoe.megatron.checkpoint_folder import finished_steps, latest_checkpoint  # noqa: E402
-from hiermoe.megatron.corpus import Corpus, training_corpus  # noqa: E402
-from hiermoe.megatron.training_config import TrainingConfig  # noqa: E402
+from hiermoe.narrow.corpus import Corpus, training_corpus  # noqa: E402
+from hiermoe.narrow.training_config import TrainingConfig  # noqa: E402
+from hiermoe.ranks.launch import RankFailedError  # noqa: E402
+from tests.megatron.moving import HIERMOE, SHUFFLED, STATIC, STOCK, Run, joined, largest_error, launch, small, system  # noqa: E402
 
 # Decides from what it sums over four steps, so a stop after two must not lose the sum.
 REPACKED = system("baselines.smartmoe.SmartMoEPolicy", "smartmoe", interval=4)

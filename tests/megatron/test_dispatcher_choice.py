@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from hiermoe.megatron import cpu
+from hiermoe.megatron.standins import cpu
 
 cpu.expect_fallbacks()
 
-from hiermoe.dispatch.communicators import played_hosts  # noqa: E402
-from hiermoe.dispatch.ranks import HOST_VARIABLE, run_ranks  # noqa: E402
+from hiermoe.dispatch.communicators import HOST_VARIABLE, played_hosts  # noqa: E402
 from hiermoe.planner.cost import choose_scheme  # noqa: E402
 from hiermoe.planner.counts import count_routing  # noqa: E402
 from hiermoe.planner.scheme import every_dimension  # noqa: E402
+from hiermoe.ranks.launch import run_ranks  # noqa: E402
 from hiermoe.topology.cluster import AlphaBeta, Cluster, Level  # noqa: E402
 from hiermoe.topology.placement import Placement  # noqa: E402
 from tests.dispatch import contract  # noqa: E402

@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hiermoe.megatron import cpu
+from hiermoe.megatron.standins import cpu
 
 cpu.expect_fallbacks()
 
-from hiermoe.dispatch.ranks import run_ranks  # noqa: E402
 from hiermoe.megatron.attach import attach, detach, moe_layers  # noqa: E402
 from hiermoe.megatron.meter import Call, Meter, MeteredDispatcher  # noqa: E402
+from hiermoe.ranks.launch import run_ranks  # noqa: E402
 from tests.dispatch import models  # noqa: E402
 from tests.dispatch.worlds import DEADLINE, TIMEOUT, World, start_megatron  # noqa: E402
 

@@ -7,17 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from hiermoe.megatron import cpu
+from hiermoe.megatron.standins import cpu
 
 cpu.expect_fallbacks()
 
-from moving import DEADLINE, SHUFFLED, TIMEOUT, Run, cluster_of, launch, small  # noqa: E402
-
-from hiermoe.dispatch.ranks import RankFailedError, run_ranks  # noqa: E402
-from hiermoe.megatron.corpus import Corpus, training_corpus  # noqa: E402
-from hiermoe.megatron.training_config import TrainingConfig  # noqa: E402
-from hiermoe.planner.migration import STATE_BYTES_PER_PARAMETER, price_migration  # noqa: E402
+from hiermoe.narrow.corpus import Corpus, training_corpus  # noqa: E402
+from hiermoe.narrow.training_config import TrainingConfig  # noqa: E402
+from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, price_migration  # noqa: E402
+from hiermoe.ranks.launch import RankFailedError, run_ranks  # noqa: E402
 from hiermoe.topology.placement import Placement  # noqa: E402
+from tests.megatron.moving import DEADLINE, SHUFFLED, TIMEOUT, Run, cluster_of, launch, small  # noqa: E402
 
 ROUNDS = 40
 PER_RANK = 2
@@ -27,10 +26,10 @@ def random_placement(old: Placement, round_: int) -> Placement:
     """Of all kinds: any permutation, swaps inside a rank and across ranks, cycles, none."""
     generator = torch.Generator().manual_seed(round_)
     experts, order = old.num_experts, torch.randperm(old.num_experts, generator=generator).tolist()
-    slot_E, expert_at = old.slot_E.clone(), old.expert_at().tolist()
+    slot_E, expert_at = old.slot_E.clone(), old.expert_at_S.tolist()
     match round_ % 5:
         case 0:
-            return Placement(torch.tensor(order))
+            return Placement.of_slots(torch.tensor(order))
         case 1:  # every pair of slots of a rank, or only one of them
             placement = old
             for rank in range(1 if round_ % 2 else experts // PER_RANK):
@@ -41,7 +40,7 @@ def random_placement(old: Placement, round_: int) -> Placement:
         case 3:  # a cycle of some, inside ranks and across them
             cycle = order[: 3 + round_ % 4]
             slot_E[cycle] = old.slot_E[cycle[1:] + cycle[:1]]
-            return Placement(slot_E)
+            return Placement.of_slots(slot_E)
     return old
 
 
@@ -183,7 +182,7 @@ def test_a_rank_that_dies_while_experts_move_ends_the_run_by_name(cache_dir: str
 
 
 def test_a_layer_whose_experts_are_half_moved_refuses_to_be_used() -> None:
-    from hiermoe.megatron.dispatcher import StagedTokenDispatcher
+    from hiermoe.megatron.adapter import StagedTokenDispatcher
 
     dispatcher = object.__new__(StagedTokenDispatcher)
     dispatcher._half_moved = False
@@ -241,7 +240,7 @@ def broken_loose(rank: int) -> str:
     from hiermoe.megatron.migration import migrate
 
     turned = [[torch.nn.Parameter(torch.zeros(3, 2).t(), requires_grad=False)]]
-    swapped = Placement(torch.tensor([1, 0]))
+    swapped = Placement.of_slots(torch.tensor([1, 0]))
     with pytest.raises(ValueError, match="not contiguous"):
         assert dist.group.WORLD is not None
         migrate(turned, None, Placement.identity(2), swapped, dist.group.WORLD)

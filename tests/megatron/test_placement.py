@@ -6,11 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from hiermoe.megatron import cpu
+from hiermoe.megatron.standins import cpu
 
 cpu.expect_fallbacks()
 
-from moving import (  # noqa: E402
+from hiermoe.narrow.corpus import Corpus, training_corpus  # noqa: E402
+from hiermoe.narrow.training_config import TrainingConfig  # noqa: E402
+from hiermoe.policies.protocol import PlacementUpdate, StepContext  # noqa: E402
+from hiermoe.policies.system import SystemConfig  # noqa: E402
+from hiermoe.records.project import CONF  # noqa: E402
+from hiermoe.topology.placement import Placement  # noqa: E402
+from tests.megatron.moving import (  # noqa: E402
     BOTH,
     DEADLINE,
     HIERMOE,
@@ -26,13 +32,6 @@ from moving import (  # noqa: E402
     small,
     system,
 )
-
-from hiermoe.megatron.corpus import Corpus, training_corpus  # noqa: E402
-from hiermoe.megatron.training_config import TrainingConfig  # noqa: E402
-from hiermoe.planner.policy import PlacementUpdate, StepContext  # noqa: E402
-from hiermoe.planner.system import SystemConfig  # noqa: E402
-from hiermoe.records.project import CONF  # noqa: E402
-from hiermoe.topology.placement import Placement  # noqa: E402
 
 SYSTEMS = {
     "static": STATIC,
@@ -107,7 +106,7 @@ def test_mixed_precision_loses_no_bit_of_masters_and_moments(cache_dir: str) -> 
 @pytest.mark.timeout(3000)
 @both
 def test_fifty_steps_of_the_narrow_models_under_moving_experts(model: str, cache_dir: str) -> None:
-    from hiermoe.megatron.model_config import ModelConfig
+    from hiermoe.model import ModelConfig
 
     # The vocabulary, which does not pass through the experts, is cut to save a fifth of the time.
     narrow = ModelConfig.from_yaml(CONF / "model" / f"{model}_narrow.yaml").model_copy(update={"vocab_size": 1024})
@@ -282,7 +281,7 @@ def _probe(run: Run) -> Seen:
         get_moe_layer_wise_logging_tracker,
     )
 
-    from hiermoe.megatron.precision import float32_means_float64
+    from hiermoe.narrow.precision import float32_means_float64
 
     trainer = run.trainer
     routers: list[Any] = [layer.router for layer in run.layers]

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_training import tiny_training
 
-from hiermoe.dispatch.ranks import RankFailedError, run_ranks
-from hiermoe.megatron.corpus import Corpus, training_corpus
-from hiermoe.megatron.training_config import TrainingConfig
+from hiermoe.narrow.corpus import Corpus, training_corpus
+from hiermoe.narrow.training_config import TrainingConfig
+from hiermoe.ranks.launch import RankFailedError, run_ranks
 from hiermoe.routing.importers import megatron_jsonl
 from hiermoe.routing.importers.recording import Source, to_trace
 from tests.conftest import Command
+from tests.narrow.tiny_training import tiny_training
 
 TIMEOUT = timedelta(minutes=2)
 STEPS, TRAINED = 3, 4
@@ -25,7 +25,7 @@ def train_with_trace(rank: int, config: TrainingConfig, corpus: Corpus, folder: 
     from megatron.core.transformer.moe.router import TopKRouter
 
     from hiermoe.megatron.rank_trace import RankTrace
-    from hiermoe.megatron.training import Trainer
+    from hiermoe.narrow.trainer import Trainer
 
     trainer = Trainer(config, TIMEOUT)
     chosen: dict[int, list[torch.Tensor]] = {}

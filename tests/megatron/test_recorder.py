@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from hiermoe.megatron import cpu
+from hiermoe.megatron.standins import cpu
 
 cpu.expect_fallbacks()
 
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 
-from hiermoe.dispatch.ranks import run_ranks  # noqa: E402
-from hiermoe.megatron.model_config import ModelConfig  # noqa: E402
 from hiermoe.megatron.recorder import RouterRecorder, ranked_experts  # noqa: E402
+from hiermoe.model import ModelConfig  # noqa: E402
+from hiermoe.ranks.launch import run_ranks  # noqa: E402
 from hiermoe.records.project import CONF  # noqa: E402
 
 SMALL = {"num_layers": 3, "hidden_size": 32, "ffn_hidden_size": 32, "moe_ffn_hidden_size": 16, "vocab_size": 64}
@@ -28,7 +28,7 @@ def observe_stock_routers(rank: int, folder: str) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from hiermoe.megatron.models import build_model
+    from hiermoe.narrow.models import build_model
 
     cpu.install()
     parallel_state.initialize_model_parallel()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from hiermoe.planner.swap import SwapStatistics, measure_swaps
+from hiermoe.policies.swap import SwapStatistics, measure_swaps
 from hiermoe.routing.step import RoutingStep, make_step
 from hiermoe.topology.cluster import AlphaBeta, Cluster, Level
 from hiermoe.topology.hierarchy import Hierarchy
@@ -57,7 +57,7 @@ def cases(
     shuffled = draw(st.booleans())
     generator = torch.Generator().manual_seed(seed)
     slot_E = torch.randperm(num_experts, generator=generator) if shuffled else torch.arange(num_experts)
-    return Case(hierarchy, Placement(slot_E), random_step(tokens, num_experts, topk, generator, skew))
+    return Case(hierarchy, Placement.of_slots(slot_E), random_step(tokens, num_experts, topk, generator, skew))
 
 
 def random_step(

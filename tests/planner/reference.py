@@ -222,12 +222,12 @@ def counts_after_every_swap(
     hierarchy: Hierarchy, placement: Placement, tokens: list[Token]
 ) -> dict[tuple[int, int], list[list[int]]]:
     """Recount all groups of all levels after the exchange of every two slots; (0, 0) stands for no swap."""
-    occupant = placement.expert_at().tolist()
+    occupant = placement.expert_at_S.tolist()
     slots = placement.slot_E.tolist()
     result = {}
     for r, c in [(0, 0), *combinations(range(len(slots)), 2)]:
         swapped = list(slots)
         swapped[occupant[r]], swapped[occupant[c]] = slots[occupant[c]], slots[occupant[r]]
-        world = machine(hierarchy, Placement(torch.tensor(swapped)))
+        world = machine(hierarchy, Placement.of_slots(torch.tensor(swapped)))
         result[r, c] = [distinct_tokens(world, tokens, level) for level in range(1, hierarchy.depth + 1)]
     return result

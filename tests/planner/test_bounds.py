@@ -9,13 +9,13 @@ from hiermoe.planner.bounds import MateBound, any_placement_rows, least_traffic
 from hiermoe.planner.cost import choose_scheme
 from hiermoe.planner.counts import count_routing
 from hiermoe.planner.scheme import every_dimension, hierarchical
-from hiermoe.planner.search.token_sets import TokenSets
+from hiermoe.planner.token_sets import TokenSets
 from hiermoe.routing.step import RoutingStep
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
 from tests.planner.cases import examples, random_cluster, random_step
-from tests.planner.search.conftest import every_placement, planted
+from tests.policies.search.conftest import every_placement, planted
 
 TINY = [
     (Hierarchy((2, 4)), 4), (Hierarchy((2, 4)), 8), (Hierarchy((2,)), 8), (Hierarchy((3,)), 6), (Hierarchy((1, 3)), 6),
@@ -54,7 +54,7 @@ def test_bound_is_reached_where_a_tokens_experts_can_always_sit_together() -> No
     sets = TokenSets.of(ids_NK, 32)
     bound = MateBound(32, hierarchy, 1)
     assert [bound.rows(sets) for _ in range(30)][-1] == 500
-    placement = Placement(torch.argsort(torch.argsort(hidden_E, stable=True)))
+    placement = Placement.of_slots(torch.argsort(torch.argsort(hidden_E, stable=True)))
     step = RoutingStep(ids_NK, torch.arange(500) % 8, 8, 32)
     assert int(count_routing(step, placement, hierarchy).tokens[0].sum()) == 500
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from hiermoe.planner.system import build
+from hiermoe.policies.system import build
 from hiermoe.records.project import CONF
 from hiermoe.routing.step import RoutingRequest, RoutingSource, RoutingStep
 from tests.routing.worlds import a_request

@@ -13,9 +13,9 @@ permutations = st.integers(1, 24).flatmap(lambda n: st.permutations(list(range(n
 @given(slots=permutations)
 @settings(max_examples=60, derandomize=True, deadline=None)
 def test_expert_at_a_slot_has_that_slot(slots: list[int]) -> None:
-    placement = Placement(torch.tensor(slots))
+    placement = Placement.of_slots(torch.tensor(slots))
     assert placement.num_experts == len(slots)
-    assert placement.slot_E[placement.expert_at()].tolist() == list(range(len(slots)))
+    assert placement.slot_E[placement.expert_at_S].tolist() == list(range(len(slots)))
     assert placement.is_identity == (slots == sorted(slots))
 
 
@@ -23,7 +23,7 @@ def test_expert_at_a_slot_has_that_slot(slots: list[int]) -> None:
 @settings(max_examples=60, derandomize=True, deadline=None)
 def test_swap_exchanges_two_experts_and_undoes_itself(slots: list[int], data: st.DataObject) -> None:
     a, b = (data.draw(st.integers(0, len(slots) - 1)) for _ in range(2))
-    before = Placement(torch.tensor(slots))
+    before = Placement.of_slots(torch.tensor(slots))
     after = before.swapped(a, b)
     assert (after.slot_E[a], after.slot_E[b]) == (before.slot_E[b], before.slot_E[a])
     untouched = [e for e in range(len(slots)) if e not in (a, b)]
@@ -34,7 +34,7 @@ def test_swap_exchanges_two_experts_and_undoes_itself(slots: list[int], data: st
 
 def test_gpu_owns_neighbouring_slots() -> None:
     assert Placement.identity(8).rank_of(4).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert Placement(torch.tensor([3, 2, 1, 0])).rank_of(2).tolist() == [1, 1, 0, 0]
+    assert Placement.of_slots(torch.tensor([3, 2, 1, 0])).rank_of(2).tolist() == [1, 1, 0, 0]
 
 
 def test_experts_that_do_not_fit_the_gpus_are_refused() -> None:
@@ -47,12 +47,12 @@ def test_experts_that_do_not_fit_the_gpus_are_refused() -> None:
 )
 def test_what_is_no_permutation_is_refused(slot_E: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"slot_E=\[.*\] is not an int64 permutation of 0\.\.1"):
-        Placement(slot_E)
+        Placement.of_slots(slot_E)
 
 
 def test_moves_tell_one_placement_from_another_and_lead_from_one_to_the_other() -> None:
     generator = torch.Generator().manual_seed(0)
-    one, other = (Placement(torch.randperm(16, generator=generator)) for _ in range(2))
+    one, other = (Placement.of_slots(torch.randperm(16, generator=generator)) for _ in range(2))
     assert torch.equal(one.after(one.moves_to(other)).slot_E, other.slot_E)
     assert Placement.identity(4).moves_to(Placement.identity(4).swapped(1, 3)) == "1>3 3>1"
     assert one.moves_to(one) == ""

@@ -1,21 +1,10 @@
 """The report's figures, one module each; `FIGURES` is their order in the report."""
 
-from hiermoe.analysis.figures import (
-    balance,
-    fig9,
-    fig10,
-    fig11,
-    fig12,
-    fig13,
-    heat_map,
-    placement,
-    scaling,
-    search,
-    swap_cost,
-    swap_policy,
-    table2,
-    table4,
-)
+from hiermoe.analysis.figures.beyond import balance, heat_map
+from hiermoe.analysis.figures.beyond import policies as placement
+from hiermoe.analysis.figures.beyond import searched as search
+from hiermoe.analysis.figures.beyond import world_sizes as scaling
+from hiermoe.analysis.figures.paper import fig9, fig10, fig11, fig12, fig13, swap_cost, swap_policy, table2, table4
 from hiermoe.analysis.figures.spec import FigureSpec
 
 FIGURES: tuple[FigureSpec, ...] = tuple(

@@ -1,0 +1,53 @@
+"""What `hiermoe advise` may be asked: the schema of conf/advise.yaml."""
+
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from hiermoe.model import ModelConfig
+from hiermoe.runs.run_config import RoutingConfig
+from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.cluster_files import cluster_names
+
+SOURCES = ("trace", "loads", "routing")
+
+
+class AdviceConfig(BaseModel):
+    """One question; the entries are explained in conf/advise.yaml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: ModelConfig | None = None
+    cluster: Cluster
+    routing: RoutingConfig | None = None
+    trace: str | None = None
+    loads: str | None = None
+    layer: int = Field(ge=0)
+    topk: int | None = Field(default=None, ge=1)
+    num_experts: int | None = Field(default=None, ge=1)
+    hidden_size: int | None = Field(default=None, ge=1)
+    moe_ffn_hidden_size: int | None = Field(default=None, ge=1)
+    element_bytes: int | None = Field(default=None, ge=1)
+    tokens_per_rank: int = Field(ge=1)
+    ep_size: int | None = Field(default=None, ge=1)
+    iterations: int | None = Field(default=None, ge=2)
+    share: float | None = Field(default=None, gt=0, lt=1)
+    systems: tuple[str, ...] | None = None
+    seed: int = Field(ge=0)
+    output: str | None = None
+    picture: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cluster_is_given(cls, values: Any) -> Any:
+        if values.get("cluster") is None:
+            raise ValueError(f"cluster=... is missing; choose from {', '.join(cluster_names())}")
+        return values
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [name for name in SOURCES if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = "none of them" if not given else " and ".join(f"{name}=" for name in given)
+            raise ValueError(f"routing comes from one of trace=, loads= and routing=; given: {found}")
+        return self

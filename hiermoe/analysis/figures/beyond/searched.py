@@ -1,0 +1,246 @@
+"""Searched placements beside one swap a step: held-out time against updates, and what no placement can beat."""
+
+from collections.abc import Iterator, Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hiermoe.analysis.claims import Claim
+from hiermoe.analysis.figures import style
+from hiermoe.analysis.figures.spec import FigureSpec, Words
+from hiermoe.analysis.figures.tables import complete
+from hiermoe.analysis.figures.words import span
+from hiermoe.analysis.frames import Results, Run
+from hiermoe.analysis.statistics import Estimate, ratio_of_sums
+from hiermoe.analysis.whole_step import FULL_STATE_AT_LINK
+from hiermoe.analysis.wording import with_interval
+
+SWEEP, BOUND_SWEEP = "search", "search_bound"
+POLICIES = {  # from top to bottom
+    "hd_moe": ("experts fixed", style.COLORS["hd_moe"]),
+    "hd_moe_smart": ("SmartMoE placement", style.COLORS["smartmoe"]),
+    "hiermoe": ("HierD-ES", style.COLORS["hiermoe"]),
+    "hiermoe_search": ("search, once", style.COLORS["hd2_moe_smart"]),
+    "hiermoe_search_online": ("search, online", "#56B4E9"),
+}
+BOUND = "no placement beats"
+
+
+def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
+    """One row per system, model, length of the run and held-out iteration."""
+    parts = []
+    for run in results.find(SWEEP, status="ok"):
+        same = {key: run.value(key) for key in ("model", "routing", "iterations")}
+        fixed = results.find(SWEEP, system="hd_moe", status="ok", **same)
+        bound = results.find(BOUND_SWEEP, status="ok", model=same["model"], routing=same["routing"])
+        if fixed and bound:
+            parts.append(_held_out(run, fixed[0], bound[0], results))
+    table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    return complete(table, {"hd_moe", "hiermoe", "hiermoe_search"}, ["model", "routing"])
+
+
+def _held_out(run: Run, fixed: Run, bound: Run, results: Results) -> pd.DataFrame:
+    steps, static, least = (
+        results.rows(of, "step", measured_only=False).set_index("iteration") for of in (run, fixed, bound)
+    )
+    least_ms = least[least["measured"]].set_index("routing_iteration")["predicted_ms"]
+    late, early = steps[steps["measured"]], steps[~steps["measured"]]
+    moved = early["moved_experts"]
+    return (
+        late[["routing_iteration", "predicted_ms", "moved_experts"]]
+        .assign(
+            source=run.source,
+            system=run.system,
+            model=run.config.model.name,
+            routing=run.routing,
+            router_groups=run.config.model.router.num_groups or 0,
+            iterations_before=len(early),
+            updates_before=float((moved > 0).sum()),
+            moved_before=float(moved.sum()),
+            largest_before=float(moved.max()),
+            migration_before_ms=float(FULL_STATE_AT_LINK.of(early).sum()),
+            migration_ms=FULL_STATE_AT_LINK.of(late),
+            static_ms=static.loc[late.index, "predicted_ms"],
+            bound_ms=late["routing_iteration"].map(least_ms),
+        )
+        .reset_index()
+    )
+
+
+def draw(table: pd.DataFrame, title: str) -> Figure:
+    """A column per model: time over that with experts fixed against updates; then all times from 0, with the bound."""
+    models = [model for model in style.MODELS if model in set(table["model"])]
+    figure, panels = style.grid(title, 2, len(models), (12, 8.4), height_ratios=(1, 1.05))
+    upper, lower = panels[: len(models)], panels[len(models) :]
+    for model, above, below in zip(models, upper, lower, strict=True):
+        rows = table[table["model"] == model]
+        _against_updates(above, rows)
+        above.set_title(f"{style.MODELS[model]}, {style.ROUTINGS[rows['routing'].iloc[0]][1]}")
+        _from_zero(below, rows)
+    for panel in upper[1:]:
+        panel.sharey(upper[0])
+    upper[0].set_ylabel("held-out AlltoAll time\nover experts fixed (axis not from 0)")
+    return figure
+
+
+def _against_updates(panel: Axes, rows: pd.DataFrame) -> None:
+    """A line per policy that updates again and again, a star for the one search; SmartMoE would hide them."""
+    means = _means(rows[~rows["system"].isin(["hd_moe", "hd_moe_smart"])])
+    means["over_fixed"] = means["predicted_ms"] / means["static_ms"]
+    panel.axhline(1, color=POLICIES["hd_moe"][1], linewidth=1.5, linestyle=(0, (4, 2)))
+    for system, every in means.groupby("system", sort=False):
+        name, tone = POLICIES[str(system)]
+        own = every.sort_values("updates_before")
+        if system == "hiermoe_search":
+            panel.plot(own["updates_before"], own["over_fixed"], "*", color=tone, markersize=16, zorder=5, label=name)
+        else:
+            line = [0.0, *own["updates_before"]], [1.0, *own["over_fixed"]]
+            panel.plot(*line, "-o", color=tone, markersize=7, zorder=4, label=name)
+    panel.plot(0, 1, "o", color=POLICIES["hd_moe"][1], markersize=9, zorder=6, label="experts fixed")
+    panel.set_xlabel("updates before the held-out steps")
+    panel.margins(x=0.06, y=0.12)
+    if panel.get_subplotspec().is_first_col():  # type: ignore[union-attr]
+        panel.legend(loc="best", fontsize=11)
+
+
+def _from_zero(panel: Axes, rows: pd.DataFrame) -> None:
+    bars = []
+    for row in _means(rows).itertuples():
+        name, tone = POLICIES[str(row.system)]
+        after = f" after {row.updates_before:.0f}" if row.system == "hiermoe" else ""
+        bars.append((f"{name}{after}", float(row.predicted_ms), tone))  # type: ignore[arg-type]
+    shown = {label: (time_ms, tone) for label, time_ms, tone in reversed(bars)}  # of equal names the shortest run
+    labels = list(dict.fromkeys(label for label, *_ in bars))
+    bound_ms = float(rows["bound_ms"].mean())
+    for position, label in enumerate(labels):
+        time_ms, tone = shown[label]
+        panel.barh(position, time_ms, color=tone, height=0.66)
+        panel.text(time_ms, position, f" {time_ms:.1f}", va="center", fontsize=11.5)
+    panel.barh(len(labels), bound_ms, color="#DDDDDD", height=0.66, hatch="///", edgecolor="#888888")
+    panel.text(bound_ms, len(labels), f" {bound_ms:.1f}", va="center", fontsize=11.5)
+    panel.set_yticks(range(len(labels) + 1), [*labels, BOUND])
+    panel.invert_yaxis()
+    panel.set_xlim(0, 1.17 * max(bound_ms, *(time_ms for time_ms, _ in shown.values())))
+    panel.grid(axis="y", visible=False)
+    panel.set_xlabel("four AlltoAlls of a held-out step, ms")
+
+
+def _means(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row per system and length of the run, in the order of the policies, shorter runs first."""
+    means = rows.groupby(["system", "iterations_before"], as_index=False).mean(numeric_only=True)
+    order = means["system"].map({system: place for place, system in enumerate(POLICIES)})
+    return means.assign(order=order).sort_values(["order", "iterations_before"])
+
+
+def words(table: pd.DataFrame) -> Words:
+    """What search gains over one swap a step, what moving costs, and how much could be left."""
+    gains = " and ".join(
+        f"{_gain(_of(rows, 'hiermoe_search')).value:.3f}× ({style.MODELS[str(model)]})"
+        for model, rows in table.groupby("model", sort=False)
+    )
+    swaps = " and ".join(
+        f"{_gain(_of(rows, 'hiermoe', longest=True)).value:.3f}×" for _, rows in table.groupby("model", sort=False)
+    )
+    updates = span(
+        [_of(rows, "hiermoe", longest=True)["updates_before"].iloc[0] for _, rows in table.groupby("model")], 0
+    )
+    paragraphs = [
+        "".join(_of_model(style.MODELS[str(model)], rows)) for model, rows in table.groupby("model", sort=False)
+    ]
+    return Words(
+        f"One searched migration makes held-out AlltoAll {gains} as fast as experts left in order; HierD-ES after "
+        f"{updates} swaps {swaps}",
+        "The same dispatch (HierD-AlltoAll) under every placement, on "
+        f"n = {span(table.groupby(['model', 'system', 'iterations_before'])['iteration'].nunique(), 0)} held-out steps "
+        "that no decision has seen when it acts; all but the one search go on deciding there. Above: each point is a "
+        f"run with so many updates before them. Below: runs with {table['iterations_before'].min()} iterations before "
+        "them, of HierD-ES all, by updates, and a lower bound. "
+        "Predicted times, nothing measured.",
+        (
+            *paragraphs,
+            "The bound holds for every placement, even one made anew for each step's own tokens: every expert takes "
+            "the mates that suit its tokens best, whether or not they take it, and fractions of mates, and all GPUs "
+            "have equal shares of a stage's rows. So it is loose: what lies between it and the best placement found is "
+            "the most that could be left, not what is.",
+        ),
+        tuple(_summary(table)),
+    )
+
+
+def _of(rows: pd.DataFrame, system: str, longest: bool = False) -> pd.DataFrame:
+    """Held-out steps of one system's shortest or longest run."""
+    own = rows[rows["system"] == system]
+    length = own["iterations_before"].max() if longest else own["iterations_before"].min()
+    return own[own["iterations_before"] == length]
+
+
+def _gain(rows: pd.DataFrame) -> Estimate:
+    """Speed-up over fixed experts."""
+    return ratio_of_sums(rows["static_ms"].to_numpy(float), rows["predicted_ms"].to_numpy(float))
+
+
+def _of_model(model: str, rows: pd.DataFrame) -> Iterator[str]:
+    search = _of(rows, "hiermoe_search")
+    saved_ms = float((search["static_ms"] - search["predicted_ms"]).mean())
+    yield f"{model}: over fixed experts the searched placement is {with_interval(_gain(search))}"
+    swaps = [_of(rows, "hiermoe", longest) for longest in (False, True)]
+    yield "; HierD-ES is " + " and ".join(
+        f"{_gain(own).value:.3f} after {own['updates_before'].iloc[0]:.0f} updates" for own in swaps
+    )
+    for system in ("hiermoe_search_online", "hd_moe_smart"):
+        if system in set(rows["system"]):
+            yield f", {POLICIES[system][0]} {_gain(_of(rows, system)).value:.3f}"
+    yield "."
+    if _gain(search).low <= 1:
+        yield " That is no gain that these steps can tell from none."
+    groups = rows["router_groups"].iloc[0]
+    if groups and saved_ms < 0.02 * float(search["static_ms"].mean()):
+        yield (
+            f" Its router takes experts of few of {groups:.0f} groups of neighbours, which experts in order keep "
+            "together already."
+        )
+    cost_ms, moved = search["migration_before_ms"].iloc[0], search["moved_before"].iloc[0]
+    if _gain(search).low > 1:
+        yield (
+            f" The search moves {moved:.0f} experts once, {cost_ms:.0f} ms of full state at the link's rate, which "
+            f"{cost_ms / saved_ms:.0f} steps pay back"
+        )
+        late = _of(rows, "hiermoe", longest=True)
+        gain_ms = float((late["static_ms"] - late["predicted_ms"]).mean())
+        yield (
+            f"; HierD-ES goes on moving {late['moved_experts'].mean():.1f} experts a step for "
+            f"{late['migration_ms'].mean():.2f} ms and "
+            f"{'saves' if gain_ms >= 0 else 'loses'} {abs(gain_ms):.2f} ms of AlltoAll by it."
+        )
+    best_ms = _means(rows)["predicted_ms"].min()
+    yield (
+        f" No placement gets below {rows['bound_ms'].mean():.1f} ms: the best one found is at most "
+        f"{best_ms / rows['bound_ms'].mean():.2f} times what is possible."
+    )
+
+
+def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
+    """The table below the figure."""
+    yield (
+        "model", "placement", "iterations before", "updates", "experts moved", "at most at once", "held-out ms a step",
+        "speed-up over fixed experts", "migration, ms: before in all", "then a step", "over the bound",
+    )  # fmt: skip
+    for (model, system, length), rows in table.groupby(["model", "system", "iterations_before"], sort=False):  # type: ignore[misc]
+        first = rows.iloc[0]
+        yield (
+            style.MODELS[str(model)],
+            POLICIES[str(system)][0],
+            f"{length}",
+            f"{first['updates_before']:.0f}",
+            f"{first['moved_before']:.0f}",
+            f"{first['largest_before']:.0f}",
+            f"{rows['predicted_ms'].mean():.2f}",
+            "1" if system == "hd_moe" else with_interval(_gain(rows)),
+            f"{first['migration_before_ms']:.0f}",
+            f"{rows['migration_ms'].mean():.2f}",
+            f"{rows['predicted_ms'].mean() / rows['bound_ms'].mean():.2f}",
+        )
+
+
+FIGURE = FigureSpec("search", "Placement: search beside one swap a step", SWEEP, table, draw, words)

@@ -1,0 +1,192 @@
+"""Whole training steps under every system, on links that are as slow as a cluster's: what AlltoAll time is worth."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from hiermoe.analysis.claims import Claim
+from hiermoe.analysis.figures import style
+from hiermoe.analysis.figures.spec import FigureSpec, Words
+from hiermoe.analysis.figures.tables import published
+from hiermoe.analysis.frames import Results
+from hiermoe.analysis.statistics import bootstrap, ratio_of_medians
+from hiermoe.analysis.wording import with_interval
+from hiermoe.runs.training import TrainRunConfig, trained_steps
+
+BASELINE = "megatron"
+WHERE = {"emulated": "the emulated cluster", "cluster": "a cluster"}
+PARTS = {"compute_ms": 0.35, "alltoall_ms": 1.0, "planning_ms": 0.6, "migration_ms": 0.6}  # and how dark they are
+
+
+def table(results: Results, claims: Sequence[Claim], source: str = "emulated") -> pd.DataFrame:
+    """One row per model and system: medians over the counted steps of the busiest rank; speed-ups over Megatron-LM."""
+    try:
+        configs = trained_steps(source, results.store)
+    except ValueError:  # the cluster is not calibrated here
+        return pd.DataFrame()
+    steps: dict[tuple[str, str], pd.DataFrame] = {}
+    rows = []
+    for config in configs:
+        if results.store.status(config.run_id) != "ok":
+            continue
+        steps[config.model.name, config.system.name] = own = _steps(results.store.read(config.run_id))
+        rows.append(
+            {
+                "source": config.backend.source,
+                "model": config.model.name,
+                "system": config.system.name,
+                "label": config.system.label,
+                "cluster": config.cluster.name,
+                "num_ranks": config.world_size,
+                "dtype": config.dtype,
+                "device": config.backend.device,
+                "sizes": _sizes(config),
+                "alltoall_share": float((own["alltoall_ms"] / own["step_ms"]).median()),
+                "loss": own["loss"].iloc[-1],
+                "n": len(own),
+                **{name: own[name].median() for name in (*PARTS, "step_ms")},
+                **_interval(own["step_ms"].to_numpy(float)),
+            }
+        )
+    for row in rows:
+        baseline = steps.get((row["model"], BASELINE))
+        if baseline is not None:
+            own = steps[row["model"], row["system"]]
+            for name in ("step_ms", "alltoall_ms"):
+                found = ratio_of_medians(baseline[name].to_numpy(float), own[name].to_numpy(float))
+                row |= {f"{name}_speedup": found.value, f"{name}_words": with_interval(found)}
+            fields = {"where": "Fig. 10", "system": row["system"], "baseline": BASELINE, "metric": "e2e_speedup"}
+            low, high = published(claims, **fields)
+            row["published"] = "" if np.isnan(low) else f"{low:g}–{high:g}"
+    return pd.DataFrame(rows)
+
+
+def _sizes(config: TrainRunConfig) -> str:
+    """What was trained, in words."""
+    model = config.model
+    layers = f"{model.num_layers} layers" + (f", {model.num_dense_layers} of them dense" * (model.num_dense_layers > 0))
+    return (
+        f"{style.MODELS[model.name.removesuffix('_narrow')]}: {layers}, width {model.hidden_size}, vocabulary "
+        f"{model.vocab_size}, {config.sequences_per_rank} x {config.seq_length} tokens a rank"
+    )
+
+
+def _steps(records: pd.DataFrame) -> pd.DataFrame:
+    """Counted steps, busiest rank of each: what happens after the optimizer's step belongs to it."""
+    counted = records[records["measured"]].assign(
+        alltoall_ms=lambda x: x["alltoall_forward_ms"] + x["alltoall_backward_ms"]
+    )
+    busiest = counted.groupby("iteration").max(numeric_only=True)
+    busiest["step_ms"] = busiest["train_step_ms"] + busiest["planning_ms"] + busiest["migration_ms"]
+    busiest["compute_ms"] = busiest["train_step_ms"] - busiest["alltoall_ms"]
+    return busiest
+
+
+def _interval(values: np.ndarray) -> dict[str, float]:
+    found = bootstrap(lambda x: np.median(x, -1), values)
+    return {"low": found.low, "high": found.high}
+
+
+def draw(table: pd.DataFrame, title: str) -> Figure:
+    """A panel per model, a bar per system, made of the parts of a step."""
+    models = list(dict.fromkeys(table["model"]))
+    tallest = max(len(rows) for _, rows in table.groupby("model"))
+    figure, panels = style.grid(title, 1, len(models), (12, 2.4 + 0.5 * tallest))
+    for panel, model in zip(panels, models, strict=True):
+        rows = table[table["model"] == model]
+        for position, (_, row) in enumerate(rows.iterrows()):
+            left = 0.0
+            for part, dark in PARTS.items():
+                tone = style.color(str(row["system"])) if part != "compute_ms" else "#999999"
+                hatch = "//" if part == "migration_ms" else ""
+                panel.barh(position, row[part], 0.6, left=left, color=tone, alpha=dark, hatch=hatch, edgecolor="white")
+                left += row[part]
+            if row["system"] != BASELINE and "step_ms_speedup" in row:
+                panel.annotate(
+                    f"{row['step_ms_speedup']:.2f}×", (left, position), xytext=(6, 0), textcoords="offset points",
+                    va="center",
+                )  # fmt: skip
+        panel.set_yticks(range(len(rows)), list(rows["label"]))
+        panel.set_ylim(len(rows) - 0.45, -0.55)
+        panel.set_xlim(0, rows[list(PARTS)].sum(axis=1).max() * 1.15)
+        panel.grid(axis="y", visible=False)
+        narrow = ", narrow" * model.endswith("_narrow")
+        panel.set_title(style.MODELS[model.removesuffix("_narrow")] + narrow)
+        panel.set_xlabel("training step, ms")
+    marks = [
+        Patch(color="#999999", alpha=0.35, label="everything else"),
+        Patch(color="#444444", label="dispatch and combine"),
+        Patch(color="#444444", alpha=0.6, label="planning"),
+        Patch(facecolor="#444444", alpha=0.6, hatch="//", edgecolor="white", label="moving experts"),
+    ]
+    figure.legend(handles=marks, loc="outside lower center", ncols=4, fontsize=11.5)
+    return figure
+
+
+def words(table: pd.DataFrame) -> Words:
+    """What whole steps gain, and what it takes."""
+    first = table.iloc[0]
+    best = []
+    for model, rows in table.groupby("model", sort=False):
+        known = rows[rows["system"] != BASELINE]
+        if len(known) and "step_ms_speedup" in known:
+            row = known.sort_values("step_ms_speedup").iloc[-1]
+            name = style.MODELS[str(model).removesuffix("_narrow")]
+            best.append(f"{name} {row['step_ms_speedup']:.2f}× with {row['label']}")
+    on_gpus = first["device"] == "cuda"
+    ranks = "GPUs over NCCL" if on_gpus else "gloo ranks that share this machine's cores"
+    depends = (
+        ""
+        if on_gpus
+        else (
+            "Speed-ups of the step depend on AlltoAll's share, which here is that of few cores and slow links, not "
+            "of GPUs; the paper's stand beside them for orientation only. "
+        )
+    )
+    return Words(
+        f"Whole training steps on {WHERE[str(first['source'])]}, fastest over Megatron-LM: "
+        f"{'; '.join(best) or 'no baseline'}",
+        f"Measured: stock Megatron-Core trains on {first['num_ranks']} {ranks}, {first['dtype']}. Busiest rank, median "
+        f"over {table['n'].min()} steps; 95 % block-bootstrap intervals; one run each, one after another. "
+        f"{'. '.join(table['sizes'].unique())}. The corpus is the standard library of Python.",
+        (depends + "Planning and moving experts count as part of the step; neither overlaps with anything.",),
+        tuple(_summary(table)),
+    )
+
+
+def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
+    yield (
+        "model", "system", "step ms", "AlltoAll's share", "AlltoAll ms", "planning ms", "moving experts ms",
+        "speed-up of the step", "of AlltoAll", "published, of the step", "n",
+    )  # fmt: skip
+    for _, row in table.iterrows():
+        yield (
+            style.MODELS[row["model"].removesuffix("_narrow")],
+            row["label"],
+            f"{row['step_ms']:.0f} [{row['low']:.0f}, {row['high']:.0f}]",
+            f"{row['alltoall_share']:.0%}",
+            f"{row['alltoall_ms']:.0f}",
+            f"{row['planning_ms']:.0f}",
+            f"{row['migration_ms']:.0f}",
+            str(row.get("step_ms_words", "")),
+            str(row.get("alltoall_ms_words", "")),
+            row.get("published", ""),
+            str(row["n"]),
+        )
+
+
+FIGURES = {
+    source: FigureSpec(
+        "end_to_end",
+        f"Measured: whole training steps, {heading}",
+        "end_to_end",
+        partial(table, source=source),
+        draw,
+        words,
+    )
+    for source, heading in {"emulated": "emulated cluster", "cluster": "cluster"}.items()
+}

@@ -1,0 +1,83 @@
+"""`hiermoe advise`: progress, a page, and the short of it in the terminal."""
+
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hiermoe.advice import phrases as wording
+from hiermoe.advice.advice_config import AdviceConfig
+from hiermoe.advice.answer_tables import Answer
+from hiermoe.advice.assessment import assess
+from hiermoe.advice.figures import best_of_families
+from hiermoe.advice.inputs import resolve
+from hiermoe.advice.page import speedup_cell, write_page
+from hiermoe.advice.systems import candidates
+from hiermoe.analysis.report import small_copy
+from hiermoe.records.project import REPORTS, to_root
+from hiermoe.routing.step import first_measured
+from hiermoe.runs.run_config import parse
+
+
+def advise_and_print(composed: DictConfig) -> Path:
+    """Answer a composed question.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: what is given does not fit together.
+        OSError: a file is missing or cannot be written.
+    """
+    torch.set_num_threads(1)
+    started, console = time.perf_counter(), Console(highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("reading routing", total=None)
+        config = parse(composed, AdviceConfig)
+        case, routing_file = resolve(config)
+        systems, left_out = candidates(case.cluster.hierarchy, config.systems)
+        seen = first_measured(case.iterations, case.routing.num_distinct)
+        progress.update(task, total=seen * sum(one.moves for one in systems) or 1, completed=0)
+
+        def walked(label: str, iteration: int) -> None:
+            progress.update(task, description=label, advance=1 if iteration >= 0 else 0)
+
+        answer = Answer.of(assess(case, systems, left_out, walked))
+        progress.update(task, description="drawing")
+        folder = Path(config.output) if config.output else REPORTS / "advice" / case.name
+        page = write_page(answer, folder, routing_file)
+        if config.picture is not None:
+            small_copy(folder / "figures" / "overview.png", Path(config.picture))
+    console.print(
+        Panel(escape(wording.headline(answer)), title=f"{case.routing_words} · {case.cluster.name}", title_align="left")
+    )
+    for condition in wording.conditions(answer):
+        console.print(f"· {escape(condition)}")
+    console.print(_table(answer))
+    console.print(f"{time.perf_counter() - started:.0f} s · page: {to_root(page)}", soft_wrap=True)
+    return page
+
+
+def _table(answer: Answer) -> Table:
+    """The best system of every family, fastest first."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for i, column in enumerate(("best of its family", "ms a step", "speed-up", "d*", "moving")):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for _, row in best_of_families(answer).iterrows():
+        cells = (
+            row["label"],
+            f"{row['step_ms']:.2f}{answer.mark}",
+            escape(speedup_cell(answer, row)),
+            row["dimensions"],
+            f"{row['moved_ms']:.0f} ms" if row["moved_ms"] else "",
+        )
+        table.add_row(*cells, style="bold" if row["system"] == answer.found.chosen else "")
+    return table

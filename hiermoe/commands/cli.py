@@ -1,0 +1,211 @@
+"""The ``hiermoe`` command: run, calibrate, train, record, reproduce, report."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.markup import escape
+
+from hiermoe.records.project import CONF
+
+USAGE = """hiermoe: does HierMoE's communication hold, and would it help your model on your cluster?
+
+  hiermoe run         one system on one cluster with one model's routing (hiermoe run --help lists the choices)
+  hiermoe run -m ...  several: hiermoe run -m +sweeps=fig11, or system=megatron,hiermoe model=qwen3_30b_a3b,deepseek_v3
+  hiermoe calibrate   measure what an AlltoAll costs among all groups of a cluster, and write the cluster's file
+  hiermoe train       train a narrow model under one system on this machine's ranks; -m as above
+  hiermoe reproduce   all sweeps of the paper on all cores, then the report; what is done is skipped
+  hiermoe report      the report from the records that are there
+  hiermoe record      train a narrow model on real text and record what its routers choose
+  hiermoe advise      would it help your model on your cluster? From a trace, expert loads or a profile: a page
+  hiermoe trace       import routing that others recorded, show a trace, export its traffic (hiermoe trace --help)
+  hiermoe doctor      what this machine can run, and what each missing thing would take
+"""
+
+
+def main() -> None:
+    """Entry point of the ``hiermoe`` script. Exits with 0, or with 1 or 2 after one line that says what is wrong."""
+    commands: dict[str, Callable[[], None]] = {
+        "run": _run,
+        "calibrate": _calibrate,
+        "train": _train,
+        "record": _record,
+        "reproduce": _reproduce,
+        "report": _report,
+        "advise": _advise,
+        "trace": _trace,
+        "doctor": _doctor,
+    }
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
+        print(USAGE)
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    command = sys.argv.pop(1)
+    if command not in commands:
+        _fail(f"command {command!r} is unknown; choose from {', '.join(commands)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as on Ctrl-C
+    try:
+        commands[command]()
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; finished runs are kept, the same command goes on with the rest", code=130)
+
+
+def _fail(message: str, code: int = 2) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(message.splitlines()[0])}")
+    sys.exit(code)
+
+
+def _run() -> None:
+    from hiermoe.runs.run_config import register_search_path
+    from hiermoe.runs.single import run_and_print
+
+    register_search_path()
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def task(config: DictConfig) -> None:
+        with _one_line_errors():
+            run_and_print(config)
+
+    task()
+
+
+def _calibrate() -> None:
+    from hiermoe.commands.calibrate_command import calibrate_and_print
+    from hiermoe.runs.run_config import register_search_path
+
+    register_search_path()
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="calibrate")
+    def task(config: DictConfig) -> None:
+        with _one_line_errors():
+            calibrate_and_print(config)
+
+    task()
+
+
+def _train() -> None:
+    from hiermoe.runs.run_config import register_search_path
+    from hiermoe.runs.training import train_and_print
+
+    register_search_path()
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+    def task(config: DictConfig) -> None:
+        with _one_line_errors():
+            train_and_print(config)
+
+    task()
+
+
+def _record() -> None:
+    from hiermoe.narrow import record
+    from hiermoe.ranks.launch import RankFailedError
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="record")
+    def task(config: DictConfig) -> None:
+        with _one_line_errors(RankFailedError):
+            record.main(config)
+
+    task()
+
+
+def _advise() -> None:
+    from hiermoe.commands.advise_command import advise_and_print
+    from hiermoe.runs.run_config import register_search_path
+
+    register_search_path()
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="advise")
+    def task(config: DictConfig) -> None:
+        with _one_line_errors():
+            advise_and_print(config)
+
+    task()
+
+
+@contextmanager
+def _one_line_errors(*others: type[Exception]) -> Iterator[None]:
+    """Inside Hydra, turn bad input and the other expected errors into one line: Hydra would print a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, *others) as error:
+        _fail(str(error))
+
+
+def _reproduce() -> None:
+    from hiermoe.commands.reproduce_command import reproduce
+    from hiermoe.runs.sweep import sweep_names
+
+    parser = argparse.ArgumentParser(
+        prog="hiermoe reproduce",
+        description="All sweeps of the paper, measured runs where there can be any, report.",
+    )
+    add = parser.add_argument
+    add("--sweeps", nargs="+", metavar="NAME", help=f"only these, and nothing measured: {', '.join(sweep_names())}")
+    add("--workers", type=int, default=None, help="processes of the simulation (default: one a core)")
+    add("--wandb", choices=("offline", "online", "disabled"), default="offline", help="mirror of verdicts")
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--quick", action="store_true", help="measure little")
+    amount.add_argument("--full", action="store_true", help="measure all")
+    cluster = parser.add_argument_group("measured on a cluster")
+    add = cluster.add_argument
+    add(
+        "--backend",
+        choices=("slurm", "torchrun"),
+        help="slurm: submit a job, follow it and report, from a login node. torchrun: in an allocation, on each of "
+        "its processes, as srun or torchrun start them. The project's folder must be on a file system that all share",
+    )
+    add("--nodes", type=int, help="of the allocation; required with slurm")
+    add("--gpus-per-node", type=int, help="GPUs, or with --device cpu processes, of each; required with slurm")
+    add("--device", choices=("cuda", "cpu"), help="cuda (default): NCCL. cpu: gloo, and no GPUs are asked for")
+    add("--partition", help="of Slurm")
+    add("--account", help="of Slurm")
+    add("--time-limit-min", type=int, help="of the job, minutes; what is missing then, the next job does")
+    add("--cluster", dest="structure", metavar="NAME", help="levels of this cluster of the same size, e.g. node halves")
+    add("--cluster-name", dest="name", help="of the calibrated cluster's file in results/clusters")
+    arguments = vars(parser.parse_args())
+    general = {key: arguments.pop(key) for key in ("sweeps", "workers")}
+    quick, full, backend = (arguments.pop(key) for key in ("quick", "full", "backend"))
+    general |= {"wandb_mode": arguments.pop("wandb"), "amount": "quick" if quick else "full" if full else "default"}
+    given = {key: value for key, value in arguments.items() if value is not None}
+    if backend is None:
+        if given:
+            parser.error(f"--{next(iter(given)).replace('_', '-')} needs --backend slurm or torchrun")
+        reproduce(**general)
+        return
+    if general.pop("sweeps"):
+        parser.error(f"--sweeps chooses simulated sweeps; --backend {backend} measures")
+    from hiermoe.commands.on_cluster import reproduce_on_cluster
+
+    reproduce_on_cluster(backend, given, **general)
+
+
+def _report() -> None:
+    from hiermoe.analysis.report import write_reference, write_report
+
+    parser = argparse.ArgumentParser(prog="hiermoe report", description="The report from the records there are.")
+    parser.add_argument("--reference", action="store_true", help="also the small copy that is committed")
+    arguments = parser.parse_args()
+    print(write_report()[0])
+    if arguments.reference:
+        print(write_reference())
+
+
+def _trace() -> None:
+    from hiermoe.commands.trace_command import main as trace
+
+    trace(sys.argv[1:])
+
+
+def _doctor() -> None:
+    from hiermoe.commands.doctor_command import examine_and_print
+
+    parser = argparse.ArgumentParser(prog="hiermoe doctor", description="What this machine can run.")
+    parser.add_argument("--json", action="store_true", help="print the same as JSON")
+    sys.exit(examine_and_print(parser.parse_args().json))

@@ -1,0 +1,209 @@
+"""What ``make reproduce`` does: the paper's sweeps in simulation, measured ones where that is possible, the report."""
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from hiermoe.analysis.report import write_report
+from hiermoe.analysis.verdicts import verdict_summary
+from hiermoe.ranks.emulated.requirements import missing_requirement
+from hiermoe.records.store import RunStore
+from hiermoe.runs.calibration import calibrate, calibration_config
+from hiermoe.runs.execute import Outcome, execute_together
+from hiermoe.runs.measured_cells import Amount, MeasuredCell, clusters_of, measured_cells, together
+from hiermoe.runs.run_config import RunConfig, WandbMode
+from hiermoe.runs.sweep import Cell, expand, run_all, sweep_names
+from hiermoe.runs.tracking import mirror_table
+from hiermoe.runs.training import execute_training, expand_training
+
+Cells = Mapping[str, Sequence[Cell]]
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all parts of one reproduction share."""
+
+    store: RunStore
+    console: Console
+    workers: int
+    started: float
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return time.perf_counter() - self.started
+
+
+def reproduce(
+    sweeps: Iterable[str] | None = None,
+    workers: int | None = None,
+    wandb_mode: WandbMode = "offline",
+    amount: Amount = "default",
+) -> None:
+    """Run what has no record yet, write the report, and print the verdicts.
+
+    Args:
+        sweeps: names of simulated ones, and nothing measured; None for all and what can be measured here. The report
+            covers all of them, with what records there are.
+        workers: processes of the simulation; None for one a core.
+        wandb_mode: how the verdicts are mirrored in W&B, if any run is new.
+        amount: how much is measured.
+
+    Raises:
+        ValueError: an unknown sweep, or runs that failed; the report is written before that.
+    """
+    session = Session(RunStore(), Console(), workers or os.cpu_count() or 1, time.perf_counter())
+    console = session.console
+    with console.status("reading conf/ and sweeps/"):
+        cells = {name: expand(name) for name in sweeps or _simulated(amount)}
+    measures = sweeps is None
+    lacking = missing_requirement() if measures else None
+    if measures and lacking is None:
+        console.print(PLANS[amount])
+    outcomes = simulate_all((cell.config for sweep in cells.values() for cell in sweep), cells, session)
+    if measures and lacking is None:
+        outcomes += measure_emulated(amount, session)
+    elif lacking is not None:
+        console.print(
+            f"[yellow]left out[/yellow]: measured runs on an emulated cluster. {lacking}\n"
+            "  as root: [bold]make reproduce[/bold]; what is done is kept"
+        )
+    finish(outcomes, session, wandb_mode, cells)
+
+
+PLANS: Mapping[Amount, str] = {
+    "quick": "simulation of the paper's figures, then a first look at measured numbers on 8 emulated ranks: about 5 "
+    "minutes",
+    "default": "simulation of every figure (4 minutes), then on 32 emulated ranks calibration and Fig. 11 of one "
+    "model: 25 minutes on two cores (QUICK=1: 5 minutes, FULL=1: 70 minutes). Stop and go on as you like",
+    "full": "simulation of every figure, then on 32 emulated ranks calibration, Fig. 11 of both models, Fig. 13, "
+    "Table IV (K), update frequency, searched placements, and whole training steps: 70 minutes on two cores. Stop and "
+    "go on as you like",
+}
+
+
+# What lies beyond the paper; a first look leaves it out.
+_BEYOND = ("heat_map", "planner_cost", "scaling", "search", "search_bound")
+
+
+def _simulated(amount: Amount) -> list[str]:
+    """Names of the simulated sweeps of an amount."""
+    return [name for name in sweep_names() if amount != "quick" or name not in _BEYOND]
+
+
+def simulate_all(configs: Iterable[RunConfig], cells: Cells, session: Session) -> list[Outcome]:
+    """Run simulated configurations on all cores, with one progress bar per sweep."""
+    with _progress(session.console) as progress:
+        runs = {name: {cell.config.run_id for cell in sweep} for name, sweep in cells.items()}
+        total = progress.add_task("all runs", total=len(set().union(*runs.values())))
+        tasks = {name: progress.add_task(name, total=len(ids)) for name, ids in runs.items()}
+
+        def finished(outcome: Outcome) -> None:
+            progress.advance(total)
+            for name, ids in runs.items():
+                if outcome.run_id in ids:
+                    progress.advance(tasks[name])
+
+        return run_all(configs, session.workers, finished, session.store)
+
+
+def measure_emulated(amount: Amount, session: Session) -> list[Outcome]:
+    """Calibrate the emulated clusters of an amount unless that is done, then measure."""
+    for name in clusters_of(amount):
+        config = calibration_config(name.removesuffix("_calibrated"), "emulated")
+        if not (session.store.is_done(config.run_id) and config.path.exists()):
+            with _progress(session.console) as progress:
+                task = progress.add_task("calibrating", total=config.num_measurements)
+                _show(progress, task, f"calibrating {config.cluster.name}")
+                calibrate(config, session.store, lambda _, task=task: progress.advance(task))
+    cells = measured_cells(amount)
+    outcomes = [*measure(cells, session), *predict(cells, session)]
+    return [*outcomes, *train_all(session)] if amount == "full" else outcomes
+
+
+def train_all(session: Session) -> list[Outcome]:
+    """Train under every system of sweeps/train/end_to_end.yaml, with one progress bar for all steps."""
+    configs = [cell.config for cell in expand_training("end_to_end")]
+    missing = [config for config in configs if not session.store.is_done(config.run_id)]
+    with _progress(session.console) as progress:
+        task = progress.add_task("training", total=sum(config.steps for config in missing))
+        outcomes = []
+        for config in configs:
+            _show(progress, task, f"training {config.model.name}, {config.system.label}")
+            outcomes.append(execute_training(config, session.store, lambda _: progress.advance(task)))
+    return outcomes
+
+
+def measure(cells: Sequence[MeasuredCell], session: Session) -> list[Outcome]:
+    """Measure what has no record, one group of systems after another and nothing beside, with one progress bar."""
+    groups = together(cell.measured.config for cell in cells)
+    missing = [group for group in groups if not all(session.store.is_done(config.run_id) for config in group)]
+    outcomes: list[Outcome] = []
+    with _progress(session.console) as progress:
+        task = progress.add_task("measuring", total=sum(group[0].num_steps for group in missing))
+        for group in groups:
+            first = group[0]
+            _show(progress, task, f"{first.model.name}, {first.routing.name}: {len(group)} systems")
+            outcomes += execute_together(group, session.store, lambda _: progress.advance(task))
+    return outcomes
+
+
+def predict(cells: Sequence[MeasuredCell], session: Session) -> list[Outcome]:
+    """What the calibrated cost model says of the same runs."""
+    return simulate_all(
+        (cell.predicted.config for cell in cells), {"predictions": [cell.predicted for cell in cells]}, session
+    )
+
+
+def finish(outcomes: Sequence[Outcome], session: Session, wandb_mode: WandbMode, cells: Cells) -> None:
+    """Say what was run, write the report, and print the verdicts.
+
+    Raises:
+        ValueError: runs that failed.
+    """
+    console = session.console
+    new = [outcome for outcome in outcomes if not outcome.cached]
+    kept = len(outcomes) - len(new)
+    console.print(f"{len(outcomes)} runs: {len(new)} new, {kept} kept from before ({session.seconds:.0f} s)")
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    for outcome in failed:
+        console.print(f"[red]failed[/red] {outcome.run_id}: {outcome.reason}")
+    with console.status("drawing figures and writing the report"):
+        report, verdicts = write_report(cells)
+    if new:
+        with console.status(f"mirroring verdicts in W&B ({wandb_mode})"):
+            mirror_table("verdicts", verdicts, wandb_mode)
+    console.print(verdict_summary(verdicts))
+    console.print(f"report: [bold]{report}[/bold] ({session.seconds:.0f} s in all)")
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(outcomes)} runs failed; the report leaves them out and says so")
+
+
+def _show(progress: Progress, task: TaskID, what: str) -> None:
+    """Say what is being done now; in a file, where no bar moves, as a line of its own."""
+    progress.update(task, description=what)
+    if not progress.console.is_terminal:
+        progress.console.print(what)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console)

@@ -1,0 +1,136 @@
+"""`hiermoe trace`: bring in routing that others recorded, look at a trace, hand its traffic to other benchmarks."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from hiermoe.routing.importers import IMPORTERS
+from hiermoe.routing.importers.recording import Source, to_trace
+from hiermoe.routing.trace import RoutingTrace
+
+
+def main(arguments: list[str]) -> None:
+    """Run a subcommand.
+
+    Raises:
+        ValueError: bad input, in one line.
+        OSError: a file cannot be read or written.
+    """
+    chosen = _parser().parse_args(arguments)
+    chosen.run(chosen)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hiermoe trace", description="Routing traces.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    formats = "\n".join(f"  {name:10} {importer.reads}" for name, importer in IMPORTERS.items())
+    load = commands.add_parser(
+        "import",
+        help="make a trace of routing that others recorded",
+        description="Make a trace of routing that others recorded. Formats:\n" + formats,
+        epilog="What one row means in each format: the head of its file in hiermoe/routing/importers/.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    load.add_argument("format", choices=sorted(IMPORTERS))
+    load.add_argument("path", type=Path, help="a file; for megatron and parquet also a folder of them")
+    load.add_argument("--output", type=Path, required=True, help="the trace to write")
+    load.add_argument("--num-experts", type=_experts, help="E; or infer: the largest id + 1, up to a multiple of ranks")
+    load.add_argument("--topk", type=int, help="K; needed where the format does not say it")
+    load.add_argument("--layers", type=int, nargs="+", help="only these, numbered as in the file")
+    load.add_argument("--ranks", type=int, help="G to lay tokens out over (default: the file's ranks, else 1)")
+    load.add_argument("--tokens-per-rank", type=int, help="T of an iteration (default: one iteration of all tokens)")
+    load.add_argument("--tokens", type=int, help="only so many, the first ones")
+    load.add_argument("--model", help="name to state in the trace (default: the file's name)")
+    load.set_defaults(run=_import)
+
+    show = commands.add_parser("show", help="shape, loads, and duplication at every level of a cluster")
+    show.add_argument("trace", type=Path)
+    show.add_argument("--cluster", default="a6000_4x8", help="whose levels (default: a6000_4x8)")
+    show.set_defaults(run=_show)
+
+    export = commands.add_parser(
+        "export-matrix",
+        help="bytes from every GPU to every other in one step, for nccl-tests' alltoallv_perf",
+        description="Bytes from every GPU to every other in the dispatch of one step, experts in their first places, "
+        "for NCCL_TESTS_ALLTOALLV_MATRIX_FILE of nccl-tests' alltoallv_perf: a line a sender, a column a receiver.",
+    )
+    export.add_argument("trace", type=Path)
+    export.add_argument("--cluster", required=True)
+    export.add_argument("--system", required=True, help="whose scheme moves the tokens, megatron for instance")
+    export.add_argument("--row-bytes", type=int, required=True, help="of a token: hidden size x bytes of an element")
+    export.add_argument("--output", type=Path, required=True, help="one file a stage: .stage1, .stage2 if several")
+    export.add_argument("--tokens-per-rank", type=int, default=1024, help="T of the step (default: 1024)")
+    export.add_argument("--iteration", type=int, default=0)
+    export.add_argument("--layer", type=int, default=0, help="position of the layer in the trace (default: 0)")
+    export.add_argument("--topk", type=int, help="K (default: the router's)")
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _experts(text: str) -> int | str:
+    if text == "infer":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor infer") from None
+
+
+def _import(chosen: argparse.Namespace) -> None:
+    source = Source(
+        path=chosen.path,
+        layers=None if chosen.layers is None else tuple(chosen.layers),
+        topk=chosen.topk,
+        ranks=chosen.ranks,
+        tokens_per_rank=chosen.tokens_per_rank,
+        max_tokens=chosen.tokens,
+    )
+    if isinstance(chosen.num_experts, int) and chosen.num_experts < 1:
+        raise ValueError(f"num_experts={chosen.num_experts} must be at least 1")
+    recording = IMPORTERS[chosen.format].read(source)
+    model = chosen.model or chosen.path.name.split(".")[0]
+    command = shlex.join(["hiermoe", "trace", *sys.argv[1:]])
+    trace = to_trace(recording, source, chosen.format, model, chosen.num_experts, command)
+    trace.save(chosen.output)
+    iterations, layers, ranks, tokens, topk = trace.expert_ids.shape
+    Console(highlight=False, soft_wrap=True).print(
+        f"{chosen.output}: {iterations} iterations x {layers} layers x {ranks} ranks x {tokens} tokens x {topk} of "
+        f"{trace.metadata.num_experts} experts"
+    )
+
+
+def _show(chosen: argparse.Namespace) -> None:
+    from hiermoe.commands.trace_views import show
+    from hiermoe.topology.cluster import Cluster
+
+    for table in show(RoutingTrace.load(chosen.trace), Cluster.named(chosen.cluster)):
+        Console().print(table)
+
+
+def _export(chosen: argparse.Namespace) -> None:
+    from hiermoe.commands.trace_views import traffic_matrices, write_matrices
+    from hiermoe.policies.system import SystemConfig
+    from hiermoe.topology.cluster import Cluster
+
+    matrices = traffic_matrices(
+        RoutingTrace.load(chosen.trace),
+        Cluster.named(chosen.cluster),
+        SystemConfig.named(chosen.system),
+        row_bytes=chosen.row_bytes,
+        tokens_per_rank=chosen.tokens_per_rank,
+        iteration=chosen.iteration,
+        layer=chosen.layer,
+        topk=chosen.topk,
+    )
+    console = Console(highlight=False, soft_wrap=True)
+    for path, matrix in write_matrices(chosen.output, matrices):
+        # Buffers of the test hold the largest sum of a row or column.
+        largest = int(max(matrix.sum(0).max(), matrix.sum(1).max()))
+        console.print(f"{path}: {matrix.sum() / 1e6:.3f} MB among {len(matrix)} GPUs")
+        console.print(
+            f"  NCCL_TESTS_ALLTOALLV_MATRIX_FILE={path} alltoallv_perf -b {largest} -e {largest} -a 3", style="dim"
+        )

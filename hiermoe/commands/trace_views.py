@@ -1,0 +1,149 @@
+"""What is in a trace: loads, duplication, and the traffic that a system makes of it."""
+
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from hiermoe.planner.cost import choose_scheme
+from hiermoe.planner.counts import count_routing
+from hiermoe.policies.system import SystemConfig
+from hiermoe.routing.trace import RecordedRouting, RoutingTrace
+from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.placement import Placement
+
+
+def duplication_rate(ids_NK: np.ndarray, num_experts: int, groups: int) -> float:
+    """1 - distinct (token, group) / token-expert pairs (paper, Table II), experts in their first places.
+
+    Args:
+        ids_NK: unsigned integer [N, K].
+        num_experts: E.
+        groups: that the experts are split into, evenly and in a row.
+
+    Raises:
+        ValueError: E is not divisible by the groups.
+    """
+    if num_experts % groups:
+        raise ValueError(f"num_experts={num_experts} is not divisible by {groups} groups")
+    group_NK = np.sort(ids_NK // (num_experts // groups), axis=1)
+    distinct = len(group_NK) + int(np.count_nonzero(group_NK[:, 1:] != group_NK[:, :-1]))
+    return 1.0 - distinct / group_NK.size
+
+
+def valid_ids(trace: RoutingTrace, layer: int, iteration: int) -> np.ndarray:
+    """The router's choice of all tokens of an iteration, without padding: [N, K]."""
+    filled = np.arange(trace.expert_ids.shape[3])[None, :] < trace.num_tokens[iteration][:, None]
+    return trace.expert_ids[iteration, layer][filled][:, : trace.metadata.topk]
+
+
+def show(trace: RoutingTrace, cluster: Cluster) -> list[Table]:
+    """Tables of what a trace holds, and of its loads and duplication in every layer.
+
+    Raises:
+        ValueError: E is not divisible by the groups of a level of the cluster.
+    """
+    meta, shape = trace.metadata, trace.expert_ids.shape
+    about = Table(title=meta.model, title_justify="left", show_header=False)
+    named = zip(("iterations", "layers", "ranks", "tokens a rank", "experts a token"), shape, strict=True)
+    sizes = " x ".join(f"{size} {name}" for name, size in named)
+    for name, value in {
+        "shape": sizes,
+        "tokens": f"{int(trace.num_tokens.sum(dtype=np.int64))} in each layer"
+        + ("" if (trace.num_tokens == shape[3]).all() else ", unequally many on ranks"),
+        "experts": f"{meta.num_experts}, of which the router chooses {meta.topk}",
+        "layers": ", ".join(map(str, meta.layers)),
+        "router": meta.router,
+        "corpus": meta.corpus,
+        "seed": "unknown" if meta.seed is None else str(meta.seed),
+        "how made": meta.how_made,
+        "notes": meta.notes,
+    }.items():
+        about.add_row(name, value.replace("[", "\\["))
+    hierarchy = cluster.hierarchy
+    rows = Table(
+        title=f"max/mean load of experts, and duplication rate on {cluster.name} with experts in their first places",
+        title_justify="left",
+    )
+    levels = [f"{n} {name}s" for name, n in zip(hierarchy.names, hierarchy.groups, strict=True)]
+    for column in ("layer", "an iteration's load: mean", "max", "whole trace", "never chosen", *levels):
+        rows.add_column(column, justify="right")
+    for position, layer in enumerate(meta.layers):
+        rows.add_row(str(layer), *_of_layer(trace, position, hierarchy.groups))
+    return [about, rows]
+
+
+def _of_layer(trace: RoutingTrace, position: int, levels: tuple[int, ...]) -> list[str]:
+    num_experts = trace.metadata.num_experts
+    loads_IE, duplication, pairs = [], np.zeros(len(levels)), 0
+    for iteration in range(len(trace.expert_ids)):
+        ids_NK = valid_ids(trace, position, iteration)
+        loads_IE.append(np.bincount(ids_NK.ravel(), minlength=num_experts))
+        if ids_NK.size:
+            duplication += ids_NK.size * np.array([duplication_rate(ids_NK, num_experts, n) for n in levels])
+            pairs += ids_NK.size
+    loads = np.stack(loads_IE).astype(float)
+    used = loads[loads.sum(1) > 0]
+    ratios, total = used.max(1) / used.mean(1), loads.sum(0)
+    figures = [ratios.mean(), ratios.max(), total.max() / total.mean()]
+    return [*(f"{x:.2f}" for x in figures), str(int((total == 0).sum())), *(f"{x / pairs:.1%}" for x in duplication)]
+
+
+def traffic_matrices(
+    trace: RoutingTrace,
+    cluster: Cluster,
+    system: SystemConfig,
+    *,
+    row_bytes: int,
+    tokens_per_rank: int,
+    iteration: int = 0,
+    layer: int = 0,
+    topk: int | None = None,
+) -> list[np.ndarray]:
+    """Bytes of every stage of the dispatch of one step, before any expert has moved.
+
+    Args:
+        trace: the routing.
+        cluster: G, and what the system's choice among several schemes goes by.
+        system: whose scheme.
+        row_bytes: of a token.
+        tokens_per_rank: T; the trace's tokens are regrouped over G x T.
+        iteration: of the regrouped trace.
+        layer: position in the trace.
+        topk: K; None for the router's.
+
+    Returns:
+        int64 [source, destination] for each stage, own shares on the diagonal.
+
+    Raises:
+        ValueError: sizes that do not fit the trace.
+        NotApplicable: the cluster has too few levels for the system.
+    """
+    if row_bytes < 1:
+        raise ValueError(f"row_bytes={row_bytes} must be at least 1")
+    hierarchy = cluster.hierarchy
+    regrouped = trace.reshard(hierarchy.num_ranks, tokens_per_rank)
+    routing = RecordedRouting(regrouped, layer, topk or trace.metadata.topk)
+    if not 0 <= iteration < routing.num_distinct:
+        raise ValueError(f"iteration={iteration} is outside 0..{routing.num_distinct - 1}")
+    counts = count_routing(routing.step(iteration), Placement.identity(trace.metadata.num_experts), hierarchy)
+    price = choose_scheme(system.build_schemes(hierarchy), counts, cluster, row_bytes)
+    return [stage.numpy() * row_bytes for stage in price.traffic.rows_SGG]
+
+
+def write_matrices(output: Path, matrices: list[np.ndarray]) -> list[tuple[Path, np.ndarray]]:
+    """Write a file for every stage, in the form of nccl-tests: whitespace between bytes, a line a sender.
+
+    nccl-tests knows the variable by this name since it has matrix files in its own repository; versions before that
+    called it ALLTOALLV_MATRIX_FILE and some counted in KiB. It rounds every entry down to 16 bytes.
+
+    Returns:
+        Path and matrix of every stage.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    written = []
+    for number, matrix in enumerate(matrices, 1):
+        path = output if len(matrices) == 1 else output.with_suffix(f".stage{number}{output.suffix}")
+        np.savetxt(path, matrix, fmt="%d")
+        written.append((path, matrix))
+    return written

@@ -1,1 +1,0 @@
-"""One run -> records: the configuration of a run, running it, and sweeps with resume."""

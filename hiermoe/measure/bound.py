@@ -1,0 +1,52 @@
+"""No system at all: the time that no placement of experts can beat, for the same routing and schemes."""
+
+from collections.abc import Callable
+
+import pandas as pd
+
+from hiermoe.measure.workload import Workload
+from hiermoe.planner.bounds import MateBound, least_traffic
+from hiermoe.planner.cost import ALLTOALLS_PER_STEP
+from hiermoe.planner.token_sets import TokenSets
+from hiermoe.routing.step import first_measured, iteration_schedule
+
+
+def bound_times(workload: Workload, progress: Callable[[int], None] = lambda iteration: None) -> pd.DataFrame:
+    """Bound the AlltoAll time of every counted iteration of one layer.
+
+    Args:
+        workload: its system says which schemes there are; no policy runs.
+        progress: called with the number of every finished iteration.
+
+    Returns:
+        Rows of the phases routing (fewest rows of every level) and step (least time of the four AlltoAlls), without the
+        run's own keys.
+
+    Raises:
+        ValueError: a scheme that does not deduplicate.
+    """
+    hierarchy, routing = workload.cluster.hierarchy, workload.routing
+    bounds = [MateBound(workload.num_experts, hierarchy, level) for level in range(1, hierarchy.depth + 1)]
+    rows = []
+    for iteration, routing_iteration in enumerate(iteration_schedule(workload.iterations, routing.num_distinct)):
+        if iteration < first_measured(workload.iterations, routing.num_distinct):
+            continue
+        sets = TokenSets.of(routing.step(routing_iteration).expert_ids_NK, workload.num_experts).merged()
+        least = least_traffic(sets, bounds, workload.schemes, workload.cluster, workload.row_bytes)
+        pairs = sets.tokens * workload.topk
+        keys = {
+            "iteration": iteration,
+            "routing_iteration": routing_iteration,
+            "measured": True,
+            "layer": workload.layer,
+            "pairs": pairs,
+        }
+        rows += [
+            keys | {"phase": "routing", "stage": name, "dimension": level, "rows": distinct}
+            for level, (name, distinct) in enumerate(zip(hierarchy.names, least.rows, strict=True), start=1)
+        ]
+        time_ms = ALLTOALLS_PER_STEP * least.alltoall_ms
+        step = {"phase": "step", "stage": "all", "dimension": least.scheme.dimension, "predicted_ms": time_ms}
+        rows.append(keys | step | {"moved_experts": 0})
+        progress(iteration)
+    return pd.DataFrame(rows)

@@ -1,0 +1,125 @@
+"""Times the AlltoAll of every kind of peers of a cluster, over message sizes: what alpha and beta are fitted to."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.distributed as dist
+
+from hiermoe.dispatch.communicators import Communicators
+from hiermoe.planner.scheme import every_dimension
+from hiermoe.ranks.streams import RowStream
+from hiermoe.ranks.worlds import Progress, World, no_progress
+from hiermoe.topology.cluster import Cluster, Peers
+
+# Ranks leave a barrier one after another; bytes of the first must not keep the last in it.
+_SETTLE_SECONDS = 0.03
+
+
+@dataclass(frozen=True)
+class CalibrationJob:
+    """What every rank must know.
+
+    Attributes:
+        cluster: hierarchy, with one rank for every GPU.
+        smallest_pair_bytes: that one rank sends another in the first AlltoAll; doubled from there on.
+        largest_pair_bytes: in the last one.
+        largest_bytes: that a rank receives in one AlltoAll, its own share included; ends the doubling too.
+        warm_ups: rounds that do not count.
+        repeats: rounds that count.
+        timeout: of a collective.
+        device: of the tensors, cpu or cuda.
+    """
+
+    cluster: Cluster
+    smallest_pair_bytes: int
+    largest_pair_bytes: int
+    largest_bytes: int
+    warm_ups: int
+    repeats: int
+    timeout: timedelta
+    device: str = "cpu"
+
+    def pair_bytes(self, exchange: Peers) -> list[int]:
+        """Sizes for one kind of peers, ascending; at least two."""
+        largest = min(self.largest_pair_bytes, self.largest_bytes // exchange.size(self.cluster.hierarchy))
+        sizes = [self.smallest_pair_bytes]
+        while len(sizes) < 2 or sizes[-1] * 2 <= largest:
+            sizes.append(sizes[-1] * 2)
+        return sizes
+
+    def measurements(self) -> Iterator[tuple[int, Peers, int]]:
+        """Round (negative: warm-up), peers and bytes per pair. Rounds are outermost, so that drift meets all alike."""
+        for repeat in range(-self.warm_ups, self.repeats):
+            for exchange in self.cluster.exchanges:
+                for pair_bytes in self.pair_bytes(exchange):
+                    yield repeat, exchange, pair_bytes
+
+
+def run_calibration(job: CalibrationJob, world: World, progress: Progress = no_progress) -> pd.DataFrame:
+    """Measure on all ranks.
+
+    Args:
+        job: what to do.
+        world: the ranks, one for every GPU of the job's cluster.
+        progress: called with the number of every finished measurement.
+
+    Returns:
+        Rows of the phase calibration: one per AlltoAll, size, repeat and rank, without the run's own keys.
+
+    Raises:
+        RunDied: a rank failed.
+    """
+    return world.run(calibrate, (replace(job, device=world.device),), job.timeout, progress)
+
+
+def calibrate(rank: int, job: CalibrationJob, folder: Path) -> None:
+    """One rank's share of all measurements. *Collective: every rank of the world must call it.*
+
+    All communicators of a kind exchange at once, as in a stage. Each measurement begins with a barrier of all ranks; on
+    CUDA its time ends when the GPU is through.
+
+    Args:
+        rank: of the world, and GPU of the hierarchy.
+        job: what to do.
+        folder: where ranks stream their rows to.
+    """
+    hierarchy = job.cluster.hierarchy
+    world = dist.group.WORLD
+    assert world is not None
+    communicators = Communicators(world, hierarchy, every_dimension(hierarchy), job.timeout)
+    largest = max(n * exchange.size(hierarchy) for _, exchange, n in job.measurements())
+    source = torch.zeros(largest, dtype=torch.uint8, device=job.device)
+    target = torch.empty_like(source)
+    with RowStream(folder, rank) as stream:
+        for repeat, exchange, pair_bytes in job.measurements():
+            num_bytes = pair_bytes * exchange.size(hierarchy)
+            group = communicators.of(exchange).group
+            dist.barrier()
+            _synchronise(target)
+            time.sleep(_SETTLE_SECONDS)
+            started = time.perf_counter()
+            dist.all_to_all_single(target[:num_bytes], source[:num_bytes], group=group)
+            _synchronise(target)
+            elapsed_ms = (time.perf_counter() - started) * 1e3
+            row = {
+                "phase": "calibration",
+                "stage": str(exchange),
+                "iteration": repeat,
+                "routing_iteration": -1,
+                "measured": True,
+                "layer": -1,
+                "rank": rank,
+                "bytes": num_bytes,
+                "wire_ms": elapsed_ms,
+            }
+            stream.write([row] if repeat >= 0 else [])
+
+
+def _synchronise(tensor: torch.Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)

@@ -1,0 +1,49 @@
+"""What a placement policy itself costs: its time on this machine, and the bytes that ranks sum for it."""
+
+import time
+
+import pandas as pd
+
+from hiermoe.measure.workload import Workload
+from hiermoe.planner.cost import choose_scheme
+from hiermoe.policies.protocol import StepContext
+from hiermoe.topology.placement import Placement
+
+
+def planning_cost(workload: Workload) -> pd.DataFrame:
+    """Time the policy of a workload, once a rank and iteration, as in training: each rank measures its own tokens.
+
+    The policy decides from the sum over all ranks, which is not timed; its size is recorded. The first iteration, in
+    which tables of the hierarchy are made, is not counted.
+
+    Returns:
+        Rows of the phase planning: for every iteration one of the stage measure, with the bytes that are summed, and
+        one of the stage decide.
+    """
+    cluster, placement = workload.cluster, Placement.identity(workload.num_experts)
+    step = workload.routing.step(0)
+    counts = workload.routing.counts(0, placement, cluster.hierarchy)
+    scheme = choose_scheme(workload.schemes, counts, cluster, workload.row_bytes).scheme
+    own_TK = step.expert_ids_NK[step.source_N == 0]
+    policy = workload.new_policy()
+    summed = policy.measure(step.expert_ids_NK, placement, cluster.hierarchy, 0)
+    rows = []
+    for iteration in range(workload.iterations):
+        context = StepContext(iteration, cluster, scheme, workload.row_bytes, workload.expert_parameters)
+        started = time.perf_counter()
+        measured = policy.measure(own_TK, placement, cluster.hierarchy, iteration)
+        between = time.perf_counter()
+        policy.decide(summed, placement, context)
+        ended = time.perf_counter()
+        keys = {
+            "phase": "planning",
+            "iteration": iteration,
+            "routing_iteration": 0,
+            "measured": iteration > 0,
+            "layer": workload.layer,
+            "dimension": scheme.dimension,
+        }
+        summed_bytes = 0 if measured is None else measured.nbytes
+        rows.append(keys | {"stage": "measure", "planning_ms": (between - started) * 1e3, "bytes": summed_bytes})
+        rows.append(keys | {"stage": "decide", "planning_ms": (ended - between) * 1e3})
+    return pd.DataFrame(rows)

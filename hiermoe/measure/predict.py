@@ -1,0 +1,162 @@
+"""No network: walk through the routing as training would, count the exact traffic of every step, and price it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pandas as pd
+
+from hiermoe.measure.walk import walk
+from hiermoe.measure.workload import Workload
+from hiermoe.planner.bounds import fixed_placement_rows
+from hiermoe.planner.cost import ALLTOALLS_PER_STEP, Price
+from hiermoe.planner.counts import RoutingCounts
+from hiermoe.planner.links import link_ms
+from hiermoe.planner.realised import realised_gains
+from hiermoe.planner.scheme import Stage
+from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, price_migration
+from hiermoe.policies.protocol import PlacementUpdate, StepContext
+from hiermoe.routing.step import first_measured, iteration_schedule
+from hiermoe.topology.hierarchy import Hierarchy
+from hiermoe.topology.placement import Placement
+
+Row = dict[str, Any]
+
+
+def simulate(workload: Workload, progress: Callable[[int], None] = lambda iteration: None) -> pd.DataFrame:
+    """Walk through all iterations of one layer.
+
+    Each iteration: choose the scheme on the step's own routing (Algorithm 1), price its four AlltoAlls, let the
+    placement policy measure and decide; what it decides acts from the next iteration on.
+
+    Where there are several expert-parallel groups, each chooses for itself, and rows tell of the one that takes
+    longest: the step waits for it. They share one placement, decided from the tokens of all.
+
+    Args:
+        workload: what to run.
+        progress: called with the number of every finished iteration.
+
+    Returns:
+        Rows of the phases dispatch, routing and step, without the run's own keys.
+    """
+    rows: list[Row] = []
+    placements: list[Placement] = []
+    cluster, routing = workload.cluster, workload.routing
+    measured_from = first_measured(workload.iterations, routing.num_distinct)
+    schedule = iteration_schedule(workload.iterations, routing.num_distinct)
+    for visit in walk(workload, workload.new_policy()):
+        iteration, placement, update = visit.iteration, visit.placement, visit.update
+        placements.append(placement)
+        keys = {
+            "iteration": iteration,
+            "routing_iteration": schedule[iteration],
+            "measured": iteration >= measured_from,
+            "layer": workload.layer,
+        }
+        rows += [keys | row for row in _dispatch_rows(visit.chosen, visit.counts, workload)]
+        rows += [keys | row for row in _routing_rows(visit.counts, workload)]
+        rows.append(keys | _step_row(visit.chosen, visit.counts) | _update_columns(update, placement, workload))
+        if (
+            update is not None
+            and update.modelled_gain_ms is not None
+            and _exchanges_several(placement, update.placement)
+            and routing.replicas == 1
+        ):
+            after = routing.counts(schedule[iteration], update.placement, cluster.hierarchy)
+            saved_ms = _q_ms(visit.counts, visit.context) - _q_ms(after, visit.context)
+            rows[-1]["recounted_gain_ms"] = ALLTOALLS_PER_STEP * saved_ms
+        progress(iteration)
+    if routing.replicas > 1:
+        return pd.DataFrame(rows)  # what an update saved is not recounted group by group
+    gains = realised_gains(
+        placements,
+        lambda iteration, placement: routing.counts(schedule[iteration], placement, cluster.hierarchy),
+        workload.schemes,
+        cluster,
+        workload.row_bytes,
+    )
+    for row in rows:
+        if row["phase"] == "step" and row["iteration"] in gains:
+            row["realised_gain_ms"] = gains[row["iteration"]]
+    return pd.DataFrame(rows)
+
+
+def _dispatch_rows(chosen: Price, counts: RoutingCounts, workload: Workload) -> Iterator[Row]:
+    """One row per stage of one AlltoAll."""
+    cluster, hierarchy = workload.cluster, workload.cluster.hierarchy
+    links = link_ms(chosen.traffic.rows_SGG, cluster, workload.row_bytes)
+    crossing = chosen.traffic.crossing_rows().tolist()
+    busiest = chosen.traffic.busiest_rows().tolist()
+    for index, stage in enumerate(chosen.scheme.stages):
+        yield {
+            "phase": "dispatch",
+            "stage": f"{index + 1}:{stage.peers}",
+            "dimension": chosen.scheme.dimension,
+            "predicted_ms": chosen.stage_ms[index],
+            "link_ms": links[index],
+            "rows": busiest[index],
+            "group_rows": _group_rows(stage, counts, hierarchy),
+            "bytes": chosen.stage_bytes[index],
+            "crossing_rows": crossing[index],
+        }
+
+
+def _group_rows(stage: Stage, counts: RoutingCounts, hierarchy: Hierarchy) -> float:
+    """Rows of the busiest group divided by its GPUs, as Q counts them; NaN where the stage does not deduplicate."""
+    if stage.rows != "token":
+        return float("nan")
+    level = stage.level(hierarchy)
+    return int(counts.tokens[level - 1].sum(0).max()) / hierarchy.lanes(level)
+
+
+def _routing_rows(counts: RoutingCounts, workload: Workload) -> Iterator[Row]:
+    """One row per level: distinct (token, group) pairs under the present placement."""
+    pairs = int(counts.pairs_GE.sum())
+    for level, name in enumerate(workload.cluster.hierarchy.names, start=1):
+        distinct = fixed_placement_rows(counts, level)
+        yield {"phase": "routing", "stage": name, "dimension": level, "rows": distinct, "pairs": pairs}
+
+
+def _step_row(chosen: Price, counts: RoutingCounts) -> Row:
+    """The iteration as a whole."""
+    expert_rows_G = counts.pairs_GG.sum(0)
+    return {
+        "phase": "step",
+        "stage": "all",
+        "dimension": chosen.scheme.dimension,
+        "predicted_ms": ALLTOALLS_PER_STEP * chosen.alltoall_ms,
+        "pairs": chosen.traffic.total_pairs,
+        "dropped_pairs": chosen.traffic.dropped_pairs,
+        "expert_rows_max": int(expert_rows_G.max()),
+        "expert_rows_mean": float(expert_rows_G.double().mean()),
+    }
+
+
+def _exchanges_several(old: Placement, new: Placement) -> bool:
+    """More than one swap: what it saves is modelled from a bound (:meth:`SwapStatistics.swapped`)."""
+    return int((old.slot_E != new.slot_E).sum()) > 2
+
+
+def _q_ms(counts: RoutingCounts, context: StepContext) -> float:
+    """Time of one AlltoAll as Q models it, with the plain maximum, from the counts of all tokens."""
+    total_ms = 0.0
+    for stage in context.scheme.stages:
+        constants = context.cluster.constants(stage.peers)
+        rows = _group_rows(stage, counts, context.cluster.hierarchy)
+        total_ms += constants.alpha_ms + constants.beta_ms_per_byte * context.row_bytes * rows
+    return total_ms
+
+
+def _update_columns(update: PlacementUpdate | None, placement: Placement, workload: Workload) -> Row:
+    """What the policy did after the iteration."""
+    if update is None:
+        return {"moved_experts": 0, "migration_bytes": 0, "migration_link_ms": 0.0, "migration_alltoall_ms": 0.0}
+    expert_bytes = STATE_BYTES_PER_PARAMETER * workload.expert_parameters
+    migration = price_migration(placement, update.placement, workload.cluster, expert_bytes)
+    return {
+        "moved_experts": migration.moved_experts,
+        "moves": placement.moves_to(update.placement),
+        "migration_bytes": migration.moved_bytes,
+        "migration_link_ms": migration.link_ms,
+        "migration_alltoall_ms": migration.alltoall_ms,
+        "modelled_gain_ms": float("nan") if update.modelled_gain_ms is None else update.modelled_gain_ms,
+    }

@@ -1,0 +1,282 @@
+"""Replays a routing trace through the real dispatchers on real ranks: rows move, experts are replaced by known factors.
+
+Inputs, factors, routing weights and output gradients are small integers, so every result has a known answer that a rank
+can compute alone and that no dtype rounds. It is compared in every iteration, beside the times.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.distributed as dist
+
+from hiermoe.measure.memory import PeakMemory
+from hiermoe.measure.replay_job import Question, ReplayJob
+from hiermoe.measure.walk import start_at
+from hiermoe.measure.workload import Workload
+from hiermoe.planner.realised import realised_gains
+from hiermoe.policies.protocol import Start
+from hiermoe.policies.system import SystemConfig
+from hiermoe.ranks.streams import RowStream, shared_folder
+from hiermoe.ranks.worlds import Progress, World, no_progress
+from hiermoe.records.schema import CALLS
+from hiermoe.routing.step import first_measured, iteration_schedule
+from hiermoe.topology.placement import Placement
+
+Row = dict[str, Any]
+
+_WARM_UPS = 2  # iterations before those that count
+
+
+def replay(rank: int, job: ReplayJob, systems: Sequence[tuple[SystemConfig, Start]], folder: Path) -> None:
+    """One rank's share of all iterations of all systems. *Collective: every rank of the world must call it.*
+
+    Every call begins on all ranks together, and after the four the rows of dispatch are sent once more, stage by stage.
+    All systems do iteration i before any does iteration i + 1, each time another one first, so that whatever else the
+    machine does meets all alike. Rows have a column ``of``: the system's place in the list.
+
+    Args:
+        rank: of the world, and GPU of the hierarchy.
+        job: what to do.
+        systems: what to do it with, and where its experts are when it starts.
+        folder: where ranks stream their rows to.
+    """
+    # Only the ranks pay for importing megatron.
+    from hiermoe.megatron.standins import cpu
+
+    if job.device == "cpu":
+        cpu.expect_fallbacks()
+    from hiermoe.megatron.bench_layer import bench_layer
+    from hiermoe.megatron.meter import Meter
+
+    meter = Meter(align=dist.barrier, repeatable=True)
+    layers = [
+        bench_layer(
+            system,
+            job.cluster,
+            num_experts=job.num_experts,
+            topk=job.topk,
+            hidden_size=job.hidden_size,
+            expert_parameters=job.expert_parameters,
+            layer=job.layer,
+            start=start,
+            meter=meter,
+            timeout=job.timeout,
+            device=job.device,
+        )
+        for system, start in systems
+    ]
+    memory = PeakMemory(job.device)
+    with RowStream(folder, rank) as stream, meter:
+        for iteration in range(job.first, len(job.routing_iterations)):
+            routing_iteration = job.routing_iterations[iteration]
+            ids_TK = job.load(routing_iteration, rank)
+            generator = torch.Generator().manual_seed(iteration * job.cluster.hierarchy.num_ranks + rank)
+            question = Question.draw(ids_TK, job, generator)
+            rows: list[Row] = []
+            for turn in range(len(layers)):
+                of = (iteration + turn) % len(layers)
+                dispatcher, placement = layers[of]
+                memory.reset()
+                keys = {
+                    "of": of,
+                    "iteration": iteration,
+                    "routing_iteration": routing_iteration,
+                    "measured": job.measured[iteration],
+                    "layer": job.layer,
+                    "rank": rank,
+                    "num_wrong": question.ask(dispatcher, job),
+                }
+                calls = meter.drain()
+                alone_ms = _repeat_rows(calls[0], job)
+                step = _step_row(calls, memory) | _update_columns(placement)
+                rows += [keys | row for row in (*_call_rows(calls, rank, job, alone_ms), step)]
+            stream.write(rows)
+
+
+def replay_together(
+    workloads: Sequence[Workload], timeout: timedelta, world: World, progress: Progress = no_progress
+) -> list[pd.DataFrame]:
+    """Replay the same routing of one layer under several systems, interleaved.
+
+    Of the iterations before those that count only the last few are replayed, to warm up. What policies learn from the
+    others, and where that puts experts, is found by walking through them, as the simulation does.
+
+    Args:
+        workloads: of one routing, cluster and size; they differ in their systems.
+        timeout: of a collective.
+        world: the ranks.
+        progress: called with the number of every finished iteration.
+
+    Returns:
+        For each workload rows of the phases start, dispatch, combine, their backward, and step, of every rank, without
+        the run's own keys.
+
+    Raises:
+        ValueError: results would not be exact in this dtype.
+        RunDied: a rank failed; has the rows of all systems, with a column ``of``.
+    """
+    first = workloads[0]
+    schedule = iteration_schedule(first.iterations, first.routing.num_distinct)
+    measured_from = first_measured(first.iterations, first.routing.num_distinct)
+    begin = first_replayed(first.iterations, first.routing.num_distinct)
+    starts = [start_at(workload, begin) for workload in workloads]
+    with shared_folder() as folder:
+        job = ReplayJob(
+            cluster=first.cluster,
+            num_experts=first.num_experts,
+            topk=first.topk,
+            hidden_size=first.row_bytes // first.element_bytes,
+            element_bytes=first.element_bytes,
+            expert_parameters=first.expert_parameters,
+            layer=first.layer,
+            measured=tuple(iteration >= measured_from for iteration in range(first.iterations)),
+            routing_iterations=tuple(schedule),
+            first=begin,
+            routing=folder,
+            timeout=timeout,
+            device=world.device,
+            one_machine=world.source != "cluster",
+        )
+        job.check()
+        for iteration in sorted(set(schedule[begin:])):
+            job.save(iteration, first.routing.step(iteration))
+        systems = tuple((workload.system, start) for workload, start in zip(workloads, starts, strict=True))
+        rows = world.run(replay, (job, systems), timeout, progress)
+    parts = split_by_system(rows, len(workloads))
+    return [_with_moves(*each) for each in zip(parts, workloads, starts, strict=True)]
+
+
+def first_replayed(iterations: int, num_distinct: int | None) -> int:
+    """First iteration of a run that is replayed; those before it are only walked through."""
+    return max(0, first_measured(iterations, num_distinct) - _WARM_UPS)
+
+
+def split_by_system(rows: pd.DataFrame, num_systems: int) -> list[pd.DataFrame]:
+    """The rows of each system, without the column that told them apart; none where there are none."""
+    if rows.empty:
+        return [rows] * num_systems
+    return [rows[rows["of"] == of].drop(columns="of") for of in range(num_systems)]
+
+
+def _with_moves(rows: pd.DataFrame, workload: Workload, start: Start) -> pd.DataFrame:
+    """Add where experts were at the start, and what each measured update saved by exact count.
+
+    The latter follows from the moves that rank 0 recorded.
+    """
+    hierarchy, routing = workload.cluster.hierarchy, workload.routing
+    schedule = iteration_schedule(workload.iterations, routing.num_distinct)
+    moves = rows[(rows["phase"] == "step") & (rows["rank"] == 0)].sort_values("iteration")["moves"]
+    placements = [start.placement]
+    for text in moves:
+        placements.append(placements[-1].after(text) if text else placements[-1])
+    gains = realised_gains(
+        placements[: len(schedule) - start.iteration],
+        lambda index, placement: routing.counts(schedule[start.iteration + index], placement, hierarchy),
+        workload.schemes,
+        workload.cluster,
+        workload.row_bytes,
+    )
+    gained = (rows["iteration"] - start.iteration).map(gains).where(rows["phase"] == "step")
+    rows = rows.assign(realised_gain_ms=gained.astype(float))
+    home = Placement.identity(workload.num_experts)
+    before = {"phase": "start", "stage": "all", "layer": workload.layer, "moves": home.moves_to(start.placement)}
+    before |= {"iteration": -1, "routing_iteration": -1, "measured": False, "rank": -1}
+    return pd.concat([pd.DataFrame([before]), rows], ignore_index=True)
+
+
+def _update_columns(placement: Any) -> Row:
+    """Decide and move experts after the iteration. *Collective.*"""
+    updates = placement.step(None)
+    gains = [update.modelled_gain_ms for update in updates if update.modelled_gain_ms is not None]
+    return {
+        "planning_ms": placement.planning_ms,
+        "moved_experts": sum(update.moved_experts for update in updates),
+        "moves": " ".join(update.moves for update in updates),
+        "migration_bytes": sum(update.sent_bytes for update in updates),
+        "migration_ms": sum(update.migration_ms for update in updates),
+    } | ({"modelled_gain_ms": sum(gains)} if gains else {})
+
+
+def _repeat_rows(dispatch: Any, job: ReplayJob) -> dict[str, float]:
+    """Send the rows of a dispatch again, each stage once all ranks are there. *Collective.*
+
+    What a stage takes in the dispatcher above this is waiting for ranks that come late.
+
+    Returns:
+        ms of every stage: from the first rank's start to the last one's end where all ranks are on one machine, else of
+        this rank.
+    """
+    alone_ms: dict[str, float] = {}
+    for transfer in dispatch.transfers:
+        if transfer.kind == "payload":
+            dist.barrier()
+            started = time.perf_counter()
+            transfer.repeat()
+            ends = torch.tensor([-started, time.perf_counter()], dtype=torch.float64)
+            if job.one_machine:
+                dist.all_reduce(ends, dist.ReduceOp.MAX)
+            alone_ms[transfer.stage] = alone_ms.get(transfer.stage, 0.0) + ends.sum().item() * 1e3
+    return alone_ms
+
+
+def _call_rows(calls: list[Any], rank: int, job: ReplayJob, alone_ms: Mapping[str, float]) -> Iterator[Row]:
+    """For every call one row a stage and one for the whole."""
+    row_bytes = job.hidden_size * job.element_bytes
+    for call in calls:
+        incoming = call.phase in ("dispatch", "combine_backward")  # towards the experts; else what is sent counts
+        dimension = len({t.stage for t in call.transfers if t.kind == "payload"})
+        total = {"phase": call.phase, "dimension": dimension}
+        stages = dict.fromkeys(t.stage for t in call.transfers)
+        for stage in stages:
+            transfers = [t for t in call.transfers if t.stage == stage]
+            payload = [t for t in transfers if t.kind == "payload"]
+            moved = [t.received_bytes if incoming else t.sent_bytes for t in payload]
+            num_bytes = sum(map(sum, moved))
+            own = sum(
+                n for t, bytes_ in zip(payload, moved, strict=True) for m, n in _by_member(t, bytes_) if m == rank
+            )
+            metadata = [t.received_bytes if incoming else t.sent_bytes for t in transfers if t.kind == "metadata"]
+            again = {"alone_ms": alone_ms[stage]} if call is calls[0] and stage in alone_ms else {}
+            yield (
+                total
+                | again
+                | {
+                    "stage": stage,
+                    "wire_ms": sum(t.wire_ms for t in transfers),
+                    "rows": num_bytes // row_bytes,
+                    "bytes": num_bytes,
+                    "crossing_rows": (num_bytes - own) // row_bytes,
+                    "metadata_bytes": sum(map(sum, metadata)),
+                }
+            )
+        yield total | {
+            "stage": "all",
+            "wire_ms": call.wire_ms,
+            "local_ms": call.total_ms - call.wire_ms,
+            "dispatch_ms": call.total_ms,
+        }
+
+
+def _by_member(transfer: Any, amounts: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    return zip(transfer.members, amounts, strict=True)
+
+
+def _step_row(calls: list[Any], memory: PeakMemory) -> Row:
+    """The four calls together."""
+    assert [call.phase for call in calls] == list(CALLS), f"calls of an iteration: {[call.phase for call in calls]}"
+    plan = calls[0].plan
+    dropped = {} if plan is None else {"pairs": plan.traffic.total_pairs, "dropped_pairs": plan.traffic.dropped_pairs}
+    total_ms, wire_ms = sum(call.total_ms for call in calls), sum(call.wire_ms for call in calls)
+    return dropped | {
+        "phase": "step",
+        "stage": "all",
+        "dispatch_ms": total_ms,
+        "wire_ms": wire_ms,
+        "local_ms": total_ms - wire_ms,
+        "peak_memory_bytes": memory.peak_bytes(),
+    }

@@ -1,0 +1,157 @@
+"""Training: stock Megatron on the ranks of a world, its MoE layers given the dispatcher of a system."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch.distributed as dist
+
+from hiermoe.narrow.corpus import Corpus, training_corpus
+from hiermoe.narrow.training_config import TrainingConfig
+from hiermoe.policies.system import SystemConfig
+from hiermoe.ranks.streams import RowStream
+from hiermoe.ranks.worlds import World, world_of
+from hiermoe.routing.step import first_measured
+from hiermoe.topology.cluster import Cluster
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where training starts, and what it leaves behind to go on from.
+
+    Attributes:
+        folder: of this run's checkpoints and nothing else.
+        every: steps between two; None for none.
+        keep: so many of the newest stay; None for all.
+        start: checkpoint to go on from; None for the beginning.
+        rows: folder of the ranks' rows, which outlive a killed run there; None for a temporary one.
+    """
+
+    folder: Path
+    every: int | None = None
+    keep: int | None = None
+    start: Path | None = None
+    rows: Path | None = None
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What every rank must know.
+
+    Attributes:
+        training: model, sequences and optimizer.
+        system: what moves tokens.
+        cluster: hierarchy and constants, of `training.ep_size` GPUs.
+        steps: of the optimizer, those before the checkpoint that it starts from included.
+        timeout: of a collective.
+        checkpoints: where it starts, and what it saves.
+        backend: local or emulated, where ranks are started for it.
+        device: of the ranks: cpu or cuda.
+    """
+
+    training: TrainingConfig
+    system: SystemConfig
+    cluster: Cluster
+    steps: int
+    timeout: timedelta
+    checkpoints: Checkpoints
+    backend: str
+    device: str = "cpu"
+
+
+def run_training(
+    job: TrainingJob, progress: Callable[[int], None] = lambda step: None, world: World | None = None
+) -> pd.DataFrame:
+    """Train.
+
+    Args:
+        job: what to do.
+        progress: called with the number of every finished step.
+        world: ranks to train on; None for new ones.
+
+    Returns:
+        Rows of the phase train, one per step and rank, without the run's own keys.
+
+    Raises:
+        NotApplicable: the system needs more levels than the hierarchy has, or what this machine lacks.
+        ValueError: a bad scheme or policy, a network that cannot be set up here, a text too short for the vocabulary.
+        RunDied: a rank failed.
+    """
+    job.system.build_schemes(job.cluster.hierarchy)
+    job.system.build_policy()  # bad arguments end the run here, not on the ranks
+    corpus = training_corpus(job.training)
+    if world is not None:
+        return world.run(train, (job, corpus), job.timeout, progress, job.checkpoints.rows)
+    with world_of(job.backend, job.cluster, job.training.data_parallel) as ranks:
+        return ranks.run(train, (job, corpus), job.timeout, progress, job.checkpoints.rows)
+
+
+def train(rank: int, job: TrainingJob, corpus: Corpus, folder: Path) -> None:
+    """One rank's share of all steps. *Collective: every rank of the world must call it.*
+
+    Args:
+        rank: of the world.
+        job: what to do.
+        corpus: what to train on.
+        folder: where ranks stream their rows to.
+    """
+    from hiermoe.megatron.standins import cpu
+
+    cpu.expect_fallbacks()
+    # Only the ranks need megatron; the fork server has imported it for them.
+    from hiermoe.megatron.attach import attach
+    from hiermoe.megatron.meter import Meter
+    from hiermoe.narrow.trainer import Trainer
+
+    meter = Meter()
+    trainer = Trainer(job.training, job.timeout, device=job.device)
+    placement = attach(trainer.model, job.system, job.cluster, meter=meter, timeout=job.timeout)
+    saved = job.checkpoints
+    start = trainer.load(saved.start, placement) if saved.start is not None else 0
+    with RowStream(folder, rank, start) as stream, meter:
+        measured_from = first_measured(job.steps, None)
+        for step in range(start, job.steps):
+            sequences = trainer.batch(corpus, step)
+            dist.barrier()
+            started = time.perf_counter()
+            loss = trainer.step(sequences)
+            step_ms = (time.perf_counter() - started) * 1e3
+            calls = meter.drain()
+            updates = placement.step(trainer.optimizer)
+            row = {
+                "iteration": step,
+                "routing_iteration": step,
+                "measured": step >= measured_from,
+                "layer": -1,
+                "rank": rank,
+                "phase": "train",
+                "stage": "all",
+                "loss": loss,
+                "train_step_ms": step_ms,
+                "planning_ms": placement.planning_ms,
+                "moved_experts": sum(update.moved_experts for update in updates),
+                "moves": "; ".join(f"layer {update.layer}: {update.moves}" for update in updates),
+                "migration_bytes": sum(update.sent_bytes for update in updates),
+                "migration_ms": sum(update.migration_ms for update in updates),
+            }
+            stream.write([row | _alltoall_times(calls)])
+            if saved.every is not None and (step + 1) % saved.every == 0:
+                trainer.save(saved.folder, step + 1, placement, keep=saved.keep)
+                meter.drain()
+    trainer.close()
+
+
+def _alltoall_times(calls: list[Any]) -> dict[str, float]:
+    """What dispatch and combine of all layers took in one step; recomputed ones count as forward."""
+    backward = [call.total_ms for call in calls if call.phase.endswith("_backward")]
+    total_ms, wire_ms = sum(call.total_ms for call in calls), sum(call.wire_ms for call in calls)
+    return {
+        "alltoall_forward_ms": total_ms - sum(backward),
+        "alltoall_backward_ms": sum(backward),
+        "wire_ms": wire_ms,
+        "local_ms": total_ms - wire_ms,
+    }

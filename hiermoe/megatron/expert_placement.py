@@ -1,0 +1,293 @@
+"""Runs a system's placement policy in training: measure in every forward, decide and move experts after every step.
+
+What a training loop of one's own needs, with a stock Megatron-Core model, its optimizer and schedule:
+
+    placement = attach(model, "hiermoe", cluster)      # once, after Megatron's process groups exist
+    for step in range(steps):
+        ...                                            # forwards and backwards, any number of micro-batches
+        optimizer.step()
+        placement.step(optimizer)                      # moves experts; before anything else looks at the weights
+
+Everything else stays as it is: losses, gradients, logged loads and Megatron's checkpoints are those of fixed experts.
+`hiermoe.megatron.checkpoint` saves and resumes placements and policies too; without it, they start anew.
+Not supported, and refused: the distributed optimizer, grouped experts, and parallelism other than expert and data.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch import Tensor
+
+from hiermoe.megatron.adapter import StagedTokenDispatcher
+from hiermoe.megatron.migration import check_optimizer, migrate
+from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate, StepContext
+from hiermoe.topology.placement import Placement
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """What was decided for one layer after one step, and done.
+
+    Attributes:
+        layer: Megatron's layer number.
+        placement: the new one.
+        moves: what it changed, as in `Placement.moves_to`.
+        modelled_gain_ms: as in `PlacementUpdate`.
+        moved_experts: experts that changed their slot.
+        sent_bytes: by this rank.
+        migration_ms: of this rank, its waiting included.
+    """
+
+    layer: int
+    placement: Placement
+    moves: str
+    modelled_gain_ms: float | None
+    moved_experts: int
+    sent_bytes: int
+    migration_ms: float
+
+
+class LayerPlacement:
+    """One layer's experts, its policy, and what its routing measured since the last step."""
+
+    def __init__(
+        self,
+        number: int,
+        dispatcher: StagedTokenDispatcher,
+        policy: PlacementPolicy,
+        parameters: list[list[torch.nn.Parameter]],
+        expert_parameters: int,
+        is_training: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Make the dispatcher report its routing.
+
+        Args:
+            number: Megatron's layer number.
+            dispatcher: of the layer.
+            policy: of the layer.
+            parameters: of every local expert, by slot; what moves.
+            expert_parameters: of one expert, for the policy's estimate of what a move costs.
+            is_training: whether a forward counts.
+        """
+        self.number, self.dispatcher, self.policy, self.parameters = number, dispatcher, policy, parameters
+        self.expert_parameters = expert_parameters
+        self.measured: Tensor | None = None
+        self.measuring_ms = 0.0
+        self.iteration = 0
+        self._is_training = is_training
+        dispatcher.observe = self.observe
+
+    def release(self) -> None:
+        """Let the dispatcher go. Experts stay where they are, so they must be at home.
+
+        Raises:
+            RuntimeError: an expert is not in the slot that stock Megatron expects it in.
+        """
+        if not self.dispatcher.placement.is_identity:
+            raise RuntimeError(f"experts of layer {self.number} are not in their own slots: call go_home() first")
+        self.dispatcher.observe = None
+
+    def observe(self, routing_map_TE: Tensor) -> None:
+        """Measure one micro-batch; evaluation does not count."""
+        if not self._is_training():
+            return
+        started = time.perf_counter()
+        ids_TK = routing_map_TE.nonzero()[:, 1].view(len(routing_map_TE), -1).cpu()
+        hierarchy = self.dispatcher.context.cluster.hierarchy
+        measured = self.policy.measure(ids_TK, self.dispatcher.placement, hierarchy, self.iteration)
+        if measured is not None:
+            self.measured = measured if self.measured is None else self.measured + measured
+        self.measuring_ms += (time.perf_counter() - started) * 1e3
+
+    def votes(self) -> Tensor:
+        """Which scheme the latest micro-batch of this rank used: int64 [schemes], one of them 1."""
+        plan, schemes = self.dispatcher.plan, self.dispatcher.context.schemes
+        assert plan is not None
+        return torch.tensor([int(scheme == plan.scheme) for scheme in schemes])
+
+    def context(self, votes: Tensor | None) -> StepContext:
+        """What the policy decides with: among it the scheme that most ranks used, the first on ties."""
+        dispatcher = self.dispatcher
+        winner = 0 if votes is None else votes.tolist().index(int(votes.max()))
+        return StepContext(
+            iteration=self.iteration,
+            cluster=dispatcher.context.cluster,
+            scheme=dispatcher.context.schemes[winner],
+            row_bytes=dispatcher.row_bytes,
+            expert_parameters=self.expert_parameters,
+        )
+
+
+class ExpertPlacement:
+    """The placement of a model's experts while it trains.
+
+    Example:
+        >>> placement = attach(model, "hiermoe", cluster)
+        >>> start = load_checkpoint(latest, model, optimizer, schedule, placement) if latest else 0
+        >>> for step in range(start, steps):
+        ...     ...                        # forward, backward, optimizer.step()
+        ...     placement.step(optimizer)  # what it decides acts from the next step on
+        ...     if (step + 1) % 100 == 0:
+        ...         save_checkpoint(folder, step + 1, model, optimizer, schedule, placement)
+    """
+
+    def __init__(
+        self, layers: list[LayerPlacement], group: dist.ProcessGroup | None = None, iteration: int = 0
+    ) -> None:
+        """Take charge of these layers.
+
+        Args:
+            layers: none for a system that moves no experts.
+            group: ranks that decide together; None for Megatron's data-parallel group, which has all replicas.
+            iteration: number of the coming step.
+        """
+        self.layers = layers
+        self._group = group
+        self.planning_ms = 0.0  # of the latest step, all layers: measuring, reducing and deciding
+        self._start_iteration(iteration)
+
+    def step(self, optimizer: MegatronOptimizer | None) -> list[LayerUpdate]:
+        """Decide from what the step's routing measured, and move experts. Call it after the optimizer's step.
+
+        *Collective: every rank must call it.* Measurements of all layers are summed over all ranks at once; every rank
+        derives the same decisions, and a hash of them is compared.
+
+        Args:
+            optimizer: whose state moves with the weights; None where there is none.
+
+        Returns:
+            The updates, of layers that had one.
+
+        Raises:
+            ValueError: an optimizer that keeps state elsewhere.
+            RuntimeError: ranks decided differently, or a rank died while experts moved.
+        """
+        if optimizer is not None and self.layers:
+            check_optimizer(optimizer)
+        started = time.perf_counter()
+        updates = self._decide() if self.layers else []
+        self.planning_ms = (time.perf_counter() - started) * 1e3 + sum(layer.measuring_ms for layer in self.layers)
+        done = [self._move(layer, update, optimizer) for layer, update in updates]
+        self._start_iteration(self._iteration + 1)
+        return done
+
+    def go_home(self, optimizer: MegatronOptimizer | None) -> None:
+        """Move every expert to the slot of its own number. *Collective: every rank must call it.*
+
+        Raises:
+            ValueError: an optimizer that keeps state elsewhere.
+        """
+        if optimizer is not None:
+            check_optimizer(optimizer)
+        for layer in self.layers:
+            home = Placement.identity(layer.dispatcher.placement.num_experts)
+            self._move(layer, PlacementUpdate(home, None), optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Placements and what policies remember, the same on every rank; belongs beside a checkpoint."""
+        return {
+            "iteration": self._iteration,
+            "layers": [
+                {
+                    "slot_E": layer.dispatcher.placement.slot_E.clone(),
+                    "policy": _kind(layer.policy),
+                    "policy_state": layer.policy.state_dict(),
+                }
+                for layer in self.layers
+            ],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take placements over, before the weights are loaded: experts are not moved.
+
+        A policy of another kind than the stored one starts without memory. Of a system that moved no experts only the
+        iteration is stored.
+
+        Raises:
+            ValueError: the state of a model with other layers.
+        """
+        stored = state["layers"]
+        if stored and self.layers and len(stored) != len(self.layers):
+            raise ValueError(f"the stored placement has {len(stored)} layers, the model has {len(self.layers)}")
+        for layer, values in zip(self.layers, stored, strict=False):
+            layer.dispatcher.placement = Placement.of_slots(values["slot_E"])
+            if values["policy"] == _kind(layer.policy):
+                layer.policy.load_state_dict(values["policy_state"])
+        self._start_iteration(state["iteration"])
+
+    def _start_iteration(self, iteration: int) -> None:
+        self._iteration = iteration
+        for layer in self.layers:
+            layer.measured, layer.measuring_ms, layer.iteration = None, 0.0, iteration
+
+    def _decide(self) -> list[tuple[LayerPlacement, PlacementUpdate]]:
+        group: Any = self._group or parallel_state.get_data_parallel_group(with_context_parallel=True)
+        flat = {
+            index: torch.cat([layer.measured.reshape(-1), layer.votes().to(layer.measured.dtype)])
+            for index, layer in enumerate(self.layers)
+            if layer.measured is not None
+        }
+        sums: dict[int, Tensor] = {}
+        if flat:
+            summed = _reduced(torch.cat(list(flat.values())), dist.ReduceOp.SUM, group)
+            sums = dict(zip(flat, summed.split([len(part) for part in flat.values()]), strict=True))
+        updates = []
+        for index, layer in enumerate(self.layers):
+            stats = votes = None
+            if layer.measured is not None:
+                stats, votes = sums[index].split([layer.measured.numel(), len(layer.dispatcher.context.schemes)])
+                stats = stats.view_as(layer.measured)
+            update = layer.policy.decide(stats, layer.dispatcher.placement, layer.context(votes))
+            if update is not None:
+                updates.append((layer, update))
+        _check_same([(layer.number, update.placement.slot_E.tolist()) for layer, update in updates], group)
+        return updates
+
+    def _move(self, layer: LayerPlacement, update: PlacementUpdate, optimizer: MegatronOptimizer | None) -> LayerUpdate:
+        started = time.perf_counter()
+        dispatcher = layer.dispatcher
+        old = dispatcher.placement
+        with dispatcher.moving():  # a rank that dies leaves the layer unusable on all others
+            migrated = migrate(layer.parameters, optimizer, old, update.placement, dispatcher.ep_group)
+            dispatcher.placement = update.placement
+        return LayerUpdate(
+            layer=layer.number,
+            placement=update.placement,
+            moves=old.moves_to(update.placement),
+            modelled_gain_ms=update.modelled_gain_ms,
+            moved_experts=migrated.moved_experts,
+            sent_bytes=migrated.sent_bytes,
+            migration_ms=(time.perf_counter() - started) * 1e3,
+        )
+
+
+def _kind(policy: PlacementPolicy) -> str:
+    return f"{type(policy).__module__}.{type(policy).__qualname__}"
+
+
+def _reduced(tensor: Tensor, operation: Any, group: dist.ProcessGroup) -> Tensor:
+    """A reduction over the ranks, on whatever device the group needs, as a new tensor on the CPU. *Collective.*"""
+    device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    result = tensor.to(device, copy=True)
+    dist.all_reduce(result, operation, group=group)
+    return result.cpu()
+
+
+def _check_same(decision: Any, group: dist.ProcessGroup) -> None:
+    """Compare a hash of a decision over the ranks. *Collective.*
+
+    Raises:
+        RuntimeError: on every rank, if they differ.
+    """
+    number = int.from_bytes(hashlib.sha256(json.dumps(decision).encode()).digest()[:4], "big")
+    mine = torch.tensor([number, -number])
+    if not torch.equal(_reduced(mine, dist.ReduceOp.MAX, group), mine):
+        raise RuntimeError("ranks decided on different placements: their routing statistics or versions differ")

@@ -1,0 +1,1 @@
+"""What stock Megatron-Core lacks on a machine without GPUs or without Transformer Engine."""

@@ -1,0 +1,81 @@
+"""What a search minimises: the four AlltoAlls of a mean step, as the cost model prices them from group counts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hiermoe.planner.cost import ALLTOALLS_PER_STEP
+from hiermoe.planner.counts import sort_choices
+from hiermoe.planner.scheme import DispatchScheme
+from hiermoe.planner.token_sets import TokenSets
+from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.hierarchy import Hierarchy
+from hiermoe.topology.placement import Placement
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Time of a placement.
+
+    Rows are group counts divided by the lanes of the stage, as Q counts them, so that only expert sets are needed and
+    not which GPU holds a token. Each step has its own busiest group and its own cheapest scheme.
+
+    Attributes:
+        cluster: hierarchy, alpha and beta.
+        schemes: candidates.
+        row_bytes: M * v.
+    """
+
+    cluster: Cluster
+    schemes: tuple[DispatchScheme, ...]
+    row_bytes: int
+
+    def __post_init__(self) -> None:
+        if not self.schemes:
+            raise ValueError("a search needs a scheme to price")
+        for scheme in self.schemes:
+            if not scheme.deduplicates:
+                raise ValueError(f"a search prices deduplicated traffic; scheme {scheme.name} sends token-expert pairs")
+
+    def scheme_ms(self, sets: TokenSets, placement: Placement) -> Tensor:
+        """One AlltoAll of every scheme in every step: float64 [schemes, S]."""
+        hierarchy = self.cluster.hierarchy
+        needed = needed_by_step(sets, placement, hierarchy)
+        times = []
+        for scheme in self.schemes:
+            total_S = torch.zeros(sets.num_steps, dtype=torch.float64)
+            for stage in scheme.stages:
+                level, constants = stage.level(hierarchy), self.cluster.constants(stage.peers)
+                ms_per_row = constants.beta_ms_per_byte * self.row_bytes / hierarchy.lanes(level)
+                total_S += constants.alpha_ms + ms_per_row * needed[level - 1].amax(1)
+            times.append(total_S)
+        return torch.stack(times)
+
+    def step_ms(self, sets: TokenSets, placement: Placement) -> float:
+        """Four AlltoAlls under the cheapest scheme of each step, mean over steps."""
+        return ALLTOALLS_PER_STEP * float(self.scheme_ms(sets, placement).amin(0).mean())
+
+    def cheapest(self, sets: TokenSets, placement: Placement) -> DispatchScheme:
+        """The scheme with the smallest mean time, the first one on ties."""
+        return self.schemes[int(self.scheme_ms(sets, placement).mean(1).argmin())]
+
+
+def needed_by_step(sets: TokenSets, placement: Placement, hierarchy: Hierarchy) -> Sequence[Tensor]:
+    """Tokens of a step that need each group, scaled from the sample to the step: float64 [S, U] for levels 1..D.
+
+    Raises:
+        ValueError: E is not divisible by G.
+    """
+    choices = sort_choices(sets.ids_NK, placement, hierarchy)
+    levels, steps, ranks = hierarchy.depth + 2, sets.num_steps, hierarchy.num_ranks
+    code = ((choices.first_from_NK * steps + sets.step_N[:, None]) * ranks + choices.rank_NK).view(-1)
+    weight = sets.weight_N.double().repeat_interleave(sets.ids_NK.shape[1])
+    first = torch.bincount(code, weights=weight, minlength=levels * steps * ranks).view(levels, steps, ranks).cumsum(0)
+    sampled_S = torch.bincount(sets.step_N, weights=sets.weight_N.double(), minlength=steps)
+    scale_S = sets.tokens_S / sampled_S.clamp(min=1.0)
+    return [
+        first[level].view(steps, hierarchy.U[level], -1).sum(-1) * scale_S[:, None]
+        for level in range(1, hierarchy.depth + 1)
+    ]

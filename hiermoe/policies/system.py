@@ -1,0 +1,88 @@
+"""A system: how tokens move, where experts sit, and whose code moves them. One file in conf/system/ each."""
+
+from importlib import import_module
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hiermoe.planner.scheme import DispatchScheme
+from hiermoe.policies.protocol import PlacementPolicy
+from hiermoe.records.project import CONF
+from hiermoe.topology.hierarchy import Hierarchy
+
+Executor = Literal["staged", "stock", "reordered", "flex"]
+
+
+class SystemConfig(BaseModel):
+    """A scheme (or several to choose from), a placement policy, and what executes them.
+
+    ``schemes`` and ``policy`` name what builds them in ``_target_``; their other entries are its arguments.
+
+    Attributes:
+        executor: ``staged``: the suite's own exchange runs the scheme. ``stock``, ``reordered`` (stock with each rank's
+            tokens in reverse, a control that only reorders sums) and ``flex``: Megatron's classes; the scheme only
+            describes them.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    label: str
+    schemes: dict[str, Any]
+    policy: dict[str, Any]
+    executor: Executor = "staged"
+
+    def build_schemes(self, hierarchy: Hierarchy) -> tuple[DispatchScheme, ...]:
+        """The candidate schemes on a hierarchy; the cheapest is used in every step.
+
+        Raises:
+            NotApplicable: the hierarchy has too few levels.
+            ValueError: a bad target or bad arguments.
+        """
+        return build(self.schemes, hierarchy=hierarchy)
+
+    def build_policy(self) -> PlacementPolicy:
+        """A placement policy for one layer.
+
+        Raises:
+            ValueError: a bad target or bad arguments.
+        """
+        return build(self.policy)
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """The system of conf/system/<name>.yaml.
+
+        Raises:
+            ValueError: there is none, or it breaks a rule.
+        """
+        path = CONF / "system" / f"{name}.yaml"
+        if not path.exists():
+            names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+            raise ValueError(f"system={name} is unknown; choose from {names}")
+        try:
+            return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except ValidationError as error:
+            raise ValueError(f"{path}: {error.errors()[0]['msg']}") from None
+
+
+def build(spec: dict[str, Any], **context: Any) -> Any:
+    """Call what ``_target_`` names with the other entries and the context as arguments.
+
+    Raises:
+        ValueError: no such target, or arguments that it does not take.
+    """
+    arguments = dict(spec)
+    target = arguments.pop("_target_", None)
+    if target is None:
+        raise ValueError(f"{spec}: _target_ is missing")
+    module, _, name = str(target).rpartition(".")
+    try:
+        function = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"_target_={target} cannot be imported: {error}") from error
+    try:
+        return function(**arguments, **context)
+    except TypeError as error:
+        raise ValueError(f"{target}: {error}") from error

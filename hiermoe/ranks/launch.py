@@ -1,0 +1,228 @@
+"""Starts gloo ranks on this machine, collects what they return, and ends all of them when one fails."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing import connection, get_context, parent_process
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hiermoe.dispatch.communicators import HOST_VARIABLE
+from hiermoe.ranks.network_namespace import enter
+from hiermoe.records.status import NotApplicable
+
+# What the fork server imports once, for all ranks: the caller's main module, and torch with megatron. A name, because
+# megatron/ stands below this folder.
+_PRELOAD = ["__main__", "hiermoe.narrow.preload"]
+
+# A rank that dies is seen by its peers before the fork server may have told this process.
+_GRACE_SECONDS = 0.5
+
+
+class RankFailedError(RuntimeError):
+    """A rank of a multi-process run failed; the message names it."""
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    args: tuple[Any, ...],
+    timeout: timedelta,
+    *,
+    deadline: timedelta | None = None,
+    hosts: Sequence[str] | None = None,
+    namespaces: Sequence[Path] | None = None,
+) -> list[Any]:
+    """Run ``function(rank, *args)`` on new processes that form one gloo group, one thread each.
+
+    The processes come from a fork server that has imported torch and megatron. It is started by the first call and
+    ends with this process. No rank outlives this process, however that ends.
+
+    Args:
+        function: An importable function.
+        world_size: Number of processes.
+        args: Further arguments, sent to every process.
+        timeout: How long a collective of the group may wait for the slowest rank.
+        deadline: How long the whole run may take; None for any time.
+        hosts: For each rank the name of the host that it plays, put into the rank's environment; None for none.
+        namespaces: For each rank the network namespace that it lives in, with one interface besides loopback, which
+            the ranks exchange over; None for this process's own.
+
+    Returns:
+        What each rank returned, in rank order. Tensors are on the CPU.
+
+    Raises:
+        RankFailedError: A rank raised or died, or the deadline passed; all ranks have been ended.
+        NotApplicable: A rank raised it.
+        ValueError: ``hosts`` or ``namespaces`` does not name one a rank.
+    """
+    for name, given in (("hosts", hosts), ("namespaces", namespaces)):
+        if given is not None and len(given) != world_size:
+            raise ValueError(f"{name} names {len(given)} {name} for world_size={world_size} ranks")
+    ends = None if deadline is None else time.monotonic() + deadline.total_seconds()
+    context = get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    with tempfile.TemporaryDirectory(prefix="hiermoe-ranks-") as name:
+        folder = Path(name)
+        # Written once and not sent to each process, which would also share the memory of tensors among them.
+        torch.save((function, args, dict(os.environ)), folder / "job.pt")
+        # Daemons, because an interrupted parent would wait for any other child.
+        ranks = [
+            context.Process(
+                target=_rank_main,
+                args=(
+                    rank,
+                    world_size,
+                    folder,
+                    timeout,
+                    None if hosts is None else hosts[rank],
+                    None if namespaces is None else namespaces[rank],
+                ),
+                daemon=True,
+            )
+            for rank in range(world_size)
+        ]
+        try:
+            for process in ranks:
+                process.start()
+            _wait(ranks, folder, ends, deadline)
+        finally:
+            _end(ranks)
+        return [torch.load(_result_path(folder, rank), weights_only=False) for rank in range(world_size)]
+
+
+def end_with_parent() -> None:
+    """Make sure that this process does not outlive the one that started it, however that ends."""
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _wait(ranks: Sequence[BaseProcess], folder: Path, ends: float | None, deadline: timedelta | None) -> None:
+    """Return once every rank has left its result.
+
+    Raises:
+        RankFailedError: a rank failed, or ``ends`` (on the monotonic clock) passed.
+        NotApplicable: a rank raised it.
+    """
+    running: dict[Any, int] = {process.sentinel: rank for rank, process in enumerate(ranks)}
+    while running:
+        left = None if ends is None else max(0.0, ends - time.monotonic())
+        ended = [running.pop(sentinel) for sentinel in connection.wait(list(running), left)]
+        if not ended:
+            names = ", ".join(str(rank) for rank in sorted(running.values()))
+            raise RankFailedError(f"deadline of {deadline} passed before rank {names} of {len(ranks)} had finished")
+        if any(not _succeeded(ranks[rank], folder, rank) for rank in ended):
+            # One failure makes others fail. Wait a moment for all of them, then name the first.
+            stop = time.monotonic() + _GRACE_SECONDS
+            while running and (left := stop - time.monotonic()) > 0:
+                ended.extend(running.pop(sentinel) for sentinel in connection.wait(list(running), left))
+            raise _first_failure(ranks, folder, ended)
+
+
+def _succeeded(process: BaseProcess, folder: Path, rank: int) -> bool:
+    return process.exitcode == 0 and _result_path(folder, rank).exists()
+
+
+def _first_failure(ranks: Sequence[BaseProcess], folder: Path, ended: list[int]) -> Exception:
+    """Says who failed first and why, the traceback below.
+
+    A rank that was killed left no report and no time. Nobody but this process kills ranks, and that is after this, so
+    such a rank is the cause and the errors of the others its consequence.
+    """
+    reports = []
+    for rank in sorted(ended):
+        if _succeeded(ranks[rank], folder, rank):
+            continue
+        path = _report_path(folder, rank)
+        if not path.exists():
+            code = ranks[rank].exitcode or 0
+            reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            return RankFailedError(f"rank {rank} of {len(ranks)} died by {reason}")
+        reports.append(json.loads(path.read_text(encoding="utf-8")) | {"rank": rank})
+    first = min(reports, key=lambda report: report["monotonic_ns"])
+    if first["not_applicable"] is not None:
+        return NotApplicable(first["not_applicable"])
+    return RankFailedError(f"rank {first['rank']} of {len(ranks)} failed: {first['cause']}\n{first['trace']}")
+
+
+def _end(ranks: Sequence[BaseProcess]) -> None:
+    started = [process for process in ranks if process.pid is not None]
+    for process in started:
+        process.kill()
+    for process in started:
+        process.join()
+        process.close()
+
+
+def _result_path(folder: Path, rank: int) -> Path:
+    return folder / f"result-{rank}.pt"
+
+
+def _report_path(folder: Path, rank: int) -> Path:
+    return folder / f"failure-{rank}.json"
+
+
+def _rank_main(
+    rank: int, world_size: int, folder: Path, timeout: timedelta, host: str | None, namespace: Path | None
+) -> None:
+    """A rank's process, from the group's start to the result or the report of a failure."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
+    end_with_parent()
+    try:
+        function, args, environment = torch.load(folder / "job.pt", weights_only=False)
+        os.environ.update(environment)  # the fork server may be older than the caller's
+        if host is not None:
+            os.environ[HOST_VARIABLE] = host
+        if namespace is not None:
+            enter(namespace)  # before anything opens a socket or starts a thread that may
+            os.environ["GLOO_SOCKET_IFNAME"] = _interface(loopback=False)
+        # All ranks are on this host. gloo otherwise asks the host's name for an address, which need not be reachable.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(loopback=True))
+        torch.set_num_threads(1)
+        dist.init_process_group(
+            "gloo",
+            init_method=(folder / "rendezvous").as_uri(),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
+        torch.save(function(rank, *args), _result_path(folder, rank))
+    except BaseException as error:
+        report = {
+            "monotonic_ns": time.monotonic_ns(),
+            "cause": "".join(traceback.format_exception_only(error)).strip().splitlines()[0],
+            "trace": traceback.format_exc().strip(),
+            "not_applicable": str(error) if isinstance(error, NotApplicable) else None,
+        }
+        _report_path(folder, rank).write_text(json.dumps(report), encoding="utf-8")
+        # At once, without closing the group, so that the others fail too and do not wait.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    dist.destroy_process_group()
+
+
+def _interface(loopback: bool) -> str:
+    """The loopback interface, or the first other one."""
+    for _, name in socket.if_nameindex():
+        if name.startswith("lo") == loopback:
+            return name
+    raise RuntimeError("the ranks have no such network interface: set GLOO_SOCKET_IFNAME to one that they can use")

@@ -1,0 +1,151 @@
+"""Rows of a run on several ranks: every rank streams its own to a file, so that what it measured outlives it."""
+
+import json
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+
+from hiermoe.ranks.launch import RankFailedError, run_ranks
+from hiermoe.records.project import SCRATCH
+from hiermoe.records.store import write_whole
+
+_POLL_SECONDS = 0.2
+
+
+class RunDied(RuntimeError):
+    """A rank failed in mid-run.
+
+    Attributes:
+        rows: what all ranks had measured before, of iterations that every rank finished.
+    """
+
+    def __init__(self, message: str, rows: pd.DataFrame) -> None:
+        """Keep the rows beside the message."""
+        super().__init__(message)
+        self.rows = rows
+
+
+@contextmanager
+def shared_folder() -> Iterator[Path]:
+    """A temporary folder that every rank can read and write, on other machines too: below the results."""
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=SCRATCH) as name:
+        yield Path(name)
+
+
+class RowStream:
+    """One rank's rows, appended to a file iteration by iteration."""
+
+    def __init__(self, folder: Path, rank: int, start: int = 0) -> None:
+        """Start the rank's file.
+
+        Args:
+            folder: of all ranks' files.
+            rank: of the world.
+            start: first iteration that will be written; rows of earlier ones that the file has already stay.
+        """
+        path = _path(folder, rank)
+        kept = [json.dumps(rows) + "\n" for rows in _finished(path) if rows[0]["iteration"] < start]
+        write_whole(path, "".join(kept).encode())
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._file.close()
+
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Append all rows of one finished iteration; each has the key ``iteration``."""
+        self._file.write(json.dumps(rows) + "\n")
+        self._file.flush()
+
+
+def run_streaming(
+    function: Callable[..., Any],
+    world_size: int,
+    args: tuple[Any, ...],
+    timeout: timedelta,
+    hosts: Sequence[str],
+    progress: Callable[[int], None] = lambda iteration: None,
+    namespaces: Sequence[Path] | None = None,
+    rows: Path | None = None,
+) -> pd.DataFrame:
+    """Run ``function(rank, *args, folder)`` on new ranks; it makes ``RowStream(folder, rank)`` and writes to it.
+
+    Args:
+        function: an importable function.
+        world_size: number of ranks.
+        args: further arguments.
+        timeout: of a collective.
+        hosts: host that each rank plays.
+        progress: called in this process with every iteration that rank 0 has finished.
+        namespaces: network namespace that each rank lives in; None for this process's own.
+        rows: folder that the streams are in and stay in; None for a temporary one.
+
+    Returns:
+        The rows of all ranks.
+
+    Raises:
+        RunDied: a rank failed; has the rows of the iterations before.
+    """
+    with shared_folder() if rows is None else nullcontext(rows) as folder:
+        done = threading.Event()
+        watcher = threading.Thread(target=follow, args=(folder, done, progress), daemon=True)
+        watcher.start()
+        try:
+            run_ranks(function, world_size, (*args, folder), timeout, hosts=hosts, namespaces=namespaces)
+        except RankFailedError as error:
+            raise RunDied(str(error).splitlines()[0], collect(folder, world_size)) from error
+        finally:
+            done.set()
+            watcher.join()
+        return collect(folder, world_size)
+
+
+def has_iterations(folder: Path, world_size: int, start: int) -> bool:
+    """Whether the streams of all ranks reach up to the iteration before ``start``."""
+    streams = [_finished(_path(folder, rank)) for rank in range(world_size)]
+    return all(stream and stream[-1][0]["iteration"] >= start - 1 for stream in streams)
+
+
+def _path(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank}.jsonl"
+
+
+def _finished(path: Path) -> list[list[dict[str, Any]]]:
+    """Whole iterations of a file; a last line that was cut short is left out."""
+    if not path.exists():
+        return []
+    content = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in content[: content.rfind("\n") + 1].splitlines()]
+
+
+def collect(folder: Path, world_size: int) -> pd.DataFrame:
+    """Rows of all ranks, of the iterations that every rank has finished."""
+    ranks = [_finished(_path(folder, rank)) for rank in range(world_size)]
+    common = min(len(iterations) for iterations in ranks)
+    return pd.DataFrame([row for iterations in ranks for rows in iterations[:common] for row in rows])
+
+
+def follow(folder: Path, done: threading.Event, progress: Callable[[int], None]) -> None:
+    """Report rank 0's iterations as they come, until ``done``. Reads what is new alone: rank 0 may be this process."""
+    reported, position, path = 0, 0, _path(folder, 0)
+    while True:
+        ended = done.wait(_POLL_SECONDS)
+        if path.exists() and path.stat().st_size > position:
+            with path.open("rb") as file:
+                file.seek(position)
+                new = file.read()
+            position += len(new)
+            for _ in range(new.count(b"\n")):
+                progress(reported)
+                reported += 1
+        if ended:
+            return

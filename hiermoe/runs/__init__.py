@@ -1,0 +1,1 @@
+"""One run -> records: configurations, sweeps, single runs, jobs."""

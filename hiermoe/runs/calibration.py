@@ -1,0 +1,313 @@
+"""`hiermoe calibrate`: measure every AlltoAll of a cluster, fit its constants, and write the cluster's file."""
+
+import json
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from rich.table import Table
+from scipy.optimize import nnls
+
+from hiermoe.measure.calibrate import CalibrationJob, run_calibration
+from hiermoe.planner.fit import Fit, fit_alpha_beta
+from hiermoe.ranks.worlds import World, world_of
+from hiermoe.records.project import CLUSTERS
+from hiermoe.records.run_id import run_id
+from hiermoe.records.store import RunStore, write_whole
+from hiermoe.runs.execute import Outcome, keep_record
+from hiermoe.runs.run_config import BackendConfig, WandbConfig, parse
+from hiermoe.runs.sweep import composing
+from hiermoe.topology.cluster import AlphaBeta, Cluster, Peers
+
+# Below, start-up decides and the line is not one.
+SMALLEST_FITTED_BYTES = 64 * 1024
+# What the source of a constant begins with that was measured.
+CALIBRATED = "calibrated on"
+# Of a line that a reader may trust.
+GOOD_R2 = 0.98
+
+
+class CalibrationConfig(BaseModel):
+    """One calibration; the schema of conf/calibrate.yaml.
+
+    Attributes:
+        cluster: what to measure, cut down to the ranks.
+        backend: where.
+        name: of the cluster's file.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    cluster: Cluster
+    backend: BackendConfig
+    smallest_pair_bytes: int = Field(ge=1)
+    largest_pair_bytes: int = Field(ge=1)
+    largest_bytes: int = Field(gt=SMALLEST_FITTED_BYTES)
+    warm_ups: int = Field(ge=0)
+    repeats: int = Field(ge=1)
+    name: str = Field(pattern=r"^[\w.-]+$")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cut_cluster(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """As many GPUs as ``world_size`` asks for, and a name."""
+        values = dict(values)
+        world_size = values.pop("world_size")
+        backend = BackendConfig.model_validate(values["backend"])
+        cluster = Cluster.model_validate(values["cluster"])
+        if not backend.starts_ranks:
+            raise ValueError(f"backend={backend.name} starts no ranks, so there is nothing to measure")
+        if world_size is not None:
+            cluster = cluster.reduced(int(world_size))
+        if values["name"] is None:
+            suffix = "" if backend.name == "emulated" else f"_{backend.name}"
+            values["name"] = f"{cluster.name}_calibrated{suffix}".replace("@", "_")
+        return {**values, "cluster": cluster}
+
+    @property
+    def wandb(self) -> WandbConfig:
+        """W&B shows steps of runs; a calibration has none."""
+        return WandbConfig(mode="disabled", project="hiermoe")
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """Everything that may change a number, as JSON-ready values."""
+        named = {"system": {"name": "calibration"}, "model": {"name": self.cluster.name}}
+        return self.model_dump(mode="json", exclude={"name"}) | named
+
+    @property
+    def run_id(self) -> str:
+        """The name of the run, by its content."""
+        return run_id(
+            self.content,
+            ("hiermoe.measure.calibrate", "hiermoe.ranks.worlds", "hiermoe.ranks.crew"),
+            on_this_host=self.backend.on_this_host,
+        )
+
+    @property
+    def job(self) -> CalibrationJob:
+        """What ranks do."""
+        assert self.backend.timeout_s is not None
+        return CalibrationJob(
+            cluster=self.cluster,
+            smallest_pair_bytes=self.smallest_pair_bytes,
+            largest_pair_bytes=self.largest_pair_bytes,
+            largest_bytes=self.largest_bytes,
+            warm_ups=self.warm_ups,
+            repeats=self.repeats,
+            timeout=timedelta(seconds=self.backend.timeout_s),
+        )
+
+    @property
+    def num_measurements(self) -> int:
+        """Of which progress is told."""
+        return sum(1 for _ in self.job.measurements())
+
+    @property
+    def path(self) -> Path:
+        """Where the cluster's file goes."""
+        return CLUSTERS / f"{self.name}.yaml"
+
+
+def execute_calibration(
+    config: CalibrationConfig,
+    store: RunStore,
+    progress: Callable[[int], None] = lambda measurement: None,
+    world: World | None = None,
+) -> Outcome:
+    """Measure unless the record is there, and store the record.
+
+    Args:
+        config: what to measure.
+        store: where records are.
+        progress: called with the number of every finished measurement.
+        world: the ranks; None for new ones on this machine.
+
+    Returns:
+        The outcome.
+    """
+    keys = {
+        "source": world.source if world else config.backend.source,
+        "system": "none",
+        "model": "none",
+        "cluster": config.cluster.name,
+        "routing": "none",
+        "seed": 0,
+        "num_experts": 0,
+        "topk": 0,
+        "num_ranks": config.cluster.hierarchy.num_ranks,
+        "tokens_per_rank": 0,
+    }
+
+    def measure() -> pd.DataFrame:
+        if world is not None:
+            return run_calibration(config.job, world, progress)
+        with world_of(config.backend.name, config.cluster) as ranks:
+            return run_calibration(config.job, ranks, progress)
+
+    return keep_record(config.run_id, config.content, keys, measure, store)
+
+
+def calibration_config(cluster: str, backend: str, **more: str) -> CalibrationConfig:
+    """conf/calibrate.yaml with these choices, outside of Hydra's own command line.
+
+    Raises:
+        ValueError: an unknown name, or a value that breaks a rule.
+    """
+    with composing() as compose:
+        overrides = [f"{key}={value}" for key, value in {"cluster": cluster, "backend": backend, **more}.items()]
+        return parse(compose("calibrate", overrides), CalibrationConfig)
+
+
+def calibrate(
+    config: CalibrationConfig,
+    store: RunStore,
+    progress: Callable[[int], None] = lambda measurement: None,
+    world: World | None = None,
+) -> Cluster:
+    """Measure unless that is done, and write the cluster's file.
+
+    Raises:
+        ValueError: the calibration failed.
+    """
+    outcome = execute_calibration(config, store, progress, world)
+    if outcome.status != "ok":
+        raise ValueError(f"calibration of {config.cluster.name}: {outcome.reason}")
+    return write_cluster(config, store)
+
+
+def timings(records: pd.DataFrame) -> pd.DataFrame:
+    """One row per AlltoAll and size: what the slowest rank took, median and extremes over the repeats.
+
+    Args:
+        records: of a calibration.
+
+    Returns:
+        Columns stage, bytes, median_ms, min_ms, max_ms, n, in the order in which they were measured.
+    """
+    slowest = records.groupby(["stage", "bytes", "iteration"], sort=False)["wire_ms"].max()
+    over_repeats = slowest.groupby(["stage", "bytes"], sort=False)
+    return over_repeats.agg(median_ms="median", min_ms="min", max_ms="max", n="size").reset_index()
+
+
+def fit_exchanges(records: pd.DataFrame, cluster: Cluster) -> dict[Peers, Fit]:
+    """A line through the medians of each AlltoAll, above 64 KiB at the busiest GPU; alpha and beta are not negative.
+
+    Raises:
+        ValueError: fewer than two sizes above that.
+    """
+    table = timings(records)
+    fitted = table[table["bytes"] > SMALLEST_FITTED_BYTES]
+    found = {}
+    for exchange in cluster.exchanges:
+        rows = fitted[fitted["stage"] == str(exchange)]
+        found[exchange] = _line(rows["bytes"].to_numpy(float), rows["median_ms"].to_numpy(float))
+    return found
+
+
+def _line(size_bytes: np.ndarray, time_ms: np.ndarray) -> Fit:
+    """The least-squares line; where noise makes alpha or beta negative, the best one among those without."""
+    fit = fit_alpha_beta(size_bytes, time_ms)
+    if fit.alpha_ms >= 0 and fit.beta_ms_per_byte >= 0:
+        return fit
+    scale = size_bytes.max()  # both columns of a size, for the solver's sake
+    (alpha_ms, slope), _ = nnls(np.column_stack([np.ones_like(size_bytes), size_bytes / scale]), time_ms)
+    unexplained = ((time_ms - alpha_ms - slope * size_bytes / scale) ** 2).sum()
+    r2 = 1 - unexplained / ((time_ms - time_ms.mean()) ** 2).sum()
+    return Fit(float(alpha_ms), float(slope / scale), float(r2))
+
+
+def write_cluster(config: CalibrationConfig, store: RunStore) -> Cluster:
+    """Write the calibrated cluster to results/clusters/, where ``cluster=<name>`` finds it.
+
+    Args:
+        config: of a calibration that has a record.
+        store: where it is.
+
+    Returns:
+        The cluster.
+    """
+    provenance = json.loads((store.path(config.run_id) / "provenance.json").read_bytes())
+    date = provenance["time"][:10]
+    # Not the host where it belongs to an allocation: the next one may begin with another, and the name would count.
+    where = socket.gethostname() if config.backend.on_this_host else config.cluster.name
+    fits = fit_exchanges(store.read(config.run_id), config.cluster)
+
+    def constants(exchange: Peers) -> AlphaBeta:
+        fit = fits[exchange]
+        source = f"{CALIBRATED} {where} on {date}, backend={config.backend.name}, r^2 = {fit.r2:.4f}"
+        return AlphaBeta(alpha_ms=fit.alpha_ms, beta_ms_per_byte=fit.beta_ms_per_byte, source=source, published=False)
+
+    levels = [
+        level.model_copy(update={kind: constants(Peers(kind, number)) for kind in ("inter", "intra")})
+        for number, level in enumerate(config.cluster.levels[:-1], start=1)
+    ]
+    update = {
+        "name": config.name,
+        "description": f"{config.cluster.description}, calibrated",
+        "world": constants(Peers("world")),
+        "levels": (*levels, config.cluster.levels[-1]),
+    }
+    cluster = config.cluster.model_copy(update=update)
+    if not config.backend.on_this_host:
+        cluster = with_measured_links(cluster)
+    body = yaml.safe_dump(cluster.model_dump(mode="json", exclude_none=True), sort_keys=False, width=1000)
+    write_whole(config.path, f"# Written by `hiermoe calibrate`. Timings: record {config.run_id}.\n{body}".encode())
+    return cluster
+
+
+def with_measured_links(cluster: Cluster) -> Cluster:
+    """A calibrated cluster whose links carry what they did in the calibration, where nobody has stated their rates.
+
+    Of n bytes at each GPU, (k-1)/k leave it in an AlltoAll among k sub-groups, over the link that the GPUs of a
+    sub-group share. An AlltoAll does not exceed its links, so they may be faster than this.
+
+    Raises:
+        ValueError: the time of an AlltoAll does not depend on its size.
+    """
+    hierarchy, levels = cluster.hierarchy, []
+    for number, level in enumerate(cluster.levels, start=1):
+        outer = hierarchy.U[number - 1]
+        if number < hierarchy.depth:
+            exchange = Peers("inter", number)
+        else:  # what the innermost level's groups exchange is the intra of the level above
+            exchange = Peers("intra", number - 1) if number > 1 else Peers("world")
+        siblings, beta = level.groups // outer, cluster.constants(exchange).beta_ms_per_byte
+        if beta <= 0:
+            raise ValueError(
+                f"calibration of {cluster.name}: {exchange} takes no longer for more bytes; calibrate again"
+            )
+        gb_per_s = hierarchy.lanes(number) * (siblings - 1) / siblings / beta * 1e-6  # bytes a ms
+        levels.append(level.model_copy(update={"link_gb_per_s": gb_per_s}))
+    return cluster.model_copy(update={"levels": tuple(levels)})
+
+
+def calibration_table(records: pd.DataFrame, title: str, cluster: Cluster) -> Table:
+    """Fitted constants of every AlltoAll, for the eye."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("AlltoAll", no_wrap=True)
+    for column, unit in (("ranks", ""), ("alpha", "ms"), ("beta", "ms/B"), ("1/beta", "MB/s"), ("r²", ""), ("n", "MB")):
+        table.add_column(f"{column}\n{unit}", justify="right", no_wrap=True)
+    measured = timings(records)
+    for exchange, fit in fit_exchanges(records, cluster).items():
+        sizes = measured.loc[measured["stage"] == str(exchange), "bytes"]
+        table.add_row(
+            str(exchange),
+            str(exchange.size(cluster.hierarchy)),
+            f"{fit.alpha_ms:.2f}",
+            f"{fit.beta_ms_per_byte:.3g}",
+            f"{1e-3 / fit.beta_ms_per_byte:.1f}" if fit.beta_ms_per_byte > 0 else "",
+            f"{fit.r2:.4f}" + ("" if fit.r2 >= GOOD_R2 else " !"),
+            f"{sizes.min() / 1e6:.3f}-{sizes.max() / 1e6:.1f}",
+        )
+    table.caption = (
+        f"n: bytes at a rank, its own share included. Line through n above 64 KiB; times: slowest rank, median of "
+        f"{measured['n'].min()} repeats. !: r² below {GOOD_R2}, calibrate again on an idle machine."
+    )
+    return table

@@ -1,0 +1,115 @@
+"""Measured sweeps: the files of sweeps/measured/, each with the simulated twin that its numbers are compared with."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from omegaconf import OmegaConf
+
+from hiermoe.records.project import SWEEPS
+from hiermoe.records.store import RunStore
+from hiermoe.runs.run_config import BackendConfig, RunConfig
+from hiermoe.runs.sweep import Cell, expand_file
+
+Amount = Literal["quick", "default", "full"]
+AMOUNTS: tuple[Amount, ...] = ("quick", "default", "full")
+
+# Folders below sweeps/measured/ that an amount consists of.
+_FOLDERS: Mapping[Amount, tuple[str, ...]] = {"quick": ("quick",), "default": ("",), "full": ("", "full")}
+
+# On GPUs an iteration takes milliseconds, so nothing is cut down.
+_FULL_SIZE: Mapping[str, str] = {"narrowed": "1", "tokens_per_rank": "1024"}
+
+
+@dataclass(frozen=True)
+class MeasuredCell:
+    """One measured run, the sweep of the paper that it belongs to, and what the cost model predicts for it.
+
+    Attributes:
+        sweep: of the paper.
+        named_cluster: that the sweep's file names, whatever cluster it is run on.
+        measured: the run.
+        predicted: its twin.
+    """
+
+    sweep: str
+    named_cluster: str
+    measured: Cell
+    predicted: Cell
+
+
+def measured_cells(
+    amount: Amount, backend: BackendConfig | None = None, cluster: str | None = None
+) -> list[MeasuredCell]:
+    """All measured runs of an amount.
+
+    Args:
+        amount: quick, default, or full, which has all of default.
+        backend: in the place of the one that the files name. On CUDA, tokens and rows have their full size.
+        cluster: calibrated one, likewise.
+
+    Raises:
+        ValueError: the cluster has not been calibrated, or a configuration that breaks a rule.
+    """
+    cells = []
+    for folder in _FOLDERS[amount]:
+        for path in sorted((SWEEPS / "measured" / folder).glob("*.yaml")):
+            other = {} if cluster is None else {"cluster": cluster}
+            if backend is not None and backend.device == "cuda":
+                other |= _FULL_SIZE
+            for cell in expand_file(path, "config", RunConfig, other):
+                config = cell.config if backend is None else cell.config.model_copy(update={"backend": backend})
+                twin = config.model_copy(update={"backend": BackendConfig(name="simulated")})
+                named = _named_cluster(path)
+                cells.append(MeasuredCell(path.stem, named, Cell(cell.overrides, config), Cell(cell.overrides, twin)))
+    return cells
+
+
+def clusters_of(amount: Amount) -> list[str]:
+    """Names of the clusters, calibrated ones, that the files of an amount name."""
+    paths = [path for folder in _FOLDERS[amount] for path in sorted((SWEEPS / "measured" / folder).glob("*.yaml"))]
+    if amount == "full":
+        paths.append(SWEEPS / "train" / "end_to_end.yaml")
+    return list(dict.fromkeys(_named_cluster(path) for path in paths))
+
+
+def _named_cluster(path: Path) -> str:
+    return str(OmegaConf.load(path).hydra.sweeper.params.cluster)
+
+
+def together(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:
+    """Group runs that differ in their system alone: those are measured interleaved, on the same ranks."""
+    groups: dict[str, dict[str, RunConfig]] = {}
+    for config in configs:
+        shared = config.model_dump_json(exclude={"system", "wandb"})
+        groups.setdefault(shared, {})[config.run_id] = config
+    return [list(group.values()) for group in groups.values()]
+
+
+def measured_so_far(store: RunStore) -> list[MeasuredCell]:
+    """Measured runs of all amounts that have a record, whatever came of them, once for each sweep that has them."""
+    found: dict[tuple[str, str], MeasuredCell] = {}
+    for amount, (backend, cluster) in product(AMOUNTS, [(None, None), *allocations_so_far(store)]):
+        try:
+            cells = measured_cells(amount, backend, cluster)
+        except ValueError:  # a cluster that nobody has calibrated here, so nothing was measured on it
+            continue
+        for cell in cells:
+            if store.status(cell.measured.config.run_id) is not None:
+                found.setdefault((cell.sweep, cell.measured.config.run_id), cell)
+    return list(found.values())
+
+
+def allocations_so_far(store: RunStore) -> list[tuple[BackendConfig, str]]:
+    """Backend and calibrated cluster of every kind of allocation that was measured on."""
+    found = []
+    for path in sorted(store.folder.glob("calibration-*/config.yaml")):
+        content = yaml.safe_load(path.read_bytes())
+        backend = BackendConfig.model_validate(content["backend"])
+        kind = (backend, content["cluster"]["name"])
+        if not backend.on_this_host and kind not in found:
+            found.append(kind)
+    return found

@@ -1,0 +1,190 @@
+"""The command from end to end: what it writes, what it says, and what it refuses."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+
+from hiermoe.records.project import CONF
+from tests.advice.conftest import EXPERTS, tiny_trace
+from tests.conftest import Command
+
+NODE = ["cluster=a6000_1x8", "tokens_per_rank=64"]
+SIZES = ["hidden_size=4096", "moe_ffn_hidden_size=512"]
+FEW = "systems=[hd2,hd_moe,hiermoe,smartmoe_f1]"
+FIGURES = {"overview", "systems", "traffic", "placement", "sensitivity"}
+
+
+ASSUMED = ("ms a step", "speed-up", "present share", "step under", "distinct", "duplication", "MB a GPU", "paid back")
+
+
+def cells(markdown: str) -> Iterator[tuple[str, str]]:
+    """Heading and content of every cell of every table."""
+    header: list[str] = []
+    for line in markdown.splitlines():
+        row = [cell.strip() for cell in line[1:-1].split("|")]
+        if not line.startswith("|"):
+            header = []
+        elif not header:
+            header = row
+        elif not line.startswith("|---"):
+            yield from zip(header, row, strict=True)
+
+
+def plain(text: str) -> str:
+    """Without line breaks and frames."""
+    return re.sub(r"[\s│]+", " ", text)
+
+
+def test_trace_gives_a_page_tables_and_the_short_of_it(trace_file: Path, tmp_path: Path, hiermoe: Command) -> None:
+    picture = tmp_path / "small" / "advice.png"
+    arguments = [f"trace={trace_file}", *NODE, *SIZES, FEW, "share=0.4", f"output={tmp_path}", f"picture={picture}"]
+    code, out, err = hiermoe("advise", *arguments)
+    assert (code, err) == (0, "")
+    assert "HD2" in out and "Megatron-LM" in out and "recorded routing of tiny, layer 1" in out
+    page, text = (tmp_path / "advice.html").read_text(), (tmp_path / "advice.md").read_text()
+    assert page.count("data:image/png;base64") == len(FIGURES) and 'src="figures' not in page
+    assert {path.stem for path in (tmp_path / "figures").glob("*.png")} == FIGURES
+    bold = text.splitlines()[2]
+    assert bold.startswith("**Use ") and "40% of it" in bold and bold.strip("*")[:40] in plain(out)
+    assert "published for the paper's testbed" in text and "hiermoe advise trace=" in text
+    systems = pd.read_csv(tmp_path / "figures" / "systems.csv")
+    assert {"megatron", "hd2", "hd_moe", "hiermoe", "smartmoe_f1"} == set(systems["system"])
+    assert systems["n"].eq(16).all() and systems["low"].le(systems["speedup"]).all()
+    assert "†" not in text
+    steps, by_name = pd.read_csv(tmp_path / "figures" / "end_to_end.csv"), systems.set_index("system")
+    step_ms, moved_ms = by_name["step_ms"].to_dict(), by_name["moved_ms"].to_dict()
+    for name in steps.columns[1:]:
+        communication = (step_ms[name] + moved_ms[name] / 1000) / step_ms["megatron"]
+        at_forty = steps.loc[np.isclose(steps["alltoall_share"], 0.4), name].item()
+        assert at_forty == pytest.approx(1 / (0.6 + 0.4 * communication))
+    with Image.open(picture) as small:
+        assert small.width == 1100
+
+
+def test_loads_mark_every_number_that_takes_experts_to_be_independent(tmp_path: Path, hiermoe: Command) -> None:
+    loads = tmp_path / "loads.csv"
+    loads.write_text("expert,load\n" + "\n".join(f"{e},{100 + 5 * e}" for e in range(EXPERTS)))
+    arguments = [f"loads={loads}", "topk=4", *NODE, *SIZES, FEW, "iterations=16", f"output={tmp_path}"]
+    code, out, _ = hiermoe("advise", *arguments)
+    assert code == 0 and "cannot be known from loads" in plain(out)
+    text = (tmp_path / "advice.md").read_text()
+    columns: set[str] = set()
+    for header, value in cells(text):
+        if any(word in header for word in ASSUMED) and value not in ("", "1", "never", "0"):
+            columns.add(header)
+            assert "†" in value, f"{header}: {value}"
+    seen = {word for word in ASSUMED if any(word in header for header in columns)}
+    assert seen >= set(ASSUMED) - {"paid back"}  # which may be never
+    marked = re.findall(r"\d×(.)", text)
+    assert marked and set(marked) == {"†"}  # every speed-up
+    assert "any routing with this K" in text and "50% to 75%" in text
+
+
+def test_synthetic_routing_is_called_so(tmp_path: Path, hiermoe: Command) -> None:
+    arguments = ["routing=uniform", "model=deepseek_v3", *NODE, "systems=[hd2]", "iterations=4", f"output={tmp_path}"]
+    code, out, _ = hiermoe("advise", *arguments)
+    assert code == 0
+    for condition in ("Routing is synthetic (uniform)", "4 of 8 groups", "Only 2 held-out iterations: no intervals"):
+        assert condition in plain(out)
+    assert not (tmp_path / "figures" / "placement.png").exists()
+    assert pd.read_csv(tmp_path / "figures" / "systems.csv")["low"].isna().all()
+
+
+def test_model_is_that_of_the_trace_and_part_of_a_cluster_is_said_to_be(tmp_path: Path, hiermoe: Command) -> None:
+    arguments = ["trace=qwen3_30b_a3b_e128", "cluster=a6000_4x8", "ep_size=8", "systems=[hd2]"]
+    code, out, _ = hiermoe("advise", *arguments, "iterations=4", f"output={tmp_path}")
+    assert code == 0
+    assert "8 of the 32 GPUs of a6000_4x8" in plain(out) and "narrow sibling" in plain(out)
+    text = (tmp_path / "advice.md").read_text()
+    assert "sizes of qwen3_30b_a3b: M = 2048, expert FFN 768" in text
+    assert "32 ranks of 256 tokens are regrouped in their order to 8 of 1024" in plain(text)
+
+
+def test_new_policy_appears_by_its_file_alone(
+    trace_file: Path, tmp_path: Path, hiermoe: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conf = tmp_path / "conf"
+    (conf / "system").mkdir(parents=True)
+    for name in ("megatron", "hd2", "hiermoe"):
+        (conf / "system" / f"{name}.yaml").write_text((CONF / "system" / f"{name}.yaml").read_text())
+    added = yaml.safe_load((CONF / "system" / "hiermoe_multi.yaml").read_text()) | {"name": "search", "label": "Search"}
+    (conf / "system" / "search.yaml").write_text(yaml.safe_dump(added))
+    monkeypatch.setattr("hiermoe.advice.systems.CONF", conf)
+    monkeypatch.setattr("hiermoe.policies.system.CONF", conf)
+    code, out, err = hiermoe("advise", f"trace={trace_file}", *NODE, *SIZES, f"output={tmp_path / 'out'}")
+    assert (code, err) == (0, "") and "Search" in out
+    assert "Search" in set(pd.read_csv(tmp_path / "out" / "figures" / "placement.csv")["label"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cluster=a6000_1x8"], "one of trace=, loads= and routing=; given: none of them"),
+        (["trace={trace}", "routing=uniform", *NODE], "given: trace= and routing="),
+        (["trace={trace}"], "cluster=... is missing; choose from a"),
+        (["trace={trace}", "cluster=moon"], "moon"),
+        (["trace=nowhere", *NODE], "trace=nowhere is neither a file nor one of results/traces/: deepseek_v3_e256"),
+        (["trace={trace}", *NODE], "model=... is missing: recorded routing of tiny, layer 1 names no model"),
+        (["trace={trace}", *NODE, "model=qwen3_30b_a3b"], "the trace has num_experts=32, model qwen3_30b_a3b has 128"),
+        (["trace={trace}", *NODE, "model=qwen3_30b_a3b", "num_experts=32"], "the trace has topk=4, model"),
+        (["trace={trace}", *NODE, *SIZES, "num_experts=64"], "num_experts=64: the trace has num_experts=32"),
+        (["trace={trace}", *NODE, *SIZES, "topk=5"], "topk=5 exceeds the 4 experts"),
+        (["trace={trace}", *NODE, *SIZES, "layer=1"], "layer=1 is not among the trace's 1 layers"),
+        (
+            ["trace={trace}", "cluster=a6000_1x8", "tokens_per_rank=2048", *SIZES],
+            "has one iteration of 8 x 2048 tokens",
+        ),
+        (
+            ["trace={trace}", "cluster=a6000_1x8", "tokens_per_rank=4096", *SIZES],
+            "has 16384 tokens, one iteration asks 32768",
+        ),
+        (["trace={trace}", *NODE, *SIZES, "ep_size=3"], "cannot be cut down to so many"),
+        (["trace={trace}", *NODE, *SIZES, "systems=[nothing]"], "system=nothing is unknown"),
+        (["trace={trace}", *NODE, *SIZES, "systems=[tutel_2dh_padded_cf1]"], "no system to compare"),
+        (["trace={trace}", *NODE, *SIZES, "share=1.5"], "share=1.5"),
+        (["trace={trace}", *NODE, *SIZES, "shape=1"], "shape"),
+        (["trace={csv}", *NODE, *SIZES], "is truncated or not a trace"),
+        (["loads={csv}", *NODE, *SIZES], "topk=... (or model=...) is missing"),
+        (
+            ["loads={csv}", *NODE, *SIZES, "topk=1"],
+            "num_experts=4 is not divisible by ep_size=8, the GPUs of a6000_1x8",
+        ),
+        (["loads={csv}", *NODE, "model=qwen3_30b_a3b"], "has 4 experts, not 128"),
+        (["loads=nowhere.csv", *NODE, *SIZES, "topk=1"], "nowhere.csv"),
+        (["routing=uniform", *NODE, *SIZES, "topk=2"], "num_experts=... (or model=...) is missing"),
+        (["routing=group_limited", *NODE, "model=qwen3_30b_a3b"], "router has no group limit"),
+        (["routing=recorded", *NODE], "model=... is missing: routing=recorded is that of a model"),
+        (["routing=uniform", *NODE, "num_experts=16", "topk=2"], "synthetic routing: uniform has no sizes"),
+    ],
+)
+def test_bad_input_ends_with_one_clear_message(
+    arguments: list[str], message: str, trace_file: Path, tmp_path: Path, hiermoe: Command
+) -> None:
+    csv = tmp_path / "four.csv"
+    csv.write_text("expert,load\n0,1\n1,1\n2,1\n3,1\n")
+    code, out, err = hiermoe("advise", *(x.format(trace=trace_file, csv=csv) for x in arguments))
+    assert code != 0 and message in plain(err)
+    assert "Traceback" not in err and out.strip() == ""
+
+
+def test_help_lists_the_choices(hiermoe: Command) -> None:
+    code, out, _ = hiermoe("advise", "--help")
+    assert code == 0
+    for choice in ("a6000_4x8", "deepseek_v3", "topic", "tokens_per_rank", "hiermoe advise loads="):
+        assert choice in out
+
+
+def test_trace_of_a_known_model_needs_no_model(tmp_path: Path, hiermoe: Command) -> None:
+    path = tmp_path / "mine.trace"
+    tiny_trace(iterations=4, model="qwen3_30b_a3b").save(path)
+    code, _, err = hiermoe("advise", f"trace={path}", *NODE, "systems=[hd2]", f"output={tmp_path}")
+    assert code != 0 and "model qwen3_30b_a3b has 128" in err  # found by name; its E is another
+    sizes = ["num_experts=32", "topk=4"]
+    code, _, _ = hiermoe("advise", f"trace={path}", *NODE, *sizes, "systems=[hd2]", f"output={tmp_path}")
+    assert code == 0 and "sizes of qwen3_30b_a3b" in (tmp_path / "advice.md").read_text()

@@ -1,0 +1,125 @@
+"""`hiermoe trace`: an imported trace runs like a recorded one; its matrix and its figures equal a plain count."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hiermoe.commands.trace_views import duplication_rate, show
+from hiermoe.records.store import RunStore
+from hiermoe.routing.trace import RoutingTrace
+from hiermoe.topology.cluster import Cluster
+from tests.conftest import Command
+from tests.routing.importers.files import some_ids, write_npy
+from tests.routing.worlds import a_trace
+
+RANKS, TOKENS, EXPERTS, ROW_BYTES = 8, 6, 16, 48
+
+
+@pytest.fixture
+def trace(tmp_path: Path, hiermoe: Command) -> Path:
+    """Four iterations of 8 x 6 tokens in two layers, imported."""
+    ids_LNK = some_ids(2, 4 * RANKS * TOKENS, 3, EXPERTS)
+    array, path = write_npy(tmp_path / "theirs.npy", ids_LNK), tmp_path / "ours.trace"
+    sizes = ["--ranks", str(RANKS), "--tokens-per-rank", str(TOKENS), "--num-experts", str(EXPERTS)]
+    code, out, _ = hiermoe("trace", "import", "npy", str(array), "--output", str(path), *sizes)
+    assert code == 0
+    assert "4 iterations x 2 layers x 8 ranks x 6 tokens x 3 of 16 experts" in out
+    return path
+
+
+def pairs_of(trace: RoutingTrace, iteration: int, layer: int) -> np.ndarray:
+    """Token-expert pairs from rank to rank, counted one by one."""
+    pairs_GG = np.zeros((RANKS, RANKS), np.int64)
+    for source in range(RANKS):
+        for token in trace.expert_ids[iteration, layer, source]:
+            for expert in token:
+                pairs_GG[source, int(expert) // (EXPERTS // RANKS)] += 1
+    return pairs_GG
+
+
+def export(hiermoe: Command, trace: Path, system: str, output: Path, *options: str) -> tuple[int, str, str]:
+    sizes = ["--row-bytes", str(ROW_BYTES), "--tokens-per-rank", str(TOKENS), "--cluster", "a6000_1x8"]
+    return hiermoe("trace", "export-matrix", str(trace), "--system", system, "--output", str(output), *sizes, *options)
+
+
+def test_imported_trace_runs_like_a_recorded_one(hiermoe: Command, store: RunStore, trace: Path) -> None:
+    code, out, err = hiermoe(
+        "run", "system=hiermoe", "cluster=a6000_1x8", "routing=recorded", f"routing.source.path={trace}",
+        "model.num_experts=16", "model.topk=3", "iterations=4", "tokens_per_rank=6", "wandb.mode=disabled",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "HierMoE" in out
+
+
+def test_matrix_of_megatron_holds_the_bytes_of_every_pair(hiermoe: Command, trace: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "matrix.txt"
+    code, out, _ = export(hiermoe, trace, "megatron", output, "--iteration", "2", "--layer", "1")
+    assert code == 0
+    expected = pairs_of(RoutingTrace.load(trace), iteration=2, layer=1) * ROW_BYTES
+    np.testing.assert_array_equal(np.loadtxt(output, dtype=np.int64), expected)
+    largest = max(expected.sum(0).max(), expected.sum(1).max())
+    assert f"NCCL_TESTS_ALLTOALLV_MATRIX_FILE={output} alltoallv_perf -b {largest} -e {largest}" in out
+
+
+def test_staged_system_gives_a_matrix_a_stage(hiermoe: Command, trace: Path, tmp_path: Path) -> None:
+    code, _, _ = export(hiermoe, trace, "hd2", tmp_path / "m.txt")
+    assert code == 0
+    first, second = (np.loadtxt(tmp_path / f"m.stage{i}.txt", dtype=np.int64) for i in (1, 2))
+    halves = np.arange(RANKS) // 4
+    assert (second[halves[:, None] != halves[None, :]] == 0).all(), "the last stage stays inside a group"
+    assert (first[np.arange(RANKS)[:, None] % 4 != np.arange(RANKS)[None, :] % 4] == 0).all(), "the first keeps lanes"
+    assert first.sum() < RANKS * TOKENS * 3 * ROW_BYTES
+
+
+@pytest.mark.parametrize(
+    ("system", "options", "message"),
+    [
+        ("megatron", ["--iteration", "4"], "iteration=4 is outside 0..3"),
+        ("megatron", ["--layer", "2"], "layer=2 is not among the trace's 2 layers"),
+        ("megatron", ["--topk", "4"], "topk=4 exceeds the 3 experts per token that the trace recorded"),
+        ("megatron", ["--row-bytes", "0"], "row_bytes=0 must be at least 1"),
+        ("megatron", ["--tokens-per-rank", "1000"], "has 192 tokens, one iteration asks 8000"),
+        ("megatron", ["--cluster", "nowhere"], "cluster=nowhere is unknown"),
+        ("nothing", [], "system=nothing is unknown"),
+        ("hd4", [], "dimension=4 is outside"),
+    ],
+)
+def test_matrix_that_cannot_be_made(
+    system: str, options: list[str], message: str, hiermoe: Command, trace: Path, tmp_path: Path
+) -> None:
+    code, out, err = export(hiermoe, trace, system, tmp_path / "m.txt", *options)
+    assert code == 2
+    assert message in err and len(err.strip().splitlines()) == 1 and out == ""
+    assert not list(tmp_path.glob("m*.txt"))
+
+
+def test_show_gives_shape_and_what_is_unknown(hiermoe: Command, trace: Path) -> None:
+    code, out, _ = hiermoe("trace", "show", str(trace), "--cluster", "a6000_1x8")
+    assert code == 0
+    assert "4 iterations x 2 layers x 8 ranks" in out and "unknown" in out and "theirs.npy" in out
+
+
+def test_loads_and_duplication_leave_padding_out() -> None:
+    counts = [[5, 0], [3, 2], [1, 5]]
+    trace = a_trace(num_tokens=counts)
+    _, rows = show(trace, Cluster.named("a6000_1x8"))
+    cells = [list(column.cells) for column in rows.columns]
+    for layer in range(2):
+        tokens = [trace.expert_ids[i, layer, g, t, :2] for i in range(3) for g in range(2) for t in range(counts[i][g])]
+        loads = np.bincount(np.concatenate(tokens), minlength=16)
+        assert cells[3][layer] == f"{loads.max() / loads.mean():.2f}"
+        assert cells[4][layer] == str((loads == 0).sum())
+        distinct = sum(len({int(expert) // 2 for expert in token}) for token in tokens)
+        assert cells[-1][layer] == f"{1 - distinct / (2 * len(tokens)):.1%}"
+
+
+def test_duplication_of_groups_that_do_not_split_the_experts_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_experts=16 is not divisible by 3 groups"):
+        duplication_rate(np.zeros((1, 2), np.uint8), 16, 3)
+
+
+def test_a_trace_that_is_none_is_refused(hiermoe: Command, tmp_path: Path) -> None:
+    (tmp_path / "a.trace").write_text("no")
+    code, _, err = hiermoe("trace", "show", str(tmp_path / "a.trace"))
+    assert code == 2 and "is truncated or not a trace" in err

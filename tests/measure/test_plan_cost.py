@@ -1,0 +1,53 @@
+"""What a placement policy costs: which tokens are timed, what is summed, and what kind of number it is."""
+
+import pytest
+
+from hiermoe.measure.plan_cost import planning_cost
+from hiermoe.policies.swap import SwapStatistics, measure_swaps
+from hiermoe.records.store import RunStore
+from hiermoe.runs.execute import execute
+from hiermoe.topology.placement import Placement
+from tests.conftest import Composer
+
+PLANNING = ("backend=planning", "cluster=h100_ib400", "world_size=16", "max_ep_size=16")
+
+
+def test_rank_counts_its_own_tokens_and_decides_from_those_of_all(composed: Composer) -> None:
+    workload = composed(*PLANNING, "iterations=3").workload()
+    step, hierarchy = workload.routing.step(0), workload.cluster.hierarchy
+    policy = workload.new_policy()
+    counted: list[int] = []
+    decided: list[int] = []
+
+    class Watched:
+        def measure(self, expert_ids_NK, placement, hierarchy, iteration):
+            counted.append(len(expert_ids_NK))
+            return policy.measure(expert_ids_NK, placement, hierarchy, iteration)
+
+        def decide(self, summed, placement, context):
+            stats = SwapStatistics.unpack(summed, 128, hierarchy)
+            decided.append(int(stats.levels[-1].needed_U.sum()))
+            return policy.decide(summed, placement, context)
+
+    object.__setattr__(workload, "new_policy", Watched)
+    rows = planning_cost(workload)
+    all_tokens = measure_swaps(step.expert_ids_NK, Placement.identity(128), hierarchy)
+    needed = int(SwapStatistics.unpack(all_tokens, 128, hierarchy).levels[-1].needed_U.sum())
+    assert counted == [16 * 64, 64, 64, 64] and decided == [needed] * 3
+    assert rows["stage"].tolist() == ["measure", "decide"] * 3
+    assert (rows["planning_ms"] > 0).all() and rows["measured"].tolist() == [False] * 2 + [True] * 4
+    assert set(rows["bytes"].dropna()) == {all_tokens.nbytes}
+
+
+def test_times_are_of_this_machine_and_never_called_simulated(composed: Composer, store: RunStore) -> None:
+    config = composed(*PLANNING)
+    outcome = execute(config, store)
+    assert outcome.status == "ok"
+    assert set(store.read(outcome.run_id)["source"]) == {"local"} == {config.backend.source}
+
+
+def test_name_of_the_run_depends_on_the_host(composed: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    planning, simulated = composed(*PLANNING), composed(*PLANNING, "backend=simulated")
+    before = planning.run_id, simulated.run_id
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    assert planning.run_id != before[0] and simulated.run_id == before[1]

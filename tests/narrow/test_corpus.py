@@ -1,0 +1,72 @@
+"""The corpus is real text, the same for the same interpreter and seed."""
+
+import numpy as np
+import pytest
+
+from hiermoe.narrow.corpus import Corpus, load_corpus, standard_library, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def corpus(cache_dir: str) -> Corpus:
+    return load_corpus(512, seed=1, cache_dir=cache_dir, max_documents=24)
+
+
+def test_corpus_says_what_it_is(corpus: Corpus) -> None:
+    assert corpus.describe().startswith("standard library of Python 3.")
+    assert f"{len(corpus.tokens)} tokens" in corpus.describe()
+    assert corpus.num_documents <= 24
+
+
+def test_tokens_are_more_than_bytes_and_stay_inside_the_vocabulary(corpus: Corpus) -> None:
+    assert corpus.tokens.max() < 512
+    assert len(np.unique(corpus.tokens)) > 256
+
+
+def test_cached_corpus_equals_the_first(corpus: Corpus, cache_dir: str) -> None:
+    again = load_corpus(512, seed=1, cache_dir=cache_dir, max_documents=24)
+    assert np.array_equal(again.tokens, corpus.tokens)
+    assert again.describe() == corpus.describe()
+
+
+def test_tokenizer_training_is_deterministic() -> None:
+    documents = standard_library(20)
+    first, second = (train_tokenizer(documents, 400).to_str() for _ in range(2))
+    assert first == second
+
+
+def test_seed_orders_the_text(corpus: Corpus, cache_dir: str) -> None:
+    other = load_corpus(512, seed=2, cache_dir=cache_dir, max_documents=24)
+    assert len(other.tokens) == len(corpus.tokens)
+    assert not np.array_equal(other.tokens, corpus.tokens)
+
+
+def test_tokens_give_the_text_back() -> None:
+    documents = standard_library(20)
+    tokenizer = train_tokenizer(documents, 400)
+    assert tokenizer.decode(tokenizer.encode(documents[3]).ids) == documents[3]
+
+
+def test_steps_of_an_epoch_share_no_sequence_and_the_next_epoch_repeats_them(corpus: Corpus) -> None:
+    available = (len(corpus.tokens) - 1) // 64
+    epoch = corpus.step_batch(0, available, 64)
+    assert epoch.shape == (available, 65)
+    starts = np.sort(epoch[:, :-1].ravel())
+    assert np.array_equal(starts, np.sort(corpus.tokens[: available * 64].astype(np.int64)))
+    assert np.array_equal(corpus.step_batch(1, available, 64), epoch)
+
+
+def test_targets_follow_inputs(corpus: Corpus) -> None:
+    sequence = corpus.step_batch(0, 1, 64)[0]
+    joined = corpus.tokens.astype(np.int64)
+    starts = [i for i in range(0, len(joined) - 64, 64) if np.array_equal(joined[i : i + 65], sequence)]
+    assert len(starts) >= 1
+
+
+def test_vocabulary_beyond_16_bits_is_refused(cache_dir: str) -> None:
+    with pytest.raises(ValueError, match=r"vocabulary=70000 is outside 257\.\.65536"):
+        load_corpus(70000, seed=1, cache_dir=cache_dir)
+
+
+def test_text_too_short_for_the_vocabulary_is_refused() -> None:
+    with pytest.raises(ValueError, match="the text fills only"):
+        train_tokenizer(["a b c"], 8192)

@@ -1,0 +1,116 @@
+"""`hiermoe record` trains on two gloo ranks and writes a trace of what the routers chose."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from pydantic import ValidationError
+
+from hiermoe.narrow.record import main, max_over_mean_load, record
+from hiermoe.narrow.record_config import RecordConfig
+from hiermoe.ranks.launch import RankFailedError
+from hiermoe.routing.trace import RoutingTrace
+from tests.narrow.tiny_run import composed, tiny_record_config
+
+SOFTMAX = ["model=qwen3_30b_a3b_narrow", "model.num_experts=8", "model.topk=2", "num_recorded=4"]
+GROUPED = [
+    "model=deepseek_v3_narrow",
+    "model.num_experts=8",
+    "model.topk=2",
+    "model.router.num_groups=4",
+    "model.router.group_topk=2",
+    "num_recorded=4",
+]
+
+
+def recorded(overrides: list[str], cache_dir: str, output: Path) -> RoutingTrace:
+    record(tiny_record_config(cache_dir, str(output), *overrides), command="hiermoe record tiny")
+    return RoutingTrace.load(output)
+
+
+@pytest.fixture(scope="module")
+def softmax_trace(cache_dir: str, tmp_path_factory: pytest.TempPathFactory) -> RoutingTrace:
+    return recorded(SOFTMAX, cache_dir, tmp_path_factory.mktemp("softmax") / "a.trace")
+
+
+@pytest.fixture(scope="module")
+def grouped_trace(cache_dir: str, tmp_path_factory: pytest.TempPathFactory) -> RoutingTrace:
+    return recorded(GROUPED, cache_dir, tmp_path_factory.mktemp("grouped") / "b.trace")
+
+
+def test_trace_has_a_row_for_every_token_of_every_recorded_step(softmax_trace: RoutingTrace) -> None:
+    assert softmax_trace.expert_ids.shape == (3, 2, 8, 8, 4)  # steps, layers, logical ranks, tokens, experts
+    assert (softmax_trace.num_tokens == 8).all()
+
+
+def test_trace_says_how_it_was_made(softmax_trace: RoutingTrace) -> None:
+    metadata = softmax_trace.metadata
+    assert metadata.training_step == [2, 3, 4]
+    assert len(metadata.loss) == 3
+    assert metadata.layers == [1, 2]
+    assert metadata.how_made == "hiermoe record tiny"
+    assert metadata.router == "softmax, global_aux_loss 0.5"
+    assert "tokens of a byte-level BPE over whole lines, vocabulary 512" in metadata.corpus
+    assert metadata.versions.keys() == {"python", "hiermoe", "torch", "megatron-core", "tokenizers"}
+
+
+def test_sigmoid_router_with_bias_and_group_limit_is_recorded_with_its_limit(grouped_trace: RoutingTrace) -> None:
+    assert grouped_trace.metadata.layers == [2]  # the first layer is dense
+    groups = np.sort(grouped_trace.expert_ids // 2, axis=-1)
+    assert (np.diff(groups, axis=-1) > 0).sum(axis=-1).max() < 2  # at most 2 of 4 groups
+
+
+def test_the_same_command_gives_the_same_trace(grouped_trace: RoutingTrace, cache_dir: str, tmp_path: Path) -> None:
+    again = recorded(GROUPED, cache_dir, tmp_path / "again.trace")
+    assert np.array_equal(again.expert_ids, grouped_trace.expert_ids)
+    assert again.metadata == grouped_trace.metadata
+
+
+def test_a_failing_rank_ends_the_run_without_a_trace(cache_dir: str, tmp_path: Path) -> None:
+    output = tmp_path / "folder"
+    output.mkdir()  # rank 0 cannot replace a folder by a file
+    config = tiny_record_config(cache_dir, str(output), *SOFTMAX, "train_steps=0", "record_steps=1")
+    with pytest.raises(RankFailedError, match="rank 0 of 2 failed: IsADirectoryError"):
+        record(config, command="")
+
+
+def test_load_is_the_busiest_experts_share_over_the_mean() -> None:
+    ids = np.array([[[0, 1, 3], [0, 2, 1]], [[0, 1, 2], [2, 3, 0]]])  # the third choice does not count
+    assert max_over_mean_load(ids, num_experts=4, topk=2).tolist() == [2.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.num_experts=64"],
+        ["model.num_experts=256"],
+        ["model.num_layers=5", "layers=[1,5]"],
+        ["model=deepseek_v3_narrow", "layers=[2]"],
+    ],
+    ids=" ".join,
+)
+def test_other_shapes_compose(overrides: list[str]) -> None:
+    RecordConfig.model_validate(composed(overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["ep_size=3"], "num_experts=128 is not divisible by ep_size=3"),
+        (["sequences_per_step=7"], "sequences_per_step=7 is not divisible by world_size=2"),
+        (["logical_ranks=31"], "sequences_per_step * seq_length = 8192 is not divisible by logical_ranks=31"),
+        (["num_recorded=7"], "num_recorded=7 is outside 8..128"),
+        (["model=deepseek_v3_narrow", "num_recorded=129"], "num_recorded=129 is outside 8..128"),
+        (["model=deepseek_v3_narrow", "layers=[1]"], "layers=[1] have no experts; MoE layers are [2, 3]"),
+        (["model.topk=129"], "model: topk=129 exceeds num_experts=128"),
+        (["record_steps=0"], "record_steps: Input should be greater than 0"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_setting_is_named_before_any_rank_starts(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        main(OmegaConf.create(composed(overrides)))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not isinstance(caught.value, ValidationError)

@@ -1,0 +1,184 @@
+"""Ranks give back what they computed; the first that fails ends the run and is named; none outlives its parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from hiermoe.dispatch.communicators import HOST_VARIABLE
+from hiermoe.ranks.launch import RankFailedError, run_ranks
+from hiermoe.records.status import NotApplicable
+
+TIMEOUT = timedelta(seconds=100)
+SOON = 15.0  # seconds, far below the timeout, far above what ending takes
+
+
+def sum_of_ranks(rank: int) -> torch.Tensor:
+    total = torch.tensor([rank + 1, rank])
+    dist.all_reduce(total)
+    return total[: rank + 1]
+
+
+def environment_of_rank(rank: int, variable: str) -> tuple[str | None, str | None, int]:
+    return os.environ.get(HOST_VARIABLE), os.environ.get(variable), torch.get_num_threads()
+
+
+def fail_on_rank_one(rank: int, how: str) -> None:
+    if rank == 1:
+        time.sleep(0.2)  # the others wait in the collective by now
+        if how == "raise":
+            raise ValueError("no room for token 7\nand more")
+        if how == "exit":
+            os._exit(3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def sleep_on_rank_one(rank: int, seconds: float) -> None:
+    if rank == 1:
+        time.sleep(seconds)
+    dist.barrier()
+
+
+def result_of_rank_zero_alone(rank: int) -> object:
+    return rank if rank == 0 else (lambda: rank)  # the latter cannot be pickled
+
+
+def test_ranks_form_one_group_and_return_in_rank_order() -> None:
+    results = run_ranks(sum_of_ranks, 3, (), TIMEOUT)
+    assert [result.tolist() for result in results] == [[6], [6, 3], [6, 3]]
+
+
+def test_ranks_see_their_host_and_the_callers_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SET_AFTER_THE_FORK_SERVER", "yes")
+    seen = run_ranks(environment_of_rank, 2, ("SET_AFTER_THE_FORK_SERVER",), TIMEOUT, hosts=["a", "b"])
+    assert seen == [("a", "yes", 1), ("b", "yes", 1)]
+    assert run_ranks(environment_of_rank, 1, ("NEVER_SET",), TIMEOUT) == [(None, None, 1)]
+
+
+def test_hosts_must_name_one_host_a_rank() -> None:
+    with pytest.raises(ValueError, match="hosts names 1 hosts for world_size=2 ranks"):
+        run_ranks(environment_of_rank, 2, ("X",), TIMEOUT, hosts=["a"])
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("raise", "rank 1 of 3 failed: ValueError: no room for token 7"),
+        ("exit", "rank 1 of 3 died by exit code 3"),
+        ("kill", "rank 1 of 3 died by signal SIGKILL"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_others_in_their_collective_and_is_named(how: str, message: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(RankFailedError) as caught:
+        run_ranks(fail_on_rank_one, 3, (how,), TIMEOUT)
+    assert str(caught.value).splitlines()[0] == message
+    assert time.monotonic() - started < SOON
+    assert not ranks_of(os.getpid())
+
+
+def not_applicable_on_rank_one(rank: int) -> None:
+    if rank == 1:
+        raise NotApplicable("needs four levels")
+    dist.barrier()
+
+
+def test_a_run_without_meaning_is_no_failure() -> None:
+    with pytest.raises(NotApplicable, match=r"^needs four levels$"):
+        run_ranks(not_applicable_on_rank_one, 2, (), TIMEOUT)
+
+
+def test_a_result_that_cannot_be_sent_is_the_ranks_failure() -> None:
+    with pytest.raises(RankFailedError, match=r"rank 1 of 2 failed: .*pickle"):
+        run_ranks(result_of_rank_zero_alone, 2, (), TIMEOUT)
+
+
+def test_a_collective_waits_no_longer_than_the_timeout() -> None:
+    started = time.monotonic()
+    with pytest.raises(RankFailedError, match=r"rank 0 of 2 failed: RuntimeError: .*[Tt]imed out"):
+        run_ranks(sleep_on_rank_one, 2, (60.0,), timedelta(seconds=1))
+    assert time.monotonic() - started < SOON
+
+
+def test_a_run_takes_no_longer_than_its_deadline() -> None:
+    started = time.monotonic()
+    with pytest.raises(RankFailedError, match="deadline of 0:00:03 passed before rank 0, 1 of 2 had finished"):
+        run_ranks(sleep_on_rank_one, 2, (60.0,), TIMEOUT, deadline=timedelta(seconds=3))
+    assert time.monotonic() - started < SOON
+    assert not ranks_of(os.getpid())
+
+
+PARENT = """
+import os, sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch.distributed as dist
+from hiermoe.ranks import launch as ranks
+
+ranks._PRELOAD = ["hiermoe.ranks.launch"]  # these ranks need no megatron
+
+def wait_for_rank_zero(rank, folder):
+    Path(folder, str(rank)).write_text(str(os.getpid()))
+    if rank == 0:
+        time.sleep(1000)
+    dist.barrier()
+
+if __name__ == "__main__":
+    ranks.run_ranks(wait_for_rank_zero, 3, (sys.argv[1],), timedelta(minutes=10))
+"""
+
+
+def test_no_rank_outlives_its_parent_however_that_ends(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    signals = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+    parents = []
+    for number in signals:
+        folder = tmp_path / number.name
+        folder.mkdir()
+        parents.append(subprocess.Popen([sys.executable, script, folder], stderr=subprocess.DEVNULL))
+    try:
+        for number, parent in zip(signals, parents, strict=True):
+            reports = [tmp_path / number.name / str(rank) for rank in range(3)]
+            assert comes_true(lambda reports=reports: all(r.exists() and r.read_text() for r in reports), 120)
+            time.sleep(0.5)  # ranks 1 and 2 are in the barrier
+            pids = [int(report.read_text()) for report in reports]
+            assert all(psutil.pid_exists(pid) for pid in pids)
+            parent.send_signal(number)
+            assert comes_true(lambda pids=pids: not any(is_running(pid) for pid in pids), SOON), number.name
+            assert parent.wait(SOON) != 0
+    finally:
+        for parent in parents:
+            parent.kill()
+            parent.wait()
+
+
+def comes_true(condition, seconds: float) -> bool:
+    stop = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > stop:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def ranks_of(pid: int) -> list[int]:
+    """Processes of the fork server of ``pid``, zombies apart."""
+    servers = [child for child in psutil.Process(pid).children() if "forkserver" in " ".join(child.cmdline())]
+    return [child.pid for server in servers for child in server.children() if is_running(child.pid)]

@@ -1,0 +1,113 @@
+"""A calibration's line, its cluster file, and how commands find it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from hiermoe.records.project import CONF
+from hiermoe.records.store import RunStore
+from hiermoe.runs.calibration import CalibrationConfig, execute_calibration, fit_exchanges, timings, write_cluster
+from hiermoe.runs.run_config import parse, register_search_path
+from hiermoe.topology.cluster import Cluster, Peers
+from tests.conftest import Command
+
+SMALL = ["backend=local", "cluster=a6000_1x8", "world_size=4"]
+RUN = ["system=hd2", "routing=uniform", "iterations=2", "tokens_per_rank=16", "wandb.mode=disabled"]
+
+
+def configured(*overrides: str) -> CalibrationConfig:
+    register_search_path()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3", job_name="test"):
+        return parse(compose("calibrate", overrides=list(overrides)), CalibrationConfig)
+
+
+def rows_of(config: CalibrationConfig, alpha_ms: float, beta_ms_per_byte: float) -> pd.DataFrame:
+    """Timings on a line, of ranks of which the last is the slowest; the first size and one repeat are far off it."""
+    rows: list[dict[str, Any]] = []
+    ranks = config.cluster.hierarchy.num_ranks
+    for repeat, exchange, pair_bytes in config.job.measurements():
+        if repeat < 0:
+            continue
+        num_bytes = pair_bytes * exchange.size(config.cluster.hierarchy)
+        time_ms = alpha_ms + num_bytes * beta_ms_per_byte + (100.0 if repeat == 1 or num_bytes <= 2**16 else 0.0)
+        common = {"phase": "calibration", "stage": str(exchange), "iteration": repeat, "routing_iteration": -1}
+        common |= {"measured": True, "layer": -1, "bytes": num_bytes}
+        rows += [common | {"rank": rank, "wire_ms": time_ms * (rank + 1) / ranks} for rank in range(ranks)]
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in the place of results/clusters/."""
+    for module in ("hiermoe.runs.calibration", "hiermoe.topology.cluster_files"):
+        monkeypatch.setattr(f"{module}.CLUSTERS", tmp_path / "clusters")
+    return tmp_path / "clusters"
+
+
+def test_line_goes_through_medians_of_the_slowest_rank_above_64_kib() -> None:
+    config = configured(*SMALL)
+    for exchange, fit in fit_exchanges(rows_of(config, 3.0, 2e-6), config.cluster).items():
+        assert (fit.alpha_ms, fit.beta_ms_per_byte, fit.r2) == pytest.approx((3.0, 2e-6, 1.0)), exchange
+
+
+@pytest.mark.parametrize(("alpha_ms", "beta_ms_per_byte"), [(-1.0, 1e-5), (20.0, -1e-6)])
+def test_constants_are_never_negative(alpha_ms: float, beta_ms_per_byte: float) -> None:
+    config = configured(*SMALL)
+    fit = fit_exchanges(rows_of(config, alpha_ms, beta_ms_per_byte), config.cluster)[Peers("world")]
+    assert min(fit.alpha_ms, fit.beta_ms_per_byte) == 0
+    assert fit.r2 < 1
+
+
+def test_sizes_double_up_to_both_bounds() -> None:
+    config = configured("cluster=emulated_4x8", "largest_bytes=1048576", "largest_pair_bytes=262144")
+    job = config.job
+    assert job.pair_bytes(Peers("world")) == [4096 * 2**i for i in range(4)]
+    assert job.pair_bytes(Peers("inter", 2)) == [4096 * 2**i for i in range(7)]
+    rounds = [repeat for repeat, *_ in job.measurements()]
+    assert sorted(set(rounds)) == [-1, 0, 1, 2, 3, 4] and rounds == sorted(rounds)
+
+
+def test_cluster_file_is_found_by_name_and_by_path(
+    clusters: Path, store: RunStore, hiermoe: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configured(*SMALL, "name=mine")
+    made = rows_of(config, 3.0, 2e-6)
+    monkeypatch.setattr("hiermoe.runs.calibration.run_calibration", lambda job, world, progress: made)
+    outcome = execute_calibration(config, store)
+    assert outcome.status == "ok", outcome.reason
+    written = write_cluster(config, store)
+    assert Cluster.named("mine") == written == Cluster.named(str(clusters / "mine.yaml"))
+    assert written.hierarchy == config.cluster.hierarchy
+    assert all(written.constants(x).beta_ms_per_byte == pytest.approx(2e-6) for x in written.exchanges)
+    date = json.loads((store.path(config.run_id) / "provenance.json").read_text())["time"][:10]
+    assert written.constants(Peers("world")).source.endswith(f"on {date}, backend=local, r^2 = 1.0000")
+    for name in ("mine", clusters / "mine.yaml"):
+        code, out, err = hiermoe("run", f"cluster={name}", *RUN)
+        assert code == 0, err
+        assert "mine" in out
+    code, _, err = hiermoe("run", "cluster=nobodys", *RUN)
+    assert code != 0 and "mine" in err  # among the choices
+
+
+def test_calibration_on_local_ranks(clusters: Path, hiermoe: Command, store: RunStore) -> None:
+    code, out, err = hiermoe("calibrate", *SMALL, "largest_bytes=262144", "repeats=2")
+    assert code == 0, err
+    assert "cluster=a6000_1x8_4_calibrated_local" in out
+    assert (clusters / "a6000_1x8_4_calibrated_local.png").exists()
+    (run,) = store.folder.iterdir()
+    records = pd.read_parquet(run / "records.parquet")
+    assert set(records["source"]) == {"local"}
+    table = timings(records)
+    assert (table["n"] == 2).all() and np.isfinite(table["median_ms"]).all()
+
+
+def test_calibration_needs_ranks(hiermoe: Command) -> None:
+    code, _, err = hiermoe("calibrate", "backend=simulated")
+    assert code == 2 and "backend=simulated starts no ranks" in err

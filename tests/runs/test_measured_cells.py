@@ -1,0 +1,88 @@
+"""Measured sweeps: which runs they have, which of them run together, and what stands beside each."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from hiermoe.records.project import CONF
+from hiermoe.records.store import RunStore
+from hiermoe.runs.measured_cells import AMOUNTS, Amount, clusters_of, measured_cells, measured_so_far, together
+
+
+@pytest.fixture
+def calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Both emulated clusters, as if they had been calibrated, and a cache of its own."""
+    for name in ("emulated_4x8", "emulated_4x2"):
+        content = yaml.safe_load((CONF / "cluster" / f"{name}.yaml").read_text())
+        (tmp_path / f"{name}_calibrated.yaml").write_text(yaml.safe_dump(content | {"name": f"{name}_calibrated"}))
+    for module in ("hiermoe.topology.cluster_files", "hiermoe.runs.sweep"):
+        monkeypatch.setattr(f"{module}.CLUSTERS", tmp_path)
+    monkeypatch.setattr("hiermoe.runs.sweep.CACHE", tmp_path / "cache")
+    return tmp_path
+
+
+def test_every_amount_composes_and_full_has_all_of_default(calibrated: Path) -> None:
+    ids = {amount: {cell.measured.config.run_id for cell in measured_cells(amount)} for amount in AMOUNTS}
+    assert ids["default"] < ids["full"] and not ids["quick"] & ids["full"]
+    assert len(ids["default"]) == 14  # the paper's seven systems on two routings
+    assert clusters_of("quick") == ["emulated_4x2_calibrated"]
+    assert clusters_of("default") == ["emulated_4x8_calibrated"]
+    assert clusters_of("full") == ["emulated_4x8_calibrated", "emulated_4x2_calibrated"]  # the latter to train on
+
+
+def test_systems_on_the_same_tokens_run_together_and_nothing_else_does(calibrated: Path) -> None:
+    groups = together(cell.measured.config for cell in measured_cells("default"))
+    assert [len(group) for group in groups] == [7, 7]
+    for group in groups:
+        assert len({config.routing.name for config in group}) == 1
+        assert len({config.system.name for config in group}) == 7
+
+
+def test_prediction_differs_from_its_measured_run_in_the_backend_alone(calibrated: Path) -> None:
+    for cell in measured_cells("full"):
+        measured, predicted = cell.measured.config, cell.predicted.config
+        assert (measured.backend.name, predicted.backend.name) == ("emulated", "simulated")
+        assert measured.model_copy(update={"backend": predicted.backend}) == predicted
+
+
+def test_enough_iterations_count(calibrated: Path) -> None:
+    for cell in measured_cells("full"):
+        assert cell.measured.config.iterations >= 40  # half of them count
+
+
+def test_a_cluster_that_nobody_has_calibrated_is_an_error_and_not_in_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("hiermoe.topology.cluster_files", "hiermoe.runs.sweep"):
+        monkeypatch.setattr(f"{module}.CLUSTERS", tmp_path)
+    monkeypatch.setattr("hiermoe.runs.sweep.CACHE", tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"sweeps/measured/fig11.yaml: .*emulated_4x8_calibrated"):
+        measured_cells("default")
+    assert measured_so_far(RunStore(tmp_path / "runs")) == []
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_every_system_is_measured_beside_the_baseline(calibrated: Path, amount: Amount) -> None:
+    for group in together(cell.measured.config for cell in measured_cells(amount)):
+        assert "megatron" in {config.system.name for config in group}, group[0]
+
+
+def test_a_run_that_several_sweeps_share_is_found_for_each(calibrated: Path, tmp_path: Path) -> None:
+    cells = [cell for cell in measured_cells("full") if cell.sweep == "fig13"]
+    shared = next(cell.measured.config for cell in cells if cell.measured.config.system.name == "hd_moe")
+    folder = tmp_path / "runs" / shared.run_id
+    folder.mkdir(parents=True)
+    pd.DataFrame({"status": ["ok"]}).to_parquet(folder / "records.parquet")
+    store = RunStore(tmp_path / "runs")
+    assert {cell.sweep for cell in measured_so_far(store)} == {"fig11", "fig13", "table4"}
+
+
+def test_a_new_calibration_names_its_runs_anew(calibrated: Path) -> None:
+    before = {cell.measured.config.run_id for cell in measured_cells("quick")}
+    path = calibrated / "emulated_4x2_calibrated.yaml"
+    content = yaml.safe_load(path.read_text())
+    content["world"]["beta_ms_per_byte"] *= 2
+    path.write_text(yaml.safe_dump(content))
+    assert not before & {cell.measured.config.run_id for cell in measured_cells("quick")}
