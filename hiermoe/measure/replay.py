@@ -50,26 +50,11 @@ def replay(rank: int, job: ReplayJob, systems: Sequence[tuple[SystemConfig, Star
 
     if job.device == "cpu":
         cpu.expect_fallbacks()
-    from hiermoe.megatron.bench_layer import bench_layer
+    from hiermoe.measure.bench_layer import bench_layer
     from hiermoe.megatron.meter import Meter
 
     meter = Meter(align=dist.barrier, repeatable=True)
-    layers = [
-        bench_layer(
-            system,
-            job.cluster,
-            num_experts=job.num_experts,
-            topk=job.topk,
-            hidden_size=job.hidden_size,
-            expert_parameters=job.expert_parameters,
-            layer=job.layer,
-            start=start,
-            meter=meter,
-            timeout=job.timeout,
-            device=job.device,
-        )
-        for system, start in systems
-    ]
+    layers = [bench_layer(system, job, meter, start) for system, start in systems]
     memory = PeakMemory(job.device)
     with RowStream(folder, rank) as stream, meter:
         for iteration in range(job.first, len(job.routing_iterations)):

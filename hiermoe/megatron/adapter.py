@@ -38,6 +38,11 @@ class StagedTokenDispatcher(MoETokenDispatcher):
         self._dispatched: Dispatched | None = None
 
     @property
+    def local_expert_indices(self) -> list[int]:
+        """Logical expert in each slot of this rank, by the name that Megatron's classes use."""
+        return self.dispatcher.local_experts.tolist()
+
+    @property
     def plan(self) -> DispatchPlan | None:
         """Of the latest forward."""
         return self.dispatcher.plan
