@@ -166,7 +166,7 @@ class ExpertPlacement:
             The updates, of layers that had one.
 
         Raises:
-            ValueError: an optimizer that keeps state elsewhere.
+            ValueError: an optimizer that keeps state elsewhere, or a policy that makes copies of experts.
             RuntimeError: ranks decided differently, or a rank died while experts moved.
         """
         if optimizer is not None and self.layers:
@@ -246,6 +246,8 @@ class ExpertPlacement:
                 stats = stats.view_as(layer.measured)
             update = layer.policy.decide(stats, layer.dispatcher.placement, layer.context(votes))
             if update is not None:
+                if update.placement.has_copies:
+                    raise ValueError(f"layer {layer.number}: training moves experts, but sums no gradients of copies")
                 updates.append((layer, update))
         _check_same([(layer.number, update.placement.slot_E.tolist()) for layer, update in updates], group)
         return updates
