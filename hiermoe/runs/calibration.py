@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from rich.table import Table
 from scipy.optimize import nnls
 
@@ -20,6 +20,7 @@ from hiermoe.ranks.worlds import World, world_of
 from hiermoe.records.project import CLUSTERS
 from hiermoe.records.run_id import run_id
 from hiermoe.records.store import RunStore, write_whole
+from hiermoe.records.strict import Strict
 from hiermoe.runs.execute import Outcome, keep_record
 from hiermoe.runs.run_config import BackendConfig, WandbConfig, parse
 from hiermoe.runs.sweep import composing
@@ -33,7 +34,7 @@ CALIBRATED = "calibrated on"
 GOOD_R2 = 0.98
 
 
-class CalibrationConfig(BaseModel):
+class CalibrationConfig(Strict):
     """One calibration; the schema of conf/calibrate.yaml.
 
     Attributes:
@@ -41,8 +42,6 @@ class CalibrationConfig(BaseModel):
         backend: where.
         name: of the cluster's file.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     cluster: Cluster
     backend: BackendConfig

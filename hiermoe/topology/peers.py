@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from hiermoe.records.strict import Strict
 from hiermoe.topology.hierarchy import Hierarchy
 
 PeerKind = Literal["world", "inter", "intra"]
@@ -39,7 +40,7 @@ class Peers:
         return min(self.size(hierarchy), hierarchy.lanes(level))
 
 
-class AlphaBeta(BaseModel):
+class AlphaBeta(Strict):
     """t = alpha + n * beta for n bytes at the busiest GPU (paper, Sec. III-B and Fig. 9).
 
     Attributes:
@@ -47,8 +48,6 @@ class AlphaBeta(BaseModel):
         beta_ms_per_byte: time per byte.
         source: where the constants come from.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     alpha_ms: float = Field(ge=0)
     beta_ms_per_byte: float = Field(ge=0)
