@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from rich.table import Table
 
 from hiermoe.measure.calibrate import CalibrationJob, run_calibration
@@ -18,6 +18,7 @@ from hiermoe.ranks.worlds import World, world_of
 from hiermoe.records.project import CLUSTERS
 from hiermoe.records.run_id import run_id
 from hiermoe.records.store import RunStore, write_whole
+from hiermoe.records.strict import Strict
 from hiermoe.runs.execute import Outcome, keep_record
 from hiermoe.runs.run_config import BackendConfig, WandbConfig, parse
 from hiermoe.runs.sweep import composing
@@ -28,7 +29,7 @@ from hiermoe.topology.peers import WORLD, AlphaBeta, Peers
 GOOD_R2 = 0.98
 
 
-class CalibrationConfig(BaseModel):
+class CalibrationConfig(Strict):
     """One calibration; the schema of conf/calibrate.yaml.
 
     Attributes:
@@ -36,8 +37,6 @@ class CalibrationConfig(BaseModel):
         backend: where.
         name: of the cluster's file.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     cluster: Cluster
     backend: BackendConfig
