@@ -6,24 +6,24 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from hiermoe.records.strict import Strict
 from hiermoe.topology.cluster_files import cluster_file, cluster_names
 from hiermoe.topology.data_sheet import Port, derived
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.peers import WORLD, AlphaBeta, Peers
 
 
-class Level(BaseModel):
+class Level(Strict):
     """One level of the hierarchy, outermost first.
 
     Where ``port`` is given, the rate of one transfer is that of one port, and ``inter`` and ``intra`` may be left out:
     they are derived then (:mod:`hiermoe.topology.data_sheet`).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     name: str
+    label: str = ""  # of several groups, in figures and tables
     groups: int = Field(ge=1)
     link_gb_per_s: float = Field(gt=0)  # one point-to-point transfer between two groups of this level, links idle
     port: Port | None = None  # how traffic leaves a group of this level
@@ -33,13 +33,17 @@ class Level(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_transfer_has_a_port(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("port") and "link_gb_per_s" not in values:
-            return {**values, "link_gb_per_s": Port.model_validate(values["port"]).gb_per_s}
+    def _what_is_left_out(cls, values: Any) -> Any:
+        """A plural, and the rate of one port."""
+        if not isinstance(values, dict):
+            return values
+        values = {"label": f"{values.get('name')}s", **values}
+        if values.get("port") and "link_gb_per_s" not in values:
+            values["link_gb_per_s"] = Port.model_validate(values["port"]).gb_per_s
         return values
 
 
-class OuterLevel(BaseModel):
+class OuterLevel(Strict):
     """A level that a larger cluster of the same kind has around these.
 
     Attributes:
@@ -48,18 +52,18 @@ class OuterLevel(BaseModel):
         port: how traffic leaves a group.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     name: str
     holds: int = Field(ge=2)
     port: Port
 
 
-class Cluster(BaseModel):
+class Cluster(Strict):
     """Hierarchy and constants of a cluster; one file in conf/cluster/ each.
 
     Attributes:
         name: also of its file.
+        label: in figures and tables; the name where it is left out.
+        entrant: whether it joins every sweep that compares clusters.
         description: one line.
         world: alpha and beta among all GPUs; derived where left out.
         levels: outermost first.
@@ -69,13 +73,18 @@ class Cluster(BaseModel):
         ValueError: levels that do not divide, missing constants, negative alpha or beta.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     name: str
+    label: str = ""
+    entrant: bool = False
     description: str
     world: AlphaBeta | None = None
     levels: tuple[Level, ...] = Field(min_length=1)
     beyond: tuple[OuterLevel, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_label(cls, values: Any) -> Any:
+        return {"label": values.get("name"), **values} if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _levels_are_complete(self) -> "Cluster":
