@@ -19,7 +19,7 @@ def test_decision_of_an_iteration_acts_from_the_next_one_on(
     class Rotate:
         """Moves every expert to the next slot, every iteration."""
 
-        def measure(self, expert_ids_NK, placement, hierarchy, iteration):
+        def measure(self, expert_ids_NK, source_N, placement, hierarchy, iteration):
             seen.append(placement.slot_E.tolist())
 
         def decide(self, summed, placement, context):
