@@ -159,8 +159,8 @@ class Placement:
     def moves_to(self, other: "Placement") -> str:
         """What tells ``other`` from this one, as records keep it.
 
-        ``17>40 40>17``: logical expert > its new slot. Where experts have copies, before or after, ``40<17``: slot < its
-        new expert.
+        ``17>40 40>17``: logical expert > its new slot. Where experts have copies, before or after, ``40<17``: slot <
+        its new expert.
         """
         if not (self.has_copies or other.has_copies):
             moved = (self.slot_E != other.slot_E).nonzero().flatten().tolist()
