@@ -108,6 +108,7 @@ class ModelConfig(_Strict):
         num_shared_experts: Experts that every token uses, beside the routed ones.
         element_bytes: Bytes of one activation element, the paper's v.
         source: Where the numbers come from.
+        entrant: Whether it joins every comparison of the report; no content of a run.
     """
 
     name: str
@@ -125,6 +126,7 @@ class ModelConfig(_Strict):
     router: RouterConfig
     attention: Annotated[GroupedQueryAttention | LatentAttention, Field(discriminator="kind")]
     source: str
+    entrant: bool = Field(default=False, exclude=True)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

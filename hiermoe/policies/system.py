@@ -4,10 +4,11 @@ from importlib import import_module
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.policies.protocol import PlacementPolicy
+from hiermoe.records.checked import checked
 from hiermoe.records.project import CONF
 from hiermoe.topology.hierarchy import Hierarchy
 
@@ -23,6 +24,7 @@ class SystemConfig(BaseModel):
         executor: ``staged``: the suite's own exchange runs the scheme. ``stock``, ``reordered`` (stock with each rank's
             tokens in reverse, a control that only reorders sums) and ``flex``: Megatron's classes; the scheme only
             describes them.
+        entrant: whether it joins every comparison of the report; no content of a run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,6 +34,7 @@ class SystemConfig(BaseModel):
     schemes: dict[str, Any]
     policy: dict[str, Any]
     executor: Executor = "staged"
+    entrant: bool = Field(default=False, exclude=True)
 
     def build_schemes(self, hierarchy: Hierarchy) -> tuple[DispatchScheme, ...]:
         """The candidate schemes on a hierarchy; the cheapest is used in every step.
@@ -61,10 +64,7 @@ class SystemConfig(BaseModel):
         if not path.exists():
             names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
             raise ValueError(f"system={name} is unknown; choose from {names}")
-        try:
-            return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except ValidationError as error:
-            raise ValueError(f"{path}: {error.errors()[0]['msg']}") from None
+        return checked(yaml.safe_load(path.read_text(encoding="utf-8")), cls, path)
 
 
 def build(spec: dict[str, Any], **context: Any) -> Any:

@@ -64,6 +64,7 @@ class Cluster(BaseModel):
         world: alpha and beta among all GPUs; derived where left out.
         levels: outermost first.
         beyond: levels around these in a larger cluster, outermost first; for :func:`hiermoe.topology.scaling.scaled`.
+        entrant: whether it joins every comparison of the report; no content of a run.
 
     Raises:
         ValueError: levels that do not divide, missing constants, negative alpha or beta.
@@ -76,6 +77,7 @@ class Cluster(BaseModel):
     world: AlphaBeta | None = None
     levels: tuple[Level, ...] = Field(min_length=1)
     beyond: tuple[OuterLevel, ...] = ()
+    entrant: bool = Field(default=False, exclude=True)
 
     @model_validator(mode="after")
     def _levels_are_complete(self) -> "Cluster":
