@@ -4,18 +4,19 @@ from importlib import import_module
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.policies.protocol import PlacementPolicy
 from hiermoe.records.checked import checked
 from hiermoe.records.project import CONF
+from hiermoe.records.strict import Strict
 from hiermoe.topology.hierarchy import Hierarchy
 
 Executor = Literal["staged", "stock", "reordered", "flex"]
 
 
-class SystemConfig(BaseModel):
+class SystemConfig(Strict):
     """A scheme (or several to choose from), a placement policy, and what executes them.
 
     ``schemes`` and ``policy`` name what builds them in ``_target_``; their other entries are its arguments.
@@ -26,8 +27,6 @@ class SystemConfig(BaseModel):
             describes them.
         entrant: whether it joins every comparison of the report; no content of a run.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     label: str

@@ -4,7 +4,7 @@ import json
 from functools import lru_cache
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from hiermoe.measure.replay import first_replayed
 from hiermoe.measure.workload import CachedRouting, Workload
@@ -12,6 +12,7 @@ from hiermoe.model import ModelConfig
 from hiermoe.policies.system import SystemConfig, build
 from hiermoe.records.run_id import run_id
 from hiermoe.records.status import NotApplicable
+from hiermoe.records.strict import Strict
 from hiermoe.routing.resampled import Resampled
 from hiermoe.routing.step import RoutingRequest, experts_per_rank
 from hiermoe.routing.trace import RecordedRouting, recorded_path
@@ -19,18 +20,14 @@ from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.scaling import scaled
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class RoutingConfig(_Strict):
+class RoutingConfig(Strict):
     """Where routing comes from: one file in conf/routing/."""
 
     name: str
     source: dict[str, Any]
 
 
-class BackendConfig(_Strict):
+class BackendConfig(Strict):
     """Where the run happens: one file in conf/backend/."""
 
     name: Literal["simulated", "bounds", "synthetic_timings", "planning", "local", "emulated", "torchrun"]
@@ -77,14 +74,14 @@ class BackendConfig(_Strict):
 WandbMode = Literal["offline", "online", "disabled"]
 
 
-class WandbConfig(_Strict):
+class WandbConfig(Strict):
     """Weights & Biases mirrors records; nothing reads it."""
 
     mode: WandbMode
     project: str
 
 
-class RunConfig(_Strict):
+class RunConfig(Strict):
     """One run."""
 
     system: SystemConfig
