@@ -7,7 +7,7 @@ import yaml
 from pydantic import Field
 
 from hiermoe.planner.scheme import DispatchScheme
-from hiermoe.policies.protocol import PlacementPolicy
+from hiermoe.policies.protocol import PlacementPolicy, StaticPolicy
 from hiermoe.records.checked import checked
 from hiermoe.records.project import CONF
 from hiermoe.records.strict import Strict
@@ -22,18 +22,26 @@ class SystemConfig(Strict):
     ``schemes`` and ``policy`` name what builds them in ``_target_``; their other entries are its arguments.
 
     Attributes:
+        name: also of its file.
+        label: in figures and tables.
+        color: of everything that figures show of it.
+        placement_label: its policy, where placements under one dispatch are compared; None for ``label``.
+        placement_color: likewise; None for ``color``.
+        entrant: whether it joins every sweep that compares systems.
         executor: ``staged``: the suite's own exchange runs the scheme. ``stock``, ``reordered`` (stock with each rank's
             tokens in reverse, a control that only reorders sums) and ``flex``: Megatron's classes; the scheme only
             describes them.
-        entrant: whether it joins every comparison of the report; no content of a run.
     """
 
     name: str
     label: str
+    color: str = Field(default="#7A5195", pattern=r"^#[0-9A-Fa-f]{6}$")
+    placement_label: str | None = None
+    placement_color: str | None = None
+    entrant: bool = False
     schemes: dict[str, Any]
     policy: dict[str, Any]
     executor: Executor = "staged"
-    entrant: bool = Field(default=False, exclude=True)
 
     def build_schemes(self, hierarchy: Hierarchy) -> tuple[DispatchScheme, ...]:
         """The candidate schemes on a hierarchy; the cheapest is used in every step.
@@ -51,6 +59,11 @@ class SystemConfig(Strict):
             ValueError: a bad target or bad arguments.
         """
         return build(self.policy)
+
+    @property
+    def moves(self) -> bool:
+        """Whether its policy may move experts."""
+        return not isinstance(self.build_policy(), StaticPolicy)
 
     @classmethod
     def named(cls, name: str) -> Self:

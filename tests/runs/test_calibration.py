@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from hiermoe.planner.fit import fit_exchanges, timings
 from hiermoe.records.store import RunStore
-from hiermoe.runs.calibration import CalibrationConfig, execute_calibration, fit_exchanges, timings, write_cluster
+from hiermoe.runs.calibration import CalibrationConfig, execute_calibration, write_cluster
 from hiermoe.runs.compose import compose
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.peers import WORLD, Peers
