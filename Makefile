@@ -81,4 +81,4 @@ format: setup ## ruff's formatter and fixes
 
 clean: ## remove runs, reports and caches (not recordings, not the virtual environment)
 	rm -rf results/runs reports/report.html reports/report.md reports/verdicts.csv reports/figures wandb
-	rm -rf .cache/sweeps .cache/hydra .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .cache/hydra .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,18 +1,17 @@
 """Fixtures that every test may use."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from hiermoe.commands.cli import main
-from hiermoe.records.project import CONF
 from hiermoe.records.store import RunStore
-from hiermoe.runs.run_config import RunConfig, parse, register_search_path
+from hiermoe.runs.compose import compose
+from hiermoe.runs.run_config import RunConfig
 from hiermoe.topology.cluster import Cluster
 
 
@@ -35,16 +34,13 @@ class Composer:
     def __call__(self, *overrides: str) -> RunConfig:
         """The checked configuration; small by default."""
         small = ["tokens_per_rank=64", "iterations=4", "routing=uniform", "wandb.mode=disabled"]
-        return parse(compose("config", overrides=[*small, *overrides]), RunConfig)
+        return compose("config", [*small, *overrides], RunConfig)
 
 
 @pytest.fixture
-def composed() -> Iterator[Composer]:
-    """A Composer inside Hydra's context."""
-    register_search_path()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3", job_name="test"):
-        yield Composer()
+def composed() -> Composer:
+    """A Composer."""
+    return Composer()
 
 
 @pytest.fixture(scope="session")

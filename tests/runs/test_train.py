@@ -9,11 +9,9 @@ from typing import Any
 
 import psutil
 import pytest
-from hydra import compose, initialize_config_dir
 
-from hiermoe.records.project import CONF
 from hiermoe.records.store import RunStore
-from hiermoe.runs.run_config import parse
+from hiermoe.runs.compose import compose
 from hiermoe.runs.training import TrainRunConfig
 from tests.conftest import Command
 
@@ -42,8 +40,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def configured(*overrides: str) -> TrainRunConfig:
     """The checked configuration."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return parse(compose("train", overrides=list(overrides)), TrainRunConfig)
+    return compose("train", overrides, TrainRunConfig)
 
 
 def test_a_run_leaves_a_row_of_every_step_and_rank_and_is_not_repeated(
