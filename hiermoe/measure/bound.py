@@ -37,7 +37,7 @@ def bound_times(workload: Workload, progress: Callable[[int], None] = lambda ite
         keys = {
             "iteration": iteration,
             "routing_iteration": routing_iteration,
-            "measured": True,
+            "counted": True,
             "layer": workload.layer,
             "pairs": pairs,
         }
