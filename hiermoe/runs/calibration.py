@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from rich.table import Table
 from scipy.optimize import nnls
 
@@ -20,10 +20,12 @@ from hiermoe.ranks.worlds import World, world_of
 from hiermoe.records.project import CLUSTERS
 from hiermoe.records.run_id import run_id
 from hiermoe.records.store import RunStore, write_whole
+from hiermoe.records.strict import Strict
 from hiermoe.runs.execute import Outcome, keep_record
 from hiermoe.runs.run_config import BackendConfig, WandbConfig, parse
 from hiermoe.runs.sweep import composing
-from hiermoe.topology.cluster import AlphaBeta, Cluster, Peers
+from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.peers import WORLD, AlphaBeta, Peers
 
 # Below, start-up decides and the line is not one.
 SMALLEST_FITTED_BYTES = 64 * 1024
@@ -33,7 +35,7 @@ CALIBRATED = "calibrated on"
 GOOD_R2 = 0.98
 
 
-class CalibrationConfig(BaseModel):
+class CalibrationConfig(Strict):
     """One calibration; the schema of conf/calibrate.yaml.
 
     Attributes:
@@ -41,8 +43,6 @@ class CalibrationConfig(BaseModel):
         backend: where.
         name: of the cluster's file.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     cluster: Cluster
     backend: BackendConfig
@@ -251,7 +251,7 @@ def write_cluster(config: CalibrationConfig, store: RunStore) -> Cluster:
     update = {
         "name": config.name,
         "description": f"{config.cluster.description}, calibrated",
-        "world": constants(Peers("world")),
+        "world": constants(WORLD),
         "levels": (*levels, config.cluster.levels[-1]),
     }
     cluster = config.cluster.model_copy(update=update)
@@ -273,12 +273,8 @@ def with_measured_links(cluster: Cluster) -> Cluster:
     """
     hierarchy, levels = cluster.hierarchy, []
     for number, level in enumerate(cluster.levels, start=1):
-        outer = hierarchy.U[number - 1]
-        if number < hierarchy.depth:
-            exchange = Peers("inter", number)
-        else:  # what the innermost level's groups exchange is the intra of the level above
-            exchange = Peers("intra", number - 1) if number > 1 else Peers("world")
-        siblings, beta = level.groups // outer, cluster.constants(exchange).beta_ms_per_byte
+        exchange = Peers.of_siblings(number, hierarchy)
+        siblings, beta = exchange.size(hierarchy), cluster.constants(exchange).beta_ms_per_byte
         if beta <= 0:
             raise ValueError(
                 f"calibration of {cluster.name}: {exchange} takes no longer for more bytes; calibrate again"

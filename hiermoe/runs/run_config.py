@@ -8,7 +8,7 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from hiermoe.measure.replay import first_replayed
 from hiermoe.measure.workload import CachedRouting, Workload
@@ -16,6 +16,7 @@ from hiermoe.model import ModelConfig
 from hiermoe.policies.system import SystemConfig, build
 from hiermoe.records.run_id import run_id
 from hiermoe.records.status import NotApplicable
+from hiermoe.records.strict import Strict
 from hiermoe.routing.resampled import Resampled
 from hiermoe.routing.step import RoutingRequest, experts_per_rank
 from hiermoe.routing.trace import RecordedRouting, recorded_path
@@ -26,18 +27,14 @@ from hiermoe.topology.scaling import scaled
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class RoutingConfig(_Strict):
+class RoutingConfig(Strict):
     """Where routing comes from: one file in conf/routing/."""
 
     name: str
     source: dict[str, Any]
 
 
-class BackendConfig(_Strict):
+class BackendConfig(Strict):
     """Where the run happens: one file in conf/backend/."""
 
     name: Literal["simulated", "bounds", "synthetic_timings", "planning", "local", "emulated", "torchrun"]
@@ -84,14 +81,14 @@ class BackendConfig(_Strict):
 WandbMode = Literal["offline", "online", "disabled"]
 
 
-class WandbConfig(_Strict):
+class WandbConfig(Strict):
     """Weights & Biases mirrors records; nothing reads it."""
 
     mode: WandbMode
     project: str
 
 
-class RunConfig(_Strict):
+class RunConfig(Strict):
     """One run."""
 
     system: SystemConfig

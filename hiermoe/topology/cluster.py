@@ -6,22 +6,21 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from hiermoe.records.strict import Strict
 from hiermoe.topology.cluster_files import cluster_file, cluster_names
 from hiermoe.topology.data_sheet import Port, derived
 from hiermoe.topology.hierarchy import Hierarchy
-from hiermoe.topology.peers import AlphaBeta, Peers
+from hiermoe.topology.peers import WORLD, AlphaBeta, Peers
 
 
-class Level(BaseModel):
+class Level(Strict):
     """One level of the hierarchy, outermost first.
 
     Where ``port`` is given, the rate of one transfer is that of one port, and ``inter`` and ``intra`` may be left out:
     they are derived then (:mod:`hiermoe.topology.data_sheet`).
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     groups: int = Field(ge=1)
@@ -39,7 +38,7 @@ class Level(BaseModel):
         return values
 
 
-class OuterLevel(BaseModel):
+class OuterLevel(Strict):
     """A level that a larger cluster of the same kind has around these.
 
     Attributes:
@@ -48,14 +47,12 @@ class OuterLevel(BaseModel):
         port: how traffic leaves a group.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     name: str
     holds: int = Field(ge=2)
     port: Port
 
 
-class Cluster(BaseModel):
+class Cluster(Strict):
     """Hierarchy and constants of a cluster; one file in conf/cluster/ each.
 
     Attributes:
@@ -68,8 +65,6 @@ class Cluster(BaseModel):
     Raises:
         ValueError: levels that do not divide, missing constants, negative alpha or beta.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     description: str
@@ -111,7 +106,7 @@ class Cluster(BaseModel):
     @property
     def from_data_sheets(self) -> bool:
         """Whether some constant is derived from data sheets, and not published or calibrated."""
-        return any(self._stated(peers) is None for peers in self.exchanges)
+        return None in self._stated.values()
 
     @property
     def hierarchy(self) -> Hierarchy:
@@ -126,8 +121,7 @@ class Cluster(BaseModel):
     @property
     def exchanges(self) -> tuple[Peers, ...]:
         """All kinds of peers that a stage may have, each with constants of its own."""
-        levels = range(1, self.hierarchy.depth)
-        return (Peers("world"), *(Peers(kind, level) for level in levels for kind in ("inter", "intra")))
+        return tuple(self._stated)
 
     def constants(self, peers: Peers) -> AlphaBeta:
         """Alpha and beta of a stage among these peers: as stated, else derived from the ports.
@@ -135,19 +129,29 @@ class Cluster(BaseModel):
         Raises:
             ValueError: the cluster has no such peers.
         """
-        if peers not in self.exchanges:
+        stated = self._stated
+        if peers not in stated:
             raise ValueError(f"cluster {self.name} has no constants for {peers}")
-        stated = self._stated(peers)
-        if stated is not None:
-            return stated
+        if (constants := stated[peers]) is not None:
+            return constants
         assert self._ports is not None
         return derived(peers, self.hierarchy, self._ports)
 
-    def _stated(self, peers: Peers) -> AlphaBeta | None:
-        if peers.kind == "world":
-            return self.world
-        level = self.levels[peers.level - 1]
-        return level.inter if peers.kind == "inter" else level.intra
+    @property
+    def _stated(self) -> dict[Peers, AlphaBeta | None]:
+        """What the file says of every exchange."""
+        stated = {WORLD: self.world}
+        for number, level in enumerate(self.levels[:-1], start=1):
+            stated |= {Peers("inter", number): level.inter, Peers("intra", number): level.intra}
+        return stated
+
+    def exchange_of(self, stage: str) -> Peers:
+        """The peers of a stage, from its name in records: ``1:inter1``.
+
+        Raises:
+            KeyError: the cluster has no such peers.
+        """
+        return {str(peers): peers for peers in self.exchanges}[stage.rpartition(":")[2]]
 
     def reduced(self, num_ranks: int) -> "Cluster":
         """A smaller cluster of the same kind, for runs that place its ranks on one machine.
