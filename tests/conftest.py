@@ -15,7 +15,6 @@ from hiermoe.records.store import RunStore
 from hiermoe.runs.run_config import RunConfig, parse, register_search_path
 from hiermoe.topology.cluster import Cluster
 
-
 # Tests that start ranks take longest. Begun first, they leave the short ones for the end, which keep all workers busy.
 BEGUN_FIRST = ("slurm", "runs", "ranks", "megatron", "dispatch")
 
