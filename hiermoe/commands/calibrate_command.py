@@ -7,13 +7,13 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from hiermoe.planner.fit import fit_exchanges
 from hiermoe.records.project import to_root
 from hiermoe.records.store import RunStore
 from hiermoe.runs.calibration import (
     CalibrationConfig,
     calibration_table,
     execute_calibration,
-    fit_exchanges,
     write_cluster,
 )
 from hiermoe.runs.run_config import parse

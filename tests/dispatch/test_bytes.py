@@ -67,7 +67,7 @@ def expected(world: World, system: str, counts: RoutingCounts) -> Sent:
     hierarchy, ranks = world.cluster.hierarchy, world.num_ranks
     scheme = used_scheme(world, system, counts)
     staged = transport_of(system).executor == "staged"
-    num_experts = counts.pairs_GE.shape[1]
+    num_experts = counts.pairs_GS.shape[1]
     count_bytes = 4 * (sum(hierarchy.groups) + num_experts + 1) if staged else 8 * num_experts
     result: Sent = {("dispatch", "counts", "all_gather", "metadata"): torch.full((ranks, ranks), count_bytes)}
     rows_SGG = exact_traffic(scheme, counts, hierarchy).rows_SGG
@@ -147,5 +147,5 @@ def test_deduplicating_systems_send_fewer_rows_than_pairs(contract_results: Resu
     sent = matrices([result[system, case, IDENTITY] for result in contract_results(world)], False)
     for index, stage in enumerate(scheme.stages):
         rows = int(sent["dispatch", f"{index + 1}:{stage.peers}", "all_to_all", "payload"].sum()) // ROW_BYTES
-        pairs = int(counts.pairs_GE.sum())
+        pairs = int(counts.pairs_GS.sum())
         assert rows < pairs if stage.rows == "token" else rows >= pairs

@@ -28,7 +28,9 @@ BOTH = ("qwen3_30b_a3b", "deepseek_v3")
 class Shuffle(Memoryless):
     """Every expert goes to a random slot after every step."""
 
-    def measure(self, expert_ids_NK: Tensor, placement: Placement, hierarchy: Hierarchy, iteration: int) -> Tensor:
+    def measure(
+        self, expert_ids_NK: Tensor, source_N: Tensor, placement: Placement, hierarchy: Hierarchy, iteration: int
+    ) -> Tensor:
         return torch.bincount(expert_ids_NK.reshape(-1), minlength=placement.num_experts)
 
     def decide(self, summed: Tensor | None, placement: Placement, context: StepContext) -> PlacementUpdate | None:
