@@ -14,6 +14,22 @@ from hiermoe.runs.compose import compose
 from hiermoe.runs.run_config import RunConfig
 from hiermoe.topology.cluster import Cluster
 
+# Tests that start ranks take longest. Begun first, they leave the short ones for the end, which keep all workers busy.
+BEGUN_FIRST = ("slurm", "runs", "ranks", "megatron", "dispatch")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Prepare for several workers: tests of a file share what takes long to make, and stay on one worker.
+
+    Files that share more than a file's tests do name a group.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}"))
+    places = {folder: place for place, folder in enumerate(BEGUN_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.parent.name, len(places)))
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:

