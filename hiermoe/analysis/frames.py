@@ -10,8 +10,8 @@ import yaml
 
 from hiermoe.records.store import RunStore
 from hiermoe.runs.calibration import CALIBRATED
+from hiermoe.runs.compose import Cell
 from hiermoe.runs.run_config import RunConfig
-from hiermoe.runs.sweep import Cell
 
 NO_ROUTING = "none"  # the routing column of what no routing enters
 

@@ -21,10 +21,11 @@ from hiermoe.analysis.verdicts import verdict_summary
 from hiermoe.ranks.emulated.requirements import missing_requirement
 from hiermoe.records.store import RunStore
 from hiermoe.runs.calibration import calibrate, calibration_config
+from hiermoe.runs.compose import Cell, expand, sweep_names
 from hiermoe.runs.execute import Outcome, execute_together
 from hiermoe.runs.measured_cells import Amount, MeasuredCell, clusters_of, measured_cells, together
 from hiermoe.runs.run_config import RunConfig, WandbMode
-from hiermoe.runs.sweep import Cell, expand, run_all, sweep_names
+from hiermoe.runs.sweep import run_all
 from hiermoe.runs.tracking import mirror_table
 from hiermoe.runs.training import execute_training, expand_training
 

@@ -74,7 +74,7 @@ class CachedRouting:
             lambda step: step.expert_ids_NK.nbytes + step.source_N.nbytes, KEPT_STEP_BYTES
         )
         self._counts = Kept[tuple[int, bytes, Hierarchy], RoutingCounts](
-            lambda counts: sum(x.nbytes for x in (*counts.tokens, counts.pairs_GE, counts.tokens_G)),
+            lambda counts: sum(x.nbytes for x in (*counts.tokens, counts.pairs_GS, counts.tokens_G)),
             KEPT_COUNT_BYTES,
         )
 
@@ -85,7 +85,7 @@ class CachedRouting:
 
     def counts(self, iteration: int, placement: Placement, hierarchy: Hierarchy, replica: int = 0) -> RoutingCounts:
         """Counts of a step under a placement."""
-        key = (iteration * self.replicas + replica, placement.slot_E.numpy().tobytes(), hierarchy)
+        key = (iteration * self.replicas + replica, placement.key, hierarchy)
         return self._counts.get(key, lambda: count_routing(self.step(iteration, replica), placement, hierarchy))
 
 

@@ -101,7 +101,8 @@ class LayerPlacement:
             return
         started = time.perf_counter()
         hierarchy = self.dispatcher.context.cluster.hierarchy
-        measured = self.policy.measure(ids_TK.cpu(), self.dispatcher.placement, hierarchy, self.iteration)
+        source_T = torch.full((len(ids_TK),), self.dispatcher.context.communicators.rank)
+        measured = self.policy.measure(ids_TK.cpu(), source_T, self.dispatcher.placement, hierarchy, self.iteration)
         if measured is not None:
             self.measured = measured if self.measured is None else self.measured + measured
         self.measuring_ms += (time.perf_counter() - started) * 1e3

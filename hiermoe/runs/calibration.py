@@ -19,9 +19,9 @@ from hiermoe.records.project import CLUSTERS
 from hiermoe.records.run_id import run_id
 from hiermoe.records.store import RunStore, write_whole
 from hiermoe.records.strict import Strict
+from hiermoe.runs.compose import compose
 from hiermoe.runs.execute import Outcome, keep_record
-from hiermoe.runs.run_config import BackendConfig, WandbConfig, parse
-from hiermoe.runs.sweep import composing
+from hiermoe.runs.run_config import BackendConfig, WandbConfig
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.peers import WORLD, AlphaBeta, Peers
 
@@ -154,9 +154,8 @@ def calibration_config(cluster: str, backend: str, **more: str) -> CalibrationCo
     Raises:
         ValueError: an unknown name, or a value that breaks a rule.
     """
-    with composing() as compose:
-        overrides = [f"{key}={value}" for key, value in {"cluster": cluster, "backend": backend, **more}.items()]
-        return parse(compose("calibrate", overrides), CalibrationConfig)
+    overrides = [f"{key}={value}" for key, value in {"cluster": cluster, "backend": backend, **more}.items()]
+    return compose("calibrate", overrides, CalibrationConfig)
 
 
 def calibrate(

@@ -1,14 +1,10 @@
-"""The configuration of a run: its schema, how it is composed from conf/, and what is built from it."""
+"""The configuration of a run: its schema, and what is built from it."""
 
 import json
 from functools import lru_cache
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
-from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.plugins import Plugins
-from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from hiermoe.measure.replay import first_replayed
 from hiermoe.measure.workload import CachedRouting, Workload
@@ -20,11 +16,8 @@ from hiermoe.records.strict import Strict
 from hiermoe.routing.resampled import Resampled
 from hiermoe.routing.step import RoutingRequest, experts_per_rank
 from hiermoe.routing.trace import RecordedRouting, recorded_path
-from hiermoe.runs.config_source import ProjectSource
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.scaling import scaled
-
-Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class RoutingConfig(Strict):
@@ -222,33 +215,3 @@ def _open_routing(source: str, request: RoutingRequest, replicas: int) -> tuple[
             f"with {request.tokens_per_rank} tokens each; a run takes at least 2 (routing=resampled has no end)"
         )
     return routing, layer
-
-
-def parse(config: DictConfig, schema: type[Schema]) -> Schema:
-    """Check a composed configuration.
-
-    Raises:
-        ValueError: one line that names the first key that breaks a rule.
-    """
-    try:
-        return schema.model_validate(OmegaConf.to_container(config, resolve=True))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part not in ("gqa", "mla"))
-        message = first["msg"].removeprefix("Value error, ")
-        given = "" if isinstance(first["input"], dict) else f"={first['input']}"
-        raise ValueError(f"{where}{given}: {message}" if where else message) from None
-
-
-class ProjectSearchPath(SearchPathPlugin):
-    """Makes sweeps/ a configuration group, for ``hiermoe run -m +sweeps=fig11``, and finds calibrated clusters."""
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append the source of both."""
-        search_path.append("hiermoe", f"{ProjectSource.scheme()}://")
-
-
-def register_search_path() -> None:
-    """Tell Hydra of sweeps/ and of calibrated clusters; to be called before Hydra composes."""
-    Plugins.instance().register(ProjectSource)
-    Plugins.instance().register(ProjectSearchPath)

@@ -6,25 +6,23 @@ from functools import partial
 
 import pandas as pd
 import torch
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from hiermoe.records.store import RunStore
 from hiermoe.runs.execute import Outcome, execute
-from hiermoe.runs.run_config import RunConfig, parse
+from hiermoe.runs.run_config import RunConfig
 from hiermoe.runs.summary import summary
 from hiermoe.runs.tracking import Mirrored, mirror_run
 
 
-def run_and_print(composed: DictConfig) -> None:
-    """Run a composed configuration and print what came out.
+def run_and_print(config: RunConfig) -> None:
+    """Run and print what came out.
 
     Raises:
         ValueError: the run does not apply or failed; its record has the reason too.
     """
-    config = parse(composed, RunConfig)
     title = f"{config.system.label} · {config.model.name} · {config.cluster.name} · {config.routing.name}"
     present(config, title, config.num_steps, partial(execute, config), summary)
 

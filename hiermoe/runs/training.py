@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import pandas as pd
-from omegaconf import DictConfig
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from hiermoe.measure.train import Checkpoints, TrainingJob, run_training
@@ -21,12 +20,12 @@ from hiermoe.ranks.worlds import World
 from hiermoe.records.project import SCRATCH, SWEEPS, from_root, to_root
 from hiermoe.records.run_id import run_id
 from hiermoe.records.store import RunStore
+from hiermoe.runs.compose import Cell, expand_file
 from hiermoe.runs.execute import Outcome, keep_record
 from hiermoe.runs.measured_cells import allocations_so_far
-from hiermoe.runs.run_config import BackendConfig, WandbConfig, parse
+from hiermoe.runs.run_config import BackendConfig, WandbConfig
 from hiermoe.runs.single import present
 from hiermoe.runs.summary import train_summary
-from hiermoe.runs.sweep import Cell, expand_file
 from hiermoe.topology.cluster import Cluster
 
 _NO_CONTENT = {"wandb", "cache_dir", "checkpoint_every", "checkpoint_keep", "checkpoint_dir", "resume"}
@@ -153,13 +152,12 @@ def trained_steps(source: str, store: RunStore) -> list["TrainRunConfig"]:
     return [cell.config for backend, name in allocations for cell in training_on(Cluster.named(name), backend)]
 
 
-def train_and_print(composed: DictConfig) -> None:
-    """Run a composed configuration and print what came out.
+def train_and_print(config: TrainRunConfig) -> None:
+    """Train and print what came out.
 
     Raises:
         ValueError: the run does not apply or failed; its record has the reason too.
     """
-    config = parse(composed, TrainRunConfig)
     if config.backend.on_this_host:
         _present(config)
         return

@@ -10,9 +10,9 @@ from hiermoe.analysis.figures.measured.dispatchers import FIGURE, PREDICTIONS
 from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.report import write_report
 from hiermoe.records.store import RunStore
+from hiermoe.runs.compose import Cell
 from hiermoe.runs.measured_cells import MeasuredCell
 from hiermoe.runs.run_config import BackendConfig
-from hiermoe.runs.sweep import Cell
 from tests.analysis.conftest import ITERATIONS, cell, records_of, step_ms, write
 
 SYSTEMS = ("megatron", "hd2_moe", "hiermoe")
