@@ -8,7 +8,7 @@ import pandas as pd
 from hiermoe.measure.walk import walk
 from hiermoe.measure.workload import Workload
 from hiermoe.planner.bounds import fixed_placement_rows
-from hiermoe.planner.cost import ALLTOALLS_PER_STEP, Price
+from hiermoe.planner.cost import ALLTOALLS_PER_STEP, Price, time_by_groups
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.links import link_ms
 from hiermoe.planner.realised import realised_gains
@@ -105,7 +105,7 @@ def _group_rows(stage: Stage, counts: RoutingCounts, hierarchy: Hierarchy) -> fl
     if stage.rows != "token":
         return float("nan")
     level = stage.level(hierarchy)
-    return int(counts.tokens[level - 1].sum(0).max()) / hierarchy.lanes(level)
+    return int(counts.needed(level).max()) / hierarchy.lanes(level)
 
 
 def _routing_rows(counts: RoutingCounts, workload: Workload) -> Iterator[Row]:
@@ -138,12 +138,9 @@ def _exchanges_several(old: Placement, new: Placement) -> bool:
 
 def _q_ms(counts: RoutingCounts, context: StepContext) -> float:
     """Time of one AlltoAll as Q models it, with the plain maximum, from the counts of all tokens."""
-    total_ms = 0.0
-    for stage in context.scheme.stages:
-        constants = context.cluster.constants(stage.peers)
-        rows = _group_rows(stage, counts, context.cluster.hierarchy)
-        total_ms += constants.alpha_ms + constants.beta_ms_per_byte * context.row_bytes * rows
-    return total_ms
+    return time_by_groups(
+        context.scheme, lambda level: int(counts.needed(level).max()), context.cluster, context.row_bytes
+    )
 
 
 def _update_columns(update: PlacementUpdate | None, placement: Placement, workload: Workload) -> Row:

@@ -26,7 +26,7 @@ def synthetic_timings(cluster: Cluster, seed: int) -> pd.DataFrame:
         constants = cluster.constants(exchange)
         for repeat in range(REPEATS):
             for size in SIZES_BYTES:
-                time_ms = constants.alpha_ms + size * constants.beta_ms_per_byte
+                time_ms = constants.ms(size)
                 rows.append(
                     {
                         "phase": "calibration",
