@@ -1,17 +1,30 @@
 """No system at all: the time that no placement of experts can beat, for the same routing and schemes."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import pandas as pd
 
-from hiermoe.measure.workload import Workload
+from hiermoe.measure.measurement import Measurement
+from hiermoe.measure.workload import Workload, open_workload
 from hiermoe.planner.bounds import MateBound, least_traffic
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP
 from hiermoe.planner.token_sets import TokenSets
+from hiermoe.ranks.world import Progress, no_progress
 from hiermoe.routing.step import first_measured, iteration_schedule
 
 
-def bound_times(workload: Workload, progress: Callable[[int], None] = lambda iteration: None) -> pd.DataFrame:
+class Bound(Measurement):
+    """For every counted step what no placement goes below."""
+
+    source = "simulated"
+    prepare = staticmethod(open_workload)
+
+    def measure(self, jobs: Sequence[Workload], world: None, progress: Progress) -> list[pd.DataFrame]:
+        """One after another."""
+        return [bound_times(workload, progress) for workload in jobs]
+
+
+def bound_times(workload: Workload, progress: Progress = no_progress) -> pd.DataFrame:
     """Bound the AlltoAll time of every counted iteration of one layer.
 
     Args:

@@ -1,19 +1,21 @@
 """Times the AlltoAll of every kind of peers of a cluster, over message sizes: what alpha and beta are fitted to."""
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 import torch.distributed as dist
 
 from hiermoe.dispatch.communicators import Communicators
+from hiermoe.measure.measurement import Measurement
 from hiermoe.planner.scheme import every_dimension
 from hiermoe.ranks.streams import RowStream
-from hiermoe.ranks.worlds import Progress, World, no_progress
+from hiermoe.ranks.world import Device, Progress, World
 from hiermoe.topology.cluster import Cluster, Peers
 
 # Ranks leave a barrier one after another; bytes of the first must not keep the last in it.
@@ -42,7 +44,7 @@ class CalibrationJob:
     warm_ups: int
     repeats: int
     timeout: timedelta
-    device: str = "cpu"
+    device: Device
 
     def pair_bytes(self, exchange: Peers) -> list[int]:
         """Sizes for one kind of peers, ascending; at least two."""
@@ -60,21 +62,33 @@ class CalibrationJob:
                     yield repeat, exchange, pair_bytes
 
 
-def run_calibration(job: CalibrationJob, world: World, progress: Progress = no_progress) -> pd.DataFrame:
-    """Measure on all ranks.
+class Calibrate(Measurement):
+    """One row of the phase calibration for every AlltoAll, size, repeat and rank."""
 
-    Args:
-        job: what to do.
-        world: the ranks, one for every GPU of the job's cluster.
-        progress: called with the number of every finished measurement.
+    command = "calibrate"
+    needs_ranks = True
+    needs_system = False
 
-    Returns:
-        Rows of the phase calibration: one per AlltoAll, size, repeat and rank, without the run's own keys.
+    def prepare(self, config: Any) -> CalibrationJob:
+        """The job of `hiermoe calibrate`'s configuration."""
+        return CalibrationJob(
+            cluster=config.cluster,
+            smallest_pair_bytes=config.smallest_pair_bytes,
+            largest_pair_bytes=config.largest_pair_bytes,
+            largest_bytes=config.largest_bytes,
+            warm_ups=config.warm_ups,
+            repeats=config.repeats,
+            timeout=config.ranks.timeout,
+            device=config.ranks.device,
+        )
 
-    Raises:
-        RunDied: a rank failed.
-    """
-    return world.run(calibrate, (replace(job, device=world.device),), job.timeout, progress)
+    def num_steps(self, job: CalibrationJob) -> int:
+        """One a measurement."""
+        return sum(1 for _ in job.measurements())
+
+    def measure(self, jobs: Sequence[CalibrationJob], world: World, progress: Progress) -> list[pd.DataFrame]:
+        """One after another, on one rank for every GPU of a job's cluster."""
+        return [world.run(calibrate, (job,), job.timeout, progress) for job in jobs]
 
 
 def calibrate(rank: int, job: CalibrationJob, folder: Path) -> None:

@@ -1,13 +1,27 @@
 """What a placement policy itself costs: its time on this machine, and the bytes that ranks sum for it."""
 
 import time
+from collections.abc import Sequence
 
 import pandas as pd
 
-from hiermoe.measure.workload import Workload
+from hiermoe.measure.measurement import Measurement
+from hiermoe.measure.workload import Workload, open_workload
 from hiermoe.planner.cost import choose_scheme
 from hiermoe.policies.protocol import StepContext
+from hiermoe.ranks.world import Progress
 from hiermoe.topology.placement import Placement
+
+
+class PlanCost(Measurement):
+    """No exchange at all, but times of this machine."""
+
+    source = "local"
+    prepare = staticmethod(open_workload)
+
+    def measure(self, jobs: Sequence[Workload], world: None, progress: Progress) -> list[pd.DataFrame]:
+        """One after another."""
+        return [planning_cost(workload) for workload in jobs]
 
 
 def planning_cost(workload: Workload) -> pd.DataFrame:

@@ -1,12 +1,13 @@
 """No network: walk through the routing as training would, count the exact traffic of every step, and price it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pandas as pd
 
+from hiermoe.measure.measurement import Measurement
 from hiermoe.measure.walk import walk
-from hiermoe.measure.workload import Workload
+from hiermoe.measure.workload import Workload, open_workload
 from hiermoe.planner.bounds import fixed_placement_rows
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP, Price
 from hiermoe.planner.counts import RoutingCounts
@@ -15,6 +16,7 @@ from hiermoe.planner.realised import realised_gains
 from hiermoe.planner.scheme import Stage
 from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, price_migration
 from hiermoe.policies.protocol import PlacementUpdate, StepContext
+from hiermoe.ranks.world import Progress, no_progress
 from hiermoe.routing.step import first_measured, iteration_schedule
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
@@ -22,7 +24,18 @@ from hiermoe.topology.placement import Placement
 Row = dict[str, Any]
 
 
-def simulate(workload: Workload, progress: Callable[[int], None] = lambda iteration: None) -> pd.DataFrame:
+class Predict(Measurement):
+    """What the cost model says."""
+
+    source = "simulated"
+    prepare = staticmethod(open_workload)
+
+    def measure(self, jobs: Sequence[Workload], world: None, progress: Progress) -> list[pd.DataFrame]:
+        """One after another."""
+        return [simulate(workload, progress) for workload in jobs]
+
+
+def simulate(workload: Workload, progress: Progress = no_progress) -> pd.DataFrame:
     """Walk through all iterations of one layer.
 
     Each iteration: choose the scheme on the step's own routing (Algorithm 1), price its four AlltoAlls, let the

@@ -14,15 +14,16 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
+from hiermoe.measure.measurement import Measurement
 from hiermoe.measure.memory import PeakMemory
 from hiermoe.measure.replay_job import Question, ReplayJob
 from hiermoe.measure.walk import start_at
-from hiermoe.measure.workload import Workload
+from hiermoe.measure.workload import Workload, open_workload
 from hiermoe.planner.realised import realised_gains
 from hiermoe.policies.protocol import Start
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.streams import RowStream, shared_folder
-from hiermoe.ranks.worlds import Progress, World, no_progress
+from hiermoe.ranks.world import Progress, World
 from hiermoe.records.schema import CALLS
 from hiermoe.routing.step import first_measured, iteration_schedule
 from hiermoe.topology.placement import Placement

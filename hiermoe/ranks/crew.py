@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self, TypeVar
 
 import pandas as pd
 import torch
@@ -27,10 +27,13 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from hiermoe.ranks.allocation import Member
-from hiermoe.ranks.streams import RunDied, collect, follow, shared_folder
+from hiermoe.ranks.streams import collect, streaming
+from hiermoe.ranks.world import Device, Progress, no_progress
+from hiermoe.records.project import SCRATCH
+from hiermoe.records.keep import RunDied
 from hiermoe.records.status import NotApplicable
 
-Device = Literal["cuda", "cpu"]
+T = TypeVar("T")
 
 # Followers wait in the control group while rank 0 draws routing or writes a report. That rank 0 is gone, they see at
 # once; this is for the case that its machine vanished without a word.
@@ -152,7 +155,7 @@ class Crew:
         function: Callable[..., Any],
         args: tuple[Any, ...],
         timeout: timedelta,
-        progress: Callable[[int], None] = lambda iteration: None,
+        progress: Progress = no_progress,
         rows: Path | None = None,
     ) -> pd.DataFrame:
         """As every world does, on rank 0 only, which takes part as a rank.
@@ -162,19 +165,12 @@ class Crew:
             NotApplicable: a rank raised it.
             CrewEnded: the ranks cannot go on.
         """
-        with shared_folder() if rows is None else contextlib.nullcontext(rows) as folder:
+        with streaming(rows, progress) as folder:
             self._number += 1
             order = _Order(self._number, function, args, folder, timeout)
             self._in_order = True
-            done = threading.Event()
-            watcher = threading.Thread(target=follow, args=(folder, done, progress), daemon=True)
-            watcher.start()
-            try:
-                self._send(order)
-                failures = self._obey(order)
-            finally:
-                done.set()
-                watcher.join()
+            self._send(order)
+            failures = self._obey(order)
             self._in_order = False
             collected = collect(folder, self.world_size)
         for failure in failures:
@@ -277,6 +273,34 @@ class Crew:
 
     def _first(self, prefix: str) -> str:
         return self._store.get(prefix + "first").decode()
+
+
+def lead(
+    device: Device, timeout: timedelta, program: Callable[[Crew], T], check: Callable[[Crew], None] = lambda crew: None
+) -> T | None:
+    """Run a program on rank 0, with the processes of the allocation as its crew. *Collective: every process calls it.*
+
+    Does not return where the crew ends.
+
+    Args:
+        device: of the ranks.
+        timeout: of a collective.
+        program: what rank 0 does.
+        check: called on every rank before; refuses a crew that does not fit.
+
+    Returns:
+        What the program does on rank 0; None on the others, which have served it.
+    """
+    crew = Crew.join(device, timeout, SCRATCH)
+    check(crew)
+    if crew.rank > 0:
+        crew.serve()
+        return None
+    try:
+        with crew:
+            return program(crew)
+    except CrewEnded as error:
+        leave(error)
 
 
 def leave(error: CrewEnded) -> NoReturn:
