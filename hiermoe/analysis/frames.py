@@ -97,7 +97,7 @@ class Results:
         grouped = self.records.groupby(["run_id", "phase"], sort=False)
         return {(str(run_id), str(phase)): rows for (run_id, phase), rows in grouped}  # type: ignore[misc]
 
-    def rows(self, run: Run, phase: str, measured_only: bool = True) -> pd.DataFrame:
+    def rows(self, run: Run, phase: str, counted_only: bool = True) -> pd.DataFrame:
         """Rows of one run and phase, in order of iteration.
 
         Of the phase step there is one row per iteration: of a measured run the busiest rank's value of each column. Its
@@ -106,12 +106,12 @@ class Results:
         Args:
             run: status ok.
             phase: of the records.
-            measured_only: leave out iterations before the counted window.
+            counted_only: leave out iterations before the counted window.
         """
         rows = self._by_phase[run.run_id, phase]
         if phase == "step":
             rows = _timed(rows, run.source)
-        return rows[rows["measured"]] if measured_only else rows
+        return rows[rows["counted"]] if counted_only else rows
 
     def sweep(self, name: str) -> pd.DataFrame:
         """All records of a sweep, with the system's label and one column per swept parameter."""
@@ -163,7 +163,7 @@ def load(cells: Mapping[str, Sequence[Cell]], store: RunStore | None = None) -> 
                     frames[run_id] = None
             runs[name].append(_run(cell, run_id, frames[run_id]))
     ok = [frame for frame in frames.values() if frame is not None and frame["status"].iloc[0] == "ok"]
-    empty = pd.DataFrame(columns=["run_id", "phase", "measured"])
+    empty = pd.DataFrame(columns=["run_id", "phase", "counted"])
     return Results(runs, pd.concat(ok, ignore_index=True) if ok else empty, store)
 
 

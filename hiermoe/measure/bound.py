@@ -50,7 +50,7 @@ def bound_times(workload: Workload, progress: Progress = no_progress) -> pd.Data
         keys = {
             "iteration": iteration,
             "routing_iteration": routing_iteration,
-            "measured": True,
+            "counted": True,
             "layer": workload.layer,
             "pairs": pairs,
         }

@@ -125,7 +125,7 @@ def calibrate(rank: int, job: CalibrationJob, folder: Path) -> None:
                 "stage": str(exchange),
                 "iteration": repeat,
                 "routing_iteration": -1,
-                "measured": True,
+                "counted": True,
                 "layer": -1,
                 "rank": rank,
                 "bytes": num_bytes,

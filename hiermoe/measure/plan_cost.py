@@ -53,7 +53,7 @@ def planning_cost(workload: Workload) -> pd.DataFrame:
             "phase": "planning",
             "iteration": iteration,
             "routing_iteration": 0,
-            "measured": iteration > 0,
+            "counted": iteration > 0,
             "layer": workload.layer,
             "dimension": scheme.dimension,
         }

@@ -62,7 +62,7 @@ def simulate(workload: Workload, progress: Progress = no_progress) -> pd.DataFra
         keys = {
             "iteration": iteration,
             "routing_iteration": schedule[iteration],
-            "measured": iteration >= measured_from,
+            "counted": iteration >= measured_from,
             "layer": workload.layer,
         }
         rows += [keys | row for row in _dispatch_rows(visit.chosen, visit.counts, workload)]

@@ -87,7 +87,7 @@ def replay(rank: int, job: ReplayJob, systems: Sequence[tuple[SystemConfig, Star
                     "of": of,
                     "iteration": iteration,
                     "routing_iteration": routing_iteration,
-                    "measured": job.measured[iteration],
+                    "counted": job.counted[iteration],
                     "layer": job.layer,
                     "rank": rank,
                     "num_wrong": question.ask(dispatcher, job),
@@ -135,7 +135,7 @@ def replay_together(
             element_bytes=first.element_bytes,
             expert_parameters=first.expert_parameters,
             layer=first.layer,
-            measured=tuple(iteration >= measured_from for iteration in range(first.iterations)),
+            counted=tuple(iteration >= measured_from for iteration in range(first.iterations)),
             routing_iterations=tuple(schedule),
             first=begin,
             routing=folder,
@@ -186,7 +186,7 @@ def _with_moves(rows: pd.DataFrame, workload: Workload, start: Start) -> pd.Data
     rows = rows.assign(realised_gain_ms=gained.astype(float))
     home = Placement.identity(workload.num_experts)
     before = {"phase": "start", "stage": "all", "layer": workload.layer, "moves": home.moves_to(start.placement)}
-    before |= {"iteration": -1, "routing_iteration": -1, "measured": False, "rank": -1}
+    before |= {"iteration": -1, "routing_iteration": -1, "counted": False, "rank": -1}
     return pd.concat([pd.DataFrame([before]), rows], ignore_index=True)
 
 

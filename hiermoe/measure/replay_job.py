@@ -30,7 +30,7 @@ class ReplayJob:
         element_bytes: v, of a hidden state's element.
         expert_parameters: of one expert.
         layer: what records call the layer.
-        measured: for every iteration, whether it counts.
+        counted: for every iteration, whether it counts.
         routing_iterations: for every iteration, which one of the source it is.
         first: iteration to begin with.
         routing: folder of one file for every iteration of the routing source.
@@ -46,7 +46,7 @@ class ReplayJob:
     element_bytes: int
     expert_parameters: int
     layer: int
-    measured: tuple[bool, ...]
+    counted: tuple[bool, ...]
     routing_iterations: tuple[int, ...]
     first: int
     routing: Path

@@ -54,4 +54,4 @@ def synthetic_timings(cluster: Cluster, seed: int) -> pd.DataFrame:
                         "predicted_ms": time_ms * (1 + NOISE * rng.standard_normal()),
                     }
                 )
-    return pd.DataFrame(rows).assign(routing_iteration=-1, measured=True, layer=-1)
+    return pd.DataFrame(rows).assign(routing_iteration=-1, counted=True, layer=-1)

@@ -145,7 +145,7 @@ def train(rank: int, job: TrainingJob, corpus: Corpus, folder: Path) -> None:
             row = {
                 "iteration": step,
                 "routing_iteration": step,
-                "measured": step >= measured_from,
+                "counted": step >= measured_from,
                 "layer": -1,
                 "rank": rank,
                 "phase": "train",

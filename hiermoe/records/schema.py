@@ -40,7 +40,7 @@ RECORDS = pa.DataFrameSchema(
         "row_bytes": pa.Column(int),  # M * v, after what the run has narrowed it to; 0 where no rows move
         "iteration": pa.Column(int),  # of the run; -1 in phases "run" and "start"
         "routing_iteration": pa.Column(int),  # of the routing source
-        "measured": pa.Column(bool),  # counts for results: at most the last half, tokens that no decision has seen
+        "counted": pa.Column(bool),  # counts for results: at most the last half, tokens that no decision has seen
         "layer": pa.Column(int),
         "rank": pa.Column(int),  # that measured; -1: all ranks together
         "phase": pa.Column(str, pa.Check.isin(PHASES)),

@@ -234,5 +234,5 @@ def _world(config: RunConfig, given: World | None) -> Iterator[World]:
 def _single_row() -> pd.DataFrame:
     """The one row of a run without measurements."""
     return pd.DataFrame(
-        [{"iteration": -1, "routing_iteration": -1, "measured": False, "layer": -1, "phase": "run", "stage": "all"}]
+        [{"iteration": -1, "routing_iteration": -1, "counted": False, "layer": -1, "phase": "run", "stage": "all"}]
     )

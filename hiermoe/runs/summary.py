@@ -15,7 +15,7 @@ def summary(records: pd.DataFrame, title: str) -> Table:
 def train_summary(records: pd.DataFrame, title: str) -> Table:
     """A table of a training run's record. Times are as in `_measured`."""
     losses = records[records["rank"] == 0].set_index("iteration")["loss"]
-    counted = records[records["measured"]]
+    counted = records[records["counted"]]
     busiest = counted.groupby("iteration")[["train_step_ms", "alltoall_forward_ms", "alltoall_backward_ms", "wire_ms"]]
     median = busiest.max().median()
     alltoall = counted["alltoall_forward_ms"] + counted["alltoall_backward_ms"]
@@ -48,7 +48,7 @@ def _table(title: str, *columns: str) -> Table:
 
 def _measured(records: pd.DataFrame, title: str) -> Table:
     """Times are those of the busiest rank in an iteration, then the median over the iterations that count."""
-    counted = records[records["measured"]]
+    counted = records[records["counted"]]
     table = _table(title, "", "dispatch_ms", "wire_ms", "local_ms", "MB", "meta", "num_wrong")
 
     def add(name: str, rows: pd.DataFrame) -> None:
@@ -78,7 +78,7 @@ def _measured(records: pd.DataFrame, title: str) -> Table:
 
 
 def _predicted(records: pd.DataFrame, title: str) -> Table:
-    counted = records[records["measured"]]
+    counted = records[records["counted"]]
     steps = counted[counted["phase"] == "step"]
     every_step = records[records["phase"] == "step"]
     table = _table(title)

@@ -36,7 +36,7 @@ def whole_run(case: Case, assessment: Assessment, name: str):
 @pytest.mark.parametrize("name", ["megatron", "hd1", "hd2", "hd_moe", "tutel_2dh_padded_cf1"])
 def test_fixed_experts_take_what_the_simulated_run_takes(name: str, case: Case, assessment: Assessment) -> None:
     own = assessment.named(name)
-    steps = whole_run(case, assessment, name).query("measured")
+    steps = whole_run(case, assessment, name).query("counted")
     np.testing.assert_allclose(own.held_out.step_ms(case.cluster), steps["predicted_ms"], rtol=1e-12)
     assert own.held_out.dimensions(case.cluster) == pytest.approx(
         steps["dimension"].value_counts(normalize=True).to_dict()
@@ -47,7 +47,7 @@ def test_fixed_experts_take_what_the_simulated_run_takes(name: str, case: Case, 
 @pytest.mark.parametrize("name", ["hiermoe", "smartmoe_f1"])
 def test_policy_decides_as_in_the_simulated_run_and_then_stays(name: str, case: Case, assessment: Assessment) -> None:
     own, steps = assessment.named(name), whole_run(case, assessment, name)
-    before = steps[~steps["measured"]]
+    before = steps[~steps["counted"]]
     assert assessment.num_seen == len(before) and assessment.num_held_out == ITERATIONS // 2
     old = placement = Placement.identity(case.num_experts)
     moved_ms = 0.0

@@ -102,7 +102,7 @@ def records_of(config: RunConfig) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for iteration in range(ITERATIONS):
         keys = {
-            "iteration": iteration, "routing_iteration": iteration, "measured": iteration >= measured_from, "layer": 0,
+            "iteration": iteration, "routing_iteration": iteration, "counted": iteration >= measured_from, "layer": 0,
         }  # fmt: skip
         time_ms = step_ms(config.system.name) * (1 + 0.01 * noise.standard_normal())
         if config.backend.name == "bounds":
@@ -141,7 +141,7 @@ def _planning() -> pd.DataFrame:
     keys = {"phase": "planning", "routing_iteration": 0, "layer": 0, "planning_ms": 3.0}
     return pd.DataFrame(
         [
-            keys | {"iteration": i, "measured": i > 0, "stage": stage, "bytes": 1e6 if stage == "measure" else math.nan}
+            keys | {"iteration": i, "counted": i > 0, "stage": stage, "bytes": 1e6 if stage == "measure" else math.nan}
             for i in range(ITERATIONS)
             for stage in ("measure", "decide")
         ]
@@ -173,7 +173,7 @@ def write(store: RunStore, config: RunConfig, rows: pd.DataFrame, status: str = 
 def not_run() -> pd.DataFrame:
     """The one row of a run without measurements."""
     return pd.DataFrame(
-        [{"iteration": -1, "routing_iteration": -1, "measured": False, "layer": -1, "phase": "run", "stage": "all"}]
+        [{"iteration": -1, "routing_iteration": -1, "counted": False, "layer": -1, "phase": "run", "stage": "all"}]
     )
 
 

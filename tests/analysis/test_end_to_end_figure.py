@@ -65,7 +65,7 @@ def rows(system: str) -> pd.DataFrame:
             scale = factor * (1 if step >= STEPS // 2 else 10)
             found.append(
                 keys | {
-                    "iteration": step, "routing_iteration": step, "measured": step >= STEPS // 2, "rank": rank,
+                    "iteration": step, "routing_iteration": step, "counted": step >= STEPS // 2, "rank": rank,
                     "loss": 9.0 - step, "train_step_ms": scale * (40 + ALLTOALL_MS[system]),
                     "alltoall_forward_ms": scale * ALLTOALL_MS[system] / 2,
                     "alltoall_backward_ms": scale * ALLTOALL_MS[system] / 2,

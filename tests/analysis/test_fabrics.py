@@ -128,7 +128,7 @@ def test_planner_cost_takes_the_least_time_of_the_counted_repeats(
         experts, tokens = config.model.num_experts, config.tokens_per_rank
         rows = [
             {
-                "phase": "planning", "stage": stage, "iteration": i, "routing_iteration": 0, "measured": i > 0,
+                "phase": "planning", "stage": stage, "iteration": i, "routing_iteration": 0, "counted": i > 0,
                 "layer": 0, "planning_ms": 1e-9 if i == 0 else base * (1 + (i % 3)), "bytes": size,
             }
             for i in range(5)

@@ -26,7 +26,7 @@ def measured_rows(config: Any, slower: float) -> pd.DataFrame:
     for iteration in range(ITERATIONS):
         for rank, factor in ((0, 0.5), (1, 1.0)):
             keys = {
-                "iteration": iteration, "routing_iteration": iteration, "measured": iteration >= ITERATIONS // 2,
+                "iteration": iteration, "routing_iteration": iteration, "counted": iteration >= ITERATIONS // 2,
                 "layer": 0, "rank": rank,
             }  # fmt: skip
             wire_ms = factor * slower * step_ms(config.system.name) * (1 + 0.01 * iteration)

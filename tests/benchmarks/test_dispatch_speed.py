@@ -35,7 +35,7 @@ def job() -> ReplayJob:
         element_bytes=2,
         expert_parameters=1,
         layer=1,
-        measured=(),
+        counted=(),
         routing_iterations=(),
         first=0,
         routing=Path(),

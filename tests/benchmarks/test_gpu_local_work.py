@@ -47,7 +47,7 @@ def local_work(device: str, backend: str, tokens: int, hidden: int, experts: int
                 element_bytes=2,
                 expert_parameters=1,
                 layer=1,
-                measured=(),
+                counted=(),
                 routing_iterations=(),
                 first=0,
                 routing=folder,

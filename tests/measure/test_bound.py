@@ -10,7 +10,7 @@ from tests.conftest import Command, Composer
 @pytest.mark.parametrize("system", ["hd_moe", "hiermoe"])
 def test_every_counted_step_of_every_policy_takes_longer(composed: Composer, system: str) -> None:
     workload = composed(f"system={system}", "tokens_per_rank=256").workload()
-    bound, found = (rows[rows["measured"]] for rows in (bound_times(workload), simulate(workload)))
+    bound, found = (rows[rows["counted"]] for rows in (bound_times(workload), simulate(workload)))
     keys = ["iteration", "routing_iteration", "phase", "stage"]
     both = bound.merge(found, on=keys, suffixes=("_least", ""))
     assert len(both) == len(bound) == 2 * 5  # two steps of four levels and a time

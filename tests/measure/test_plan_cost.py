@@ -35,7 +35,7 @@ def test_rank_counts_its_own_tokens_and_decides_from_those_of_all(composed: Comp
     needed = int(SwapStatistics.unpack(all_tokens, 128, hierarchy).levels[-1].needed_U.sum())
     assert counted == [16 * 64, 64, 64, 64] and decided == [needed] * 3
     assert rows["stage"].tolist() == ["measure", "decide"] * 3
-    assert (rows["planning_ms"] > 0).all() and rows["measured"].tolist() == [False] * 2 + [True] * 4
+    assert (rows["planning_ms"] > 0).all() and rows["counted"].tolist() == [False] * 2 + [True] * 4
     assert set(rows["bytes"].dropna()) == {all_tokens.nbytes}
 
 

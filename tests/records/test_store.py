@@ -28,7 +28,7 @@ def rows(**changes: Any) -> pd.DataFrame:
         "tokens_per_rank": 16,
         "iteration": 0,
         "routing_iteration": 0,
-        "measured": True,
+        "counted": True,
         "layer": 0,
         "phase": "step",
         "stage": "all",

@@ -38,7 +38,7 @@ def rows_of(config: CalibrationConfig, alpha_ms: float, beta_ms_per_byte: float)
         num_bytes = pair_bytes * exchange.size(config.cluster.hierarchy)
         time_ms = alpha_ms + num_bytes * beta_ms_per_byte + (100.0 if repeat == 1 or num_bytes <= 2**16 else 0.0)
         common = {"phase": "calibration", "stage": str(exchange), "iteration": repeat, "routing_iteration": -1}
-        common |= {"measured": True, "layer": -1, "bytes": num_bytes}
+        common |= {"counted": True, "layer": -1, "bytes": num_bytes}
         rows += [common | {"rank": rank, "wire_ms": time_ms * (rank + 1) / ranks} for rank in range(ranks)]
     return pd.DataFrame(rows)
 

@@ -60,7 +60,7 @@ def test_a_run_leaves_a_row_of_every_step_and_rank_and_is_not_repeated(
     assert (records["tokens_per_rank"] == 8 // 4 * 16).all()
     assert records.groupby("iteration")["loss"].nunique().tolist() == [1, 1, 1]
     assert records["loss"].nunique() == 3
-    assert records["measured"].tolist() == [False, False, True] * 4
+    assert records["counted"].tolist() == [False, False, True] * 4
     alltoall = records["alltoall_forward_ms"] + records["alltoall_backward_ms"]
     assert (records["wire_ms"] > 0).all() and (records["local_ms"] > 0).all()
     assert (records["wire_ms"] < alltoall).all() and (alltoall < records["train_step_ms"]).all()

@@ -112,7 +112,7 @@ def test_another_system_goes_on_from_a_given_checkpoint(
     rest = train("system=hd2", "steps=6", f"resume={first}")
     assert rest["iteration"].min() == 3
     assert losses(rest) == pytest.approx(losses(whole)[3:], rel=1e-9)
-    assert rest[rest["measured"]]["iteration"].min() == 3
+    assert rest[rest["counted"]]["iteration"].min() == 3
     code, _, err = hiermoe("train", *tiny, "dtype=fp64", "steps=6", f"resume={last}")
     assert code == 2 and "steps=6 are done" in err
 

@@ -55,13 +55,13 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
 
 def _iterations(run: Run, fixed: Run, results: Results) -> pd.DataFrame:
     steps, static, routing, stages = (
-        results.rows(*of, measured_only=False).set_index("iteration")
+        results.rows(*of, counted_only=False).set_index("iteration")
         for of in ((run, "step"), (fixed, "step"), (run, "routing"), (run, "dispatch"))
     )
     hierarchy, config = run.config.cluster.hierarchy, run.config
     tokens = steps["pairs"] / config.model.topk
     held = tokens / hierarchy.num_ranks
-    columns = ["routing_iteration", "measured", "dimension", "predicted_ms", "moved_experts"]
+    columns = ["routing_iteration", "counted", "dimension", "predicted_ms", "moved_experts"]
     found = steps[[*columns, "modelled_gain_ms", "recounted_gain_ms", "realised_gain_ms"]].assign(
         source=run.source,
         system=run.system,
@@ -96,7 +96,7 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
         rows = table[(table["model"] == model) & table["system"].isin(list(POLICIES))]
         rows = rows[rows["routing"] == headline(rows)]
         upper, lower = panels[column], panels[len(models) + column]
-        window = rows.loc[rows["measured"], "iteration"]
+        window = rows.loc[rows["counted"], "iteration"]
         for panel in (upper, lower):
             panel.axvspan(window.min() - 0.5, window.max() + 0.5, color="#EFEFEF", zorder=0)
             panel.set_xlim(-1, rows["iteration"].max() + 1)
@@ -121,7 +121,7 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
 
 def words(table: pd.DataFrame) -> Words:
     """Who gains what on held-out tokens, for how many moves, and how far that is from the bounds."""
-    held_out = table[table["measured"]]
+    held_out = table[table["counted"]]
     lead = headline(table)
     paragraphs = [
         " ".join(_of_model(style.MODELS[str(model)], rows, table))
@@ -295,7 +295,7 @@ def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
     )  # fmt: skip
     chosen = table[table["system"].isin(list(POLICIES))]
     for (model, routing, system), rows in chosen.groupby(["model", "routing", "system"], sort=False):  # type: ignore[misc]
-        late = rows[rows["measured"]]
+        late = rows[rows["counted"]]
         moved, moved_late = rows["moved_experts"], late["moved_experts"]
         yield (
             style.MODELS[str(model)],

@@ -42,10 +42,10 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
 
 def _held_out(run: Run, fixed: Run, bound: Run, results: Results) -> pd.DataFrame:
     steps, static, least = (
-        results.rows(of, "step", measured_only=False).set_index("iteration") for of in (run, fixed, bound)
+        results.rows(of, "step", counted_only=False).set_index("iteration") for of in (run, fixed, bound)
     )
-    least_ms = least[least["measured"]].set_index("routing_iteration")["predicted_ms"]
-    late, early = steps[steps["measured"]], steps[~steps["measured"]]
+    least_ms = least[least["counted"]].set_index("routing_iteration")["predicted_ms"]
+    late, early = steps[steps["counted"]], steps[~steps["counted"]]
     moved = early["moved_experts"]
     return (
         late[["routing_iteration", "predicted_ms", "moved_experts"]]

@@ -83,7 +83,7 @@ def _row(run: Run, twin: Run, results: Results) -> dict[str, object]:
         "wire_over_predicted": error.value,
         "wire_over_predicted_low": error.low,
         "wire_over_predicted_high": error.high,
-        "num_wrong": int(results.rows(run, "step", measured_only=False)["num_wrong"].sum()),
+        "num_wrong": int(results.rows(run, "step", counted_only=False)["num_wrong"].sum()),
         "n": len(steps),
         **_speedups(run, twin, results),
         **_stages(run, twin, results),

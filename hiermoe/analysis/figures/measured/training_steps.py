@@ -77,7 +77,7 @@ def _sizes(config: TrainRunConfig) -> str:
 
 def _steps(records: pd.DataFrame) -> pd.DataFrame:
     """Counted steps, busiest rank of each: what happens after the optimizer's step belongs to it."""
-    counted = records[records["measured"]].assign(
+    counted = records[records["counted"]].assign(
         alltoall_ms=lambda x: x["alltoall_forward_ms"] + x["alltoall_backward_ms"]
     )
     busiest = counted.groupby("iteration").max(numeric_only=True)

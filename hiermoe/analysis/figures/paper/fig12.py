@@ -16,7 +16,7 @@ from hiermoe.analysis.frames import Results
 def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
     """One row per system, routing and iteration."""
     parts = [
-        results.rows(run, "step", measured_only=False)[
+        results.rows(run, "step", counted_only=False)[
             [
                 "source",
                 "system",
@@ -24,7 +24,7 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
                 "routing",
                 "iteration",
                 "routing_iteration",
-                "measured",
+                "counted",
                 "dimension",
                 "predicted_ms",
             ]
@@ -42,7 +42,7 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
     last = table["iteration"].max()
     for panel, routing in zip(panels, routings, strict=True):
         rows = table[table["routing"] == routing]
-        window = rows.loc[rows["measured"], "iteration"]
+        window = rows.loc[rows["counted"], "iteration"]
         panel.axvspan(window.min() - 0.5, window.max() + 0.5, color="#EFEFEF", zorder=0)
         top = table["predicted_ms"].max()
         panel.annotate("measured", (window.mean(), top * 1.1), ha="center", va="top", color="#666666")
@@ -65,7 +65,7 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
 def words(table: pd.DataFrame) -> Words:
     """Variation over the measured iterations, and how fast swaps take effect."""
     counted = (
-        table[table["measured"]]
+        table[table["counted"]]
         .groupby(["routing", "label", "system"], sort=False)["predicted_ms"]
         .agg(["mean", "std", "size"])
     )
@@ -80,11 +80,11 @@ def words(table: pd.DataFrame) -> Words:
         parts = ", ".join(f"{row.label} {row.cv:.2%}" for row in cv[cv["routing"] == routing].itertuples())
         text.append(f"Coefficient of variation on {routing} routing: {parts}.")
         hier = table[(table["routing"] == routing) & (table["system"] == "hiermoe")].sort_values("iteration")
-        early, late = hier["predicted_ms"].iloc[:4].mean(), hier.loc[hier["measured"], "predicted_ms"].mean()
+        early, late = hier["predicted_ms"].iloc[:4].mean(), hier.loc[hier["counted"], "predicted_ms"].mean()
         text.append(
             f"HierMoE goes from {early:.1f} ms in its first four iterations to {late:.1f} ms in the measured ones."
         )
-    first = table[(table["routing"] == lead) & (table["system"] == "megatron") & ~table["measured"]]
+    first = table[(table["routing"] == lead) & (table["system"] == "megatron") & ~table["counted"]]
     passes = len(first) / first["routing_iteration"].nunique()
     if passes > 1:
         text.append(

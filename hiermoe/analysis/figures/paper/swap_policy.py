@@ -42,8 +42,8 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
 
 def _updates(results: Results, run: Run, fixed: Run) -> dict[str, float]:
     """Updates that had moved experts when measuring began."""
-    steps = results.rows(run, "step", measured_only=False)
-    return {"updates_before": float((steps.loc[~steps["measured"], "moved_experts"] > 0).sum())}
+    steps = results.rows(run, "step", counted_only=False)
+    return {"updates_before": float((steps.loc[~steps["counted"], "moved_experts"] > 0).sum())}
 
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
