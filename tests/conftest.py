@@ -10,10 +10,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from hiermoe.commands.cli import main
+from hiermoe.ranks.launch import preload
 from hiermoe.records.project import CONF
 from hiermoe.records.store import RunStore
 from hiermoe.runs.run_config import RunConfig, parse, register_search_path
 from hiermoe.topology.cluster import Cluster
+
+preload("hiermoe.narrow.preload")  # ranks of tests need megatron too
 
 
 @pytest.fixture(autouse=True, scope="session")

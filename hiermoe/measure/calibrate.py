@@ -33,8 +33,6 @@ class CalibrationJob:
         largest_bytes: that a rank receives in one AlltoAll, its own share included; ends the doubling too.
         warm_ups: rounds that do not count.
         repeats: rounds that count.
-        timeout: of a collective.
-        device: of the tensors, cpu or cuda.
     """
 
     cluster: Cluster
@@ -43,8 +41,6 @@ class CalibrationJob:
     largest_bytes: int
     warm_ups: int
     repeats: int
-    timeout: timedelta
-    device: Device
 
     def pair_bytes(self, exchange: Peers) -> list[int]:
         """Sizes for one kind of peers, ascending; at least two."""
@@ -78,8 +74,6 @@ class Calibrate(Measurement):
             largest_bytes=config.largest_bytes,
             warm_ups=config.warm_ups,
             repeats=config.repeats,
-            timeout=config.ranks.timeout,
-            device=config.ranks.device,
         )
 
     def num_steps(self, job: CalibrationJob) -> int:
@@ -88,10 +82,10 @@ class Calibrate(Measurement):
 
     def measure(self, jobs: Sequence[CalibrationJob], world: World, progress: Progress) -> list[pd.DataFrame]:
         """One after another, on one rank for every GPU of a job's cluster."""
-        return [world.run(calibrate, (job,), job.timeout, progress) for job in jobs]
+        return [world.run(calibrate, (job, world.timeout, world.device), progress) for job in jobs]
 
 
-def calibrate(rank: int, job: CalibrationJob, folder: Path) -> None:
+def calibrate(rank: int, job: CalibrationJob, timeout: timedelta, device: Device, folder: Path) -> None:
     """One rank's share of all measurements. *Collective: every rank of the world must call it.*
 
     All communicators of a kind exchange at once, as in a stage. Each measurement begins with a barrier of all ranks; on
@@ -100,14 +94,16 @@ def calibrate(rank: int, job: CalibrationJob, folder: Path) -> None:
     Args:
         rank: of the world, and GPU of the hierarchy.
         job: what to do.
+        timeout: of a collective.
+        device: of the tensors.
         folder: where ranks stream their rows to.
     """
     hierarchy = job.cluster.hierarchy
     world = dist.group.WORLD
     assert world is not None
-    communicators = Communicators(world, hierarchy, every_dimension(hierarchy), job.timeout)
+    communicators = Communicators(world, hierarchy, every_dimension(hierarchy), timeout)
     largest = max(n * exchange.size(hierarchy) for _, exchange, n in job.measurements())
-    source = torch.zeros(largest, dtype=torch.uint8, device=job.device)
+    source = torch.zeros(largest, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     with RowStream(folder, rank) as stream:
         for repeat, exchange, pair_bytes in job.measurements():

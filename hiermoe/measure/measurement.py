@@ -41,6 +41,10 @@ class Measurement:
         """Times that progress will be told, for a job that `prepare` made."""
         return job.iterations
 
+    def provenance(self, job: Any) -> dict[str, Any]:
+        """What the record should tell of a job beside code, host and versions."""
+        return {}
+
     def measure(self, jobs: Sequence[Any], world: Any, progress: Progress) -> list[pd.DataFrame]:
         """Measure.
 
@@ -58,3 +62,10 @@ class Measurement:
             RunDied: a rank failed; the rows of all jobs have a column ``of``, the job's place in the list.
         """
         raise NotImplementedError
+
+
+def by_job(rows: pd.DataFrame, num_jobs: int) -> list[pd.DataFrame]:
+    """The rows of each job, told apart by a column ``of``; where there is none, all rows are the one job's."""
+    if "of" not in rows:
+        return [rows] * num_jobs
+    return [rows[rows["of"] == of].drop(columns="of") for of in range(num_jobs)]

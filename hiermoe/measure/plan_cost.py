@@ -5,19 +5,17 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from hiermoe.measure.measurement import Measurement
-from hiermoe.measure.workload import Workload, open_workload
+from hiermoe.measure.workload import OfWorkloads, Workload
 from hiermoe.planner.cost import choose_scheme
 from hiermoe.policies.protocol import StepContext
 from hiermoe.ranks.world import Progress
 from hiermoe.topology.placement import Placement
 
 
-class PlanCost(Measurement):
+class PlanCost(OfWorkloads):
     """No exchange at all, but times of this machine."""
 
     source = "local"
-    prepare = staticmethod(open_workload)
 
     def measure(self, jobs: Sequence[Workload], world: None, progress: Progress) -> list[pd.DataFrame]:
         """One after another."""
@@ -34,16 +32,16 @@ def planning_cost(workload: Workload) -> pd.DataFrame:
         Rows of the phase planning: for every iteration one of the stage measure, with the bytes that are summed, and
         one of the stage decide.
     """
-    cluster, placement = workload.cluster, Placement.identity(workload.num_experts)
+    cluster, placement = workload.cluster, Placement.identity(workload.sizes.num_experts)
     step = workload.routing.step(0)
     counts = workload.routing.counts(0, placement, cluster.hierarchy)
-    scheme = choose_scheme(workload.schemes, counts, cluster, workload.row_bytes).scheme
+    scheme = choose_scheme(workload.schemes, counts, cluster, workload.sizes.row_bytes).scheme
     own_TK = step.expert_ids_NK[step.source_N == 0]
     policy = workload.new_policy()
     summed = policy.measure(step.expert_ids_NK, placement, cluster.hierarchy, 0)
     rows = []
     for iteration in range(workload.iterations):
-        context = StepContext(iteration, cluster, scheme, workload.row_bytes, workload.expert_parameters)
+        context = StepContext(iteration, cluster, scheme, workload.sizes.row_bytes, workload.sizes.expert_parameters)
         started = time.perf_counter()
         measured = policy.measure(own_TK, placement, cluster.hierarchy, iteration)
         between = time.perf_counter()

@@ -5,9 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from hiermoe.measure.measurement import Measurement
 from hiermoe.measure.walk import walk
-from hiermoe.measure.workload import Workload, open_workload
+from hiermoe.measure.workload import OfWorkloads, Workload
 from hiermoe.planner.bounds import fixed_placement_rows
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP, Price
 from hiermoe.planner.counts import RoutingCounts
@@ -24,11 +23,10 @@ from hiermoe.topology.placement import Placement
 Row = dict[str, Any]
 
 
-class Predict(Measurement):
+class Predict(OfWorkloads):
     """What the cost model says."""
 
     source = "simulated"
-    prepare = staticmethod(open_workload)
 
     def measure(self, jobs: Sequence[Workload], world: None, progress: Progress) -> list[pd.DataFrame]:
         """One after another."""
@@ -72,20 +70,20 @@ def simulate(workload: Workload, progress: Progress = no_progress) -> pd.DataFra
             update is not None
             and update.modelled_gain_ms is not None
             and _exchanges_several(placement, update.placement)
-            and routing.replicas == 1
+            and routing.ep_groups == 1
         ):
             after = routing.counts(schedule[iteration], update.placement, cluster.hierarchy)
             saved_ms = _q_ms(visit.counts, visit.context) - _q_ms(after, visit.context)
             rows[-1]["recounted_gain_ms"] = ALLTOALLS_PER_STEP * saved_ms
         progress(iteration)
-    if routing.replicas > 1:
+    if routing.ep_groups > 1:
         return pd.DataFrame(rows)  # what an update saved is not recounted group by group
     gains = realised_gains(
         placements,
         lambda iteration, placement: routing.counts(schedule[iteration], placement, cluster.hierarchy),
         workload.schemes,
         cluster,
-        workload.row_bytes,
+        workload.sizes.row_bytes,
     )
     for row in rows:
         if row["phase"] == "step" and row["iteration"] in gains:
@@ -96,7 +94,7 @@ def simulate(workload: Workload, progress: Progress = no_progress) -> pd.DataFra
 def _dispatch_rows(chosen: Price, counts: RoutingCounts, workload: Workload) -> Iterator[Row]:
     """One row per stage of one AlltoAll."""
     cluster, hierarchy = workload.cluster, workload.cluster.hierarchy
-    links = link_ms(chosen.traffic.rows_SGG, cluster, workload.row_bytes)
+    links = link_ms(chosen.traffic.rows_SGG, cluster, workload.sizes.row_bytes)
     crossing = chosen.traffic.crossing_rows().tolist()
     busiest = chosen.traffic.busiest_rows().tolist()
     for index, stage in enumerate(chosen.scheme.stages):
@@ -163,7 +161,7 @@ def _update_columns(update: PlacementUpdate | None, placement: Placement, worklo
     """What the policy did after the iteration."""
     if update is None:
         return {"moved_experts": 0, "migration_bytes": 0, "migration_link_ms": 0.0, "migration_alltoall_ms": 0.0}
-    expert_bytes = STATE_BYTES_PER_PARAMETER * workload.expert_parameters
+    expert_bytes = STATE_BYTES_PER_PARAMETER * workload.sizes.expert_parameters
     migration = price_migration(placement, update.placement, workload.cluster, expert_bytes)
     return {
         "moved_experts": migration.moved_experts,

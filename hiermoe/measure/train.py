@@ -17,6 +17,7 @@ from hiermoe.narrow.training_config import TrainingConfig
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.streams import RowStream
 from hiermoe.ranks.world import Device, Progress, World
+from hiermoe.records.project import to_root
 from hiermoe.routing.step import first_measured
 from hiermoe.topology.cluster import Cluster
 
@@ -49,18 +50,14 @@ class TrainingJob:
         system: what moves tokens.
         cluster: hierarchy and constants, of `training.ep_size` GPUs.
         steps: of the optimizer, those before the checkpoint that it starts from included.
-        timeout: of a collective.
         checkpoints: where it starts, and what it saves.
-        device: of the ranks.
     """
 
     training: TrainingConfig
     system: SystemConfig
     cluster: Cluster
     steps: int
-    timeout: timedelta
     checkpoints: Checkpoints
-    device: Device
 
 
 class Train(Measurement):
@@ -83,14 +80,17 @@ class Train(Measurement):
             system=config.system,
             cluster=config.cluster,
             steps=config.steps,
-            timeout=timedelta(minutes=config.timeout_minutes),
             checkpoints=config.checkpoints(),
-            device=config.ranks.device,
         )
 
     def num_steps(self, job: TrainingJob) -> int:
         """Of the optimizer."""
         return job.steps
+
+    def provenance(self, job: TrainingJob) -> dict[str, Any]:
+        """The checkpoint that it goes on from."""
+        start = job.checkpoints.start
+        return {} if start is None else {"resumed_from": to_root(start)}
 
     def measure(self, jobs: Sequence[TrainingJob], world: World, progress: Progress) -> list[pd.DataFrame]:
         """One after another.
@@ -107,16 +107,18 @@ def _run(job: TrainingJob, world: World, progress: Progress) -> pd.DataFrame:
     if saved.start is None or saved.start.parent != saved.folder:  # what an earlier attempt left is not this run's
         shutil.rmtree(saved.folder, ignore_errors=True)
     corpus = training_corpus(job.training)
-    return world.run(train, (job, corpus), job.timeout, progress, saved.rows)
+    return world.run(train, (job, corpus, world.timeout, world.device), progress, saved.rows)
 
 
-def train(rank: int, job: TrainingJob, corpus: Corpus, folder: Path) -> None:
+def train(rank: int, job: TrainingJob, corpus: Corpus, timeout: timedelta, device: Device, folder: Path) -> None:
     """One rank's share of all steps. *Collective: every rank of the world must call it.*
 
     Args:
         rank: of the world.
         job: what to do.
         corpus: what to train on.
+        timeout: of a collective.
+        device: of the ranks.
         folder: where ranks stream their rows to.
     """
     from hiermoe.megatron.standins import cpu
@@ -128,8 +130,8 @@ def train(rank: int, job: TrainingJob, corpus: Corpus, folder: Path) -> None:
     from hiermoe.narrow.trainer import Trainer
 
     meter = Meter()
-    trainer = Trainer(job.training, job.timeout, device=job.device)
-    placement = attach(trainer.model, job.system, job.cluster, meter=meter, timeout=job.timeout)
+    trainer = Trainer(job.training, timeout, device=device)
+    placement = attach(trainer.model, job.system, job.cluster, meter=meter, timeout=timeout)
     saved = job.checkpoints
     start = trainer.load(saved.start, placement) if saved.start is not None else 0
     with RowStream(folder, rank, start) as stream, meter:

@@ -11,7 +11,6 @@ groups unusable: then the whole job ends, with one message.
 import contextlib
 import os
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -29,8 +28,8 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from hiermoe.ranks.allocation import Member
 from hiermoe.ranks.streams import collect, streaming
 from hiermoe.ranks.world import Device, Progress, no_progress
-from hiermoe.records.project import SCRATCH
 from hiermoe.records.keep import RunDied
+from hiermoe.records.project import SCRATCH
 from hiermoe.records.status import NotApplicable
 
 T = TypeVar("T")
@@ -58,7 +57,6 @@ class _Order:
     function: Callable[..., Any] | None = None
     args: tuple[Any, ...] = ()
     folder: Path = Path()
-    timeout: timedelta = timedelta()
 
 
 @dataclass(frozen=True)
@@ -79,15 +77,25 @@ class Crew:
         hosts: host of every rank.
         source: what records say of numbers that were measured here.
         device: of tensors, cpu or cuda.
+        timeout: of a collective.
     """
 
     source: Literal["cluster"] = "cluster"
 
-    def __init__(self, rank: int, world_size: int, store: Store, control: dist.ProcessGroup, device: Device) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        store: Store,
+        control: dist.ProcessGroup,
+        device: Device,
+        timeout: timedelta,
+    ) -> None:
         """Take over a world that is there; `join` makes one."""
         self.rank = rank
         self.world_size = world_size
         self.device: Device = device
+        self.timeout = timeout
         self._store = store
         self._control = control
         self._number = 0
@@ -136,7 +144,7 @@ class Crew:
         )
         control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
         assert isinstance(control, dist.ProcessGroup)
-        crew = cls(member.rank, member.world_size, PrefixStore("crew", store), control, device)
+        crew = cls(member.rank, member.world_size, PrefixStore("crew", store), control, device, timeout)
         crew.hosts = [""] * member.world_size
         dist.all_gather_object(crew.hosts, host, group=control)
         return crew
@@ -154,7 +162,6 @@ class Crew:
         self,
         function: Callable[..., Any],
         args: tuple[Any, ...],
-        timeout: timedelta,
         progress: Progress = no_progress,
         rows: Path | None = None,
     ) -> pd.DataFrame:
@@ -167,7 +174,7 @@ class Crew:
         """
         with streaming(rows, progress) as folder:
             self._number += 1
-            order = _Order(self._number, function, args, folder, timeout)
+            order = _Order(self._number, function, args, folder)
             self._in_order = True
             self._send(order)
             failures = self._obey(order)
@@ -251,7 +258,7 @@ class Crew:
         self._store.set(f"{prefix}ended/{self.rank}", "")
         ended = self._store.add(prefix + "ended", 1)
         started, failed_at, pause = time.monotonic(), None, 0.005
-        limit = order.timeout.total_seconds() + _SLACK_SECONDS
+        limit = self.timeout.total_seconds() + _SLACK_SECONDS
         grace = _GRACE_SECONDS + (self.rank == 0)  # the others can ask the store for as long as rank 0 is there
         while ended < self.world_size:
             now = time.monotonic()

@@ -17,8 +17,8 @@ from hiermoe.ranks.emulated.network import EmulatedNetwork
 from hiermoe.ranks.launch import RankFailedError, run_ranks
 from hiermoe.ranks.streams import collect, streaming
 from hiermoe.ranks.world import Device, Progress, Source, World, no_progress
-from hiermoe.records.project import CONF
 from hiermoe.records.keep import RunDied
+from hiermoe.records.project import CONF
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
 
@@ -31,6 +31,7 @@ class NewRanks:
 
     Attributes:
         hierarchy: groups of GPUs.
+        timeout: of a collective.
         source: what records say.
         namespaces: network namespace that each GPU's ranks live in; None for this process's own.
         device: of tensors.
@@ -38,6 +39,7 @@ class NewRanks:
     """
 
     hierarchy: Hierarchy
+    timeout: timedelta
     source: Source = "local"
     namespaces: Sequence[Path] | None = None
     device: Device = "cpu"
@@ -47,7 +49,6 @@ class NewRanks:
         self,
         function: Callable[..., Any],
         args: tuple[Any, ...],
-        timeout: timedelta,
         progress: Progress = no_progress,
         rows: Path | None = None,
     ) -> pd.DataFrame:
@@ -56,25 +57,25 @@ class NewRanks:
         namespaces = None if self.namespaces is None else [*self.namespaces] * self.ep_groups
         with streaming(rows, progress) as folder:
             try:
-                run_ranks(function, len(hosts), (*args, folder), timeout, hosts=hosts, namespaces=namespaces)
+                run_ranks(function, len(hosts), (*args, folder), self.timeout, hosts=hosts, namespaces=namespaces)
             except RankFailedError as error:
                 raise RunDied(str(error).splitlines()[0], collect(folder, len(hosts))) from error
             return collect(folder, len(hosts))
 
 
 @contextmanager
-def _local(cluster: Cluster, ep_groups: int) -> Iterator[World]:
-    yield NewRanks(cluster.hierarchy, ep_groups=ep_groups)
+def _local(cluster: Cluster, timeout: timedelta, ep_groups: int) -> Iterator[World]:
+    yield NewRanks(cluster.hierarchy, timeout, ep_groups=ep_groups)
 
 
 @contextmanager
-def _emulated(cluster: Cluster, ep_groups: int) -> Iterator[World]:
+def _emulated(cluster: Cluster, timeout: timedelta, ep_groups: int) -> Iterator[World]:
     with EmulatedNetwork(cluster) as network:
-        yield NewRanks(cluster.hierarchy, "emulated", network.namespace_of_rank, ep_groups=ep_groups)
+        yield NewRanks(cluster.hierarchy, timeout, "emulated", network.namespace_of_rank, ep_groups=ep_groups)
 
 
 @contextmanager
-def _allocation(cluster: Cluster, ep_groups: int) -> Iterator[World]:
+def _allocation(cluster: Cluster, timeout: timedelta, ep_groups: int) -> Iterator[World]:
     raise ValueError("ranks=allocation: this process has not joined the others of its allocation")
     yield  # a generator, as the others are
 
@@ -85,11 +86,11 @@ class Place:
 
     Attributes:
         source: what records say of numbers that were measured there.
-        world: the ranks for a cluster and a number of expert-parallel groups, for as long as the context is entered.
+        world: the ranks for a cluster, a timeout and a number of expert-parallel groups, while the context is entered.
     """
 
     source: Source
-    world: Callable[[Cluster, int], AbstractContextManager[World]]
+    world: Callable[[Cluster, timedelta, int], AbstractContextManager[World]]
 
 
 PLACES: Mapping[str, Place] = {
@@ -136,11 +137,6 @@ class RanksConfig(BaseModel):
         """Whether numbers are those of this machine, and not those of a cluster that this process has a part of."""
         return self.source != "cluster"
 
-    @property
-    def timeout(self) -> timedelta:
-        """Of a collective."""
-        return timedelta(seconds=self.timeout_s)
-
     def world(self, cluster: Cluster, ep_groups: int = 1, joined: World | None = None) -> AbstractContextManager[World]:
         """The ranks for a cluster, for as long as the context is entered.
 
@@ -152,7 +148,9 @@ class RanksConfig(BaseModel):
         Raises:
             ValueError: the network cannot be set up here, or these ranks must be there already.
         """
-        return PLACES[self.name].world(cluster, ep_groups) if joined is None else nullcontext(joined)
+        if joined is not None:
+            return nullcontext(joined)
+        return PLACES[self.name].world(cluster, timedelta(seconds=self.timeout_s), ep_groups)
 
     def lead(self, program: Callable[[Crew | None], T], check: Callable[[Crew], None] = lambda crew: None) -> T | None:
         """Run a program that has its ranks measure something. *Collective in an allocation.*
@@ -166,4 +164,4 @@ class RanksConfig(BaseModel):
         """
         if self.on_this_host:
             return program(None)
-        return lead(self.device, self.timeout, program, check)
+        return lead(self.device, timedelta(seconds=self.timeout_s), program, check)

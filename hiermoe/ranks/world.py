@@ -1,9 +1,9 @@
 """What ranks are to whoever measures on them, wherever they are."""
 
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Protocol
-from datetime import timedelta
 
 import pandas as pd
 
@@ -29,11 +29,15 @@ class World(Protocol):
         """Of the tensors that ranks exchange."""
         ...
 
+    @property
+    def timeout(self) -> timedelta:
+        """Of a collective."""
+        ...
+
     def run(
         self,
         function: Callable[..., Any],
         args: tuple[Any, ...],
-        timeout: timedelta,
         progress: Progress = no_progress,
         rows: Path | None = None,
     ) -> pd.DataFrame:
@@ -42,7 +46,6 @@ class World(Protocol):
         Args:
             function: an importable function.
             args: further arguments.
-            timeout: of a collective.
             progress: called with every iteration that rank 0 has finished.
             rows: folder that the ranks' streams are in and stay in; None for a temporary one.
 

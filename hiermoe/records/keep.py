@@ -12,7 +12,7 @@ from hiermoe.records.status import NotApplicable, Status
 from hiermoe.records.store import RunStore
 
 NONE = "none"  # in the key columns of what has no system, model or routing
-_NO_ROWS = {"iteration": -1, "routing_iteration": -1, "measured": False, "layer": -1, "phase": "run", "stage": "all"}
+_NO_ROWS = {"iteration": -1, "routing_iteration": -1, "counted": False, "layer": -1, "phase": "run", "stage": "all"}
 
 
 class RunDied(RuntimeError):
@@ -84,7 +84,8 @@ class Attempt:
 
     def __init__(self, status: Status = "ok", reason: str = "", share: int = 1) -> None:
         """Begin; ``share`` runs share the time. One that is refused before it begins has a status and a reason."""
-        self.status, self.reason = status, reason
+        self.status: Status = status
+        self.reason = reason
         self.rows = pd.DataFrame()
         self._share, self._seconds = share, 0.0
         self._started = time.perf_counter()

@@ -3,15 +3,13 @@
 import ctypes
 import hashlib
 import json
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Generic
 
@@ -26,9 +24,11 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel
 from typing_extensions import TypeVar
 
+from hiermoe.ranks.launch import end_with_parent
+from hiermoe.records.keep import Outcome
 from hiermoe.records.project import CLUSTERS, CONF, PROJECT_ROOT, SWEEPS, to_root
 from hiermoe.records.store import RunStore, write_whole
-from hiermoe.runs.execute import Outcome, execute
+from hiermoe.runs.execute import execute
 from hiermoe.runs.run_config import RunConfig, parse, register_search_path
 
 CACHE = PROJECT_ROOT / ".cache" / "sweeps"
@@ -177,7 +177,7 @@ def run_all(
             outcomes.append(execute(config, store))
             finished(outcomes[-1])
         else:
-            groups.setdefault(f"{config.routing.source} {config.request}", []).append(config)
+            groups.setdefault(config.routing_key, []).append(config)
     if not groups:
         return outcomes
     context = get_context("forkserver")
@@ -213,14 +213,7 @@ def _start_worker() -> None:
     torch.set_num_threads(1)
     _give_large_blocks_back()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    parent = parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    end_with_parent()
 
 
 def _give_large_blocks_back() -> None:
