@@ -9,7 +9,7 @@ import pytest
 
 from hiermoe.measure.workload import open_workload
 from hiermoe.ranks.places import NewRanks
-from hiermoe.ranks.world import Source
+from hiermoe.ranks.world import Device, Source
 from hiermoe.records.store import RunStore
 from hiermoe.runs.execute import execute, execute_together
 from hiermoe.topology.hierarchy import Hierarchy
