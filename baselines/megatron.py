@@ -5,10 +5,10 @@ Source: ``megatron.core.transformer.moe.token_dispatcher.MoEAlltoAllTokenDispatc
 """
 
 from hiermoe.planner.scheme import DispatchScheme, Stage
-from hiermoe.topology.cluster import Peers
 from hiermoe.topology.hierarchy import Hierarchy
+from hiermoe.topology.peers import WORLD
 
 
 def alltoall(hierarchy: Hierarchy) -> tuple[DispatchScheme, ...]:
     """One AlltoAll over the world, a row per (token, expert)."""
-    return (DispatchScheme("megatron", (Stage(Peers("world"), "pair"),)),)
+    return (DispatchScheme("megatron", (Stage(WORLD, "pair"),)),)

@@ -8,8 +8,8 @@ own local index on the destination's node, then inside. Tutel's splits are equal
 
 from hiermoe.planner.scheme import DispatchScheme, Padding, Stage
 from hiermoe.records.status import NotApplicable
-from hiermoe.topology.cluster import Peers
 from hiermoe.topology.hierarchy import Hierarchy
+from hiermoe.topology.peers import Peers
 
 
 def two_dimensional(
@@ -29,12 +29,8 @@ def two_dimensional(
     """
     if hierarchy.depth < 2:
         raise NotApplicable(f"Tutel's 2DH needs two levels, the hierarchy has {hierarchy.depth}")
-    inter = Stage(Peers("inter", 1), "pair")
-    stages = (
-        (Stage(Peers("intra", 1), "pair", key="lane"), inter)
-        if intra_first
-        else (inter, Stage(Peers("intra", 1), "pair"))
-    )
+    inter, intra = (Stage(Peers(kind, 1), "pair") for kind in ("inter", "intra"))
+    stages = (intra, inter) if intra_first else (inter, intra)
     name = "tutel_2dh" if intra_first else "tutel_2dh_interfirst"
     if capacity_factor is None:
         return (DispatchScheme(name, stages),)

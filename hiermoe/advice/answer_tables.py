@@ -12,7 +12,7 @@ from hiermoe.advice.recommendation import Constants, Option, Recommendation, con
 from hiermoe.advice.sensitivity import end_to_end_shares, sensitivity, tokens_needed
 from hiermoe.advice.systems import BASELINE
 from hiermoe.analysis.whole_step import step_speedup
-from hiermoe.topology.cluster import Peers
+from hiermoe.topology.peers import WORLD, Peers
 
 INDEPENDENT = "†"  # beside every number that takes experts to be drawn independently
 
@@ -145,7 +145,7 @@ class Answer:
 
 def exchange_words(peers: Peers, assessment: Assessment) -> str:
     """Who exchanges with whom."""
-    if peers.kind == "world":
+    if peers == WORLD:
         return "among all GPUs"
     name = assessment.case.cluster.levels[peers.level - 1].name
     return f"between {groups_of(name)}" if peers.kind == "inter" else f"inside a {name}"

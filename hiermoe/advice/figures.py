@@ -13,7 +13,7 @@ from hiermoe.advice.answer_tables import Answer, groups_of
 from hiermoe.advice.systems import BASELINE
 from hiermoe.analysis.figures import style
 from hiermoe.analysis.whole_step import PUBLISHED_SHARES, step_speedup
-from hiermoe.topology.cluster import Peers
+from hiermoe.topology.peers import WORLD, Peers
 
 UNNAMED = "#7A5195"  # of a system that the house's palette has no colour for
 SLOWEST_SHOWN = 1.6  # times the flat AlltoAll
@@ -168,7 +168,7 @@ def systems(answer: Answer, title: str) -> Figure:
 
 
 def _stage_tone(peers: Peers, words: dict[Peers, str]) -> str:
-    return "#555555" if peers.kind == "world" else STAGE_TONES[(list(words).index(peers) - 1) % len(STAGE_TONES)]
+    return "#555555" if peers == WORLD else STAGE_TONES[(list(words).index(peers) - 1) % len(STAGE_TONES)]
 
 
 def traffic(answer: Answer, title: str) -> Figure:

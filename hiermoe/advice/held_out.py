@@ -11,8 +11,9 @@ from hiermoe.planner.cost import ALLTOALLS_PER_STEP
 from hiermoe.planner.counts import RoutingCounts, separating_level
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.planner.traffic import exact_traffic
-from hiermoe.topology.cluster import Cluster, Peers
+from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
+from hiermoe.topology.peers import Peers
 
 
 @dataclass(frozen=True)

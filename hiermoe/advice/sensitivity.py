@@ -8,7 +8,8 @@ import pandas as pd
 
 from hiermoe.advice.assessment import Assessment
 from hiermoe.advice.recommendation import STAY_BELOW_GAIN, Recommendation, constants_of, option, recommend
-from hiermoe.topology.cluster import AlphaBeta, Cluster
+from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.peers import AlphaBeta
 
 FEWER_TOKENS = 8  # times
 SMALLEST_TOKENS = 16

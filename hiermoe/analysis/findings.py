@@ -13,7 +13,7 @@ from hiermoe.analysis.quantities import duplication_rate, speedup
 from hiermoe.analysis.whole_step import share_needed
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP
 from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, WEIGHT_BYTES_PER_PARAMETER
-from hiermoe.topology.cluster import Peers
+from hiermoe.topology.peers import WORLD, Peers
 
 MODELS = {"qwen3_30b_a3b": "Qwen3-30B-A3B", "deepseek_v3": "DeepSeek-V3"}
 
@@ -156,7 +156,7 @@ def _two_stages(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
     for model, name in MODELS.items():
         run = _base_run(results, model)
         if run is not None:
-            flat_ms = _even_ms(run, Peers("world"))
+            flat_ms = _even_ms(run, WORLD)
             two_ms = _even_ms(run, Peers("inter", 1)) + _even_ms(run, Peers("intra", 1))
             parts.append(
                 f"{name} {flat_ms / two_ms:.2f} (published {_published(claims, 'Fig. 11', 'tutel_2dh', model):g})"
@@ -178,7 +178,7 @@ def _swap_price(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
             continue
         cluster, parameters = run.config.cluster, run.config.model.expert_parameters
         full, fixed = (_published(claims, "Fig. 11", s, model) for s in ("hiermoe", "hd_moe"))
-        gain_ms = ALLTOALLS_PER_STEP * _even_ms(run, Peers("world")) * (1 / fixed - 1 / full)
+        gain_ms = ALLTOALLS_PER_STEP * _even_ms(run, WORLD) * (1 / fixed - 1 / full)
         link_ms_per_byte = 1 / (cluster.levels[0].link_gb_per_s * 1e6)
         alltoall_ms_per_byte = cluster.constants(Peers("inter", 1)).beta_ms_per_byte
         full_ms = [STATE_BYTES_PER_PARAMETER * parameters * rate for rate in (link_ms_per_byte, alltoall_ms_per_byte)]
@@ -203,7 +203,8 @@ def _lane_average(claims: Sequence[Claim], results: Results) -> Iterator[Finding
         if run.system in ("hd_moe", "hiermoe"):
             stages = results.rows(run, "dispatch")
             cost = stages["predicted_ms"].sum()
-            constants = [run.config.cluster.constants(_peers(stage)) for stage in stages["stage"]]
+            cluster = run.config.cluster
+            constants = [cluster.constants(cluster.exchange_of(stage)) for stage in stages["stage"]]
             beta = pd.Series([c.beta_ms_per_byte for c in constants], index=stages.index)
             missing_ms = (beta * (stages["rows"] - stages["group_rows"]) * run.config.model.token_bytes).sum()
             rows.append({"routing": run.routing, "value": missing_ms / cost * 100})
@@ -231,9 +232,3 @@ def _even_ms(run: Run, peers: Peers) -> float:
     constants = run.config.cluster.constants(peers)
     size = run.config.tokens_per_rank * run.config.model.topk * run.config.model.token_bytes
     return constants.alpha_ms + size * constants.beta_ms_per_byte
-
-
-def _peers(stage: str) -> Peers:
-    """``1:inter1`` back as peers."""
-    name = stage.split(":")[1]
-    return Peers("world") if name == "world" else Peers(name[:-1], int(name[-1]))  # type: ignore[arg-type]

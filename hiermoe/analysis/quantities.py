@@ -12,7 +12,7 @@ from hiermoe.analysis.frames import Results, Run
 from hiermoe.analysis.statistics import Estimate, bootstrap, paired, ratio_of_medians, ratio_of_sums, ratio_of_variation
 from hiermoe.analysis.whole_step import FULL_STATE_AT_LINK, PUBLISHED_SHARES, migration_prices, migration_share
 from hiermoe.planner.fit import Fit, fit_alpha_beta
-from hiermoe.topology.cluster import Peers
+from hiermoe.topology.peers import Peers
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,7 @@ def fits(run: Run, results: Results) -> dict[Peers, Fit]:
     found = {}
     for stage, timings in rows.groupby("stage", sort=False):
         found[str(stage)] = fit_alpha_beta(timings["bytes"].to_numpy(float), timings["predicted_ms"].to_numpy(float))
-    levels = range(1, run.config.cluster.hierarchy.depth)
-    peers = [Peers("world"), *(Peers(kind, level) for level in levels for kind in ("inter", "intra"))]
-    return {exchange: found[str(exchange)] for exchange in peers if str(exchange) in found}
+    return {peers: found[str(peers)] for peers in run.config.cluster.exchanges if str(peers) in found}
 
 
 def fastest(runs: Sequence[Run], results: Results) -> Run:

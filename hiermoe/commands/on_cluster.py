@@ -25,7 +25,8 @@ from hiermoe.runs.run_config import RunConfig, WandbMode
 from hiermoe.runs.slurm import SlurmConfig, run_job, slurm_job_name
 from hiermoe.runs.sweep import Cell, expand, sweep_names
 from hiermoe.runs.training import TrainRunConfig, training_on
-from hiermoe.topology.cluster import AlphaBeta, Cluster, Level
+from hiermoe.topology.cluster import Cluster, Level
+from hiermoe.topology.peers import AlphaBeta
 
 Say = Callable[[str], None]
 

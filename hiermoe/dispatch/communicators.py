@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 
 from hiermoe.planner.scheme import DispatchScheme
-from hiermoe.topology.cluster import Peers
 from hiermoe.topology.hierarchy import Hierarchy
+from hiermoe.topology.peers import WORLD, Peers
 
 HOST_VARIABLE = "HIERMOE_HOST"
 """Environment variable of a rank: the name of the host that it plays."""
@@ -67,7 +67,7 @@ class Communicators:
         dist.all_gather_object(hosts, os.environ.get(HOST_VARIABLE) or socket.gethostname(), group=ep_group)
         check_hosts(hosts, hierarchy)
         self._timeout = timeout
-        self._by_peers = {Peers("world"): Communicator(ep_group, tuple(range(self.size)))}
+        self._by_peers = {WORLD: Communicator(ep_group, tuple(range(self.size)))}
         for scheme in schemes:
             for stage in scheme.stages:
                 if stage.peers not in self._by_peers:
@@ -82,7 +82,7 @@ class Communicators:
         return self._by_peers[peers]
 
     def _make(self, peers: Peers) -> Communicator:
-        members = members_of(peers, self.rank, self.hierarchy)
+        members = peers.members(self.rank, self.hierarchy)
         global_ranks = [dist.get_global_rank(self.ep_group, member) for member in members]
         if global_ranks != sorted(global_ranks):
             raise ValueError(f"ranks {global_ranks} of the expert-parallel group are not in ascending order")
@@ -108,19 +108,6 @@ def _group_of(global_ranks: tuple[int, ...], timeout: timedelta | None) -> dist.
         assert isinstance(group, dist.ProcessGroup)
         made[key] = group
     return made[key]
-
-
-def members_of(peers: Peers, rank: int, hierarchy: Hierarchy) -> tuple[int, ...]:
-    """The GPUs that ``rank`` exchanges with in a stage, itself included, ascending."""
-    if peers.kind == "world":
-        return tuple(range(hierarchy.num_ranks))
-    lanes = hierarchy.lanes(peers.level)
-    if peers.kind == "intra":
-        first = rank // lanes * lanes
-        return tuple(range(first, first + lanes))
-    outer = hierarchy.lanes(peers.level - 1)
-    first = rank // outer * outer + rank % lanes
-    return tuple(range(first, first + outer, lanes))
 
 
 def played_hosts(hierarchy: Hierarchy) -> list[str]:

@@ -16,7 +16,6 @@ from hiermoe.planner.scheme import DispatchScheme, Stage
 from hiermoe.planner.traffic import Traffic, expert_capacity, pair_traffic
 from hiermoe.routing.step import experts_per_rank
 from hiermoe.topology.cluster import Cluster
-from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
 
 _FIRST_OF_ROW = -(2**15)  # sign bit of an expert's number in the metadata: a new row starts here
@@ -138,11 +137,10 @@ def make_plan(
         rows_SGG = chosen.traffic.rows_SGG.tolist()
         pairs_SGG = pair_traffic(scheme, counts, hierarchy).tolist()
         stages = []
-        for index, stage in enumerate(scheme.stages):
-            name = f"{index + 1}:{stage.peers}"
+        for index, (name, stage) in enumerate(zip(scheme.stage_names, scheme.stages, strict=True)):
             communicator = communicators.of(stage.peers)
             me, members = communicators.rank, communicator.members
-            peer_P = _peer_of(stage, pairs.slot_P // per_rank, hierarchy)
+            peer_P = stage.peers.position(pairs.slot_P // per_rank, hierarchy)
             order_P = torch.argsort(peer_P, stable=True)
             is_first_P = _starts_row(stage, pairs.row_P, peer_P)[order_P]
             source_R = pairs.row_P[order_P][is_first_P]
@@ -238,17 +236,6 @@ def _padded(pairs: _Pairs, index_P: Tensor, probs_TE: Tensor, capacity: int) -> 
     row_P[target], weight_P[target], index[target] = pairs.row_P[kept], pairs.weight_P[kept], index_P[kept]
     slot_P = torch.arange(num_experts, device=row_P.device).repeat_interleave(capacity)
     return _Pairs(row_P, slot_P, weight_P, num_tokens), index
-
-
-def _peer_of(stage: Stage, rank_P: Tensor, hierarchy: Hierarchy) -> Tensor:
-    """Position of a pair's receiver among the members of the stage's communicator."""
-    peers = stage.peers
-    if peers.kind == "world":
-        return rank_P
-    lanes = hierarchy.lanes(peers.level)
-    if peers.kind == "intra":
-        return rank_P % lanes
-    return rank_P // lanes % peers.size(hierarchy)
 
 
 def _starts_row(stage: Stage, row_P: Tensor, peer_P: Tensor) -> Tensor:

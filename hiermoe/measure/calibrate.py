@@ -16,7 +16,8 @@ from hiermoe.measure.measurement import Measurement
 from hiermoe.planner.scheme import every_dimension
 from hiermoe.ranks.streams import RowStream
 from hiermoe.ranks.world import Device, Progress, World
-from hiermoe.topology.cluster import Cluster, Peers
+from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.peers import Peers
 
 # Ranks leave a barrier one after another; bytes of the first must not keep the last in it.
 _SETTLE_SECONDS = 0.03

@@ -97,10 +97,10 @@ def _dispatch_rows(chosen: Price, counts: RoutingCounts, workload: Workload) -> 
     links = link_ms(chosen.traffic.rows_SGG, cluster, workload.sizes.row_bytes)
     crossing = chosen.traffic.crossing_rows().tolist()
     busiest = chosen.traffic.busiest_rows().tolist()
-    for index, stage in enumerate(chosen.scheme.stages):
+    for index, (name, stage) in enumerate(zip(chosen.scheme.stage_names, chosen.scheme.stages, strict=True)):
         yield {
             "phase": "dispatch",
-            "stage": f"{index + 1}:{stage.peers}",
+            "stage": name,
             "dimension": chosen.scheme.dimension,
             "predicted_ms": chosen.stage_ms[index],
             "link_ms": links[index],

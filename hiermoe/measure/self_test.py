@@ -8,7 +8,7 @@ import pandas as pd
 
 from hiermoe.measure.measurement import Measurement
 from hiermoe.ranks.world import Progress
-from hiermoe.topology.cluster import Cluster, Peers
+from hiermoe.topology.cluster import Cluster
 
 SIZES_BYTES = tuple(2**exponent for exponent in range(16, 29))  # 64 KiB to 256 MiB at the busiest GPU
 REPEATS = 5
@@ -37,10 +37,8 @@ def synthetic_timings(cluster: Cluster, seed: int) -> pd.DataFrame:
         Rows of the phase calibration: one per AlltoAll, size and repeat.
     """
     rng = np.random.default_rng(seed)
-    levels = range(1, cluster.hierarchy.depth)
-    peers = [Peers("world"), *(Peers(kind, level) for level in levels for kind in ("inter", "intra"))]
     rows = []
-    for exchange in peers:
+    for exchange in cluster.exchanges:
         constants = cluster.constants(exchange)
         for repeat in range(REPEATS):
             for size in SIZES_BYTES:

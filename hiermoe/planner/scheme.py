@@ -9,24 +9,21 @@ import torch
 from torch import Tensor
 
 from hiermoe.records.status import NotApplicable
-from hiermoe.topology.cluster import Peers
 from hiermoe.topology.hierarchy import Hierarchy
+from hiermoe.topology.peers import Peers
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One AlltoAll of a scheme.
+    """One AlltoAll of a scheme. A row goes to the peer that stands where its destination does among its own peers.
 
     Attributes:
         peers: who exchanges.
         rows: what a row is: ``pair``, one per (token, expert); ``token``, one per token and destination group.
-        key: what picks the peer: ``group``, the destination's sub-group (for ``world`` and ``intra``: the destination
-            itself); ``lane``, the peer whose lane is the destination's.
     """
 
     peers: Peers
     rows: Literal["pair", "token"]
-    key: Literal["group", "lane"] = "group"
 
     def level(self, hierarchy: Hierarchy) -> int:
         """Level of the groups that a row is addressed to."""
@@ -76,6 +73,11 @@ class DispatchScheme:
         return len(self.stages)
 
     @property
+    def stage_names(self) -> tuple[str, ...]:
+        """Of every stage, as records have it: ``1:inter1``."""
+        return tuple(f"{number}:{stage.peers}" for number, stage in enumerate(self.stages, start=1))
+
+    @property
     def lossy(self) -> bool:
         """Whether the scheme may drop token-expert pairs."""
         return self.padding is not None and self.padding.capacity_factor > 0
@@ -101,8 +103,6 @@ def hierarchical(dimension: int, deduplicate: bool, hierarchy: Hierarchy) -> Dis
         raise NotApplicable(f"dimension={dimension} is outside 1..{hierarchy.depth}, the levels of the hierarchy")
     rows = "token" if deduplicate else "pair"
     name = f"{'HD' if deduplicate else 'H'}{dimension}"
-    if dimension == 1:
-        return DispatchScheme(name, (Stage(Peers("world"), rows),))
     inter = tuple(Stage(Peers("inter", level), rows) for level in range(1, dimension))
     return DispatchScheme(name, (*inter, Stage(Peers("intra", dimension - 1), rows)))
 
@@ -129,15 +129,14 @@ def stage_routes(scheme: DispatchScheme, hierarchy: Hierarchy) -> tuple[Tensor, 
         for ``pair`` rows.
 
     Raises:
-        ValueError: the stages do not bring every row to its destination, or leave their communicator.
+        ValueError: the stages do not bring every row to its destination.
     """
     num_ranks = hierarchy.num_ranks
     target = torch.arange(num_ranks).expand(num_ranks, num_ranks)  # [source, destination GPU]
     holder = torch.arange(num_ranks)[:, None].expand(num_ranks, num_ranks)
     routes = []
     for stage in scheme.stages:
-        receiver = _receiver(stage, holder, target, hierarchy)
-        _check_peers(scheme, stage, holder, receiver, hierarchy)
+        receiver = stage.peers.receiver(holder, target, hierarchy)
         lanes = hierarchy.lanes(stage.level(hierarchy)) if stage.rows == "token" else 1
         route = (holder * num_ranks + receiver).view(num_ranks, -1, lanes)  # [source, group, GPU of the group]
         if not bool((route == route[..., :1]).all()):
@@ -147,30 +146,3 @@ def stage_routes(scheme: DispatchScheme, hierarchy: Hierarchy) -> tuple[Tensor, 
     if not torch.equal(holder, target):
         raise ValueError(f"scheme {scheme.name} does not bring every row to its destination")
     return tuple(routes)
-
-
-def _receiver(stage: Stage, holder: Tensor, target: Tensor, hierarchy: Hierarchy) -> Tensor:
-    """GPU that gets the row: int64 [G, G] over (source, destination GPU)."""
-    peers = stage.peers
-    if peers.kind == "inter":
-        lanes = hierarchy.lanes(peers.level)
-        if stage.key == "group":
-            return target // lanes * lanes + holder % lanes
-        raise ValueError(f"stage {peers}: among equal lanes only the group can pick the peer")
-    if stage.key == "group":
-        return target
-    lanes = hierarchy.lanes(peers.level)
-    return holder // lanes * lanes + target % lanes
-
-
-def _check_peers(scheme: DispatchScheme, stage: Stage, holder: Tensor, receiver: Tensor, hierarchy: Hierarchy) -> None:
-    """Sender and receiver must be members of the same communicator of the stage."""
-    peers = stage.peers
-    same = torch.ones_like(holder, dtype=torch.bool)
-    if peers.kind == "intra":
-        same = holder // hierarchy.lanes(peers.level) == receiver // hierarchy.lanes(peers.level)
-    elif peers.kind == "inter":
-        outer, lanes = hierarchy.lanes(peers.level - 1), hierarchy.lanes(peers.level)
-        same = (holder // outer == receiver // outer) & (holder % lanes == receiver % lanes)
-    if not bool(same.all()):
-        raise ValueError(f"scheme {scheme.name}: stage {peers} would send rows outside its communicator")

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from hiermoe.planner.counts import separating_level
-from hiermoe.topology.cluster import Cluster, Peers
+from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.peers import Peers
 from hiermoe.topology.placement import Placement
 
 WEIGHT_BYTES_PER_PARAMETER = 2  # bf16
@@ -49,19 +50,12 @@ def price_migration(old: Placement, new: Placement, cluster: Cluster, expert_byt
         crossing = level <= i  # leaves its group of level i
         busiest = max(_largest_count(ends[crossing] // hierarchy.lanes(i), hierarchy.U[i]) for ends in (source, target))
         link_ms = max(link_ms, busiest * expert_bytes / (spec.link_gb_per_s * 1e6))
-    beta = torch.tensor([_beta(cluster, i) for i in range(1, hierarchy.depth + 1)], dtype=torch.float64)
+    siblings = [cluster.constants(Peers.of_siblings(i, hierarchy)) for i in range(1, hierarchy.depth + 1)]
+    beta = torch.tensor([constants.beta_ms_per_byte for constants in siblings], dtype=torch.float64)
     weight = beta[level - 1] * expert_bytes
     busiest_ms = max(_largest_sum(ends, weight, hierarchy.num_ranks) for ends in (source, target))
     count = int(moved.sum())
     return Migration(count, count * expert_bytes, link_ms, busiest_ms)
-
-
-def _beta(cluster: Cluster, level: int) -> float:
-    """Time per byte between siblings of a level; the innermost exchange is the intra of the level above it."""
-    if level < cluster.hierarchy.depth:
-        return cluster.constants(Peers("inter", level)).beta_ms_per_byte
-    innermost = Peers("intra", level - 1) if level > 1 else Peers("world")
-    return cluster.constants(innermost).beta_ms_per_byte
 
 
 def _largest_count(index: Tensor, size: int) -> int:

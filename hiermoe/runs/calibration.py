@@ -23,7 +23,8 @@ from hiermoe.runs.execute import execute
 from hiermoe.runs.measurable import keys_of, name_run
 from hiermoe.runs.run_config import WandbConfig, parse
 from hiermoe.runs.sweep import composing
-from hiermoe.topology.cluster import AlphaBeta, Cluster, Peers
+from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.peers import WORLD, AlphaBeta, Peers
 
 # Below, start-up decides and the line is not one.
 SMALLEST_FITTED_BYTES = 64 * 1024
@@ -201,7 +202,7 @@ def write_cluster(config: CalibrationConfig, store: RunStore) -> Cluster:
     update = {
         "name": config.name,
         "description": f"{config.cluster.description}, calibrated",
-        "world": constants(Peers("world")),
+        "world": constants(WORLD),
         "levels": (*levels, config.cluster.levels[-1]),
     }
     cluster = config.cluster.model_copy(update=update)
@@ -223,12 +224,8 @@ def with_measured_links(cluster: Cluster) -> Cluster:
     """
     hierarchy, levels = cluster.hierarchy, []
     for number, level in enumerate(cluster.levels, start=1):
-        outer = hierarchy.U[number - 1]
-        if number < hierarchy.depth:
-            exchange = Peers("inter", number)
-        else:  # what the innermost level's groups exchange is the intra of the level above
-            exchange = Peers("intra", number - 1) if number > 1 else Peers("world")
-        siblings, beta = level.groups // outer, cluster.constants(exchange).beta_ms_per_byte
+        exchange = Peers.of_siblings(number, hierarchy)
+        siblings, beta = exchange.size(hierarchy), cluster.constants(exchange).beta_ms_per_byte
         if beta <= 0:
             raise ValueError(
                 f"calibration of {cluster.name}: {exchange} takes no longer for more bytes; calibrate again"

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from hiermoe.topology.cluster_files import cluster_file, cluster_names
 from hiermoe.topology.data_sheet import Port, derived
 from hiermoe.topology.hierarchy import Hierarchy
-from hiermoe.topology.peers import AlphaBeta, Peers
+from hiermoe.topology.peers import WORLD, AlphaBeta, Peers
 
 
 class Level(BaseModel):
@@ -111,7 +111,7 @@ class Cluster(BaseModel):
     @property
     def from_data_sheets(self) -> bool:
         """Whether some constant is derived from data sheets, and not published or calibrated."""
-        return any(self._stated(peers) is None for peers in self.exchanges)
+        return None in self._stated.values()
 
     @property
     def hierarchy(self) -> Hierarchy:
@@ -126,8 +126,7 @@ class Cluster(BaseModel):
     @property
     def exchanges(self) -> tuple[Peers, ...]:
         """All kinds of peers that a stage may have, each with constants of its own."""
-        levels = range(1, self.hierarchy.depth)
-        return (Peers("world"), *(Peers(kind, level) for level in levels for kind in ("inter", "intra")))
+        return tuple(self._stated)
 
     def constants(self, peers: Peers) -> AlphaBeta:
         """Alpha and beta of a stage among these peers: as stated, else derived from the ports.
@@ -135,19 +134,29 @@ class Cluster(BaseModel):
         Raises:
             ValueError: the cluster has no such peers.
         """
-        if peers not in self.exchanges:
+        stated = self._stated
+        if peers not in stated:
             raise ValueError(f"cluster {self.name} has no constants for {peers}")
-        stated = self._stated(peers)
-        if stated is not None:
-            return stated
+        if (constants := stated[peers]) is not None:
+            return constants
         assert self._ports is not None
         return derived(peers, self.hierarchy, self._ports)
 
-    def _stated(self, peers: Peers) -> AlphaBeta | None:
-        if peers.kind == "world":
-            return self.world
-        level = self.levels[peers.level - 1]
-        return level.inter if peers.kind == "inter" else level.intra
+    @property
+    def _stated(self) -> dict[Peers, AlphaBeta | None]:
+        """What the file says of every exchange."""
+        stated = {WORLD: self.world}
+        for number, level in enumerate(self.levels[:-1], start=1):
+            stated |= {Peers("inter", number): level.inter, Peers("intra", number): level.intra}
+        return stated
+
+    def exchange_of(self, stage: str) -> Peers:
+        """The peers of a stage, from its name in records: ``1:inter1``.
+
+        Raises:
+            KeyError: the cluster has no such peers.
+        """
+        return {str(peers): peers for peers in self.exchanges}[stage.rpartition(":")[2]]
 
     def reduced(self, num_ranks: int) -> "Cluster":
         """A smaller cluster of the same kind, for runs that place its ranks on one machine.

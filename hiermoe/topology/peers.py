@@ -1,42 +1,70 @@
 """Who exchanges with whom in a stage, and what an exchange costs."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from hiermoe.topology.hierarchy import Hierarchy
 
-PeerKind = Literal["world", "inter", "intra"]
+Ranks = TypeVar("Ranks", int, Tensor)
 
 
 @dataclass(frozen=True)
 class Peers:
     """Who exchanges with whom in a stage (paper, Sec. III-A).
 
-    ``world``: all GPUs. ``inter`` at level i: inside each level-(i-1) group, the GPUs of equal lane in its level-i
-    sub-groups. ``intra`` at level i: all GPUs of one level-i group.
+    ``inter`` at level i: inside each level-(i-1) group, the GPUs of equal lane in its level-i sub-groups. ``intra`` at
+    level i: all GPUs of one level-i group; at level 0 that is the world. Either way a GPU's peers are every
+    ``stride``-th GPU of a block of contiguous ones.
     """
 
-    kind: PeerKind
-    level: int = 0
+    kind: Literal["inter", "intra"]
+    level: int
 
     def __str__(self) -> str:
-        return self.kind if self.kind == "world" else f"{self.kind}{self.level}"
+        return f"{self.kind}{self.level}" if self.level else "world"
+
+    @classmethod
+    def of_siblings(cls, level: int, hierarchy: Hierarchy) -> "Peers":
+        """How the groups of a level exchange: among equal lanes; the innermost are GPUs, and a lane each."""
+        return cls("inter", level) if level < hierarchy.depth else cls("intra", level - 1)
 
     def size(self, hierarchy: Hierarchy) -> int:
         """Number of GPUs that exchange with each other."""
-        if self.kind == "world":
-            return hierarchy.num_ranks
-        if self.kind == "inter":
-            return hierarchy.U[self.level] // hierarchy.U[self.level - 1]
-        return hierarchy.lanes(self.level)
+        block, stride = self._span(hierarchy)
+        return block // stride
 
     def size_inside(self, level: int, hierarchy: Hierarchy) -> int:
         """Of these GPUs, how many share one GPU's group of a level, itself included."""
-        if self.kind == "inter":
-            return 1 if level >= self.level else self.size(hierarchy)
-        return min(self.size(hierarchy), hierarchy.lanes(level))
+        block, stride = self._span(hierarchy)
+        return max(1, min(block, hierarchy.lanes(level)) // stride)
+
+    def members(self, rank: int, hierarchy: Hierarchy) -> tuple[int, ...]:
+        """The GPUs that ``rank`` exchanges with, itself included, ascending."""
+        block, stride = self._span(hierarchy)
+        first = rank // block * block
+        return tuple(range(first + rank % stride, first + block, stride))
+
+    def position(self, rank: Ranks, hierarchy: Hierarchy) -> Ranks:
+        """Where a GPU stands among its peers, from 0."""
+        block, stride = self._span(hierarchy)
+        return rank % block // stride
+
+    def receiver(self, holder: Ranks, target: Ranks, hierarchy: Hierarchy) -> Ranks:
+        """The peer of ``holder`` that stands where ``target`` does among its own: gets what is for ``target``."""
+        block, stride = self._span(hierarchy)
+        return holder // block * block + holder % stride + self.position(target, hierarchy) * stride
+
+    def _span(self, hierarchy: Hierarchy) -> tuple[int, int]:
+        """GPUs of a block, and the stride."""
+        if self.kind == "intra":
+            return hierarchy.lanes(self.level), 1
+        return hierarchy.lanes(self.level - 1), hierarchy.lanes(self.level)
+
+
+WORLD = Peers("intra", 0)
 
 
 class AlphaBeta(BaseModel):

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from baselines.smartmoe import SmartMoEPolicy, largest_load, pack
 from hiermoe.planner.scheme import hierarchical
 from hiermoe.policies.protocol import PlacementUpdate, StepContext
-from hiermoe.topology.cluster import AlphaBeta, Cluster, Level
+from hiermoe.topology.cluster import Cluster, Level
 from hiermoe.topology.hierarchy import Hierarchy
+from hiermoe.topology.peers import AlphaBeta
 from hiermoe.topology.placement import Placement
 from tests.planner.cases import examples
 

@@ -11,8 +11,8 @@ from hiermoe.planner.counts import count_routing
 from hiermoe.planner.scheme import DispatchScheme, Padding, Stage, hierarchical
 from hiermoe.planner.traffic import Traffic, exact_traffic
 from hiermoe.routing.step import make_step
-from hiermoe.topology.cluster import Peers
 from hiermoe.topology.hierarchy import Hierarchy
+from hiermoe.topology.peers import WORLD
 from hiermoe.topology.placement import Placement
 from tests.planner import reference
 from tests.planner.cases import Case, cases, examples
@@ -113,4 +113,4 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="capacity_factor=-1 is negative"):
         two_dimensional(Hierarchy((2, 4)), capacity_factor=-1)
     with pytest.raises(ValueError, match="only token-expert pairs can be padded"):
-        DispatchScheme("padded tokens", (Stage(Peers("world"), "token"),), Padding(1.0))
+        DispatchScheme("padded tokens", (Stage(WORLD, "token"),), Padding(1.0))

@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from hiermoe.measure.replay_job import Question, ReplayJob
 from hiermoe.policies.system import SystemConfig
-from hiermoe.topology.cluster import AlphaBeta, Cluster, Level
+from hiermoe.topology.cluster import Cluster, Level
+from hiermoe.topology.peers import AlphaBeta
 from tests.benchmarks.conftest import RATIOS
 
 SYSTEMS = ("megatron", "h1", "hd1")

@@ -18,7 +18,7 @@ from hiermoe.runs.execute import refuse
 from hiermoe.runs.measurable import source_of
 from hiermoe.runs.measured_cells import measured_cells
 from hiermoe.runs.run_config import RunConfig
-from hiermoe.topology.cluster import AlphaBeta, Peers
+from hiermoe.topology.peers import WORLD, AlphaBeta
 
 CPU = RanksConfig.named("allocation", "cpu")
 
@@ -48,7 +48,7 @@ def test_an_allocation_has_levels_of_nodes_and_gpus(shape: tuple[int, int], name
 def test_the_levels_inside_of_a_node_come_from_a_cluster_of_the_same_size() -> None:
     config = calibration_of((4, 8), CPU, "default", "a6000_4x8", None)
     assert config.cluster.hierarchy.names == ("node", "half", "pair", "gpu")
-    assert config.cluster.constants(Peers("world")).alpha_ms == 0  # nothing of that cluster's constants
+    assert config.cluster.constants(WORLD).alpha_ms == 0  # nothing of that cluster's constants
     with pytest.raises(ValueError, match="has 4 nodes and 32 GPUs, the allocation 2 nodes and 32"):
         calibration_of((2, 16), CPU, "default", "a6000_4x8", None)
 

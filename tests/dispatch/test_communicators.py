@@ -8,12 +8,12 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hiermoe.dispatch.communicators import HOST_VARIABLE, Communicators, check_hosts, members_of, played_hosts
+from hiermoe.dispatch.communicators import HOST_VARIABLE, Communicators, check_hosts, played_hosts
 from hiermoe.planner.scheme import DispatchScheme, stage_routes
 from hiermoe.ranks.launch import run_ranks
 from hiermoe.records.status import NotApplicable
-from hiermoe.topology.cluster import Peers
 from hiermoe.topology.hierarchy import Hierarchy
+from hiermoe.topology.peers import WORLD, Peers
 from tests.dispatch.worlds import DEADLINE, SYSTEMS, TIMEOUT, World, transport_of
 from tests.planner.cases import examples, hierarchies
 
@@ -83,22 +83,28 @@ def test_sender_and_receiver_of_every_row_are_members_of_the_stage(system: str) 
         for scheme in schemes_of(system, hierarchy):
             for stage, route in zip(scheme.stages, stage_routes(scheme, hierarchy), strict=True):
                 for sender, receiver in {divmod(pair, hierarchy.num_ranks) for pair in route.view(-1).tolist()}:
-                    assert receiver in members_of(stage.peers, sender, hierarchy)
-                    assert sender in members_of(stage.peers, receiver, hierarchy)
+                    assert receiver in stage.peers.members(sender, hierarchy)
+                    assert sender in stage.peers.members(receiver, hierarchy)
 
 
 @examples(60)
 @given(hierarchies((1, 4)))
 def test_members_are_an_ascending_group_that_all_of_them_agree_on(hierarchy: Hierarchy) -> None:
-    kinds = [Peers("world")]
+    kinds = [WORLD]
     kinds += [Peers(kind, level) for kind in ("inter", "intra") for level in range(1, hierarchy.depth + 1)]  # type: ignore[arg-type]
     for peers in kinds:
         for rank in range(hierarchy.num_ranks):
-            members = members_of(peers, rank, hierarchy)
+            members = peers.members(rank, hierarchy)
             assert rank in members
             assert list(members) == sorted(set(members))
             assert len(members) == peers.size(hierarchy)
-            assert all(members_of(peers, member, hierarchy) == members for member in members)
+            assert peers.position(rank, hierarchy) == members.index(rank)
+            assert [peers.receiver(rank, other, hierarchy) for other in members] == list(members)
+            for level in range(1, hierarchy.depth + 1):
+                lanes = hierarchy.lanes(level)
+                near = sum(member // lanes == rank // lanes for member in members)
+                assert peers.size_inside(level, hierarchy) == near
+            assert all(peers.members(member, hierarchy) == members for member in members)
 
 
 def errors_on_ranks(rank: int) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hiermoe.dispatch import plan
-from hiermoe.dispatch.communicators import Communicator, members_of
-from hiermoe.topology.cluster import Peers
+from hiermoe.dispatch.communicators import Communicator
 from hiermoe.topology.hierarchy import Hierarchy
+from hiermoe.topology.peers import WORLD, Peers
 
 
 class ThreadGroup:
@@ -63,22 +63,22 @@ class ThreadWorld:
         monkeypatch.setattr(plan, "dist", fake)
         self._hierarchy = hierarchy
         self._groups: dict[tuple[int, ...], ThreadGroup] = {}
-        kinds = [Peers("world")]
+        kinds = [WORLD]
         for level in range(1, hierarchy.depth):
             kinds += [Peers("inter", level), Peers("intra", level)]
         for peers in kinds:
             for rank in range(hierarchy.num_ranks):
-                members = members_of(peers, rank, hierarchy)
+                members = peers.members(rank, hierarchy)
                 self._groups.setdefault(members, ThreadGroup(members))
 
     def communicators(self, rank: int) -> Any:
         """In the place of `Communicators`."""
 
         def of(peers: Peers) -> Communicator:
-            members = members_of(peers, rank, self._hierarchy)
+            members = peers.members(rank, self._hierarchy)
             return Communicator(self._groups[members], members)  # type: ignore[arg-type]
 
-        return SimpleNamespace(of=of, rank=rank, size=self._hierarchy.num_ranks, ep_group=of(Peers("world")).group)
+        return SimpleNamespace(of=of, rank=rank, size=self._hierarchy.num_ranks, ep_group=of(WORLD).group)
 
     def run(self, function: Callable[[int], Any]) -> list[Any]:
         """``function(rank)`` on all ranks at once."""

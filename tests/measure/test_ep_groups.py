@@ -11,7 +11,8 @@ from hiermoe.planner.scheme import DispatchScheme, Stage
 from hiermoe.planner.traffic import exact_traffic
 from hiermoe.policies.protocol import StepContext
 from hiermoe.routing.step import RoutingStep
-from hiermoe.topology.cluster import Cluster, Peers
+from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.peers import WORLD
 from hiermoe.topology.placement import Placement
 from hiermoe.topology.scaling import scaled
 from tests.conftest import Composer
@@ -70,7 +71,7 @@ def test_groups_side_by_side_send_what_each_sends_alone() -> None:
     world, part = (scaled(Cluster.named("cloud_eth100"), n) for n in (16, 8))
     source_N = torch.arange(16).repeat_interleave(5)
     apart = RoutingStep(ids_NK + 16 * (source_N[:, None] // 8), source_N, 16, 32)
-    flat = DispatchScheme("flat", (Stage(Peers("world"), "token"),))
+    flat = DispatchScheme("flat", (Stage(WORLD, "token"),))
     whole = exact_traffic(flat, count_routing(apart, Placement.identity(32), world.hierarchy), world.hierarchy)
     assert not whole.rows_SGG[0, :8, 8:].any() and not whole.rows_SGG[0, 8:, :8].any()
     for group in range(2):

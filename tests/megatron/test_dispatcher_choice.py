@@ -17,7 +17,8 @@ from hiermoe.planner.cost import choose_scheme  # noqa: E402
 from hiermoe.planner.counts import count_routing  # noqa: E402
 from hiermoe.planner.scheme import every_dimension  # noqa: E402
 from hiermoe.ranks.launch import run_ranks  # noqa: E402
-from hiermoe.topology.cluster import AlphaBeta, Cluster, Level  # noqa: E402
+from hiermoe.topology.cluster import Cluster, Level  # noqa: E402
+from hiermoe.topology.peers import AlphaBeta  # noqa: E402
 from hiermoe.topology.placement import Placement  # noqa: E402
 from tests.dispatch import contract  # noqa: E402
 from tests.dispatch.routings import WIDTH, Routing, choose, numbers_for, placement_of, routing_of  # noqa: E402

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from hiermoe.policies.swap import SwapStatistics, measure_swaps
 from hiermoe.routing.step import RoutingStep, make_step
-from hiermoe.topology.cluster import AlphaBeta, Cluster, Level
+from hiermoe.topology.cluster import Cluster, Level
 from hiermoe.topology.hierarchy import Hierarchy
+from hiermoe.topology.peers import AlphaBeta
 from hiermoe.topology.placement import Placement
 
 

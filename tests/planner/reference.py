@@ -12,8 +12,9 @@ from itertools import combinations
 import torch
 
 from hiermoe.routing.step import RoutingStep
-from hiermoe.topology.cluster import AlphaBeta, Cluster
+from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
+from hiermoe.topology.peers import AlphaBeta
 from hiermoe.topology.placement import Placement
 
 Token = tuple[int, tuple[int, ...]]  # the GPU that holds it; its experts by falling score

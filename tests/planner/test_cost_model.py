@@ -10,8 +10,9 @@ from hiermoe.planner.counts import RoutingCounts, count_routing
 from hiermoe.planner.scheme import DispatchScheme, every_dimension, fixed_dimension, hierarchical
 from hiermoe.records.status import NotApplicable
 from hiermoe.routing.step import make_step
-from hiermoe.topology.cluster import AlphaBeta, Cluster, Level
+from hiermoe.topology.cluster import Cluster, Level
 from hiermoe.topology.hierarchy import Hierarchy
+from hiermoe.topology.peers import AlphaBeta
 from hiermoe.topology.placement import Placement
 from tests.planner.cases import random_step
 

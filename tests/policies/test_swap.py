@@ -12,8 +12,9 @@ from hiermoe.planner.maxima import MaxFunction
 from hiermoe.planner.scheme import every_dimension, hierarchical
 from hiermoe.policies.swap import SwapStatistics, SwapTimes, counts_after_swap, measure_swaps, swap_times
 from hiermoe.routing.step import RoutingStep, make_step
-from hiermoe.topology.cluster import AlphaBeta, Cluster, Level
+from hiermoe.topology.cluster import Cluster, Level
 from hiermoe.topology.hierarchy import Hierarchy
+from hiermoe.topology.peers import AlphaBeta
 from hiermoe.topology.placement import Placement
 from tests.planner import reference
 from tests.planner.cases import Case, cases, examples, random_cluster, random_step, statistics

@@ -7,7 +7,8 @@ import pytest
 
 from hiermoe.ranks.emulated.requirements import missing_requirement
 from hiermoe.records.store import RunStore
-from hiermoe.topology.cluster import Cluster, Peers
+from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.peers import WORLD, Peers
 from tests.conftest import Command
 
 needs_namespaces = pytest.mark.skipif(missing_requirement() is not None, reason=missing_requirement() or "")
@@ -30,7 +31,7 @@ def test_calibration_finds_what_links_carry(
     assert set(records["rank"]) == set(range(8)) and set(records["stage"]) == {"world", "inter1", "intra1"}
     calibrated, derived = Cluster.named("emulated_4x2_calibrated"), Cluster.named("emulated_4x2")
     assert calibrated.shaped_rates == derived.shaped_rates
-    for peers in (Peers("world"), Peers("inter", 1)):
+    for peers in (WORLD, Peers("inter", 1)):
         found, allowed = calibrated.constants(peers), derived.constants(peers)
         # What a link carries is a lower bound; how far above it a rank gets depends on how busy the cores are.
         assert 0.9 < found.beta_ms_per_byte / allowed.beta_ms_per_byte < 2

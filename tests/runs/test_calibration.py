@@ -15,7 +15,8 @@ from hiermoe.records.store import RunStore
 from hiermoe.runs.calibration import CalibrationConfig, fit_exchanges, timings, write_cluster
 from hiermoe.runs.execute import execute
 from hiermoe.runs.run_config import parse, register_search_path
-from hiermoe.topology.cluster import Cluster, Peers
+from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.peers import WORLD, Peers
 from tests.conftest import Command
 
 SMALL = ["ranks=local", "cluster=a6000_1x8", "world_size=4"]
@@ -61,7 +62,7 @@ def test_line_goes_through_medians_of_the_slowest_rank_above_64_kib() -> None:
 @pytest.mark.parametrize(("alpha_ms", "beta_ms_per_byte"), [(-1.0, 1e-5), (20.0, -1e-6)])
 def test_constants_are_never_negative(alpha_ms: float, beta_ms_per_byte: float) -> None:
     config = configured(*SMALL)
-    fit = fit_exchanges(rows_of(config, alpha_ms, beta_ms_per_byte), config.cluster)[Peers("world")]
+    fit = fit_exchanges(rows_of(config, alpha_ms, beta_ms_per_byte), config.cluster)[WORLD]
     assert min(fit.alpha_ms, fit.beta_ms_per_byte) == 0
     assert fit.r2 < 1
 
@@ -69,7 +70,7 @@ def test_constants_are_never_negative(alpha_ms: float, beta_ms_per_byte: float) 
 def test_sizes_double_up_to_both_bounds() -> None:
     config = configured("cluster=emulated_4x8", "largest_bytes=1048576", "largest_pair_bytes=262144")
     job = config.measurement.prepare(config)
-    assert job.pair_bytes(Peers("world")) == [4096 * 2**i for i in range(4)]
+    assert job.pair_bytes(WORLD) == [4096 * 2**i for i in range(4)]
     assert job.pair_bytes(Peers("inter", 2)) == [4096 * 2**i for i in range(7)]
     rounds = [repeat for repeat, *_ in job.measurements()]
     assert sorted(set(rounds)) == [-1, 0, 1, 2, 3, 4] and rounds == sorted(rounds)
@@ -88,7 +89,7 @@ def test_cluster_file_is_found_by_name_and_by_path(
     assert written.hierarchy == config.cluster.hierarchy
     assert all(written.constants(x).beta_ms_per_byte == pytest.approx(2e-6) for x in written.exchanges)
     date = json.loads((store.path(config.run_id) / "provenance.json").read_text())["time"][:10]
-    assert written.constants(Peers("world")).source.endswith(f"on {date}, ranks=local, r^2 = 1.0000")
+    assert written.constants(WORLD).source.endswith(f"on {date}, ranks=local, r^2 = 1.0000")
     for name in ("mine", clusters / "mine.yaml"):
         code, out, err = hiermoe("run", f"cluster={name}", *RUN)
         assert code == 0, err

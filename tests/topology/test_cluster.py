@@ -8,10 +8,11 @@ import pytest
 import yaml
 
 from hiermoe.records.project import CONF, PROJECT_ROOT
-from hiermoe.topology.cluster import AlphaBeta, Cluster, Level, Peers
+from hiermoe.topology.cluster import Cluster, Level
+from hiermoe.topology.peers import WORLD, AlphaBeta, Peers
 
 FILES = sorted((CONF / "cluster").glob("*.yaml"))
-WORLD, INTER, INTRA = (Peers("world"), *([Peers(kind, i) for i in (0, 1, 2, 3)] for kind in ("inter", "intra")))
+INTER, INTRA = ([Peers(kind, i) for i in (0, 1, 2, 3)] for kind in ("inter", "intra"))
 # Which published row each constant is, and what its beta is scaled by (one of two nodes instead of three of four).
 EXPECTED: dict[str, dict[Peers, tuple[str, float]]] = {
     "a6000_4x8": {

@@ -8,13 +8,13 @@ from hiermoe.planner.scheme import hierarchical
 from hiermoe.planner.traffic import exact_traffic
 from hiermoe.records.project import CONF
 from hiermoe.routing.step import RoutingStep
-from hiermoe.topology.cluster import AlphaBeta, Cluster, Level, OuterLevel, Peers
+from hiermoe.topology.cluster import Cluster, Level, OuterLevel
 from hiermoe.topology.data_sheet import DERIVED, MESSAGES_AT_ONCE, START_US, Port, derived
+from hiermoe.topology.peers import WORLD, AlphaBeta, Peers
 from hiermoe.topology.placement import Placement
 from hiermoe.topology.scaling import scaled
 
 PROFILES = ["h100_ib400", "h800_ib400", "gb200_nvl72_ib400", "gb200_nvl72_ib800", "a100_ib200", "cloud_eth100"]
-WORLD = Peers("world")
 
 # The paper's link rates (conf/cluster/a6000_4x8.yaml): who shares each link on the way out of a group.
 TESTBED = [

@@ -64,8 +64,8 @@ def worlds(results: Results, sweep: str) -> Iterator[dict[str, Any]]:
 def alpha_share(run: Run, results: Results) -> float:
     """The part of the time that does not depend on bytes: of constants from data sheets, the less certain one."""
     stages, cluster = results.rows(run, "dispatch"), run.config.cluster
-    alpha_ms = {str(peers): cluster.constants(peers).alpha_ms for peers in cluster.exchanges}
-    return stages["stage"].str.partition(":")[2].map(alpha_ms).sum() / stages["predicted_ms"].sum()
+    alpha_ms = stages["stage"].map(lambda stage: cluster.constants(cluster.exchange_of(str(stage))).alpha_ms)
+    return alpha_ms.sum() / stages["predicted_ms"].sum()
 
 
 def stages_of(run: Run, dimension: int) -> str:

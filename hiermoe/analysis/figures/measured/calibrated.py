@@ -9,7 +9,8 @@ from hiermoe.analysis.figures.paper import fig9
 from hiermoe.analysis.figures.spec import DPI
 from hiermoe.analysis.figures.style import SETTINGS
 from hiermoe.runs.calibration import timings
-from hiermoe.topology.cluster import Cluster, Peers
+from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.peers import Peers
 
 
 def table(records: pd.DataFrame, cluster: Cluster, r2: dict[Peers, float]) -> pd.DataFrame:
@@ -24,10 +25,11 @@ def table(records: pd.DataFrame, cluster: Cluster, r2: dict[Peers, float]) -> pd
     frames = []
     for exchange in cluster.exchanges:
         constants = cluster.constants(exchange)
+        kind, name = fig9.words_of(exchange)
         frames.append(
             measured[measured["stage"] == str(exchange)].assign(
-                stage=fig9.NAMES[exchange.kind] + (str(exchange.level) if exchange.level else ""),
-                kind=exchange.kind,
+                stage=name,
+                kind=kind,
                 level=exchange.level,
                 alpha_ms=constants.alpha_ms,
                 beta_ms_per_byte=constants.beta_ms_per_byte,

@@ -105,8 +105,7 @@ def _by_links(twin: Run, results: Results) -> pd.DataFrame:
     link keep its price.
     """
     stages, cluster = results.rows(twin, "dispatch"), twin.config.cluster
-    alpha_ms = {str(peers): cluster.constants(peers).alpha_ms for peers in cluster.exchanges}
-    start_ms = stages["stage"].str.partition(":")[2].map(alpha_ms)
+    start_ms = stages["stage"].map(lambda stage: cluster.constants(cluster.exchange_of(str(stage))).alpha_ms)
     return stages.assign(least_ms=(start_ms + stages["link_ms"]).where(stages["link_ms"] > 0, stages["predicted_ms"]))
 
 

@@ -11,10 +11,17 @@ from hiermoe.analysis.figures import style
 from hiermoe.analysis.figures.spec import FigureSpec, Words
 from hiermoe.analysis.frames import Results
 from hiermoe.analysis.quantities import fits
+from hiermoe.topology.peers import WORLD, Peers
 
 NAMES = {"world": "standard, all GPUs", "inter": "Inter-level-", "intra": "Intra-level-"}
 TONES = {"world": "#000000", "inter": "#0072B2", "intra": "#D55E00"}
 DASHES = {0: "-", 1: "-", 2: "--", 3: ":"}
+
+
+def words_of(peers: Peers) -> tuple[str, str]:
+    """Kind of an AlltoAll, and its name in the paper."""
+    kind = "world" if peers == WORLD else peers.kind
+    return kind, NAMES[kind] + (str(peers.level) if peers.level else "")
 
 
 def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
@@ -24,12 +31,12 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
         timings = results.rows(run, "calibration")
         for peers, fit in fits(run, results).items():
             constants = run.config.cluster.constants(peers)
-            name = NAMES[peers.kind] + (str(peers.level) if peers.level else "")
+            kind, name = words_of(peers)
             for size, group in timings[timings["stage"] == str(peers)].groupby("bytes"):
                 time_ms = group["predicted_ms"]
                 rows.append(
                     {
-                        "source": run.source, "routing": run.routing, "stage": name, "kind": peers.kind,
+                        "source": run.source, "routing": run.routing, "stage": name, "kind": kind,
                         "level": peers.level, "bytes": size, "mean_ms": time_ms.mean(), "min_ms": time_ms.min(),
                         "max_ms": time_ms.max(), "n": len(group), "alpha_ms": constants.alpha_ms,
                         "beta_ms_per_byte": constants.beta_ms_per_byte, "fitted_alpha_ms": fit.alpha_ms,
