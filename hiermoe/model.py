@@ -5,14 +5,12 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from hiermoe.records.strict import Strict
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class RouterConfig(_Strict):
+class RouterConfig(Strict):
     """How a router turns scores into the experts of a token, and how its load is balanced in training.
 
     Attributes:
@@ -65,7 +63,7 @@ class RouterConfig(_Strict):
         return ", ".join(parts)
 
 
-class GroupedQueryAttention(_Strict):
+class GroupedQueryAttention(Strict):
     """Grouped-query attention; `qk_norm` normalises queries and keys per head, as Qwen3 does."""
 
     kind: Literal["gqa"]
@@ -81,7 +79,7 @@ class GroupedQueryAttention(_Strict):
         return self
 
 
-class LatentAttention(_Strict):
+class LatentAttention(Strict):
     """Multi-head latent attention (MLA) of DeepSeek-V3; `qk_norm` normalises the compressed queries and key-values."""
 
     kind: Literal["mla"]
@@ -118,7 +116,7 @@ class LayerSizes:
         return self.hidden_size * self.element_bytes
 
 
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     """A mixture-of-experts transformer.
 
     Attributes:
@@ -159,23 +157,21 @@ class ModelConfig(_Strict):
             raise ValueError(
                 f"num_dense_layers={self.num_dense_layers} leaves no MoE layer of num_layers={self.num_layers}"
             )
-        if self.router.num_groups is not None and self.router.group_topk is not None:
-            self._check_groups(self.router.num_groups, self.router.group_topk)
-        return self
-
-    def _check_groups(self, num_groups: int, group_topk: int) -> None:
+        num_groups, group_topk = self.router.num_groups, self.router.group_topk
+        if num_groups is None or group_topk is None:
+            return self
         if self.num_experts % num_groups:
             raise ValueError(f"num_experts={self.num_experts} is not divisible by num_groups={num_groups}")
-        group_size = self.num_experts // num_groups
-        if self.topk > group_topk * group_size:
+        if self.topk > self.usable_experts:
             raise ValueError(
-                f"topk={self.topk} exceeds the {group_topk * group_size} experts of group_topk={group_topk} groups"
+                f"topk={self.topk} exceeds the {self.usable_experts} experts of group_topk={group_topk} groups"
             )
-        if not 1 <= self.topk // group_topk <= group_size:
+        if not 1 <= self.topk // group_topk <= self.num_experts // num_groups:
             raise ValueError(
                 f"topk={self.topk} // group_topk={group_topk}, the experts that score a group, "
-                f"is not between 1 and the group size {group_size}"
+                f"is not between 1 and the group size {self.num_experts // num_groups}"
             )
+        return self
 
     @property
     def expert_parameters(self) -> int:

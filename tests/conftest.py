@@ -81,3 +81,15 @@ def hiermoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         return code, output.out, output.err
 
     return call
+
+
+@pytest.fixture
+def loads_file(tmp_path: Path) -> Callable[[str], Path]:
+    """Write a file of expert loads."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "loads.csv"
+        path.write_text(text)
+        return path
+
+    return write

@@ -2,9 +2,10 @@
 
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from hiermoe.model import ModelConfig
+from hiermoe.records.strict import Strict
 from hiermoe.runs.run_config import RoutingConfig
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.cluster_files import cluster_names
@@ -12,10 +13,8 @@ from hiermoe.topology.cluster_files import cluster_names
 SOURCES = ("trace", "loads", "routing")
 
 
-class AdviceConfig(BaseModel):
+class AdviceConfig(Strict):
     """One question; the entries are explained in conf/advise.yaml."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: ModelConfig | None = None
     cluster: Cluster

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from hiermoe.records.project import PUBLISHED, REPORTS
+from hiermoe.records.strict import Strict
 
 TESTBED_RANKS = 32  # claims are about the paper's testbed unless their condition says otherwise
 BEST_OF = "best of "
@@ -27,22 +28,18 @@ CONDITIONS: tuple[tuple[str, Any], ...] = (
 )
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Rule(_Strict):
+class Rule(Strict):
     """How one metric is judged."""
 
     rule: Literal["value", "speedup", "order", "at_most"]
     reason: str
     tolerance: float = Field(default=0.0, ge=0)  # value, at_most: absolute; speedup: relative
     least_effect: float = Field(default=0.0, ge=0, le=1)  # speedup: least share of the published log ratio
-    not_testable: dict[str, str] = {}  # source -> why
-    constructed: dict[str, str] = {}  # source -> why
+    not_testable: dict[str, str] = Field(default_factory=dict)  # source -> why
+    constructed: dict[str, str] = Field(default_factory=dict)  # source -> why
 
 
-class ConstructedPair(_Strict):
+class ConstructedPair(Strict):
     """Two systems whose order a simulation cannot fail to show."""
 
     system: str
@@ -51,7 +48,7 @@ class ConstructedPair(_Strict):
     reason: str
 
 
-class Rules(_Strict):
+class Rules(Strict):
     """reports/claims.yaml."""
 
     sweeps: dict[str, str]

@@ -2,12 +2,13 @@
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from hiermoe.model import ModelConfig
+from hiermoe.records.strict import Strict
 
 
-class TrainingConfig(BaseModel):
+class TrainingConfig(Strict):
     """Training with expert parallelism, and with data parallelism of the experts if there are replicas.
 
     Attributes:
@@ -24,8 +25,6 @@ class TrainingConfig(BaseModel):
         corpus_files: Use only so many files of the corpus; None for all.
         cache_dir: Folder for the tokenised corpus.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: ModelConfig
     seq_length: PositiveInt

@@ -4,17 +4,18 @@ from importlib import import_module
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.policies.protocol import PlacementPolicy
 from hiermoe.records.project import CONF
+from hiermoe.records.strict import Strict
 from hiermoe.topology.hierarchy import Hierarchy
 
 Executor = Literal["staged", "stock", "reordered", "flex"]
 
 
-class SystemConfig(BaseModel):
+class SystemConfig(Strict):
     """A scheme (or several to choose from), a placement policy, and what executes them.
 
     ``schemes`` and ``policy`` name what builds them in ``_target_``; their other entries are its arguments.
@@ -24,8 +25,6 @@ class SystemConfig(BaseModel):
             tokens in reverse, a control that only reorders sums) and ``flex``: Megatron's classes; the scheme only
             describes them.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     label: str

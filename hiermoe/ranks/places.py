@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, TypeVar
 
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from hiermoe.dispatch.communicators import played_hosts
 from hiermoe.ranks.crew import Crew, lead
@@ -19,6 +19,7 @@ from hiermoe.ranks.streams import collect, streaming
 from hiermoe.ranks.world import Device, Progress, Source, World, no_progress
 from hiermoe.records.keep import RunDied
 from hiermoe.records.project import CONF
+from hiermoe.records.strict import Strict
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
 
@@ -100,7 +101,7 @@ PLACES: Mapping[str, Place] = {
 }
 
 
-class RanksConfig(BaseModel):
+class RanksConfig(Strict):
     """Where a run happens, of those that need ranks.
 
     Attributes:
@@ -108,8 +109,6 @@ class RanksConfig(BaseModel):
         timeout_s: of a collective, and of finding each other.
         device: of the tensors that ranks exchange: cpu, over gloo, or cuda, over NCCL.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Literal["local", "emulated", "allocation"]
     timeout_s: float = Field(gt=0)

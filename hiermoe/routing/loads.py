@@ -13,8 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hiermoe.routing.step import RoutingRequest, RoutingStep
-from hiermoe.routing.synthetic import Endless, full_step, generator, weighted_choices
+from hiermoe.routing.synthetic import Endless, weighted_choices
 
 COLUMNS = ("expert", "load")
 
@@ -80,11 +79,10 @@ class IndependentLoads(Endless):
     """K distinct experts a token, each with its own probability, whatever the others are.
 
     Attributes:
-        request: sizes and seed.
         load_E: float64 [E], how often each expert is chosen, in any unit.
     """
 
-    request: RoutingRequest
+    family = "independent_loads"
     load_E: np.ndarray
 
     @cached_property
@@ -92,8 +90,6 @@ class IndependentLoads(Endless):
         """Rate of each expert's arrival: float32 [E]."""
         return torch.from_numpy(inclusion_rates(self.load_E, self.request.topk)).float()
 
-    def step(self, iteration: int) -> RoutingStep:
-        """Routing of one iteration."""
-        r = self.request
-        rng = generator("independent_loads", r.seed, iteration)
-        return full_step(weighted_choices(rng, self.rates_E, r.num_ranks * r.tokens_per_rank, r.topk), r)
+    def choices(self, rng: np.random.Generator) -> Tensor:
+        """Experts of all tokens of a step: int64 [N, K]."""
+        return weighted_choices(rng, self.rates_E, self.num_tokens, self.request.topk)

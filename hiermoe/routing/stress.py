@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hiermoe.routing.step import RoutingRequest, RoutingStep, experts_per_rank
-from hiermoe.routing.synthetic import Endless, full_step, generator, weighted_choices
+from hiermoe.routing.synthetic import Endless, generator, weighted_choices
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,8 +22,7 @@ class Stress(Endless):
     """Experts drawn in proportion to weights that repeat in a cycle, from token counts that repeat in a cycle.
 
     Attributes:
-        name: of the mode; with seed and iteration it fixes every draw.
-        request: sizes and seed.
+        mode: its name; with seed and iteration it fixes every draw.
         weights_CE: float32 [C, E], at least 0, weights of iteration i in row i % C.
         num_tokens_CG: int64 [C', G], at most T, tokens per rank of iteration i in row i % C'.
 
@@ -31,20 +30,19 @@ class Stress(Endless):
         ValueError: fewer than K experts of an iteration have a weight.
     """
 
-    name: str
-    request: RoutingRequest
+    mode: str
     weights_CE: Tensor
     num_tokens_CG: Tensor
 
     def __post_init__(self) -> None:
         loaded = int((self.weights_CE > 0).sum(1).min())
         if loaded < self.request.topk:
-            raise ValueError(f"{self.name}: {loaded} experts may get load, fewer than topk={self.request.topk}")
+            raise ValueError(f"{self.mode}: {loaded} experts may get load, fewer than topk={self.request.topk}")
 
     def step(self, iteration: int) -> RoutingStep:
         """Routing of one iteration."""
         r = self.request
-        rng = generator(self.name, r.seed, iteration)
+        rng = generator(self.mode, r.seed, iteration)
         weights_E = self.weights_CE[iteration % len(self.weights_CE)]
         num_tokens_G = self.num_tokens_CG[iteration % len(self.num_tokens_CG)]
         source_N = torch.arange(r.num_ranks).repeat_interleave(num_tokens_G)
@@ -64,23 +62,16 @@ class Balanced(Endless):
     policy that wins here wins by chance, one that loses shows its own price.
     """
 
-    request: RoutingRequest
+    family = "stress_balanced"
 
-    def step(self, iteration: int) -> RoutingStep:
-        """Routing of one iteration."""
+    def choices(self, rng: np.random.Generator) -> Tensor:
+        """Experts of all tokens of a step: int64 [N, K]."""
         r = self.request
-        rng = generator("stress_balanced", r.seed, iteration)
-        pairs = r.num_ranks * r.tokens_per_rank * r.topk
+        pairs = self.num_tokens * r.topk
         period = lcm(r.num_experts, r.topk)  # pairs after which a token and the list end together
         lists = np.tile(np.arange(r.num_experts), (-(-pairs // period), 1))
         shuffled = torch.from_numpy(rng.permuted(lists, axis=1))
-        ids = shuffled.repeat(1, period // r.num_experts).view(-1)[:pairs]
-        return full_step(ids.view(-1, r.topk), r)
-
-
-def balanced(request: RoutingRequest) -> Balanced:
-    """Exactly equal load; see ``Balanced``."""
-    return Balanced(request)
+        return shuffled.repeat(1, period // r.num_experts).view(-1)[:pairs].view(-1, r.topk)
 
 
 def hot_adjacent(request: RoutingRequest, num_hot: int, heat: float) -> Stress:
@@ -89,7 +80,7 @@ def hot_adjacent(request: RoutingRequest, num_hot: int, heat: float) -> Stress:
     May claim: what a bad placement costs, and how much of it a policy wins back; ``hot_spread`` with the same
     parameters is the same demand placed well. Not: that such a load occurs.
     """
-    return Stress("stress_hot_adjacent", request, _hot(request, num_hot, heat), _full(request))
+    return Stress(request, "stress_hot_adjacent", _hot(request, num_hot, heat), _full(request))
 
 
 def hot_spread(request: RoutingRequest, num_hot: int, heat: float) -> Stress:
@@ -98,7 +89,7 @@ def hot_spread(request: RoutingRequest, num_hot: int, heat: float) -> Stress:
     May claim: what skew costs that no swap can remove; a policy should find little to do here. Read it beside
     ``hot_adjacent``.
     """
-    return Stress("stress_hot_spread", request, _hot(request, num_hot, heat, spread=True), _full(request))
+    return Stress(request, "stress_hot_spread", _hot(request, num_hot, heat, spread=True), _full(request))
 
 
 def hot_rank(request: RoutingRequest, heat: float) -> Stress:
@@ -108,7 +99,7 @@ def hot_rank(request: RoutingRequest, heat: float) -> Stress:
     average gain.
     """
     per_rank = experts_per_rank(request.num_experts, request.num_ranks)
-    return Stress("stress_hot_rank", request, _hot(request, per_rank, heat), _full(request))
+    return Stress(request, "stress_hot_rank", _hot(request, per_rank, heat), _full(request))
 
 
 def ragged(request: RoutingRequest) -> Stress:
@@ -124,7 +115,7 @@ def ragged(request: RoutingRequest) -> Stress:
     lone_G = torch.zeros_like(rising_G)
     lone_G[request.num_ranks // 2] = request.tokens_per_rank
     num_tokens_CG = torch.stack([rising_G, lone_G, rising_G.flip(0)])
-    return Stress("stress_ragged", request, torch.ones(1, request.num_experts), num_tokens_CG)
+    return Stress(request, "stress_ragged", torch.ones(1, request.num_experts), num_tokens_CG)
 
 
 def empty(request: RoutingRequest, idle_share: float) -> Stress:
@@ -145,7 +136,7 @@ def empty(request: RoutingRequest, idle_share: float) -> Stress:
     if per_rank > 1:
         weights_GL[:, 0] = 0
     weights_GL[request.num_ranks - int(idle_share * request.num_ranks) :] = 0
-    return Stress("stress_empty", request, weights_GL.view(1, -1), _full(request))
+    return Stress(request, "stress_empty", weights_GL.view(1, -1), _full(request))
 
 
 def rotating(request: RoutingRequest, num_hot: int, heat: float, every: int) -> Stress:
@@ -162,7 +153,7 @@ def rotating(request: RoutingRequest, num_hot: int, heat: float, every: int) -> 
     hot_E = _hot(request, num_hot, heat)[0]
     stops = request.num_experts // gcd(request.num_experts, num_hot)
     weights_CE = torch.stack([hot_E.roll(stop * num_hot) for stop in range(stops)]).repeat_interleave(every, dim=0)
-    return Stress("stress_rotating", request, weights_CE, _full(request))
+    return Stress(request, "stress_rotating", weights_CE, _full(request))
 
 
 def burst(request: RoutingRequest, num_hot: int, heat: float, period: int, length: int) -> Stress:
@@ -178,7 +169,7 @@ def burst(request: RoutingRequest, num_hot: int, heat: float, period: int, lengt
     hot_E = _hot(request, num_hot, heat)[0]
     weights_CE = torch.ones(period, request.num_experts)
     weights_CE[period - length :] = hot_E
-    return Stress("stress_burst", request, weights_CE, _full(request))
+    return Stress(request, "stress_burst", weights_CE, _full(request))
 
 
 def _hot(request: RoutingRequest, num_hot: int, heat: float, spread: bool = False) -> Tensor:

@@ -7,6 +7,7 @@ Only ``GroupLimited`` heeds the group limit of a request.
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 from zlib import crc32
 
 import numpy as np
@@ -102,26 +103,46 @@ def full_step(expert_ids_NK: Tensor, request: RoutingRequest) -> RoutingStep:
     return RoutingStep(expert_ids_NK, source_N, request.num_ranks, request.num_experts)
 
 
+@dataclass(frozen=True)
 class Endless:
-    """A source with another step for every iteration."""
+    """A source with another step for every iteration, in which every rank holds T tokens.
+
+    Attributes:
+        family: name that, with seed and iteration, fixes every draw.
+        request: sizes and seed.
+    """
+
+    family: ClassVar[str]
+    request: RoutingRequest
 
     @property
     def num_distinct(self) -> None:
         """None: there is no end to them."""
         return None
 
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.request.num_ranks * self.request.tokens_per_rank
+
+    def step(self, iteration: int) -> RoutingStep:
+        """Routing of one iteration."""
+        return full_step(self.choices(generator(self.family, self.request.seed, iteration)), self.request)
+
+    def choices(self, rng: np.random.Generator) -> Tensor:
+        """Draw the experts of all tokens of a step: int64 [N, K]."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Uniform(Endless):
     """Any K distinct experts, equally likely: no skew, no correlation, duplicates by chance alone."""
 
-    request: RoutingRequest
+    family = "uniform"
 
-    def step(self, iteration: int) -> RoutingStep:
-        """Routing of one iteration."""
-        r = self.request
-        rng = generator("uniform", r.seed, iteration)
-        return full_step(uniform_choices(rng, r.num_experts, r.num_ranks * r.tokens_per_rank, r.topk), r)
+    def choices(self, rng: np.random.Generator) -> Tensor:
+        """Experts of all tokens of a step: int64 [N, K]."""
+        return uniform_choices(rng, self.request.num_experts, self.num_tokens, self.request.topk)
 
 
 @dataclass(frozen=True)
@@ -129,14 +150,13 @@ class Skewed(Endless):
     """Popularity falls as rank^-exponent; which experts are popular is drawn once per seed and stays.
 
     Attributes:
-        request: sizes and seed.
         exponent: 0 is uniform, 1 is Zipf's law.
 
     Raises:
         ValueError: the exponent is negative.
     """
 
-    request: RoutingRequest
+    family = "skewed"
     exponent: float
 
     def __post_init__(self) -> None:
@@ -146,7 +166,7 @@ class Skewed(Endless):
     @cached_property
     def by_popularity(self) -> Tensor:
         """Experts by falling popularity: int64 [E]."""
-        return torch.from_numpy(generator("skewed", self.request.seed).permutation(self.request.num_experts))
+        return torch.from_numpy(generator(self.family, self.request.seed).permutation(self.request.num_experts))
 
     @cached_property
     def weights_E(self) -> Tensor:
@@ -155,11 +175,9 @@ class Skewed(Endless):
         weights_E[self.by_popularity] = torch.arange(1.0, self.request.num_experts + 1) ** -self.exponent
         return weights_E
 
-    def step(self, iteration: int) -> RoutingStep:
-        """Routing of one iteration."""
-        r = self.request
-        rng = generator("skewed", r.seed, iteration)
-        return full_step(weighted_choices(rng, self.weights_E, r.num_ranks * r.tokens_per_rank, r.topk), r)
+    def choices(self, rng: np.random.Generator) -> Tensor:
+        """Experts of all tokens of a step: int64 [N, K]."""
+        return weighted_choices(rng, self.weights_E, self.num_tokens, self.request.topk)
 
 
 @dataclass(frozen=True)
@@ -167,7 +185,6 @@ class GroupLimited(Endless):
     """DeepSeek-V3's router on independent scores: sigmoid of normals plus an expert bias, best groups first.
 
     Attributes:
-        request: sizes, groups and seed.
         bias_std: standard deviation of the expert bias, drawn once per seed. 0 makes all experts equally popular.
 
     Raises:
@@ -175,7 +192,7 @@ class GroupLimited(Endless):
         ValueError: bias_std is negative.
     """
 
-    request: RoutingRequest
+    family = "group_limited"
     bias_std: float
 
     def __post_init__(self) -> None:
@@ -187,17 +204,16 @@ class GroupLimited(Endless):
     @cached_property
     def bias_E(self) -> Tensor:
         """Expert bias: float32 [E]."""
-        rng = generator("group_limited", self.request.seed)
+        rng = generator(self.family, self.request.seed)
         return torch.from_numpy(rng.standard_normal(self.request.num_experts, dtype=np.float32)) * self.bias_std
 
-    def step(self, iteration: int) -> RoutingStep:
-        """Routing of one iteration."""
+    def choices(self, rng: np.random.Generator) -> Tensor:
+        """Experts of all tokens of a step: int64 [N, K]."""
         r = self.request
         assert r.num_groups is not None and r.group_topk is not None  # checked at construction
-        rng = generator("group_limited", r.seed, iteration)
-        normals = rng.standard_normal((r.num_ranks * r.tokens_per_rank, r.num_experts), dtype=np.float32)
+        normals = rng.standard_normal((self.num_tokens, r.num_experts), dtype=np.float32)
         scores_NE = torch.from_numpy(normals).sigmoid_().add_(self.bias_E)
-        return full_step(group_limited_choices(scores_NE, r.topk, r.num_groups, r.group_topk), r)
+        return group_limited_choices(scores_NE, r.topk, r.num_groups, r.group_topk)
 
 
 @dataclass(frozen=True)
@@ -209,7 +225,6 @@ class Topic(Endless):
     run: what a placement gains here, it gains from co-activation, not from load.
 
     Attributes:
-        request: sizes and seed.
         num_topics: 1..E.
         run_length: tokens in a row that share a topic; a new run starts at each rank.
         strength: weight of an expert of the topic relative to all others, at least 1. 1 is uniform.
@@ -218,7 +233,7 @@ class Topic(Endless):
         ValueError: a parameter is outside its range.
     """
 
-    request: RoutingRequest
+    family = "topic"
     num_topics: int
     run_length: int
     strength: float
@@ -234,7 +249,7 @@ class Topic(Endless):
     def topic_E(self) -> Tensor:
         """Topic that each expert belongs to: int64 [E]."""
         num_experts = self.request.num_experts
-        position_E = torch.from_numpy(generator("topic", self.request.seed).permutation(num_experts))
+        position_E = torch.from_numpy(generator(self.family, self.request.seed).permutation(num_experts))
         return position_E * self.num_topics // num_experts
 
     def topic_of_tokens(self, rng: np.random.Generator) -> Tensor:
@@ -244,11 +259,9 @@ class Topic(Endless):
         topic_GR = torch.from_numpy(rng.integers(0, self.num_topics, (r.num_ranks, runs)))
         return topic_GR.repeat_interleave(self.run_length, dim=1)[:, : r.tokens_per_rank].reshape(-1)
 
-    def step(self, iteration: int) -> RoutingStep:
-        """Routing of one iteration."""
-        r = self.request
-        rng = generator("topic", r.seed, iteration)
+    def choices(self, rng: np.random.Generator) -> Tensor:
+        """Experts of all tokens of a step: int64 [N, K]."""
         topic_N = self.topic_of_tokens(rng)
         of_topic = torch.arange(self.num_topics)[:, None] == self.topic_E[None, :]  # [num_topics, E]
         weights = torch.where(of_topic, float(self.strength), 1.0)
-        return full_step(weighted_choices(rng, weights[topic_N], len(topic_N), r.topk), r)
+        return weighted_choices(rng, weights[topic_N], len(topic_N), self.request.topk)

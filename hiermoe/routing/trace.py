@@ -9,19 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from hiermoe.records.project import from_root, to_root
 from hiermoe.records.status import NotApplicable
+from hiermoe.records.store import write_whole
+from hiermoe.records.strict import Strict
 from hiermoe.routing.step import RoutingRequest, RoutingStep, make_step
 
 FORMAT = 1
 
 
-class TraceMetadata(BaseModel):
+class TraceMetadata(Strict):
     """How a trace came to be. Whoever records it states every field; None is what an imported file does not say."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
     num_experts: int
@@ -96,16 +96,11 @@ class RoutingTrace:
         for iteration, counts in enumerate(self.num_tokens):
             valid = np.arange(tokens)[None, :] < counts[:, None]
             ids = self.expert_ids[iteration][:, valid]
-            if ids.size and int(ids.max()) >= self.metadata.num_experts:
-                raise ValueError(
-                    f"trace of {self.metadata.model}: iteration {iteration} names expert {int(ids.max())}, "
-                    f"num_experts is {self.metadata.num_experts}"
-                )
-            ordered = np.sort(ids, axis=-1)
-            if (ordered[..., 1:] == ordered[..., :-1]).any():
-                raise ValueError(
-                    f"trace of {self.metadata.model}: iteration {iteration} has a token with an expert twice"
-                )
+            where, num_experts = f"trace of {self.metadata.model}: iteration {iteration}", self.metadata.num_experts
+            if ids.size and int(ids.max()) >= num_experts:
+                raise ValueError(f"{where} names expert {int(ids.max())}, num_experts is {num_experts}")
+            if has_twice(ids).any():
+                raise ValueError(f"{where} has a token with an expert twice")
 
     def save(self, path: str | Path) -> None:
         """Write the trace as a zip of .npy files (``numpy.load`` reads it) and metadata.json with checksums."""
@@ -118,16 +113,14 @@ class RoutingTrace:
             "sha256": {name: hashlib.sha256(blob).hexdigest() for name, blob in blobs.items()},
             "metadata": self.metadata.model_dump(),
         }
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_BZIP2) as archive:
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w", zipfile.ZIP_BZIP2) as archive:
             archive.writestr(zipfile.ZipInfo("metadata.json"), json.dumps(header, indent=1))
             for name, blob in blobs.items():
                 info = zipfile.ZipInfo(f"{name}.npy")  # a fixed date: the same trace gives the same bytes
                 info.compress_type = zipfile.ZIP_BZIP2
                 archive.writestr(info, blob)
-        partial.replace(path)
+        write_whole(Path(path), content.getvalue())
 
     @classmethod
     def load(cls, path: str | Path) -> "RoutingTrace":
@@ -162,12 +155,7 @@ class RoutingTrace:
         except ValidationError as error:
             first = error.errors()[0]
             raise ValueError(f"{path} has bad metadata: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-        return cls(
-            expert_ids=arrays["expert_ids"],
-            num_tokens=arrays["num_tokens"],
-            metadata=metadata,
-            weights=arrays.get("weights"),
-        )
+        return cls(arrays["expert_ids"], arrays["num_tokens"], metadata, arrays.get("weights"))
 
     def reshard(self, num_ranks: int, tokens_per_rank: int) -> "RoutingTrace":
         """Regroup contiguous tokens: iteration after iteration, rank after rank, cut anew into G' ranks of T' tokens.
@@ -194,16 +182,11 @@ class RoutingTrace:
             return np.moveaxis(flat.reshape(layers, count, num_ranks, tokens_per_rank, recorded), 0, 1)
 
         first_old = (np.arange(count, dtype=np.int64) * per_iteration * iterations // int(total)).tolist()
-        metadata = self.metadata.model_copy(
-            update={
-                "training_step": [self.metadata.training_step[i] for i in first_old],
-                "loss": [self.metadata.loss[i] for i in first_old],
-            }
-        )
+        kept = {name: [getattr(self.metadata, name)[i] for i in first_old] for name in ("training_step", "loss")}
         return RoutingTrace(
             expert_ids=regroup(self.expert_ids),
             num_tokens=np.full((count, num_ranks), tokens_per_rank, dtype=np.int32),
-            metadata=metadata,
+            metadata=self.metadata.model_copy(update=kept),
             weights=None if self.weights is None else regroup(self.weights),
         )
 
@@ -280,6 +263,12 @@ def load_recorded(request: RoutingRequest, path: str) -> RoutingTrace:
 def recorded_path(path: str, request: RoutingRequest) -> Path:
     """The file that a configured path stands for; relative paths start at the project's root."""
     return from_root(path.format(trace=request.trace, num_experts=request.num_experts))
+
+
+def has_twice(expert_ids: np.ndarray) -> np.ndarray:
+    """Which tokens name an expert twice: bool [...] of integer [..., K]."""
+    ordered = np.sort(expert_ids, axis=-1)
+    return (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1)
 
 
 def _smallest_dtype(num_experts: int, ids: np.ndarray) -> np.dtype:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from rich.table import Table
 from scipy.optimize import nnls
 
@@ -19,6 +19,7 @@ from hiermoe.ranks.places import RanksConfig
 from hiermoe.ranks.world import Progress, World, no_progress
 from hiermoe.records.project import CLUSTERS
 from hiermoe.records.store import RunStore, write_whole
+from hiermoe.records.strict import Strict
 from hiermoe.runs.execute import execute
 from hiermoe.runs.measurable import keys_of, name_run
 from hiermoe.runs.run_config import WandbConfig, parse
@@ -34,7 +35,7 @@ CALIBRATED = "calibrated on"
 GOOD_R2 = 0.98
 
 
-class CalibrationConfig(BaseModel):
+class CalibrationConfig(Strict):
     """One calibration; the schema of conf/calibrate.yaml.
 
     Attributes:
@@ -42,8 +43,6 @@ class CalibrationConfig(BaseModel):
         ranks: where.
         name: of the cluster's file.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     cluster: Cluster
     ranks: RanksConfig

@@ -6,13 +6,14 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from hiermoe.measure.measurement import Measurement
 from hiermoe.measure.registry import MEASUREMENTS
 from hiermoe.model import LayerSizes, ModelConfig
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.places import PLACES, RanksConfig
+from hiermoe.records.strict import Strict
 from hiermoe.routing.step import RoutingRequest
 from hiermoe.routing.trace import recorded_path
 from hiermoe.runs.config_source import ProjectSource
@@ -23,11 +24,7 @@ from hiermoe.topology.scaling import scaled
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class RoutingConfig(_Strict):
+class RoutingConfig(Strict):
     """Where routing comes from: one file in conf/routing/."""
 
     name: str
@@ -37,14 +34,14 @@ class RoutingConfig(_Strict):
 WandbMode = Literal["offline", "online", "disabled"]
 
 
-class WandbConfig(_Strict):
+class WandbConfig(Strict):
     """Weights & Biases mirrors records; nothing reads it."""
 
     mode: WandbMode
     project: str
 
 
-class RunConfig(_Strict):
+class RunConfig(Strict):
     """One run: the schema of conf/config.yaml.
 
     Attributes:

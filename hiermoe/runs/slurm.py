@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 
 import submitit
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from rich.console import Console
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import DelayedSubmission
@@ -24,6 +24,7 @@ from submitit.helpers import DelayedSubmission
 from hiermoe.records.keep import Outcome
 from hiermoe.records.project import CONF, PROJECT_ROOT, to_root
 from hiermoe.records.store import write_whole
+from hiermoe.records.strict import Strict
 
 JOBS = PROJECT_ROOT / "results" / "jobs"
 
@@ -37,10 +38,8 @@ _GOING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEU
 _MANY_TIMES = 1000  # a job that its time limit ends goes back into the queue so often
 
 
-class SlurmConfig(BaseModel):
+class SlurmConfig(Strict):
     """What to ask Slurm for; the schema of conf/slurm.yaml."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     nodes: int = Field(ge=1)
     gpus_per_node: int = Field(ge=1)

@@ -6,22 +6,21 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from hiermoe.records.strict import Strict
 from hiermoe.topology.cluster_files import cluster_file, cluster_names
 from hiermoe.topology.data_sheet import Port, derived
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.peers import WORLD, AlphaBeta, Peers
 
 
-class Level(BaseModel):
+class Level(Strict):
     """One level of the hierarchy, outermost first.
 
     Where ``port`` is given, the rate of one transfer is that of one port, and ``inter`` and ``intra`` may be left out:
     they are derived then (:mod:`hiermoe.topology.data_sheet`).
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     groups: int = Field(ge=1)
@@ -39,7 +38,7 @@ class Level(BaseModel):
         return values
 
 
-class OuterLevel(BaseModel):
+class OuterLevel(Strict):
     """A level that a larger cluster of the same kind has around these.
 
     Attributes:
@@ -48,14 +47,12 @@ class OuterLevel(BaseModel):
         port: how traffic leaves a group.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     name: str
     holds: int = Field(ge=2)
     port: Port
 
 
-class Cluster(BaseModel):
+class Cluster(Strict):
     """Hierarchy and constants of a cluster; one file in conf/cluster/ each.
 
     Attributes:
@@ -68,8 +65,6 @@ class Cluster(BaseModel):
     Raises:
         ValueError: levels that do not divide, missing constants, negative alpha or beta.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     description: str

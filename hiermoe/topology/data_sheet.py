@@ -30,8 +30,9 @@ GPUs than for 4) is start-up of the framework, of which no data sheet speaks.
 
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from hiermoe.records.strict import Strict
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.peers import AlphaBeta, Peers
 
@@ -41,7 +42,7 @@ DERIVED = "derived from data sheets"  # what the source of a derived constant be
 CAVEAT = "constants from data sheets, not calibrated"  # to stand wherever numbers of such a cluster are shown
 
 
-class Port(BaseModel):
+class Port(Strict):
     """How traffic leaves a group of a level, as data sheets state it.
 
     Attributes:
@@ -51,8 +52,6 @@ class Port(BaseModel):
         oversubscription: rate of all ports of a group over what the switches above it carry; 1: all of it.
         source: where these are from.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     gb_per_s: float = Field(gt=0)
     gpus: int = Field(ge=1)

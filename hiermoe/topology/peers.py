@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
+from hiermoe.records.strict import Strict
 from hiermoe.topology.hierarchy import Hierarchy
 
 Ranks = TypeVar("Ranks", int, Tensor)
@@ -67,7 +68,7 @@ class Peers:
 WORLD = Peers("intra", 0)
 
 
-class AlphaBeta(BaseModel):
+class AlphaBeta(Strict):
     """t = alpha + n * beta for n bytes at the busiest GPU (paper, Sec. III-B and Fig. 9).
 
     Attributes:
@@ -75,8 +76,6 @@ class AlphaBeta(BaseModel):
         beta_ms_per_byte: time per byte.
         source: where the constants come from.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     alpha_ms: float = Field(ge=0)
     beta_ms_per_byte: float = Field(ge=0)

@@ -1,6 +1,5 @@
 """A trace of eight ranks, small enough to be walked through in a second."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -67,15 +66,3 @@ def case(trace_file: Path) -> Case:
 def assessment(case: Case) -> Assessment:
     """Some systems on it."""
     return assess(case, *candidates(case.cluster.hierarchy, SYSTEMS))
-
-
-@pytest.fixture
-def loads_file(tmp_path: Path) -> Callable[[str], Path]:
-    """Write a file of expert loads."""
-
-    def write(text: str) -> Path:
-        path = tmp_path / "loads.csv"
-        path.write_text(text)
-        return path
-
-    return write

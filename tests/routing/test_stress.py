@@ -12,7 +12,6 @@ from hiermoe.planner.counts import count_routing
 from hiermoe.routing.step import RoutingSource, RoutingStep
 from hiermoe.routing.stress import (
     Balanced,
-    balanced,
     burst,
     empty,
     hot_adjacent,
@@ -55,7 +54,7 @@ def test_balanced_load_is_exactly_equal_where_it_can_be(
 ) -> None:
     topk = data.draw(st.integers(1, num_experts))
     request = a_request(num_experts=num_experts, topk=topk, num_ranks=num_ranks, tokens_per_rank=tokens)
-    step = balanced(request).step(iteration)
+    step = Balanced(request).step(iteration)
     load_E = load(step)
     divisible = num_ranks * tokens * topk % num_experts == 0
     assert int(load_E.max() - load_E.min()) == (0 if divisible else 1)

@@ -40,7 +40,7 @@ def read(source: Source) -> Recording:
     for layer_R, expert_R in _blocks(path, header):
         for layer in np.unique(layer_R).tolist():
             mask = layer_R == layer
-            if source.layers is not None and layer not in source.layers:
+            if not source.wants(layer):
                 experts.setdefault(layer, [])
                 continue
 

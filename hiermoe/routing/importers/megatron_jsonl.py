@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.json as pajson
 
-from hiermoe.routing.importers.recording import Recording, Source, narrowed
+from hiermoe.routing.importers.recording import Recording, Source, from_lists
 
 _BLOCK_BYTES = 2**25  # at least; a block holds the longest line
 _SCHEMA = pa.schema(
@@ -36,8 +36,7 @@ _SCHEMA = pa.schema(
 )
 _NEEDED = ("step", "layer", "rank", "num_tokens", "topk", "top_indices")
 
-# A piece: expert ids [T, K] of a line, its file and its number there.
-Piece = tuple[np.ndarray, Path, int]
+Piece = tuple[np.ndarray, str]  # expert ids [T, K] of a line, and which line it is
 
 
 def read(source: Source) -> Recording:
@@ -57,13 +56,13 @@ def read(source: Source) -> Recording:
                 continue
             layer = record["layer"]
             of_layer = pieces.setdefault(layer, {})
-            if source.layers is not None and layer not in source.layers:
+            if not source.wants(layer):
                 continue
-            ids_TK = _ids(path, line, record)
+            ids_TK = _ids(line, record)
             topk = topk or ids_TK.shape[1]
             if ids_TK.shape[1] != topk:
-                raise ValueError(f"{path}: line {line} has {ids_TK.shape[1]} experts a token, not K={topk}")
-            of_layer.setdefault((record["step"], record["rank"]), []).append((ids_TK, path, line))
+                raise ValueError(f"{line} has {ids_TK.shape[1]} experts a token, not K={topk}")
+            of_layer.setdefault((record["step"], record["rank"]), []).append((ids_TK, line))
     kept = source.kept(pieces)
     if not kept:
         raise ValueError(f"{source.path}: it has no lines of the decoder's layers")
@@ -74,12 +73,12 @@ def read(source: Source) -> Recording:
     for layer in kept:
         ids[layer] = np.concatenate([piece[0] for piece in places[layer]])
         # The arrays themselves are no longer needed, only where they came from.
-        lengths[layer] = [(len(rows), path, line) for rows, path, line in places.pop(layer)]
+        lengths[layer] = [(len(rows), line) for rows, line in places.pop(layer)]
 
     def where(layer: int, row: int) -> str:
-        for length, path, line in lengths[layer]:
+        for length, line in lengths[layer]:
             if row < length:
-                return f"{path}: line {line}, token {row} (layer {layer})"
+                return f"{line}, token {row} (layer {layer})"
             row -= length
         raise IndexError(row)
 
@@ -105,16 +104,15 @@ def _grid(
             if layer == next(iter(pieces)):
                 num_tokens[at] = count
             elif count != num_tokens[at]:
-                _, path, line = of_layer[key][0]
                 raise ValueError(
-                    f"{path}: line {line}: layer {layer} has {count} tokens in step {key[0]} of rank {key[1]}, another "
-                    f"layer has {num_tokens[at]}"
+                    f"{of_layer[key][0][1]}: layer {layer} has {count} tokens in step {key[0]} of rank {key[1]}, "
+                    f"another layer has {num_tokens[at]}"
                 )
     return num_tokens, tuple(steps), order
 
 
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number of every line that is not blank, and its record; ``top_indices`` stays an Arrow array."""
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every line that is not blank, what it is called, and its record; ``top_indices`` stays an Arrow array."""
     numbers, longest = _lines(path)
     if not len(numbers):
         raise ValueError(f"{path}: it has no lines")
@@ -129,31 +127,21 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             scalars = batch.select([name for name in _SCHEMA.names if name != "top_indices"]).to_pylist()
             lists = batch.column("top_indices")
             for i, record in enumerate(scalars):
-                yield int(numbers[row]), record | {"top_indices": lists[i]}
+                yield f"{path}: line {numbers[row]}", record | {"top_indices": lists[i]}
                 row += 1
     except pa.ArrowInvalid as error:
         raise ValueError(_first_bad_line(path, str(error).splitlines()[0])) from error
 
 
-def _ids(path: Path, line: int, record: dict[str, Any]) -> np.ndarray:
+def _ids(line: str, record: dict[str, Any]) -> np.ndarray:
     """``top_indices`` of a record as uint16 [T, K], checked against what the record says."""
     lacking = [name for name in _NEEDED if record[name] is None]
     if lacking or not record["top_indices"].is_valid:
-        raise ValueError(f"{path}: line {line} has no {', '.join(lacking) or 'top_indices'}")
+        raise ValueError(f"{line} has no {', '.join(lacking) or 'top_indices'}")
     tokens = record["top_indices"].values
-    if len(tokens) != record["num_tokens"]:
-        raise ValueError(f"{path}: line {line} has {len(tokens)} tokens, num_tokens={record['num_tokens']}")
-    if record["topk"] < 1 or tokens.null_count:
-        raise ValueError(f"{path}: line {line}: topk={record['topk']} or a token that is null")
-    lengths = tokens.value_lengths().to_numpy(zero_copy_only=False)
-    if (lengths != record["topk"]).any():
-        token = int(np.argmax(lengths != record["topk"]))
-        raise ValueError(f"{path}: line {line}, token {token} has {int(lengths[token])} experts, topk={record['topk']}")
-    values = tokens.flatten()
-    if values.null_count:
-        raise ValueError(f"{path}: line {line} has an expert that is null")
-    ids_TK = values.to_numpy().reshape(-1, record["topk"])
-    return narrowed(ids_TK, lambda token: f"{path}: line {line}, token {token}")
+    if len(tokens) != record["num_tokens"] or record["topk"] < 1:
+        raise ValueError(f"{line} has {len(tokens)} tokens, num_tokens={record['num_tokens']}, topk={record['topk']}")
+    return from_lists(tokens, record["topk"], lambda token: f"{line}, token {token}")
 
 
 def _lines(path: Path) -> tuple[np.ndarray, int]:

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hiermoe.routing.importers.recording import CHUNK_TOKENS, Recording, Source, narrowed
+from hiermoe.routing.importers.recording import CHUNK_TOKENS, Recording, Source, from_lists
 
 _INDICES, _LAYER, _STEP, _TOKEN = "indices", "layer", "step", "token"
 _ORDER = "A token's experts are in the order of the list. Scores, where the file has them, were left out."
@@ -40,11 +40,10 @@ def read(source: Source) -> Recording:
     origin: dict[int, list[tuple[Path, np.ndarray | int]]] = {}
     named = _layer_files(source, files)
     for path, file_layer in named:
-        wanted = None if source.layers is None else source.layers
         for start, layer_rows, keys_R2, ids_RK in _parts(path, source):
             layers = np.full(len(ids_RK), file_layer) if layer_rows is None else layer_rows
             for layer in np.unique(layers).tolist():
-                if wanted is not None and layer not in wanted:
+                if not source.wants(layer):
                     rows.setdefault(layer, [])
                     continue
                 mask = layers == layer
@@ -106,7 +105,7 @@ def _parts(path: Path, source: Source) -> Iterator[tuple[int, np.ndarray | None,
     try:
         for batch in file.iter_batches(batch_size=CHUNK_TOKENS, columns=columns):
             batch = batch.slice(0, limit - start)
-            ids_RK = _ids(path, start, batch.column(_INDICES), topk)
+            ids_RK = from_lists(batch.column(_INDICES), topk, lambda row, at=start: f"{path}: row {at + row}")
             topk = ids_RK.shape[1]
             others = {name: _integers(path, start, batch, name) for name in columns if name != _INDICES}
             zeros = np.zeros(len(ids_RK), np.int64)
@@ -117,23 +116,6 @@ def _parts(path: Path, source: Source) -> Iterator[tuple[int, np.ndarray | None,
                 return
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: damaged after row {start}: {str(error).splitlines()[0]}") from error
-
-
-def _ids(path: Path, start: int, column: pa.Array, topk: int | None) -> np.ndarray:
-    """A list column as uint16 [R, K]; K from the first row where it is not given."""
-    if column.null_count:
-        row = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
-        raise ValueError(f"{path}: row {start + row} has no {_INDICES}")
-    lengths = column.value_lengths().to_numpy(zero_copy_only=False)
-    topk = topk or int(lengths[0])
-    if topk == 0 or (lengths != topk).any():
-        row = int(np.argmax(lengths != topk)) if topk else 0
-        raise ValueError(f"{path}: row {start + row} has {int(lengths[row])} experts, not K={topk}")
-    values = column.flatten()
-    if values.null_count:
-        row = int(np.argmax(values.is_null().to_numpy(zero_copy_only=False))) // topk
-        raise ValueError(f"{path}: row {start + row} has an expert that is null")
-    return narrowed(values.to_numpy(zero_copy_only=False).reshape(-1, topk), lambda row: f"{path}: row {start + row}")
 
 
 def _integers(path: Path, start: int, batch: pa.RecordBatch, name: str) -> np.ndarray:

@@ -8,8 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
-from hiermoe.routing.trace import RoutingTrace, TraceMetadata
+from hiermoe.routing.trace import RoutingTrace, TraceMetadata, has_twice
 
 CHUNK_TOKENS = 2**20  # what is checked at once: temporaries stay below a hundred megabytes
 
@@ -41,6 +42,10 @@ class Source:
                 raise ValueError(f"{name}={value} must be at least 1")
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path}: there is no such file or folder")
+
+    def wants(self, layer: int) -> bool:
+        """Whether the layer is among those to keep."""
+        return self.layers is None or layer in self.layers
 
     def files(self, pattern: str) -> list[Path]:
         """The file itself, or those of the folder whose names match, in order of name.
@@ -89,6 +94,34 @@ class Recording:
     steps: tuple[int, ...] | None = None
 
 
+def from_lists(lists: pa.Array, topk: int | None, where: Callable[[int], str]) -> np.ndarray:
+    """A column of lists as expert ids: uint16 [R, K].
+
+    Args:
+        lists: of integers, a row a token.
+        topk: K; None for the length of the first row.
+        where: place of a row, for messages.
+
+    Raises:
+        ValueError: a row or an expert is null, a row has another length, or an id that no model has.
+    """
+    if lists.null_count:
+        raise ValueError(f"{where(_first(lists.is_null()))} has no indices")
+    lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
+    topk = topk or int(lengths[0])
+    if topk == 0 or (lengths != topk).any():
+        row = int(np.argmax(lengths != topk))
+        raise ValueError(f"{where(row)} has {int(lengths[row])} experts, topk={topk}")
+    values = lists.flatten()
+    if values.null_count:
+        raise ValueError(f"{where(_first(values.is_null()) // topk)} has an expert that is null")
+    return narrowed(values.to_numpy(zero_copy_only=False).reshape(-1, topk), where)
+
+
+def _first(mask: pa.Array) -> int:
+    return int(np.argmax(mask.to_numpy(zero_copy_only=False)))
+
+
 def narrowed(ids: np.ndarray, where: Callable[[int], str]) -> np.ndarray:
     """Expert ids as uint16.
 
@@ -116,17 +149,12 @@ def check_experts(recording: Recording, num_experts: int) -> None:
             chunk = ids_NK[start : start + CHUNK_TOKENS]
             if int(chunk.max()) >= num_experts:
                 row = int(np.argmax((chunk >= num_experts).any(axis=1)))
-                raise ValueError(
-                    f"{recording.where(layer, start + row)}: expert {int(chunk[row].max())} is outside "
-                    f"0..{num_experts - 1} (num_experts={num_experts})"
-                )
-            ordered = np.sort(chunk, axis=1)
-            twice = (ordered[:, 1:] == ordered[:, :-1]).any(axis=1)
-            if twice.any():
+                rule = f"expert {int(chunk[row].max())} is outside 0..{num_experts - 1} (num_experts={num_experts})"
+                raise ValueError(f"{recording.where(layer, start + row)}: {rule}")
+            if (twice := has_twice(chunk)).any():
                 row = int(np.argmax(twice))
-                raise ValueError(
-                    f"{recording.where(layer, start + row)}: a token has an expert twice, {chunk[row].tolist()}"
-                )
+                place = recording.where(layer, start + row)
+                raise ValueError(f"{place}: a token has an expert twice, {chunk[row].tolist()}")
 
 
 def known_experts(recording: Recording, num_experts: int | str | None, ranks: int) -> int:

@@ -93,7 +93,7 @@ def with_layers(folder: Path, *lengths: int) -> Path:
             "a.parquet: it is tru",
         ),
         ("parquet", lambda d: text(d / "a.parquet", "no parquet"), "a.parquet: it is truncated or no Parquet file"),
-        ("parquet", lambda d: write_parquet(d / "a.parquet", indices=[[1, 2], [3]]), "row 1 has 1 experts, not K=2"),
+        ("parquet", lambda d: write_parquet(d / "a.parquet", indices=[[1, 2], [3]]), "row 1 has 1 experts, topk=2"),
         (
             "parquet",
             lambda d: write_parquet(d / "a.parquet", indices=[[1, 2], None]),
