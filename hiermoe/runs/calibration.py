@@ -15,7 +15,7 @@ from scipy.optimize import nnls
 from hiermoe.measure.measurement import Measurement
 from hiermoe.measure.registry import MEASUREMENTS
 from hiermoe.planner.fit import Fit, fit_alpha_beta
-from hiermoe.ranks.places import RanksConfig
+from hiermoe.ranks.places import PLACES, RanksConfig
 from hiermoe.ranks.world import Progress, World, no_progress
 from hiermoe.records.project import CLUSTERS
 from hiermoe.records.store import RunStore, write_whole
@@ -59,6 +59,8 @@ class CalibrationConfig(Strict):
         """As many GPUs as ``world_size`` asks for, and a name."""
         values = dict(values)
         world_size = values.pop("world_size")
+        if values.get("ranks") is None:
+            raise ValueError(f"a calibration needs ranks; choose ranks= from {', '.join(PLACES)}")
         ranks = RanksConfig.model_validate(values["ranks"])
         cluster = Cluster.model_validate(values["cluster"])
         if world_size is not None:
