@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -121,6 +121,8 @@ class ModelConfig(Strict):
 
     Attributes:
         name: Name of the model; also the stem of its file in conf/model/.
+        label: In figures and tables; the name where it is left out.
+        entrant: Whether it joins every sweep that compares models.
         trace: Stem of the file in results/traces/ that holds routing for this model.
         num_layers: Decoder layers, of which the first `num_dense_layers` have no experts.
         hidden_size: Width of a token, the paper's M.
@@ -134,6 +136,8 @@ class ModelConfig(Strict):
     """
 
     name: str
+    label: str = ""
+    entrant: bool = False
     trace: str
     num_layers: PositiveInt
     num_dense_layers: NonNegativeInt
@@ -148,6 +152,11 @@ class ModelConfig(Strict):
     router: RouterConfig
     attention: Annotated[GroupedQueryAttention | LatentAttention, Field(discriminator="kind")]
     source: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_label(cls, values: Any) -> Any:
+        return {"label": values.get("name"), **values} if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -20,7 +20,7 @@ import numpy as np
 from hiermoe.advice.assessment import FEWEST_FOR_INTERVALS, Assessed
 from hiermoe.analysis.statistics import Estimate, ratio_of_sums
 from hiermoe.analysis.whole_step import step_speedup
-from hiermoe.runs.calibration import CALIBRATED
+from hiermoe.planner.fit import CALIBRATED
 from hiermoe.topology.cluster import Cluster
 
 Outcome = Literal["stay", "unresolved", "dispatch", "placement"]

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hiermoe.planner.scheme import DispatchScheme
-from hiermoe.policies.protocol import StaticPolicy
 from hiermoe.policies.system import SystemConfig
 from hiermoe.records.project import CONF
 from hiermoe.records.status import NotApplicable
@@ -76,8 +75,7 @@ def candidates(
     for same in alike.values():
         system, schemes = same[0]
         labels = tuple(dict.fromkeys(one.label for one, _ in same))
-        moves = not isinstance(system.build_policy(), StaticPolicy)
-        found.append(Candidate(system, labels, schemes, moves))
+        found.append(Candidate(system, labels, schemes, system.moves))
     return found, left_out
 
 

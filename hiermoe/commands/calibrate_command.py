@@ -5,12 +5,12 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from hiermoe.planner.fit import fit_exchanges
 from hiermoe.records.project import to_root
 from hiermoe.records.store import RunStore
 from hiermoe.runs.calibration import (
     CalibrationConfig,
     calibration_table,
-    fit_exchanges,
     write_cluster,
 )
 from hiermoe.runs.run_config import parse

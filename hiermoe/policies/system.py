@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from hiermoe.planner.scheme import DispatchScheme
-from hiermoe.policies.protocol import PlacementPolicy
+from hiermoe.policies.protocol import PlacementPolicy, StaticPolicy
 from hiermoe.records.project import CONF
 from hiermoe.records.strict import Strict
 from hiermoe.topology.hierarchy import Hierarchy
@@ -21,6 +21,12 @@ class SystemConfig(Strict):
     ``schemes`` and ``policy`` name what builds them in ``_target_``; their other entries are its arguments.
 
     Attributes:
+        name: also of its file.
+        label: in figures and tables.
+        color: of everything that figures show of it.
+        placement_label: its policy, where placements under one dispatch are compared; None for ``label``.
+        placement_color: likewise; None for ``color``.
+        entrant: whether it joins every sweep that compares systems.
         executor: ``staged``: the suite's own exchange runs the scheme. ``stock``, ``reordered`` (stock with each rank's
             tokens in reverse, a control that only reorders sums) and ``flex``: Megatron's classes; the scheme only
             describes them.
@@ -28,6 +34,10 @@ class SystemConfig(Strict):
 
     name: str
     label: str
+    color: str = Field(default="#7A5195", pattern=r"^#[0-9A-Fa-f]{6}$")
+    placement_label: str | None = None
+    placement_color: str | None = None
+    entrant: bool = False
     schemes: dict[str, Any]
     policy: dict[str, Any]
     executor: Executor = "staged"
@@ -48,6 +58,11 @@ class SystemConfig(Strict):
             ValueError: a bad target or bad arguments.
         """
         return build(self.policy)
+
+    @property
+    def moves(self) -> bool:
+        """Whether its policy may move experts."""
+        return not isinstance(self.build_policy(), StaticPolicy)
 
     @classmethod
     def named(cls, name: str) -> Self:

@@ -17,6 +17,7 @@ from typing import Any
 from hiermoe.records.project import PROJECT_ROOT
 
 _PACKAGES = ("hiermoe", "baselines")
+_LOOKS = {"label", "color", "placement_label", "placement_color", "entrant"}  # how things are shown, and where
 _SCHEMA = "hiermoe.records.schema"  # old columns must not be read as new ones
 
 
@@ -147,11 +148,12 @@ def _targets(value: Any) -> Iterator[str]:
 
 
 def _anywhere(value: Any) -> Any:
-    """A configuration whose targets are named by module and function, wherever the module lies."""
+    """A configuration without looks, whose targets are named by module and function, wherever the module lies."""
     if isinstance(value, dict):
         return {
             key: ".".join(str(item).split(".")[-2:]) if key == "_target_" else _anywhere(item)
             for key, item in value.items()
+            if key not in _LOOKS
         }
     return [_anywhere(item) for item in value] if isinstance(value, list) else value
 

@@ -23,6 +23,7 @@ class Level(Strict):
     """
 
     name: str
+    label: str = ""  # of several groups, in figures and tables
     groups: int = Field(ge=1)
     link_gb_per_s: float = Field(gt=0)  # one point-to-point transfer between two groups of this level, links idle
     port: Port | None = None  # how traffic leaves a group of this level
@@ -32,9 +33,13 @@ class Level(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _one_transfer_has_a_port(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("port") and "link_gb_per_s" not in values:
-            return {**values, "link_gb_per_s": Port.model_validate(values["port"]).gb_per_s}
+    def _what_is_left_out(cls, values: Any) -> Any:
+        """A plural, and the rate of one port."""
+        if not isinstance(values, dict):
+            return values
+        values = {"label": f"{values.get('name')}s", **values}
+        if values.get("port") and "link_gb_per_s" not in values:
+            values["link_gb_per_s"] = Port.model_validate(values["port"]).gb_per_s
         return values
 
 
@@ -57,6 +62,8 @@ class Cluster(Strict):
 
     Attributes:
         name: also of its file.
+        label: in figures and tables; the name where it is left out.
+        entrant: whether it joins every sweep that compares clusters.
         description: one line.
         world: alpha and beta among all GPUs; derived where left out.
         levels: outermost first.
@@ -67,10 +74,17 @@ class Cluster(Strict):
     """
 
     name: str
+    label: str = ""
+    entrant: bool = False
     description: str
     world: AlphaBeta | None = None
     levels: tuple[Level, ...] = Field(min_length=1)
     beyond: tuple[OuterLevel, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_label(cls, values: Any) -> Any:
+        return {"label": values.get("name"), **values} if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _levels_are_complete(self) -> "Cluster":

@@ -62,6 +62,7 @@ def scaled(cluster: Cluster, num_ranks: int) -> Cluster:
     ]
     return Cluster(
         name=f"{cluster.name.partition('@')[0]}@{num_ranks}",
+        label=cluster.label,
         description=cluster.description,
         levels=tuple(levels),
         beyond=tuple(reversed(beyond)),

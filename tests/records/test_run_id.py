@@ -101,3 +101,15 @@ def test_the_host_counts_where_it_measures(monkeypatch: pytest.MonkeyPatch) -> N
     (anywhere, here), (anywhere_again, there) = ids
     assert anywhere == anywhere_again
     assert len({anywhere, here, there}) == 3
+
+
+def test_how_a_thing_is_shown_changes_no_id() -> None:
+    bare = {"system": {"name": "s"}, "model": {"name": "m"}, "cluster": {"levels": [{"name": "node"}]}}
+    looks = {"label": "Aurora", "color": "#12AB34", "placement_label": "x", "placement_color": None, "entrant": True}
+    shown = {
+        "system": {"name": "s", **looks},
+        "model": {"name": "m", **looks},
+        "cluster": {"levels": [{"name": "node", "label": "nodes"}], **looks},
+    }
+    assert run_id(bare, ()) == run_id(shown, ())
+    assert run_id(bare, ()) != run_id({**bare, "seed": 1}, ())

@@ -10,9 +10,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from hiermoe.planner.fit import fit_exchanges, timings
 from hiermoe.records.project import CONF
 from hiermoe.records.store import RunStore
-from hiermoe.runs.calibration import CalibrationConfig, fit_exchanges, timings, write_cluster
+from hiermoe.runs.calibration import CalibrationConfig, write_cluster
 from hiermoe.runs.execute import execute
 from hiermoe.runs.run_config import parse, register_search_path
 from hiermoe.topology.cluster import Cluster

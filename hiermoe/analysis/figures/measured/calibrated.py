@@ -8,7 +8,7 @@ import pandas as pd
 from hiermoe.analysis.figures.paper import fig9
 from hiermoe.analysis.figures.spec import DPI
 from hiermoe.analysis.figures.style import SETTINGS
-from hiermoe.runs.calibration import timings
+from hiermoe.planner.fit import timings
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.peers import Peers
 
