@@ -5,7 +5,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce report losses traces test test-slow test-slurm bench lint format reference clean
+.PHONY: help setup reproduce report losses traces test test-slow test-slurm test-all slurm bench lint format reference clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,15 +57,23 @@ results/traces/large/qwen3_30b_a3b_e128.trace:
 results/traces/large/deepseek_v3_e256.trace:
 	@$(BIN)/hiermoe record model=deepseek_v3_narrow record_steps=512 output=$@
 
-test: setup ## tests, at most 15 minutes on two cores
-	@$(BIN)/pytest -m 'not slow and not slurm' --ignore=tests/benchmarks -q
+# Two workers, so that what waits runs beside what computes; tests/conftest.py says which tests stay together.
+PYTEST := $(BIN)/pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --ignore=tests/benchmarks
+
+test: setup ## tests, at most 6 minutes on two cores
+	@$(PYTEST) -m 'not slow and not slurm'
 
 test-slow: setup ## the slower checks
-	@$(BIN)/pytest -m 'slow and not slurm' --ignore=tests/benchmarks -q
+	@$(PYTEST) -m 'slow and not slurm'
 
-test-slurm: setup ## measured runs under a real Slurm of four nodes on this machine (root; installs slurm-wlm and munge)
+test-slurm: setup slurm ## measured runs under a real Slurm of four nodes on this machine (root; installs slurm-wlm and munge)
+	@$(BIN)/pytest -q -m slurm tests/slurm
+
+test-all: setup slurm ## all of these together, and which of them took longest: what CI runs beside lint
+	@$(PYTEST) --durations=40
+
+slurm:
 	@command -v slurmctld slurmd munged >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge; } >/dev/null
-	@$(BIN)/pytest -m slurm tests/slurm -q
 
 bench: setup ## planner speed, as ratios against references in the same run
 	@$(BIN)/pytest tests/benchmarks --benchmark-only -q
@@ -81,4 +89,4 @@ format: setup ## ruff's formatter and fixes
 
 clean: ## remove runs, reports and caches (not recordings, not the virtual environment)
 	rm -rf results/runs reports/report.html reports/report.md reports/verdicts.csv reports/figures wandb
-	rm -rf .cache/sweeps .cache/hydra .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .cache/hydra .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -9,8 +9,7 @@ weights, so that the optimizer's masters undo the move, and it remaps dropped to
 import torch
 from torch import Tensor
 
-from hiermoe.policies.protocol import PlacementUpdate, StepContext
-from hiermoe.routing.step import experts_per_rank
+from hiermoe.policies.protocol import PlacementUpdate, StepContext, refuse_copies
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
 
@@ -30,9 +29,10 @@ class SmartMoEPolicy:
         self._sum_E: Tensor | None = None
 
     def measure(
-        self, expert_ids_NK: Tensor, placement: Placement, hierarchy: Hierarchy, iteration: int
+        self, expert_ids_NK: Tensor, source_N: Tensor, placement: Placement, hierarchy: Hierarchy, iteration: int
     ) -> Tensor | None:
         """Tokens of every logical expert: int64 [E]."""
+        refuse_copies(self, placement)
         return torch.bincount(expert_ids_NK.reshape(-1), minlength=placement.num_experts)
 
     def decide(self, summed: Tensor | None, placement: Placement, context: StepContext) -> PlacementUpdate | None:
@@ -77,33 +77,19 @@ def pack(load_E: Tensor, placement: Placement, num_ranks: int) -> Placement:
     Returns:
         The new placement; an expert that keeps its GPU keeps its slot where that slot is still free.
     """
-    per_rank = experts_per_rank(placement.num_experts, num_ranks)
+    per_rank = placement.per_rank(num_ranks)
     present = placement.rank_of(num_ranks).tolist()
     load = [0] * num_ranks
-    members: list[list[int]] = [[] for _ in range(num_ranks)]
+    members, rank_E = [0] * num_ranks, torch.empty_like(placement.slot_E)
     loads = load_E.tolist()
     for expert in torch.argsort(load_E, descending=True, stable=True).tolist():
-        least = min(load[rank] for rank in range(num_ranks) if len(members[rank]) < per_rank)
-        tied = [rank for rank in range(num_ranks) if len(members[rank]) < per_rank and load[rank] == least]
+        least = min(load[rank] for rank in range(num_ranks) if members[rank] < per_rank)
+        tied = [rank for rank in range(num_ranks) if members[rank] < per_rank and load[rank] == least]
         rank = present[expert] if present[expert] in tied else tied[0]
-        members[rank].append(expert)
+        rank_E[expert] = rank
+        members[rank] += 1
         load[rank] += loads[expert]
-    return _assign_slots(members, placement, per_rank)
-
-
-def _assign_slots(members: list[list[int]], placement: Placement, per_rank: int) -> Placement:
-    """Slots for every GPU's experts: who stays on the GPU keeps its slot, newcomers fill the others in order."""
-    old = placement.slot_E.tolist()
-    new = [-1] * len(old)
-    for rank, experts in enumerate(members):
-        free = set(range(rank * per_rank, (rank + 1) * per_rank))
-        staying = [expert for expert in experts if old[expert] in free]
-        for expert in staying:
-            new[expert] = old[expert]
-        free -= {old[expert] for expert in staying}
-        for expert, slot in zip(sorted(set(experts) - set(staying)), sorted(free), strict=True):
-            new[expert] = slot
-    return Placement.of_slots(torch.tensor(new, dtype=torch.int64))
+    return placement.on_ranks(rank_E, num_ranks)
 
 
 def largest_load(load_E: Tensor, placement: Placement, num_ranks: int) -> int:

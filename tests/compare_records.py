@@ -30,8 +30,9 @@ MEASURES = {"simulated": "predict", "bounds": "bound", "synthetic_timings": "sel
 # A measurement that needs no tokens: what the old configuration named all the same says nothing, in columns either.
 NEEDS_CLUSTER_ALONE = {"self_test"}
 UNSAID = {"system": "none", "model": "none", "routing": "none"}
+UNSAID |= {"num_experts": 0, "topk": 0, "tokens_per_rank": 0, "row_bytes": 0}
 
-DISPLAYED = {"label", "color", "entrant", "description"}
+DISPLAYED = {"label", "color", "entrant", "description", "placement_label", "placement_color"}
 WHERE = {"backend", "measure", "ranks"}  # read by _measure
 
 
@@ -157,7 +158,7 @@ def _compare_run(old: Path, new: Path, measure: str, differences: list[str]) -> 
     before, after = (pd.read_parquet(run / "records.parquet").drop(columns="run_id") for run in (old, new))
     before, after = before.rename(columns=COLUMNS), after.rename(columns=COLUMNS)
     if measure in NEEDS_CLUSTER_ALONE:
-        before = before.assign(**UNSAID)
+        before = before.assign(**{column: value for column, value in UNSAID.items() if column in before})
     where = f"{old.name} and {new.name}"
     differences += [
         f"{where}: column {column} stands only in the {'old' if column in before else 'new'} store"

@@ -1,22 +1,37 @@
 """Fixtures that every test may use."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from hiermoe.commands.cli import main
 from hiermoe.ranks.launch import preload
-from hiermoe.records.project import CONF
 from hiermoe.records.store import RunStore
-from hiermoe.runs.run_config import RunConfig, parse, register_search_path
+from hiermoe.runs.compose import compose
+from hiermoe.runs.run_config import RunConfig
 from hiermoe.topology.cluster import Cluster
 
 preload("hiermoe.narrow.preload")  # ranks of tests need megatron too
+
+# Tests that start ranks take longest. Begun first, they leave the short ones for the end, which keep all workers busy.
+BEGUN_FIRST = ("slurm", "runs", "ranks", "megatron", "dispatch")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Prepare for several workers: tests of a file share what takes long to make, and stay on one worker.
+
+    Files that share more than a file's tests do name a group.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}"))
+    places = {folder: place for place, folder in enumerate(BEGUN_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.parent.name, len(places)))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -38,16 +53,13 @@ class Composer:
     def __call__(self, *overrides: str) -> RunConfig:
         """The checked configuration; small by default."""
         small = ["tokens_per_rank=64", "iterations=4", "routing=uniform", "wandb.mode=disabled"]
-        return parse(compose("config", overrides=[*small, *overrides]), RunConfig)
+        return compose("config", [*small, *overrides], RunConfig)
 
 
 @pytest.fixture
-def composed() -> Iterator[Composer]:
-    """A Composer inside Hydra's context."""
-    register_search_path()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3", job_name="test"):
-        yield Composer()
+def composed() -> Composer:
+    """A Composer."""
+    return Composer()
 
 
 @pytest.fixture(scope="session")

@@ -62,6 +62,10 @@ class Answer:
         """Of a system."""
         return self.assessment.named(name).candidate.label
 
+    def color(self, name: str) -> str:
+        """Of a system, as its file says."""
+        return self.assessment.named(name).candidate.system.color
+
     def option(self, name: str) -> Option:
         """A system as the rules see it."""
         return option(self.assessment.named(name), self.assessment.case.cluster)

@@ -222,7 +222,7 @@ def _levels(case: Case, held_out: Sequence[int]) -> pd.DataFrame:
     """
     hierarchy = case.cluster.hierarchy
     counts = [case.routing.counts(i, Placement.identity(case.sizes.num_experts), hierarchy) for i in held_out]
-    pairs = float(np.mean([int(x.pairs_GE.sum()) for x in counts]))
+    pairs = float(np.mean([int(x.pairs_GS.sum()) for x in counts]))
     rows = []
     for level, (name, groups) in enumerate(zip(hierarchy.names, hierarchy.groups, strict=True), start=1):
         distinct = float(np.mean([int(x.tokens[level - 1].sum()) for x in counts]))

@@ -15,17 +15,8 @@ from hiermoe.analysis.figures import style
 from hiermoe.analysis.whole_step import PUBLISHED_SHARES, step_speedup
 from hiermoe.topology.peers import WORLD, Peers
 
-UNNAMED = "#7A5195"  # of a system that the house's palette has no colour for
 SLOWEST_SHOWN = 1.6  # times the flat AlltoAll
 STAGE_TONES = ("#4477AA", "#88BBDD", "#EE9944", "#F5CC99", "#66AA77", "#AADDAA", "#AA6699", "#DDAACC", "#999944")
-
-
-def tone(system: str) -> str:
-    """Colour of any system, also of one that was added after the palette."""
-    try:
-        return style.color(system)
-    except ValueError:
-        return UNNAMED
 
 
 def overview(answer: Answer, title: str) -> Figure:
@@ -40,12 +31,12 @@ def overview(answer: Answer, title: str) -> Figure:
 def best_of_families(answer: Answer) -> pd.DataFrame:
     """Of systems that share a colour the fastest, and the recommended one; by rising time."""
     table = answer.systems[~answer.systems["lossy"]]
-    best = table.assign(tone=[tone(name) for name in table["system"]]).drop_duplicates("tone")["system"]
+    best = table.assign(tone=[answer.color(name) for name in table["system"]]).drop_duplicates("tone")["system"]
     return table[table["system"].isin([*best, answer.found.chosen])]
 
 
 def _time_bars(panel: Axes, rows: pd.DataFrame, answer: Answer) -> None:
-    panel.barh(range(len(rows)), rows["step_ms"], 0.66, color=[tone(name) for name in rows["system"]])
+    panel.barh(range(len(rows)), rows["step_ms"], 0.66, color=[answer.color(name) for name in rows["system"]])
     for position, (_, row) in enumerate(rows.iterrows()):
         text = f"{row['step_ms']:.3g} ms" if row["system"] == BASELINE else f"{row['speedup']:.2f}×"
         panel.annotate(
@@ -81,9 +72,11 @@ def _step_curves(panel: Axes, answer: Answer) -> None:
     for name in answer.end_to_end.columns[1:]:
         values = answer.end_to_end[name]
         followed = name == answer.followed
-        panel.plot(shares, values, "-" if followed else "--", color=tone(name), linewidth=2.6 if followed else 1.8)
-        ends.append((float(values.iloc[-1]), answer.label(name), tone(name)))
-    panel.axhline(1, color=tone(BASELINE), linewidth=1.2)
+        panel.plot(
+            shares, values, "-" if followed else "--", color=answer.color(name), linewidth=2.6 if followed else 1.8
+        )
+        ends.append((float(values.iloc[-1]), answer.label(name), answer.color(name)))
+    panel.axhline(1, color=answer.color(BASELINE), linewidth=1.2)
     panel.set_xlim(0, float(shares.iloc[-1]))
     end_labels(panel, ends)
     share = answer.assessment.case.share
@@ -198,7 +191,7 @@ def traffic(answer: Answer, title: str) -> Figure:
     for i, name in enumerate(names):
         offset = (i - (len(names) - 1) / 2) * 0.8 / len(names)
         megabytes = answer.crossing[name] / 1e6
-        bars = right.bar(at + offset, megabytes, 0.76 / len(names), color=tone(name), label=answer.label(name))
+        bars = right.bar(at + offset, megabytes, 0.76 / len(names), color=answer.color(name), label=answer.label(name))
         right.bar_label(bars, labels=[f"{x:.3g}" for x in megabytes], fontsize=10, padding=2)
     right.set_xticks(at, [f"between {groups_of(str(name))}" for name in answer.crossing["name"]])
     right.set_ylabel(f"MB a GPU sends in one AlltoAll{answer.mark}")

@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hiermoe.advice.answer_tables import Answer
-from hiermoe.advice.figures import end_labels, tone
+from hiermoe.advice.figures import end_labels
 from hiermoe.advice.recommendation import HORIZON_STEPS, STAY_BELOW_GAIN
 from hiermoe.analysis.figures import style
 
@@ -20,7 +20,7 @@ def placement(answer: Answer, title: str) -> Figure:
     most = int(answer.updates["updates"].max())
     gains, nets, drawn = [], [], dict[str, int]()
     for name, rows in answer.updates.groupby("system", sort=False):
-        colour, label = tone(str(name)), str(rows["label"].iloc[0])
+        colour, label = answer.color(str(name)), str(rows["label"].iloc[0])
         dashes = DASHES[drawn.setdefault(colour, 0) % len(DASHES)]
         drawn[colour] += 1
         left.plot(rows["updates"], (rows["value"] - 1) * 100, dashes, marker=".", color=colour, linewidth=1.8)

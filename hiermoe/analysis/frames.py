@@ -11,9 +11,9 @@ import yaml
 from hiermoe.records.keep import NONE
 from hiermoe.records.store import RunStore
 from hiermoe.runs.calibration import CALIBRATED
+from hiermoe.runs.compose import Cell
 from hiermoe.runs.measurable import source_of
 from hiermoe.runs.run_config import RunConfig
-from hiermoe.runs.sweep import Cell
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from hiermoe.records.keep import NONE
 from hiermoe.records.project import REPORTS
 from hiermoe.records.provenance import collect
 from hiermoe.records.store import RunStore
+from hiermoe.runs.compose import Cell, expand, large_so_far, sweep_names
 from hiermoe.runs.measured_cells import measured_so_far
-from hiermoe.runs.sweep import Cell, expand, large_so_far, sweep_names
 
 TITLE = "HierMoE, reproduced"
 ROUTINGS = ("recorded", "uniform", "group_limited", NONE)

@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -23,11 +22,10 @@ from hiermoe.advice.systems import candidates
 from hiermoe.analysis.report import small_copy
 from hiermoe.records.project import REPORTS, to_root
 from hiermoe.routing.step import first_measured
-from hiermoe.runs.run_config import parse
 
 
-def advise_and_print(composed: DictConfig) -> Path:
-    """Answer a composed question.
+def advise_and_print(config: AdviceConfig) -> Path:
+    """Answer a question.
 
     Returns:
         The page.
@@ -41,7 +39,6 @@ def advise_and_print(composed: DictConfig) -> Path:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("reading routing", total=None)
-        config = parse(composed, AdviceConfig)
         case, routing_file = resolve(config)
         systems, left_out = candidates(case.cluster.hierarchy, config.systems)
         seen = first_measured(case.iterations, case.routing.num_distinct)

@@ -1,7 +1,6 @@
 """A calibration from the command line: measure, print the constants, write the cluster's file, draw its Fig. 9."""
 
 import pandas as pd
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
@@ -13,17 +12,15 @@ from hiermoe.runs.calibration import (
     calibration_table,
     write_cluster,
 )
-from hiermoe.runs.run_config import parse
 from hiermoe.runs.single import present
 
 
-def calibrate_and_print(composed: DictConfig) -> None:
-    """Run a composed configuration, and print what came out and where it is.
+def calibrate_and_print(config: CalibrationConfig) -> None:
+    """Calibrate, and print what came out and where it is.
 
     Raises:
         ValueError: the calibration cannot be done or failed.
     """
-    config = parse(composed, CalibrationConfig)
     title = f"Calibration · {config.cluster.name} · ranks={config.ranks.name}"
 
     def summarise(records: pd.DataFrame, title: str) -> Table:

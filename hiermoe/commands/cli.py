@@ -1,16 +1,17 @@
 """The ``hiermoe`` command: run, calibrate, train, record, reproduce, report."""
 
 import argparse
+import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 
+from hiermoe.records.checked import Schema, checked
 from hiermoe.records.project import CONF
 
 USAGE = """hiermoe: does HierMoE's communication hold, and would it help your model on your cluster?
@@ -62,85 +63,56 @@ def _fail(message: str, code: int = 2) -> None:
 
 
 def _run() -> None:
-    from hiermoe.runs.run_config import register_search_path
+    from hiermoe.runs.run_config import RunConfig
     from hiermoe.runs.single import run_and_print
 
-    register_search_path()
-
-    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-    def task(config: DictConfig) -> None:
-        with _one_line_errors():
-            run_and_print(config)
-
-    task()
+    _composed("config", RunConfig, run_and_print)
 
 
 def _calibrate() -> None:
-    from hiermoe.commands.calibrate_command import calibrate_and_print
-    from hiermoe.runs.run_config import register_search_path
+    from hiermoe.commands.calibrate_command import CalibrationConfig, calibrate_and_print
 
-    register_search_path()
-
-    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="calibrate")
-    def task(config: DictConfig) -> None:
-        with _one_line_errors():
-            calibrate_and_print(config)
-
-    task()
+    _composed("calibrate", CalibrationConfig, calibrate_and_print)
 
 
 def _train() -> None:
-    from hiermoe.runs.run_config import register_search_path
-    from hiermoe.runs.training import train_and_print
+    from hiermoe.runs.training import TrainRunConfig, train_and_print
 
-    register_search_path()
-
-    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
-    def task(config: DictConfig) -> None:
-        with _one_line_errors():
-            train_and_print(config)
-
-    task()
+    _composed("train", TrainRunConfig, train_and_print)
 
 
 def _record() -> None:
-    from hiermoe.narrow import record
-    from hiermoe.ranks.launch import RankFailedError
+    from hiermoe.narrow.record import RecordConfig, record
 
-    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="record")
-    def task(config: DictConfig) -> None:
-        with _one_line_errors(RankFailedError):
-            record.main(config)
-
-    task()
+    _composed("record", RecordConfig, lambda config: record(config, shlex.join(["hiermoe", "record", *sys.argv[1:]])))
 
 
 def _advise() -> None:
-    from hiermoe.commands.advise_command import advise_and_print
-    from hiermoe.runs.run_config import register_search_path
+    from hiermoe.commands.advise_command import AdviceConfig, advise_and_print
 
-    register_search_path()
+    _composed("advise", AdviceConfig, advise_and_print)
 
-    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="advise")
-    def task(config: DictConfig) -> None:
-        with _one_line_errors():
-            advise_and_print(config)
+
+def _composed(config_name: str, schema: type[Schema], run: Callable[[Schema], object]) -> None:
+    """Let Hydra compose what the command line says, and run it; under ``-m`` several."""
+    from hiermoe.ranks.launch import RankFailedError
+    from hiermoe.runs.compose import plain, register
+
+    register(sys.argv[1:])
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
+    def task(composed: DictConfig) -> None:
+        try:
+            run(checked(plain(composed), schema))
+        except (ValueError, OSError, RankFailedError) as error:  # of which Hydra would print a traceback
+            _fail(str(error))
 
     task()
-
-
-@contextmanager
-def _one_line_errors(*others: type[Exception]) -> Iterator[None]:
-    """Inside Hydra, turn bad input and the other expected errors into one line: Hydra would print a traceback."""
-    try:
-        yield
-    except (ValueError, OSError, *others) as error:
-        _fail(str(error))
 
 
 def _reproduce() -> None:
     from hiermoe.commands.reproduce_command import reproduce
-    from hiermoe.runs.sweep import sweep_names
+    from hiermoe.runs.compose import sweep_names
 
     parser = argparse.ArgumentParser(
         prog="hiermoe reproduce",

@@ -19,11 +19,11 @@ from hiermoe.records.project import CONF
 from hiermoe.records.store import RunStore
 from hiermoe.runs.attempts import Attempts
 from hiermoe.runs.calibration import CalibrationConfig, calibrate
+from hiermoe.runs.compose import Cell, expand, sweep_names
 from hiermoe.runs.execute import execute, execute_together, num_steps, refuse
 from hiermoe.runs.measured_cells import Amount, MeasuredCell, measured_cells, measured_so_far, together
 from hiermoe.runs.run_config import RunConfig, WandbMode
 from hiermoe.runs.slurm import SlurmConfig, run_job, slurm_job_name
-from hiermoe.runs.sweep import Cell, expand, sweep_names
 from hiermoe.runs.training import TrainRunConfig, training_on
 from hiermoe.topology.cluster import Cluster, Level
 from hiermoe.topology.peers import AlphaBeta

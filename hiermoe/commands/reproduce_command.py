@@ -22,10 +22,11 @@ from hiermoe.ranks.emulated.requirements import missing_requirement
 from hiermoe.records.keep import Outcome
 from hiermoe.records.store import RunStore
 from hiermoe.runs.calibration import calibrate, calibration_config
+from hiermoe.runs.compose import Cell, expand, sweep_names
 from hiermoe.runs.execute import execute, execute_together, num_steps
 from hiermoe.runs.measured_cells import Amount, MeasuredCell, clusters_of, measured_cells, together
 from hiermoe.runs.run_config import RunConfig, WandbMode
-from hiermoe.runs.sweep import Cell, expand, run_all, sweep_names
+from hiermoe.runs.sweep import run_all
 from hiermoe.runs.tracking import mirror_table
 from hiermoe.runs.training import expand_training
 

@@ -203,10 +203,10 @@ def _gather_counts(pairs: _Pairs, num_experts: int, context: DispatchContext) ->
     gathered = counts.new_empty(hierarchy.num_ranks * len(counts))
     with staged("counts"):
         dist.all_gather_into_tensor(gathered, counts, group=context.communicators.ep_group)
-    *tokens, pairs_GE, tokens_G1 = (
+    *tokens, pairs_GS, tokens_G1 = (
         gathered.view(hierarchy.num_ranks, -1).cpu().long().split([*hierarchy.groups, num_experts, 1], dim=1)
     )
-    return RoutingCounts(tuple(tokens), pairs_GE, tokens_G1[:, 0], context.topk)
+    return RoutingCounts(tuple(tokens), pairs_GS, tokens_G1[:, 0], context.topk)
 
 
 def _padded(pairs: _Pairs, index_P: Tensor, probs_TE: Tensor, capacity: int) -> tuple[_Pairs, Tensor]:

@@ -36,14 +36,15 @@ def planning_cost(workload: Workload) -> pd.DataFrame:
     step = workload.routing.step(0)
     counts = workload.routing.counts(0, placement, cluster.hierarchy)
     scheme = choose_scheme(workload.schemes, counts, cluster, workload.sizes.row_bytes).scheme
-    own_TK = step.expert_ids_NK[step.source_N == 0]
+    own_N = step.source_N == 0
+    own_TK, own_T = step.expert_ids_NK[own_N], step.source_N[own_N]
     policy = workload.new_policy()
-    summed = policy.measure(step.expert_ids_NK, placement, cluster.hierarchy, 0)
+    summed = policy.measure(step.expert_ids_NK, step.source_N, placement, cluster.hierarchy, 0)
     rows = []
     for iteration in range(workload.iterations):
         context = StepContext(iteration, cluster, scheme, workload.sizes.row_bytes, workload.sizes.expert_parameters)
         started = time.perf_counter()
-        measured = policy.measure(own_TK, placement, cluster.hierarchy, iteration)
+        measured = policy.measure(own_TK, own_T, placement, cluster.hierarchy, iteration)
         between = time.perf_counter()
         policy.decide(summed, placement, context)
         ended = time.perf_counter()

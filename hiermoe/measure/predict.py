@@ -121,7 +121,7 @@ def _group_rows(stage: Stage, counts: RoutingCounts, hierarchy: Hierarchy) -> fl
 
 def _routing_rows(counts: RoutingCounts, workload: Workload) -> Iterator[Row]:
     """One row per level: distinct (token, group) pairs under the present placement."""
-    pairs = int(counts.pairs_GE.sum())
+    pairs = int(counts.pairs_GS.sum())
     for level, name in enumerate(workload.cluster.hierarchy.names, start=1):
         distinct = fixed_placement_rows(counts, level)
         yield {"phase": "routing", "stage": name, "dimension": level, "rows": distinct, "pairs": pairs}
@@ -144,7 +144,7 @@ def _step_row(chosen: Price, counts: RoutingCounts) -> Row:
 
 def _exchanges_several(old: Placement, new: Placement) -> bool:
     """More than one swap: what it saves is modelled from a bound (:meth:`SwapStatistics.swapped`)."""
-    return int((old.slot_E != new.slot_E).sum()) > 2
+    return len(old.changed_slots(new)) > 2
 
 
 def _q_ms(counts: RoutingCounts, context: StepContext) -> float:

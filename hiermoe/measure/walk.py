@@ -93,8 +93,8 @@ def _measured(
         return None
     summed = None
     for group in range(workload.routing.ep_groups):
-        ids_NK = workload.routing.step(routing_iteration, group).expert_ids_NK
-        measured = policy.measure(ids_NK, placement, workload.cluster.hierarchy, iteration)
+        step = workload.routing.step(routing_iteration, group)
+        measured = policy.measure(step.expert_ids_NK, step.source_N, placement, workload.cluster.hierarchy, iteration)
         if measured is None:
             return None
         summed = measured if summed is None else summed + measured

@@ -157,7 +157,7 @@ class CachedRouting:
             lambda step: step.expert_ids_NK.nbytes + step.source_N.nbytes, KEPT_STEP_BYTES
         )
         self._counts = Kept[tuple[int, bytes, Hierarchy], RoutingCounts](
-            lambda counts: sum(x.nbytes for x in (*counts.tokens, counts.pairs_GE, counts.tokens_G)),
+            lambda counts: sum(x.nbytes for x in (*counts.tokens, counts.pairs_GS, counts.tokens_G)),
             KEPT_COUNT_BYTES,
         )
 
@@ -168,7 +168,7 @@ class CachedRouting:
 
     def counts(self, iteration: int, placement: Placement, hierarchy: Hierarchy, group: int = 0) -> RoutingCounts:
         """Counts of a step under a placement."""
-        key = (iteration * self.ep_groups + group, placement.slot_E.numpy().tobytes(), hierarchy)
+        key = (iteration * self.ep_groups + group, placement.key, hierarchy)
         return self._counts.get(key, lambda: count_routing(self.step(iteration, group), placement, hierarchy))
 
 

@@ -102,7 +102,8 @@ class LayerPlacement:
         started = time.perf_counter()
         ids_TK = routing_map_TE.nonzero()[:, 1].view(len(routing_map_TE), -1).cpu()
         hierarchy = self.dispatcher.context.cluster.hierarchy
-        measured = self.policy.measure(ids_TK, self.dispatcher.placement, hierarchy, self.iteration)
+        source_T = torch.full((len(ids_TK),), self.dispatcher.context.communicators.rank)
+        measured = self.policy.measure(ids_TK, source_T, self.dispatcher.placement, hierarchy, self.iteration)
         if measured is not None:
             self.measured = measured if self.measured is None else self.measured + measured
         self.measuring_ms += (time.perf_counter() - started) * 1e3

@@ -1,16 +1,12 @@
 """`hiermoe record`: train a narrow model on real text and record what its routers choose, step after step."""
 
 import platform
-import shlex
 import time
 from datetime import timedelta
 from importlib.metadata import version
 
 import numpy as np
 import torch
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
-from pydantic import ValidationError
 
 from hiermoe import __version__
 from hiermoe.narrow.corpus import Corpus, training_corpus
@@ -19,24 +15,6 @@ from hiermoe.narrow.record_progress import RecordProgress
 from hiermoe.ranks.launch import preload, run_ranks
 from hiermoe.records.project import from_root
 from hiermoe.routing.trace import RoutingTrace, TraceMetadata
-
-
-def main(cfg: DictConfig) -> None:
-    """Entry point of the command: validate the composed configuration and run it.
-
-    Raises:
-        ValueError: A setting is wrong; one line says which.
-        RankFailedError: A rank failed.
-    """
-    try:
-        config = RecordConfig.model_validate(OmegaConf.to_container(cfg, resolve=True))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{place}: {message}" if place else message) from None
-    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    record(config, command=shlex.join(["hiermoe", "record", *overrides]))
 
 
 def record(config: RecordConfig, command: str) -> None:

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hiermoe.routing.step import RoutingStep, experts_per_rank
+from hiermoe.routing.step import RoutingStep
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
 
@@ -17,13 +17,13 @@ class RoutingCounts:
 
     Attributes:
         tokens: for levels 1..D, int64 [G, U[level]]: tokens of a source that need at least one expert of the group.
-        pairs_GE: int64 [G, E]: token-expert pairs of a source, by *slot*.
+        pairs_GS: int64 [G, S]: token-expert pairs of a source, by *slot*.
         tokens_G: int64 [G]: tokens of a source.
         topk: K.
     """
 
     tokens: tuple[Tensor, ...]
-    pairs_GE: Tensor
+    pairs_GS: Tensor
     tokens_G: Tensor
     topk: int
 
@@ -31,11 +31,15 @@ class RoutingCounts:
     def pairs_GG(self) -> Tensor:
         """int64 [G, G]: token-expert pairs from source to destination GPU."""
         num_ranks = len(self.tokens_G)
-        return self.pairs_GE.view(num_ranks, num_ranks, -1).sum(-1)
+        return self.pairs_GS.view(num_ranks, num_ranks, -1).sum(-1)
+
+    def needed(self, level: int) -> Tensor:
+        """Tokens of all sources that need each group of a level: int64 [U]."""
+        return self.tokens[level - 1].sum(0)
 
     def duplication_rate(self, level: int) -> float:
         """1 - distinct (token, group) / token-expert pairs at a level (paper, Table II)."""
-        pairs = int(self.pairs_GE.sum())
+        pairs = int(self.pairs_GS.sum())
         return 1.0 - int(self.tokens[level - 1].sum()) / pairs if pairs else float("nan")
 
 
@@ -69,20 +73,44 @@ class SortedChoices:
     first_from_NK: Tensor
     alone_from_NK: Tensor
 
+    def distinct(
+        self, kind_N: Tensor, kinds: int, hierarchy: Hierarchy, weight_N: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Tokens of every kind that need at least one expert of each group.
 
-def sort_choices(expert_ids_NK: Tensor, placement: Placement, hierarchy: Hierarchy) -> SortedChoices:
+        Args:
+            kind_N: int64 [N], kind of each token: its source, or its step.
+            kinds: how many there are.
+            hierarchy: groups of GPUs.
+            weight_N: float64 [N], tokens that each row stands for; None for one.
+
+        Returns:
+            For levels 1..D, [kinds, U[level]]: int64, with weights float64.
+        """
+        levels, ranks = hierarchy.depth + 2, hierarchy.num_ranks
+        code = (self.first_from_NK * kinds + kind_N[:, None]).mul_(ranks).add_(self.rank_NK).view(-1)
+        weights = None if weight_N is None else weight_N.repeat_interleave(self.rank_NK.shape[1])
+        first = torch.bincount(code, weights, minlength=levels * kinds * ranks).view(levels, kinds, ranks)
+        newly_first = first.cumsum(0)  # [level, kind, GPU]: experts that are first of their group at that level
+        return tuple(newly_first[i].view(kinds, hierarchy.U[i], -1).sum(-1) for i in range(1, hierarchy.depth + 1))
+
+
+def sort_choices(
+    expert_ids_NK: Tensor, placement: Placement, hierarchy: Hierarchy, source_N: Tensor | None = None
+) -> SortedChoices:
     """Sort every token's experts by slot.
 
     Args:
         expert_ids_NK: int64 [N, K], logical experts.
-        placement: logical expert -> slot.
+        placement: which expert is in which slot.
         hierarchy: groups of GPUs.
+        source_N: int64 [N], GPU that holds each token; needed where experts have copies.
 
     Raises:
-        ValueError: E is not divisible by G.
+        ValueError: the slots are not divisible by G, or experts have copies and no source is given.
     """
-    per_rank = experts_per_rank(placement.num_experts, hierarchy.num_ranks)
-    slot_NK = placement.slot_E[expert_ids_NK].sort(dim=1).values
+    per_rank = placement.per_rank(hierarchy.num_ranks)
+    slot_NK = placement.slots_of(expert_ids_NK, source_N).sort(dim=1).values
     rank_NK = slot_NK // per_rank
     flat = rank_NK[:, :-1] * hierarchy.num_ranks + rank_NK[:, 1:]
     between = separating_level(hierarchy).view(-1)[flat]  # [N, K-1]
@@ -95,24 +123,19 @@ def count_routing(step: RoutingStep, placement: Placement, hierarchy: Hierarchy)
     """Count tokens and token-expert pairs by source and destination, at every level, in O(N * K).
 
     Raises:
-        ValueError: E is not divisible by G, or the step has another G or E than hierarchy or placement.
+        ValueError: the slots are not divisible by G, or the step has another G or E than hierarchy or placement.
     """
     if step.num_ranks != hierarchy.num_ranks:
         raise ValueError(f"routing has {step.num_ranks} ranks, the hierarchy has {hierarchy.num_ranks}")
     if step.num_experts != placement.num_experts:
         raise ValueError(f"routing has {step.num_experts} experts, the placement has {placement.num_experts}")
-    num_ranks, depth = hierarchy.num_ranks, hierarchy.depth
-    choices = sort_choices(step.expert_ids_NK, placement, hierarchy)
-    source_N1 = step.source_N[:, None]
-    first = torch.bincount(
-        (choices.first_from_NK * num_ranks + source_N1).mul_(num_ranks).add_(choices.rank_NK).view(-1),
-        minlength=(depth + 2) * num_ranks * num_ranks,
-    ).view(depth + 2, num_ranks, num_ranks)
-    newly_first = first.cumsum(0)  # [level, source, GPU]: experts that are first of their group at that level
-    tokens = tuple(newly_first[level].view(num_ranks, hierarchy.U[level], -1).sum(-1) for level in range(1, depth + 1))
-    num_experts = step.num_experts
-    pairs_GE = torch.bincount(
-        (source_N1 * num_experts + choices.slot_NK).view(-1), minlength=num_ranks * num_experts
-    ).view(num_ranks, num_experts)
+    if placement.copy_GE is not None and len(placement.copy_GE) != step.num_ranks:
+        raise ValueError(f"routing has {step.num_ranks} ranks, the placement has copies for {len(placement.copy_GE)}")
+    num_ranks, num_slots = hierarchy.num_ranks, placement.num_slots
+    choices = sort_choices(step.expert_ids_NK, placement, hierarchy, step.source_N)
+    tokens = choices.distinct(step.source_N, num_ranks, hierarchy)
+    pairs_GS = torch.bincount(
+        (step.source_N[:, None] * num_slots + choices.slot_NK).view(-1), minlength=num_ranks * num_slots
+    ).view(num_ranks, num_slots)
     tokens_G = torch.bincount(step.source_N, minlength=num_ranks)
-    return RoutingCounts(tokens, pairs_GE, tokens_G, step.topk)
+    return RoutingCounts(tokens, pairs_GS, tokens_G, step.topk)

@@ -46,7 +46,7 @@ def exact_traffic(scheme: DispatchScheme, counts: RoutingCounts, hierarchy: Hier
         The traffic; for a padded scheme with the padding rows in it.
     """
     num_ranks = hierarchy.num_ranks
-    total_pairs = int(counts.pairs_GE.sum())
+    total_pairs = int(counts.pairs_GS.sum())
     pairs_GG, dropped = counts.pairs_GG, 0
     if scheme.padding:
         pairs_GG, dropped = _padded_pairs(scheme.padding, counts)
@@ -59,11 +59,11 @@ def exact_traffic(scheme: DispatchScheme, counts: RoutingCounts, hierarchy: Hier
 
 
 def expert_capacity(padding: Padding, counts: RoutingCounts) -> int:
-    """C, rows for every (source, expert) of a padded scheme."""
+    """C, rows for every (source, slot) of a padded scheme: a copy pads as an expert of its own."""
     if padding.capacity_factor == 0:
-        return int(counts.pairs_GE.max())
-    tokens, num_experts = int(counts.tokens_G.max()), counts.pairs_GE.shape[1]
-    return counts.topk * int(padding.capacity_factor * math.ceil(tokens / num_experts))
+        return int(counts.pairs_GS.max())
+    tokens, num_slots = int(counts.tokens_G.max()), counts.pairs_GS.shape[1]
+    return counts.topk * int(padding.capacity_factor * math.ceil(tokens / num_slots))
 
 
 def pair_traffic(scheme: DispatchScheme, counts: RoutingCounts, hierarchy: Hierarchy) -> Tensor:
@@ -76,9 +76,9 @@ def pair_traffic(scheme: DispatchScheme, counts: RoutingCounts, hierarchy: Hiera
 
 
 def _padded_pairs(padding: Padding, counts: RoutingCounts) -> tuple[Tensor, int]:
-    """C rows for every (source, expert): int64 [G, G], and how many pairs did not fit."""
-    num_ranks, num_experts = counts.pairs_GE.shape
+    """C rows for every (source, slot): int64 [G, G], and how many pairs did not fit."""
+    num_ranks, num_slots = counts.pairs_GS.shape
     capacity = expert_capacity(padding, counts)
-    dropped = int((counts.pairs_GE - capacity).clamp(min=0).sum())
-    rows = torch.full((num_ranks, num_ranks), capacity * (num_experts // num_ranks), dtype=torch.int64)
+    dropped = int((counts.pairs_GS - capacity).clamp(min=0).sum())
+    rows = torch.full((num_ranks, num_ranks), capacity * (num_slots // num_ranks), dtype=torch.int64)
     return rows, dropped

@@ -5,7 +5,7 @@ from torch import Tensor
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP
 from hiermoe.planner.maxima import MaxFunction
 from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, price_migration
-from hiermoe.policies.protocol import Memoryless, PlacementUpdate, StepContext
+from hiermoe.policies.protocol import Memoryless, PlacementUpdate, StepContext, refuse_copies
 from hiermoe.policies.swap import SwapStatistics, measure_swaps, swap_times, time_of_groups
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
@@ -51,11 +51,12 @@ class HierDESPolicy(Memoryless):
         self.max_function = MaxFunction(max_function, gamma)  # type: ignore[arg-type] - checked by MaxFunction
 
     def measure(
-        self, expert_ids_NK: Tensor, placement: Placement, hierarchy: Hierarchy, iteration: int
+        self, expert_ids_NK: Tensor, source_N: Tensor, placement: Placement, hierarchy: Hierarchy, iteration: int
     ) -> Tensor | None:
         """Swap statistics, in iterations that end with an update."""
         if (iteration + 1) % self.interval:
             return None
+        refuse_copies(self, placement)
         return measure_swaps(expert_ids_NK, placement, hierarchy)
 
     def decide(self, summed: Tensor | None, placement: Placement, context: StepContext) -> PlacementUpdate | None:

@@ -32,7 +32,9 @@ class Migration:
 
 
 def price_migration(old: Placement, new: Placement, cluster: Cluster, expert_bytes: int) -> Migration:
-    """Price the move of the experts that change GPU, all at once.
+    """Price the move of the experts that come to a GPU that did not have them, all at once.
+
+    A copy comes from the one that the GPU's tokens used before. Without copies these are the experts that change GPU.
 
     Args:
         old: placement before.
@@ -41,9 +43,10 @@ def price_migration(old: Placement, new: Placement, cluster: Cluster, expert_byt
         expert_bytes: what moves with one expert.
     """
     hierarchy = cluster.hierarchy
-    source_E, target_E = old.rank_of(hierarchy.num_ranks), new.rank_of(hierarchy.num_ranks)
-    moved = source_E != target_E
-    source, target = source_E[moved], target_E[moved]
+    ranks = hierarchy.num_ranks
+    had_GE, has_GE = _held(old, ranks), _held(new, ranks)
+    expert, target = (has_GE & ~had_GE).T.nonzero(as_tuple=True)  # by expert
+    source = old.slots_of(expert[:, None], target)[:, 0] // old.per_rank(ranks)
     level = separating_level(hierarchy)[source, target]  # 1..D
     link_ms = 0.0
     for i, spec in enumerate(cluster.levels, start=1):
@@ -54,8 +57,15 @@ def price_migration(old: Placement, new: Placement, cluster: Cluster, expert_byt
     beta = torch.tensor([constants.beta_ms_per_byte for constants in siblings], dtype=torch.float64)
     weight = beta[level - 1] * expert_bytes
     busiest_ms = max(_largest_sum(ends, weight, hierarchy.num_ranks) for ends in (source, target))
-    count = int(moved.sum())
+    count = len(expert)
     return Migration(count, count * expert_bytes, link_ms, busiest_ms)
+
+
+def _held(placement: Placement, num_ranks: int) -> Tensor:
+    """Which GPU has which expert: bool [G, E]."""
+    held_GE = torch.zeros(num_ranks, placement.num_experts, dtype=torch.bool)
+    held_GE[torch.arange(placement.num_slots) // placement.per_rank(num_ranks), placement.expert_at_S] = True
+    return held_GE
 
 
 def _largest_count(index: Tensor, size: int) -> int:

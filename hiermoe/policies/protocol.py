@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from hiermoe.planner.scheme import DispatchScheme
+from hiermoe.records.status import NotApplicable
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
@@ -63,9 +64,20 @@ class PlacementPolicy(Protocol):
     """One layer's policy. The same sums give the same decision on every rank."""
 
     def measure(
-        self, expert_ids_NK: Tensor, placement: Placement, hierarchy: Hierarchy, iteration: int
+        self, expert_ids_NK: Tensor, source_N: Tensor, placement: Placement, hierarchy: Hierarchy, iteration: int
     ) -> Tensor | None:
-        """What the policy must know of a micro-batch, as one tensor that micro-batches and ranks sum; None: nothing."""
+        """What the policy must know of a micro-batch, as one tensor that micro-batches and ranks sum; None: nothing.
+
+        Args:
+            expert_ids_NK: int64 [N, K], logical experts.
+            source_N: int64 [N], GPU that holds each token.
+            placement: in force.
+            hierarchy: groups of GPUs.
+            iteration: of the run, from 0.
+
+        Raises:
+            NotApplicable: experts have copies, and the policy cannot handle them.
+        """
         ...
 
     def decide(self, summed: Tensor | None, placement: Placement, context: StepContext) -> PlacementUpdate | None:
@@ -79,6 +91,19 @@ class PlacementPolicy(Protocol):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from what :meth:`state_dict` returned."""
         ...
+
+
+def refuse_copies(policy: PlacementPolicy, placement: Placement) -> None:
+    """To be called by a policy that gives every expert one slot.
+
+    Raises:
+        NotApplicable: experts have copies.
+    """
+    if placement.has_copies:
+        raise NotApplicable(
+            f"{type(policy).__name__} gives every expert one slot, but {placement.num_experts} experts have "
+            f"{placement.num_slots} slots"
+        )
 
 
 class Memoryless:
@@ -102,7 +127,7 @@ class StaticPolicy(Memoryless):
     """Experts stay where they are."""
 
     def measure(
-        self, expert_ids_NK: Tensor, placement: Placement, hierarchy: Hierarchy, iteration: int
+        self, expert_ids_NK: Tensor, source_N: Tensor, placement: Placement, hierarchy: Hierarchy, iteration: int
     ) -> Tensor | None:
         """Nothing."""
         return None

@@ -4,10 +4,11 @@ from importlib import import_module
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.policies.protocol import PlacementPolicy, StaticPolicy
+from hiermoe.records.checked import checked
 from hiermoe.records.project import CONF
 from hiermoe.records.strict import Strict
 from hiermoe.topology.hierarchy import Hierarchy
@@ -75,10 +76,7 @@ class SystemConfig(Strict):
         if not path.exists():
             names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
             raise ValueError(f"system={name} is unknown; choose from {names}")
-        try:
-            return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except ValidationError as error:
-            raise ValueError(f"{path}: {error.errors()[0]['msg']}") from None
+        return checked(yaml.safe_load(path.read_text(encoding="utf-8")), cls, path)
 
 
 def build(spec: dict[str, Any], **context: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -26,8 +27,10 @@ from hiermoe.records.status import NotApplicable
 # What the fork server imports once, for all ranks: the caller's main module, and what `preload` adds.
 _PRELOAD = ["__main__"]
 
-# A rank that dies is seen by its peers before the fork server may have told this process.
-_GRACE_SECONDS = 0.5
+# What gloo says in a rank whose peer has gone. This process hears of that peer from the fork server, after the rank may
+# have ended too: at once, or late where the machine is busy.
+_PEER_GONE = re.compile(r"onnection (closed|reset) by peer|Broken pipe")
+_PATIENCE_SECONDS = 60.0
 
 
 class RankFailedError(RuntimeError):
@@ -138,15 +141,22 @@ def _wait(ranks: Sequence[BaseProcess], folder: Path, ends: float | None, deadli
             names = ", ".join(str(rank) for rank in sorted(running.values()))
             raise RankFailedError(f"deadline of {deadline} passed before rank {names} of {len(ranks)} had finished")
         if any(not _succeeded(ranks[rank], folder, rank) for rank in ended):
-            # One failure makes others fail. Wait a moment for all of them, then name the first.
-            stop = time.monotonic() + _GRACE_SECONDS
+            # One failure makes others fail. Wait for the one that no other rank's end explains.
+            stop = time.monotonic() + _PATIENCE_SECONDS
             while running and (left := stop - time.monotonic()) > 0:
+                if not all(_succeeded(ranks[rank], folder, rank) or _saw_a_peer_go(folder, rank) for rank in ended):
+                    break
                 ended.extend(running.pop(sentinel) for sentinel in connection.wait(list(running), left))
             raise _first_failure(ranks, folder, ended)
 
 
 def _succeeded(process: BaseProcess, folder: Path, rank: int) -> bool:
     return process.exitcode == 0 and _result_path(folder, rank).exists()
+
+
+def _saw_a_peer_go(folder: Path, rank: int) -> bool:
+    path = _report_path(folder, rank)
+    return path.exists() and _PEER_GONE.search(path.read_text(encoding="utf-8")) is not None
 
 
 def _first_failure(ranks: Sequence[BaseProcess], folder: Path, ended: list[int]) -> Exception:

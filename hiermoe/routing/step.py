@@ -49,14 +49,14 @@ def make_step(expert_ids_GTK: Tensor, num_tokens_G: Tensor, num_experts: int) ->
     return RoutingStep(ids_NK.long(), source_N, num_ranks, num_experts)
 
 
-def experts_per_rank(num_experts: int, num_ranks: int) -> int:
-    """E / G.
+def experts_per_rank(num_experts: int, num_ranks: int, name: str = "num_experts") -> int:
+    """E / G, or S / G of slots.
 
     Raises:
         ValueError: E is not divisible by G.
     """
     if num_experts % num_ranks:
-        raise ValueError(f"num_experts={num_experts} is not divisible by ep_size={num_ranks}")
+        raise ValueError(f"{name}={num_experts} is not divisible by ep_size={num_ranks}")
     return num_experts // num_ranks
 
 

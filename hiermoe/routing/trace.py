@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pydantic import ValidationError, model_validator
+from pydantic import model_validator
 
+from hiermoe.records.checked import checked
 from hiermoe.records.project import from_root, to_root
 from hiermoe.records.status import NotApplicable
 from hiermoe.records.store import write_whole
@@ -150,11 +151,7 @@ class RoutingTrace:
             if hashlib.sha256(blob).hexdigest() != checksums.get(name):
                 raise ValueError(f"{path} is altered: checksum of {name} does not match")
         arrays = {name: np.load(io.BytesIO(blob), allow_pickle=False) for name, blob in blobs.items()}
-        try:
-            metadata = TraceMetadata(**stated)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ValueError(f"{path} has bad metadata: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        metadata = checked(stated, TraceMetadata, f"{path} has bad metadata")
         return cls(arrays["expert_ids"], arrays["num_tokens"], metadata, arrays.get("weights"))
 
     def reshard(self, num_ranks: int, tokens_per_rank: int) -> "RoutingTrace":

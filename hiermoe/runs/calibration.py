@@ -18,10 +18,10 @@ from hiermoe.ranks.world import Progress, World, no_progress
 from hiermoe.records.project import CLUSTERS
 from hiermoe.records.store import RunStore, write_whole
 from hiermoe.records.strict import Strict
+from hiermoe.runs.compose import compose
 from hiermoe.runs.execute import execute
 from hiermoe.runs.measurable import keys_of, name_run
-from hiermoe.runs.run_config import WandbConfig, parse
-from hiermoe.runs.sweep import composing
+from hiermoe.runs.run_config import WandbConfig
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.peers import WORLD, AlphaBeta, Peers
 
@@ -106,9 +106,8 @@ def calibration_config(cluster: str, ranks: str, **more: str) -> CalibrationConf
     Raises:
         ValueError: an unknown name, or a value that breaks a rule.
     """
-    with composing() as compose:
-        overrides = [f"{key}={value}" for key, value in {"cluster": cluster, "ranks": ranks, **more}.items()]
-        return parse(compose("calibrate", overrides), CalibrationConfig)
+    overrides = [f"{key}={value}" for key, value in {"cluster": cluster, "ranks": ranks, **more}.items()]
+    return compose("calibrate", overrides, CalibrationConfig)
 
 
 def calibrate(

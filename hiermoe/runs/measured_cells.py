@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from omegaconf import OmegaConf
 
 from hiermoe.ranks.places import RanksConfig
 from hiermoe.records.project import SWEEPS
 from hiermoe.records.store import RunStore
+from hiermoe.runs.compose import Cell, expand_file, swept
 from hiermoe.runs.run_config import RunConfig
-from hiermoe.runs.sweep import Cell, expand_file
 
 Amount = Literal["quick", "default", "full"]
 AMOUNTS: tuple[Amount, ...] = ("quick", "default", "full")
@@ -76,7 +75,7 @@ def clusters_of(amount: Amount) -> list[str]:
 
 
 def _named_cluster(path: Path) -> str:
-    return str(OmegaConf.load(path).hydra.sweeper.params.cluster)
+    return str(swept(path)["cluster"])
 
 
 def together(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:

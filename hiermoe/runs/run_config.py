@@ -1,12 +1,8 @@
-"""The configuration of a run: its schema, and how it is composed from conf/."""
+"""The configuration of a run: its schema."""
 
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
-from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.plugins import Plugins
-from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from hiermoe.measure.measurement import Measurement
 from hiermoe.measure.registry import MEASUREMENTS
@@ -16,12 +12,9 @@ from hiermoe.ranks.places import PLACES, RanksConfig
 from hiermoe.records.strict import Strict
 from hiermoe.routing.step import RoutingRequest
 from hiermoe.routing.trace import recorded_path
-from hiermoe.runs.config_source import ProjectSource
 from hiermoe.runs.measurable import keys_of, name_run
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.scaling import scaled
-
-Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class RoutingConfig(Strict):
@@ -180,33 +173,3 @@ class RunConfig(Strict):
             tokens_per_rank=self.tokens_per_rank,
             row_bytes=self.sizes.row_bytes,
         )
-
-
-def parse(config: DictConfig, schema: type[Schema]) -> Schema:
-    """Check a composed configuration.
-
-    Raises:
-        ValueError: one line that names the first key that breaks a rule.
-    """
-    try:
-        return schema.model_validate(OmegaConf.to_container(config, resolve=True))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part not in ("gqa", "mla"))
-        message = first["msg"].removeprefix("Value error, ")
-        given = "" if isinstance(first["input"], dict) else f"={first['input']}"
-        raise ValueError(f"{where}{given}: {message}" if where else message) from None
-
-
-class ProjectSearchPath(SearchPathPlugin):
-    """Makes sweeps/ a configuration group, for ``hiermoe run -m +sweeps=fig11``, and finds calibrated clusters."""
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append the source of both."""
-        search_path.append("hiermoe", f"{ProjectSource.scheme()}://")
-
-
-def register_search_path() -> None:
-    """Tell Hydra of sweeps/ and of calibrated clusters; to be called before Hydra composes."""
-    Plugins.instance().register(ProjectSource)
-    Plugins.instance().register(ProjectSearchPath)

@@ -7,7 +7,6 @@ from typing import Protocol
 
 import pandas as pd
 import torch
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -17,7 +16,7 @@ from hiermoe.ranks.world import World
 from hiermoe.records.store import RunStore
 from hiermoe.runs.execute import execute, num_steps
 from hiermoe.runs.measurable import Measurable
-from hiermoe.runs.run_config import RunConfig, parse
+from hiermoe.runs.run_config import RunConfig
 from hiermoe.runs.summary import summary
 from hiermoe.runs.tracking import Mirrored, mirror_run
 
@@ -26,13 +25,12 @@ class Presented(Measurable, Mirrored, Protocol):
     """A run that W&B mirrors."""
 
 
-def run_and_print(composed: DictConfig) -> None:
-    """Run a composed configuration and print what came out.
+def run_and_print(config: RunConfig) -> None:
+    """Run and print what came out.
 
     Raises:
         ValueError: the run does not apply or failed; its record has the reason too.
     """
-    config = parse(composed, RunConfig)
     parts = [config.measure if config.system is None else config.system.label]
     parts += [part.name for part in (config.model, config.cluster, config.routing) if part is not None]
     present(config, " · ".join(parts), summary)

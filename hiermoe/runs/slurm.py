@@ -21,6 +21,7 @@ from rich.console import Console
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import DelayedSubmission
 
+from hiermoe.records.checked import checked
 from hiermoe.records.keep import Outcome
 from hiermoe.records.project import CONF, PROJECT_ROOT, to_root
 from hiermoe.records.store import write_whole
@@ -67,13 +68,7 @@ class SlurmConfig(Strict):
         """
         values = yaml.safe_load((CONF / "slurm.yaml").read_text(encoding="utf-8"))
         values |= {name: value for name, value in options.items() if value is not None}
-        try:
-            return cls.model_validate(values)
-        except ValueError as error:  # pydantic's has several lines
-            first = error.errors()[0] if hasattr(error, "errors") else {"msg": str(error), "loc": ()}  # type: ignore[attr-defined]
-            where = ".".join(map(str, first["loc"]))
-            message = first["msg"].removeprefix("Value error, ")
-            raise ValueError(f"{where}={values[where]}: {message}" if where else message) from None
+        return checked(values, cls)
 
 
 class Job:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any, Self
 
-from omegaconf import DictConfig
 from pydantic import Field, PositiveInt, model_validator
 
 from hiermoe.measure.measurement import Measurement
@@ -17,12 +16,12 @@ from hiermoe.ranks.places import RanksConfig
 from hiermoe.ranks.streams import has_iterations
 from hiermoe.records.project import SWEEPS, from_root
 from hiermoe.records.store import RunStore
+from hiermoe.runs.compose import Cell, expand_file
 from hiermoe.runs.measurable import keys_of, name_run
 from hiermoe.runs.measured_cells import allocations_so_far
-from hiermoe.runs.run_config import WandbConfig, parse
+from hiermoe.runs.run_config import WandbConfig
 from hiermoe.runs.single import present
 from hiermoe.runs.summary import train_summary
-from hiermoe.runs.sweep import Cell, expand_file
 from hiermoe.topology.cluster import Cluster
 
 _NO_CONTENT = {"wandb", "cache_dir", "checkpoint_every", "checkpoint_keep", "checkpoint_dir", "resume"}
@@ -154,13 +153,12 @@ def trained_steps(source: str, store: RunStore) -> list["TrainRunConfig"]:
     return [cell.config for ranks, name in allocations for cell in training_on(Cluster.named(name), ranks)]
 
 
-def train_and_print(composed: DictConfig) -> None:
-    """Run a composed configuration and print what came out.
+def train_and_print(config: TrainRunConfig) -> None:
+    """Train and print what came out.
 
     Raises:
         ValueError: the run does not apply or failed; its record has the reason too.
     """
-    config = parse(composed, TrainRunConfig)
     title = f"{config.system.label} · {config.model.name} · {config.cluster.name} · {config.dtype}"
     if config.data_parallel > 1:
         title += f" · {config.data_parallel} expert-parallel groups"

@@ -92,14 +92,31 @@ class Placement:
             raise ValueError(f"{self.num_experts} experts have {self.num_slots} slots: a copy depends on the source")
         return torch.argsort(self.expert_at_S)
 
-    def slots_of(self, expert_ids_NK: Tensor, source_N: Tensor) -> Tensor:
+    @cached_property
+    def key(self) -> bytes:
+        """The same for equal placements, and for no others."""
+        maps = (self.expert_at_S,) if self.copy_GE is None else (self.expert_at_S, self.copy_GE)
+        return b"|".join(part.numpy().tobytes() for part in maps)
+
+    def per_rank(self, num_ranks: int) -> int:
+        """S / G, slots of a GPU.
+
+        Raises:
+            ValueError: S is not divisible by G.
+        """
+        return experts_per_rank(self.num_slots, num_ranks, "num_slots" if self.has_copies else "num_experts")
+
+    def slots_of(self, expert_ids_NK: Tensor, source_N: Tensor | None = None) -> Tensor:
         """Slot that each token's chosen experts are used in: int64 [N, K].
 
         Args:
             expert_ids_NK: int64 [N, K], logical experts.
-            source_N: int64 [N], GPU that holds each token.
+            source_N: int64 [N], GPU that holds each token; needed where experts have copies.
+
+        Raises:
+            ValueError: experts have copies, and nobody says who asks.
         """
-        if self.copy_GE is None:
+        if self.copy_GE is None or source_N is None:
             return self.slot_E[expert_ids_NK]
         return self.copy_GE[source_N[:, None], expert_ids_NK]
 
@@ -109,7 +126,23 @@ class Placement:
         Raises:
             ValueError: experts have copies, or E is not divisible by G.
         """
-        return self.slot_E // experts_per_rank(self.num_slots, num_ranks)
+        return self.slot_E // self.per_rank(num_ranks)
+
+    def on_ranks(self, rank_E: Tensor, num_ranks: int) -> "Placement":
+        """The placement with experts on other GPUs: who stays keeps its slot, newcomers take the free ones in order.
+
+        Args:
+            rank_E: int64 [E], GPU of each expert, E / G of them on each.
+            num_ranks: G.
+        """
+        stays = self.rank_of(num_ranks) == rank_E
+        slot_E = torch.where(stays, self.slot_E, -1)
+        free = torch.ones(len(rank_E), dtype=torch.bool)
+        free[self.slot_E[stays]] = False
+        moving = (~stays).nonzero().flatten()
+        newcomers = moving[torch.argsort(rank_E[moving], stable=True)]
+        slot_E[newcomers] = free.nonzero().flatten()  # both by GPU, as many free slots on each as newcomers
+        return Placement.of_slots(slot_E)
 
     def swapped(self, a: int, b: int) -> "Placement":
         """The placement after logical experts a and b have exchanged their slots."""
@@ -117,13 +150,29 @@ class Placement:
         slot_E[[a, b]] = self.slot_E[[b, a]]
         return Placement.of_slots(slot_E)
 
+    def changed_slots(self, other: "Placement") -> list[int]:
+        """Slots in which ``other`` has another expert, or that this placement does not have."""
+        both = min(self.num_slots, other.num_slots)
+        changed = (self.expert_at_S[:both] != other.expert_at_S[:both]).nonzero().flatten().tolist()
+        return [*changed, *range(both, other.num_slots)]
+
     def moves_to(self, other: "Placement") -> str:
-        """What tells ``other`` from this one, as records keep it: ``17>40 40>17``, logical expert > its new slot."""
-        moved = (self.slot_E != other.slot_E).nonzero().flatten().tolist()
-        return " ".join(f"{expert}>{int(other.slot_E[expert])}" for expert in moved)
+        """What tells ``other`` from this one, as records keep it.
+
+        ``17>40 40>17``: logical expert > its new slot. Where experts have copies, before or after, ``40<17``: slot <
+        its new expert.
+        """
+        if not (self.has_copies or other.has_copies):
+            moved = (self.slot_E != other.slot_E).nonzero().flatten().tolist()
+            return " ".join(f"{expert}>{int(other.slot_E[expert])}" for expert in moved)
+        return " ".join(f"{slot}<{int(other.expert_at_S[slot])}" for slot in self.changed_slots(other))
 
     def after(self, moves: str) -> "Placement":
-        """The placement that :meth:`moves_to` told apart from this one."""
+        """The placement that :meth:`moves_to` told apart from this one.
+
+        Raises:
+            ValueError: experts have copies: the text does not say who uses which.
+        """
         slot_E = self.slot_E.clone()
         for move in moves.split():
             expert, slot = move.split(">")

@@ -17,8 +17,8 @@ from hiermoe.analysis.frames import Results, load
 from hiermoe.records.project import CONF, SWEEPS
 from hiermoe.records.store import RunStore
 from hiermoe.routing.step import first_measured
+from hiermoe.runs.compose import Cell, sweep_names
 from hiermoe.runs.run_config import RunConfig
-from hiermoe.runs.sweep import Cell, sweep_names
 
 GROUPS = ("system", "model", "cluster", "routing")
 ITERATIONS = 8

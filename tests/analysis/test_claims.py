@@ -9,7 +9,7 @@ from hiermoe.analysis.claims import load_claims, load_rules
 from hiermoe.analysis.frames import Results
 from hiermoe.analysis.quantities import METRICS
 from hiermoe.records.schema import SOURCES
-from hiermoe.runs.sweep import sweep_names
+from hiermoe.runs.compose import sweep_names
 
 CLAIMS, RULES = load_claims(), load_rules()
 

@@ -13,7 +13,7 @@ from hiermoe.analysis.figures.beyond.fabrics import alpha_share
 from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.report import write_report
 from hiermoe.records.store import RunStore
-from hiermoe.runs.sweep import Cell, expand, large_so_far
+from hiermoe.runs.compose import Cell, expand, large_so_far
 from hiermoe.topology.data_sheet import CAVEAT
 from hiermoe.topology.peers import Peers
 from tests.analysis.conftest import not_run, records_of, write

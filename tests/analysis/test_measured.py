@@ -11,8 +11,8 @@ from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.report import write_report
 from hiermoe.ranks.places import RanksConfig
 from hiermoe.records.store import RunStore
+from hiermoe.runs.compose import Cell
 from hiermoe.runs.measured_cells import MeasuredCell
-from hiermoe.runs.sweep import Cell
 from tests.analysis.conftest import ITERATIONS, cell, records_of, step_ms, write
 
 EMULATED: dict[str, Any] = {"measure": "replay", "ranks": RanksConfig(name="emulated", timeout_s=60)}

@@ -13,7 +13,7 @@ from hiermoe.analysis.figures.spec import FigureSpec
 from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.report import write_reference, write_report
 from hiermoe.records.store import RunStore
-from hiermoe.runs.sweep import Cell
+from hiermoe.runs.compose import Cell
 from tests.analysis.conftest import records_of, write
 
 DRAWN = [*(spec.name for spec in FIGURES), "planner_cost_local"]

@@ -11,7 +11,7 @@ from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.statistics import Estimate
 from hiermoe.analysis.verdicts import VERDICTS, Judged, judge, judge_all, to_frame, verdict_summary
 from hiermoe.records.store import RunStore
-from hiermoe.runs.sweep import Cell
+from hiermoe.runs.compose import Cell
 from tests.analysis.conftest import not_run, records_of, write
 
 CLAIMS, RULES = load_claims(), load_rules()

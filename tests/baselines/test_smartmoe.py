@@ -14,6 +14,8 @@ from hiermoe.topology.peers import AlphaBeta
 from hiermoe.topology.placement import Placement
 from tests.planner.cases import examples
 
+NO_SOURCE = torch.empty(0, dtype=torch.int64)  # these policies merge the tokens of all sources
+
 
 def flat_cluster(num_ranks: int) -> Cluster:
     return Cluster(
@@ -32,7 +34,7 @@ def tokens_for(load_E: list[int]) -> torch.Tensor:
 
 
 def decide_once(policy: SmartMoEPolicy, load_E: list[int], placement: Placement, num_ranks: int = 2):
-    measured = policy.measure(tokens_for(load_E), placement, Hierarchy((num_ranks,)), 0)
+    measured = policy.measure(tokens_for(load_E), NO_SOURCE, placement, Hierarchy((num_ranks,)), 0)
     return policy.decide(measured, placement, context(policy.interval - 1, num_ranks))
 
 
@@ -119,7 +121,9 @@ def test_acts_every_tenth_iteration_on_the_sum_of_the_ten() -> None:
         even = iteration == 19
         load_E = [3, 3, 3, 3] if even else [5, 5, 0, 0] if iteration % 2 or iteration >= 10 else [0, 0, 5, 5]
         update = policy.decide(
-            policy.measure(tokens_for(load_E), placement, hierarchy, iteration), placement, context(iteration)
+            policy.measure(tokens_for(load_E), NO_SOURCE, placement, hierarchy, iteration),
+            placement,
+            context(iteration),
         )
         if update is not None:
             acts[iteration] = update
@@ -137,7 +141,7 @@ def test_resuming_in_the_middle_of_an_interval_decides_as_if_never_stopped() -> 
     loads = [[9, 8, 0, 0], [0, 0, 1, 1], [1, 0, 1, 0], [0, 1, 0, 1]]  # the last two alone would change nothing
 
     def run(policy: SmartMoEPolicy, iterations: range) -> list[PlacementUpdate | None]:
-        measured = [policy.measure(tokens_for(loads[i]), placement, hierarchy, i) for i in iterations]
+        measured = [policy.measure(tokens_for(loads[i]), NO_SOURCE, placement, hierarchy, i) for i in iterations]
         return [policy.decide(m, placement, context(i)) for m, i in zip(measured, iterations, strict=True)]
 
     stopped, resumed = SmartMoEPolicy(interval=4), SmartMoEPolicy(interval=4)
@@ -156,7 +160,7 @@ def test_resuming_in_the_middle_of_an_interval_decides_as_if_never_stopped() -> 
 def test_measure_counts_logical_experts_whatever_the_placement() -> None:
     placement = Placement.of_slots(torch.tensor([3, 2, 1, 0]))
     ids_NK = torch.tensor([[0, 1], [0, 2]])
-    measured = SmartMoEPolicy().measure(ids_NK, placement, Hierarchy((2,)), 0)
+    measured = SmartMoEPolicy().measure(ids_NK, NO_SOURCE, placement, Hierarchy((2,)), 0)
     assert measured is not None and measured.tolist() == [2, 1, 1, 0]
 
 

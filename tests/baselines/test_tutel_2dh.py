@@ -15,7 +15,7 @@ from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.peers import WORLD
 from hiermoe.topology.placement import Placement
 from tests.planner import reference
-from tests.planner.cases import Case, cases, examples
+from tests.planner.cases import Case, cases, cases_with_copies, examples
 
 
 def traffic_of(case: Case, scheme: DispatchScheme) -> Traffic:
@@ -47,6 +47,21 @@ def test_rows_and_drops_equal_a_walk_of_every_pair(
     assert traffic.dropped_pairs == walked.dropped.total()
     assert traffic.total_pairs == walked.dropped.total() + walked.reached.total()
     assert all(times == 1 for times in walked.reached.values())
+
+
+@pytest.mark.parametrize("intra_first", [True, False])
+@given(case=cases_with_copies(), capacity_factor=st.sampled_from([None, 0.0, 1.0, 0.5]))
+@examples(25)
+def test_rows_and_drops_equal_a_walk_of_every_pair_where_experts_have_copies(
+    intra_first: bool, case: Case, capacity_factor: float | None
+) -> None:
+    if case.hierarchy.depth == 1:
+        return
+    world, tokens = reference.on_slots(case.hierarchy, case.placement, case.step)
+    traffic = traffic_of(case, two_dimensional(case.hierarchy, intra_first, capacity_factor)[0])
+    walked = reference.tutel(world, tokens, intra_first, case.placement.num_slots, capacity_factor)
+    assert traffic.rows_SGG.tolist() == walked.rows
+    assert traffic.dropped_pairs == walked.dropped.total()
 
 
 @given(case=cases())

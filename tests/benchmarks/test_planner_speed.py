@@ -163,7 +163,7 @@ class OneRank:
         return self.work.step.expert_ids_NK[self.work.step.source_N == 0]
 
     def measure(self, expert_ids_NK: Tensor) -> Tensor:
-        measured = HierDESPolicy().measure(expert_ids_NK, self.work.placement, HIERARCHY, 0)
+        measured = HierDESPolicy().measure(expert_ids_NK, self.work.step.source_N, self.work.placement, HIERARCHY, 0)
         assert measured is not None
         return measured
 

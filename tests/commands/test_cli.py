@@ -3,7 +3,7 @@
 import pytest
 
 from hiermoe.records.store import RunStore
-from hiermoe.runs.sweep import expand
+from hiermoe.runs.compose import expand
 from tests.conftest import Command
 
 SMALL = ["routing=uniform", "iterations=4", "tokens_per_rank=64", "wandb.mode=disabled"]

@@ -16,7 +16,7 @@ from hiermoe.planner.traffic import exact_traffic, pair_traffic
 from hiermoe.topology.placement import Placement
 from tests.dispatch.contract import IDENTITY, MOVED, Outcome
 from tests.dispatch.routings import PLACED, WIDTH, placement_of, routing_of
-from tests.dispatch.worlds import SYSTEMS, WORLDS, World, cases_of, same_transport, transport_of
+from tests.dispatch.worlds import TRANSPORTS, WORLDS, World, cases_of, transport_of
 
 ROW_BYTES = WIDTH * 4  # fp32
 WEIGHT_BYTES = 4
@@ -26,8 +26,9 @@ PHASES = ["dispatch", "combine", "combine_backward", "dispatch_backward"]
 Results = Callable[[World], list[dict[Any, Any]]]
 Sent = dict[tuple[str, str, str, str], Tensor]  # phase, stage, operation, kind -> [source, destination]
 
+pytestmark = pytest.mark.xdist_group("contract")
 for_every_system = pytest.mark.parametrize(
-    ("world", "system"), [(w, s) for w in WORLDS for s in SYSTEMS if w.runs(s)], ids=str
+    ("world", "system"), [(w, s) for w in WORLDS for s in TRANSPORTS if w.runs(s)], ids=str
 )
 
 
@@ -66,7 +67,7 @@ def expected(world: World, system: str, counts: RoutingCounts) -> Sent:
     hierarchy, ranks = world.cluster.hierarchy, world.num_ranks
     scheme = used_scheme(world, system, counts)
     staged = transport_of(system).executor == "staged"
-    num_experts = counts.pairs_GE.shape[1]
+    num_experts = counts.pairs_GS.shape[1]
     count_bytes = 4 * (sum(hierarchy.groups) + num_experts + 1) if staged else 8 * num_experts
     result: Sent = {("dispatch", "counts", "all_gather", "metadata"): torch.full((ranks, ranks), count_bytes)}
     rows_SGG = exact_traffic(scheme, counts, hierarchy).rows_SGG
@@ -88,7 +89,7 @@ def test_bytes_of_every_stage_source_and_destination_are_the_planners(
     contract_results: Results, world: World, system: str
 ) -> None:
     for case, where, placement in runs_of(world, system):
-        outcomes = [result[same_transport(system), case, where] for result in contract_results(world)]
+        outcomes = [result[system, case, where] for result in contract_results(world)]
         counts = count_routing(routing_of(case, world.num_ranks).step, placement, world.cluster.hierarchy)
         wanted = expected(world, system, counts)
         for received in (False, True):
@@ -107,7 +108,7 @@ def test_counts_are_gathered_once_and_every_stage_exchanges_once_a_phase(
         scheme = used_scheme(world, system, counts)
         names = [f"{index + 1}:{stage.peers}" for index, stage in enumerate(scheme.stages)]
         for result in contract_results(world):
-            outcome = result[same_transport(system), case, where]
+            outcome = result[system, case, where]
             assert [phase for phase, _ in outcome.calls] == PHASES
             assert outcome.scheme in ("", scheme.name)
             by_phase = dict(outcome.calls)
@@ -127,7 +128,7 @@ def test_counts_are_gathered_once_and_every_stage_exchanges_once_a_phase(
 @for_every_system
 def test_combine_sends_no_more_payload_than_dispatch(contract_results: Results, world: World, system: str) -> None:
     for case, where, _ in runs_of(world, system):
-        sent = matrices([result[same_transport(system), case, where] for result in contract_results(world)], False)
+        sent = matrices([result[system, case, where] for result in contract_results(world)], False)
 
         def payload(phase: str, sent: Sent = sent) -> int:
             return sum(int(amount.sum()) for key, amount in sent.items() if (key[0], key[3]) == (phase, "payload"))
@@ -136,15 +137,15 @@ def test_combine_sends_no_more_payload_than_dispatch(contract_results: Results, 
         assert payload("dispatch_backward") <= payload("combine_backward"), case
 
 
-@pytest.mark.parametrize("system", [s for s in SYSTEMS if WORLDS[1].runs(s)])
+@pytest.mark.parametrize("system", [s for s in TRANSPORTS if WORLDS[1].runs(s)])
 def test_deduplicating_systems_send_fewer_rows_than_pairs(contract_results: Results, system: str) -> None:
     world, case = WORLDS[1], "all_experts"
     counts = count_routing(
         routing_of(case, world.num_ranks).step, Placement.identity(2 * world.num_ranks), world.cluster.hierarchy
     )
     scheme = used_scheme(world, system, counts)
-    sent = matrices([result[same_transport(system), case, IDENTITY] for result in contract_results(world)], False)
+    sent = matrices([result[system, case, IDENTITY] for result in contract_results(world)], False)
     for index, stage in enumerate(scheme.stages):
         rows = int(sent["dispatch", f"{index + 1}:{stage.peers}", "all_to_all", "payload"].sum()) // ROW_BYTES
-        pairs = int(counts.pairs_GE.sum())
+        pairs = int(counts.pairs_GS.sum())
         assert rows < pairs if stage.rows == "token" else rows >= pairs

@@ -25,6 +25,7 @@ from tests.dispatch.worlds import (
     NEEDS_GPU,
     NEEDS_LEVELS,
     SYSTEMS,
+    TRANSPORTS,
     WORLDS,
     World,
     cases_of,
@@ -36,12 +37,13 @@ LOSSY = {"tutel_2dh_padded_cf1"}
 
 Results = Callable[[World], list[dict[Any, Any]]]
 
+pytestmark = pytest.mark.xdist_group("contract")
 in_every_world = pytest.mark.parametrize("world", WORLDS, ids=str)
 for_every_system = pytest.mark.parametrize(
-    ("world", "system"), [(w, s) for w in WORLDS for s in SYSTEMS if w.runs(s)], ids=str
+    ("world", "system"), [(w, s) for w in WORLDS for s in TRANSPORTS if w.runs(s)], ids=str
 )
 for_every_lossless_system = pytest.mark.parametrize(
-    ("world", "system"), [(w, s) for w in WORLDS for s in SYSTEMS if w.runs(s) and s not in LOSSY], ids=str
+    ("world", "system"), [(w, s) for w in WORLDS for s in TRANSPORTS if w.runs(s) and s not in LOSSY], ids=str
 )
 
 
@@ -77,7 +79,7 @@ def compare(results: list[dict[Any, Any]], world: World, system: str, reference:
         num_experts = routing_of(case, world.num_ranks).num_experts
         identity = Placement.identity(num_experts)
         placement = placement_of(case, num_experts) if moved else identity
-        got = gathered(results, same_transport(system), case, MOVED if moved else IDENTITY, placement)
+        got = gathered(results, system, case, MOVED if moved else IDENTITY, placement)
         wrong[case] = different(got, gathered(results, reference, case, IDENTITY, identity))
     assert not any(wrong.values()), {case: names for case, names in wrong.items() if names}
 
@@ -95,6 +97,17 @@ def test_the_stock_dispatcher_gives_the_exact_answer_because_nothing_rounds(
         assert not different(gathered(contract_results(world), reference, case, IDENTITY, identity), answer)
 
 
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_systems_that_move_tokens_in_the_same_way_are_run_once(system: str) -> None:
+    mine, run = transport_of(system), transport_of(same_transport(system))
+    assert mine == run.model_copy(update={"name": mine.name, "label": mine.label})
+    for world in WORLDS:
+        assert world.runs(system) == world.runs(run.name)
+        if world.runs(system):
+            hierarchy = world.cluster.hierarchy
+            assert mine.build_schemes(hierarchy) == run.build_schemes(hierarchy)
+
+
 @for_every_lossless_system
 def test_layer_output_and_gradients_equal_the_stock_dispatchers_bit_for_bit(
     contract_results: Results, world: World, system: str
@@ -105,7 +118,7 @@ def test_layer_output_and_gradients_equal_the_stock_dispatchers_bit_for_bit(
 @for_every_lossless_system
 def test_moved_experts_change_no_bit(contract_results: Results, world: World, system: str) -> None:
     if transport_of(system).executor != "staged":
-        assert (same_transport(system), PLACED[0], MOVED) not in contract_results(world)[0]
+        assert (system, PLACED[0], MOVED) not in contract_results(world)[0]
         return
     compare(contract_results(world), world, system, STOCK, moved=True)
 
@@ -128,7 +141,7 @@ def test_only_lossy_systems_drop_pairs_and_as_many_as_the_planner_says(
     dropped_somewhere = False
     for case in cases_of(world):
         routing = routing_of(case, world.num_ranks)
-        in_plans = {result[same_transport(system), case, IDENTITY].dropped for result in contract_results(world)}
+        in_plans = {result[system, case, IDENTITY].dropped for result in contract_results(world)}
         naive = 0
         if scheme.lossy:
             kept = kept_pairs(routing, 1.0)
@@ -146,7 +159,7 @@ def test_a_system_that_needs_more_levels_or_a_gpu_is_not_applicable_on_every_ran
 ) -> None:
     for result in contract_results(world):
         reasons = {name: value for name, value in result.items() if isinstance(name, str)}
-        assert set(reasons) == {name for name in SYSTEMS if not world.runs(name)}
+        assert set(reasons) == {name for name in TRANSPORTS if not world.runs(name)}
         for name, reason in reasons.items():
             expected = "needs a GPU" if name in NEEDS_GPU else f"dimension={NEEDS_LEVELS[name]} is outside"
             assert expected in reason

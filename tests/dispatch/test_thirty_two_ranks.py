@@ -10,7 +10,7 @@ from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.placement import Placement
 from tests.dispatch import contract
 from tests.dispatch.routings import exact_answer, kept_pairs, numbers_for, placement_of, routing_of
-from tests.dispatch.worlds import DEADLINE, NEEDS_GPU, SYSTEMS, TIMEOUT, World, same_transport, transport_of
+from tests.dispatch.worlds import DEADLINE, NEEDS_GPU, TIMEOUT, TRANSPORTS, World, transport_of
 
 WORLD = World((4, 8, 16, 32))
 CASES = ("zipf",)  # with 64 experts
@@ -24,7 +24,7 @@ def results() -> Results:
 
 
 @pytest.mark.parametrize("moved", [False, True], ids=["experts at home", "experts moved"])
-@pytest.mark.parametrize("system", [system for system in SYSTEMS if system not in NEEDS_GPU])
+@pytest.mark.parametrize("system", [system for system in TRANSPORTS if system not in NEEDS_GPU])
 def test_every_system_gives_the_exact_answer_on_32_ranks(results: Results, system: str, moved: bool) -> None:
     if moved and transport_of(system).executor != "staged":
         return
@@ -35,7 +35,7 @@ def test_every_system_gives_the_exact_answer_on_32_ranks(results: Results, syste
         kept = kept_pairs(routing, scheme.padding.capacity_factor) if scheme.lossy and scheme.padding else None
         answer = exact_answer(routing, numbers_for(routing), kept)
         where = contract.MOVED if moved else contract.IDENTITY
-        outcomes = [result[same_transport(system), case, where] for result in results]
+        outcomes = [result[system, case, where] for result in results]
         for rank, outcome in enumerate(outcomes):
             assert torch.equal(outcome.output.long(), answer.output[rank]), (case, rank)
             assert torch.equal(outcome.x_gradient.long(), answer.x_gradient[rank]), (case, rank)

@@ -21,7 +21,7 @@ class ThreadGroup:
 
     def __init__(self, members: tuple[int, ...]) -> None:
         self.members = members
-        self.barrier = threading.Barrier(len(members), timeout=60)
+        self.barrier = threading.Barrier(len(members), timeout=600)
         self.posted: dict[int, Any] = {}
 
     def size(self) -> int:

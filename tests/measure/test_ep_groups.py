@@ -47,7 +47,7 @@ def test_placement_is_decided_from_the_tokens_of_all_groups(composed: Composer, 
     contexts: list[StepContext] = []
 
     class Watch:
-        def measure(self, expert_ids_NK, placement, hierarchy, iteration):
+        def measure(self, expert_ids_NK, source_N, placement, hierarchy, iteration):
             return torch.bincount(expert_ids_NK.flatten(), minlength=128)
 
         def decide(self, summed, placement, context):

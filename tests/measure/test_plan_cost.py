@@ -22,9 +22,9 @@ def test_rank_counts_its_own_tokens_and_decides_from_those_of_all(composed: Comp
     decided: list[int] = []
 
     class Watched:
-        def measure(self, expert_ids_NK, placement, hierarchy, iteration):
+        def measure(self, expert_ids_NK, source_N, placement, hierarchy, iteration):
             counted.append(len(expert_ids_NK))
-            return policy.measure(expert_ids_NK, placement, hierarchy, iteration)
+            return policy.measure(expert_ids_NK, source_N, placement, hierarchy, iteration)
 
         def decide(self, summed, placement, context):
             stats = SwapStatistics.unpack(summed, 128, hierarchy)

@@ -8,8 +8,11 @@ from hiermoe.measure.workload import open_workload
 from hiermoe.planner.cost import choose_scheme, price
 from hiermoe.planner.counts import count_routing
 from hiermoe.policies.protocol import PlacementUpdate
+from hiermoe.records.status import NotApplicable
 from hiermoe.topology.placement import Placement
 from tests.conftest import Composer
+from tests.planner import reference
+from tests.planner.cases import random_copies
 
 
 def test_decision_of_an_iteration_acts_from_the_next_one_on(
@@ -20,7 +23,7 @@ def test_decision_of_an_iteration_acts_from_the_next_one_on(
     class Rotate:
         """Moves every expert to the next slot, every iteration."""
 
-        def measure(self, expert_ids_NK, placement, hierarchy, iteration):
+        def measure(self, expert_ids_NK, source_N, placement, hierarchy, iteration):
             seen.append(placement.slot_E.tolist())
 
         def decide(self, summed, placement, context):
@@ -36,6 +39,47 @@ def test_decision_of_an_iteration_acts_from_the_next_one_on(
         placement = Placement.of_slots(identity.roll(iteration))
         counts = count_routing(workload.routing.step(iteration), placement, workload.cluster.hierarchy)
         assert counts.pairs_GG.sum(0).max() == busiest
+
+
+def test_policy_that_makes_copies_is_walked_through_and_its_traffic_is_that_of_every_token(composed: Composer) -> None:
+    generator = torch.Generator().manual_seed(0)
+    placements = [Placement.identity(128), *(random_copies(128, 128 + 32, 32, generator) for _ in range(2))]
+
+    class Copy:
+        """Other copies of experts in every iteration, and other choices among them."""
+
+        def measure(self, expert_ids_NK, source_N, placement, hierarchy, iteration):
+            assert torch.bincount(source_N, minlength=32).tolist() == [64] * 32
+            return torch.ones(1)
+
+        def decide(self, summed, placement, context):
+            return PlacementUpdate(placements[(context.iteration + 1) % 3], None)
+
+    workload = composed("iterations=3", "system=hd2").workload()
+    object.__setattr__(workload, "new_policy", Copy)
+    records, hierarchy = simulate(workload), workload.cluster.hierarchy
+    for iteration, placement in enumerate(placements):
+        step = workload.routing.step(iteration)
+        if placement.has_copies:
+            world, tokens = reference.on_slots(hierarchy, placement, step)
+        else:
+            world, tokens = reference.machine(hierarchy, placement), reference.tokens_of(step)
+        walked = torch.tensor(reference.walk_tokens(world, tokens, 2).rows)
+        rows = records.loc[(records["phase"] == "dispatch") & (records["iteration"] == iteration), "rows"]
+        assert rows.tolist() == walked.sum(1).amax(1).tolist()
+    steps = records[records["phase"] == "step"].set_index("iteration")
+    held = [{(slot * 32 // p.num_slots, e) for slot, e in enumerate(p.expert_at_S.tolist())} for p in placements]
+    assert steps["moved_experts"].tolist() == [len(held[(i + 1) % 3] - held[i]) for i in range(3)]
+    assert steps["realised_gain_ms"].notna().tolist() == [True, True, False]
+    assert "<" in steps["moves"][0] and ">" not in steps["moves"][0]
+
+
+@pytest.mark.parametrize("system", ["hiermoe", "hiermoe_search", "smartmoe"])
+def test_policy_that_cannot_handle_copies_says_so(composed: Composer, system: str) -> None:
+    workload = composed(f"system={system}").workload()
+    copies, step = random_copies(128, 160, 32, torch.Generator().manual_seed(0)), workload.routing.step(0)
+    with pytest.raises(NotApplicable, match="gives every expert one slot, but 128 experts have 160 slots"):
+        workload.new_policy().measure(step.expert_ids_NK, step.source_N, copies, workload.cluster.hierarchy, 0)
 
 
 def test_chosen_dimension_is_never_slower_than_a_fixed_one(composed: Composer) -> None:

@@ -45,17 +45,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pd.DataFrame]:
 
 
 def _measured(folder) -> dict[str, pd.DataFrame]:
-    from hydra import initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
-    from hiermoe.records.project import CONF
-    from hiermoe.runs.run_config import register_search_path
-
-    register_search_path()
-    GlobalHydra.instance().clear()
     store = RunStore(folder)
-    with initialize_config_dir(str(CONF), version_base="1.3", job_name="test"):
-        configs = [Composer()(*SMALL, f"system={system}", "routing=stress_hot_adjacent") for system in SYSTEMS]
+    configs = [Composer()(*SMALL, f"system={system}", "routing=stress_hot_adjacent") for system in SYSTEMS]
     world = Watched(configs[0].cluster.hierarchy)
     outcomes = execute_together(configs, store, world=world)
     assert world.first_of == [iteration % len(SYSTEMS) for iteration in range(1, 6)]

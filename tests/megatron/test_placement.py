@@ -207,7 +207,7 @@ def _timing(config: TrainingConfig, corpus: Corpus, seen: Seen) -> None:
         run.placement.step(run.trainer.optimizer)
         new = layer.dispatcher.placement
         assert plan is not None and routed is not None
-        by_slot = plan.counts.pairs_GE[layer.dispatcher.ep_group.rank()]
+        by_slot = plan.counts.pairs_GS[layer.dispatcher.ep_group.rank()]
         seen["old"].append(torch.equal(by_slot[old.slot_E], routed.long()))
         seen["new"].append(torch.equal(by_slot[new.slot_E], routed.long()))
 

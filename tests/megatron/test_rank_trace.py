@@ -16,7 +16,7 @@ from hiermoe.routing.importers.recording import Source, to_trace
 from tests.conftest import Command
 from tests.narrow.tiny_training import tiny_training
 
-TIMEOUT = timedelta(minutes=2)
+TIMEOUT = timedelta(minutes=10)
 STEPS, TRAINED = 3, 4
 
 

@@ -12,7 +12,7 @@ from hiermoe.narrow.training_config import TrainingConfig
 from hiermoe.ranks.launch import run_ranks
 from tests.narrow.tiny_training import tiny_training
 
-TIMEOUT = timedelta(minutes=2)
+TIMEOUT = timedelta(minutes=10)
 STEPS = 4
 both = pytest.mark.parametrize("model", ["qwen3_30b_a3b", "deepseek_v3"])
 

@@ -1,12 +1,7 @@
 """A recording run of a few seconds."""
 
-from typing import Any
-
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
 from hiermoe.narrow.record_config import RecordConfig
-from hiermoe.records.project import CONF
+from hiermoe.runs.compose import compose
 
 TINY = [
     "corpus_files=24",
@@ -23,14 +18,11 @@ TINY = [
 ]
 
 
-def composed(overrides: list[str]) -> dict[str, Any]:
-    """conf/record.yaml with overrides, as plain values."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        container = OmegaConf.to_container(compose("record", overrides=overrides), resolve=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+def composed(overrides: list[str]) -> RecordConfig:
+    """conf/record.yaml with overrides."""
+    return compose("record", overrides, RecordConfig)
 
 
 def tiny_record_config(cache_dir: str, output: str, *overrides: str) -> RecordConfig:
     """A recording run of a few seconds."""
-    return RecordConfig.model_validate(composed([*TINY, f"cache_dir={cache_dir}", f"output={output}", *overrides]))
+    return composed([*TINY, f"cache_dir={cache_dir}", f"output={output}", *overrides])

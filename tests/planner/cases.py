@@ -61,6 +61,25 @@ def cases(
     return Case(hierarchy, Placement.of_slots(slot_E), random_step(tokens, num_experts, topk, generator, skew))
 
 
+@st.composite
+def cases_with_copies(draw: st.DrawFn) -> Case:
+    """Every expert at least once, slots that are left over for any of them, and any choice of copy by every source."""
+    case = draw(cases(depths=(1, 4)))
+    num_experts, ranks = case.step.num_experts, case.hierarchy.num_ranks
+    slots = num_experts + ranks * draw(st.integers(0, 3))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    return Case(case.hierarchy, random_copies(num_experts, slots, ranks, generator), case.step)
+
+
+def random_copies(num_experts: int, num_slots: int, num_ranks: int, generator: torch.Generator) -> Placement:
+    """Experts with copies anywhere; each GPU uses any copy of each expert."""
+    spare = torch.randint(num_experts, (num_slots - num_experts,), generator=generator)
+    expert_at_S = torch.cat([torch.arange(num_experts), spare])[torch.randperm(num_slots, generator=generator)]
+    score_GES = torch.rand(num_ranks, num_experts, num_slots, generator=generator)
+    is_copy_ES = expert_at_S == torch.arange(num_experts)[:, None]
+    return Placement(expert_at_S, score_GES.masked_fill(~is_copy_ES, -1).argmax(-1))
+
+
 def random_step(
     tokens: list[int], num_experts: int, topk: int, generator: torch.Generator, skew: float = 0.0
 ) -> RoutingStep:

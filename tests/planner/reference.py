@@ -72,6 +72,14 @@ def machine(hierarchy: Hierarchy, placement: Placement) -> Machine:
     return Machine(hierarchy.groups, tuple(slot // per_gpu for slot in placement.slot_E.tolist()))
 
 
+def on_slots(hierarchy: Hierarchy, placement: Placement, step: RoutingStep) -> tuple[Machine, list[Token]]:
+    """Experts that have copies: every slot as an expert of its own, and tokens that name the slots they are for."""
+    assert placement.copy_GE is not None
+    per_gpu, copies = placement.num_slots // hierarchy.num_ranks, placement.copy_GE.tolist()
+    world = Machine(hierarchy.groups, tuple(slot // per_gpu for slot in range(placement.num_slots)))
+    return world, [(source, tuple(copies[source][expert] for expert in experts)) for source, experts in tokens_of(step)]
+
+
 def tokens_of(step: RoutingStep) -> list[Token]:
     return [(s, tuple(e)) for s, e in zip(step.source_N.tolist(), step.expert_ids_NK.tolist(), strict=True)]
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 
 from hiermoe.planner.bounds import any_placement_rows, busiest_rows, fixed_placement_rows
-from hiermoe.planner.counts import count_routing
+from hiermoe.planner.counts import count_routing, sort_choices
 from hiermoe.planner.scheme import DispatchScheme, Stage, hierarchical
 from hiermoe.planner.traffic import exact_traffic
 from hiermoe.routing.step import make_step
@@ -15,7 +15,7 @@ from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.peers import WORLD, Peers
 from hiermoe.topology.placement import Placement
 from tests.planner import reference
-from tests.planner.cases import Case, cases, examples
+from tests.planner.cases import Case, cases, cases_with_copies, examples
 
 
 def walk(case: Case, dimension: int, deduplicate: bool) -> reference.Dispatch:
@@ -38,6 +38,44 @@ def test_rows_equal_a_walk_of_every_token(case: Case) -> None:
             assert traffic.rows_SGG.tolist() == walk(case, dimension, deduplicate).rows
             assert traffic.dropped_pairs == 0
             assert traffic.total_pairs == case.step.expert_ids_NK.numel()
+
+
+@given(case=cases_with_copies())
+@examples(60)
+def test_rows_equal_a_walk_of_every_token_where_experts_have_copies(case: Case) -> None:
+    counts = count_routing(case.step, case.placement, case.hierarchy)
+    world, tokens = reference.on_slots(case.hierarchy, case.placement, case.step)
+    for level in range(1, case.hierarchy.depth + 1):
+        assert counts.needed(level).tolist() == reference.distinct_tokens(world, tokens, level)
+        for source in range(case.hierarchy.num_ranks):
+            own = [token for token in tokens if token[0] == source]
+            assert counts.tokens[level - 1][source].tolist() == reference.distinct_tokens(world, own, level)
+    pairs = Counter((source, slot) for source, slots in tokens for slot in slots)
+    assert {key: n for key, n in enumerate(counts.pairs_GS.view(-1).tolist()) if n} == {
+        source * case.placement.num_slots + slot: n for (source, slot), n in pairs.items()
+    }
+    for dimension in range(1, case.hierarchy.depth + 1):
+        for deduplicate in (False, True):
+            walker = reference.walk_tokens if deduplicate else reference.walk_pairs
+            assert rows_of(case, dimension, deduplicate).tolist() == walker(world, tokens, dimension).rows
+
+
+def test_copies_need_a_source_and_as_many_slots_on_every_gpu() -> None:
+    ids_NK, two = torch.zeros(1, 1, dtype=torch.int64), Hierarchy((2,))
+    placement = Placement(torch.tensor([0, 1, 0, 0]), torch.tensor([[0, 1], [2, 1]]))
+    assert sort_choices(ids_NK, placement, two, torch.tensor([1])).rank_NK.tolist() == [[1]]
+    with pytest.raises(ValueError, match="a copy depends on the source"):
+        sort_choices(ids_NK, placement, two)
+    with pytest.raises(ValueError, match="num_slots=3 is not divisible by ep_size=2"):
+        count_routing(
+            make_step(ids_NK[None].expand(2, 1, 1), torch.ones(2, dtype=torch.int64), 2),
+            Placement(torch.tensor([0, 1, 0]), torch.tensor([[0, 1], [2, 1]])),
+            two,
+        )
+    with pytest.raises(ValueError, match="4 ranks, the placement has copies for 2"):
+        count_routing(
+            make_step(ids_NK[None].expand(4, 1, 1), torch.ones(4, dtype=torch.int64), 2), placement, Hierarchy((4,))
+        )
 
 
 @given(case=cases())

@@ -32,14 +32,16 @@ def recount(cluster: Cluster, placement: Placement, kind: str) -> float:
 
 def test_static_policy_measures_and_moves_nothing(a6000: Cluster) -> None:
     policy = StaticPolicy()
-    assert policy.measure(STEP.expert_ids_NK, SHUFFLED, a6000.hierarchy, 0) is None
+    assert policy.measure(STEP.expert_ids_NK, STEP.source_N, SHUFFLED, a6000.hierarchy, 0) is None
     assert policy.decide(None, SHUFFLED, context(a6000)) is None
 
 
 @pytest.mark.parametrize("kind", ["plain", "smooth", "logsumexp"])
 def test_two_experts_change_places_and_the_gain_is_what_a_recount_finds(a6000: Cluster, kind: str) -> None:
     policy = HierDESPolicy(max_function=kind)
-    update = policy.decide(policy.measure(STEP.expert_ids_NK, SHUFFLED, a6000.hierarchy, 0), SHUFFLED, context(a6000))
+    update = policy.decide(
+        policy.measure(STEP.expert_ids_NK, STEP.source_N, SHUFFLED, a6000.hierarchy, 0), SHUFFLED, context(a6000)
+    )
     assert update is not None and update.modelled_gain_ms is not None
     moved = (update.placement.slot_E != SHUFFLED.slot_E).nonzero().flatten().tolist()
     assert len(moved) == 2
@@ -52,10 +54,13 @@ def test_two_experts_change_places_and_the_gain_is_what_a_recount_finds(a6000: C
 def test_ranks_that_sum_their_measures_decide_alike(a6000: Cluster) -> None:
     policy = HierDESPolicy()
     parts = [
-        policy.measure(STEP.expert_ids_NK[STEP.source_N == rank], SHUFFLED, a6000.hierarchy, 0) for rank in range(32)
+        policy.measure(STEP.expert_ids_NK[STEP.source_N == rank], torch.full((1,), rank), SHUFFLED, a6000.hierarchy, 0)
+        for rank in range(32)
     ]
     summed = torch.stack([part for part in parts if part is not None]).sum(0)
-    together = policy.decide(policy.measure(STEP.expert_ids_NK, SHUFFLED, a6000.hierarchy, 0), SHUFFLED, context(a6000))
+    together = policy.decide(
+        policy.measure(STEP.expert_ids_NK, STEP.source_N, SHUFFLED, a6000.hierarchy, 0), SHUFFLED, context(a6000)
+    )
     apart = policy.decide(summed, SHUFFLED, context(a6000))
     assert together is not None and apart is not None
     assert torch.equal(together.placement.slot_E, apart.placement.slot_E)
@@ -66,14 +71,14 @@ def test_only_the_last_iteration_of_an_interval_counts(a6000: Cluster) -> None:
     policy = HierDESPolicy(interval=4)
     acts = []
     for iteration in range(8):
-        measure = policy.measure(STEP.expert_ids_NK, SHUFFLED, a6000.hierarchy, iteration)
+        measure = policy.measure(STEP.expert_ids_NK, STEP.source_N, SHUFFLED, a6000.hierarchy, iteration)
         if policy.decide(measure, SHUFFLED, context(a6000, iteration)):
             acts.append(iteration)
     assert acts == [3, 7]
 
 
 def test_gate_weighs_the_gain_against_the_move(a6000: Cluster) -> None:
-    measure = HierDESPolicy().measure(STEP.expert_ids_NK, SHUFFLED, a6000.hierarchy, 0)
+    measure = HierDESPolicy().measure(STEP.expert_ids_NK, STEP.source_N, SHUFFLED, a6000.hierarchy, 0)
     update = HierDESPolicy().decide(measure, SHUFFLED, context(a6000))
     assert update is not None and update.modelled_gain_ms is not None
     cost_ms = price_migration(SHUFFLED, update.placement, a6000, STATE_BYTES_PER_PARAMETER).link_ms  # of one parameter
@@ -102,7 +107,7 @@ def swaps_between(old: Placement, new: Placement) -> list[tuple[int, ...]]:
 
 def test_several_swaps_save_at_least_what_they_say(a6000: Cluster) -> None:
     """Every number of swaps on the way saves more than the one before, and no more is promised than a recount finds."""
-    measure = HierDESPolicy().measure(STEP.expert_ids_NK, SHUFFLED, a6000.hierarchy, 0)
+    measure = HierDESPolicy().measure(STEP.expert_ids_NK, STEP.source_N, SHUFFLED, a6000.hierarchy, 0)
     promised, found = [], []
     for max_swaps in range(1, 7):
         update = HierDESPolicy(max_swaps=max_swaps).decide(measure, SHUFFLED, context(a6000))
@@ -118,7 +123,7 @@ def test_several_swaps_save_at_least_what_they_say(a6000: Cluster) -> None:
 
 
 def test_further_swaps_are_made_as_long_as_each_pays(a6000: Cluster) -> None:
-    measure = HierDESPolicy().measure(STEP.expert_ids_NK, SHUFFLED, a6000.hierarchy, 0)
+    measure = HierDESPolicy().measure(STEP.expert_ids_NK, STEP.source_N, SHUFFLED, a6000.hierarchy, 0)
     cost_ms = STATE_BYTES_PER_PARAMETER / 25e6  # of a swap between nodes, one parameter an expert
     gains, total_ms, placement = [], 0.0, SHUFFLED
     for max_swaps in range(1, 6):
@@ -156,7 +161,7 @@ def test_policies_without_memory_have_no_state() -> None:
 
 def test_pairs_cannot_be_planned(a6000: Cluster) -> None:
     policy = HierDESPolicy()
-    measure = policy.measure(STEP.expert_ids_NK, SHUFFLED, a6000.hierarchy, 0)
+    measure = policy.measure(STEP.expert_ids_NK, STEP.source_N, SHUFFLED, a6000.hierarchy, 0)
     flat = StepContext(0, a6000, hierarchical(1, False, a6000.hierarchy), ROW_BYTES, 1)
     with pytest.raises(ValueError, match="scheme H1 sends token-expert pairs"):
         policy.decide(measure, SHUFFLED, flat)

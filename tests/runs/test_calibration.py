@@ -7,15 +7,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
 from hiermoe.planner.fit import fit_exchanges, timings
-from hiermoe.records.project import CONF
 from hiermoe.records.store import RunStore
 from hiermoe.runs.calibration import CalibrationConfig, write_cluster
+from hiermoe.runs.compose import compose
 from hiermoe.runs.execute import execute
-from hiermoe.runs.run_config import parse, register_search_path
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.peers import WORLD, Peers
 from tests.conftest import Command
@@ -25,10 +22,7 @@ RUN = ["system=hd2", "routing=uniform", "iterations=2", "tokens_per_rank=16", "w
 
 
 def configured(*overrides: str) -> CalibrationConfig:
-    register_search_path()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3", job_name="test"):
-        return parse(compose("calibrate", overrides=list(overrides)), CalibrationConfig)
+    return compose("calibrate", overrides, CalibrationConfig)
 
 
 def rows_of(config: CalibrationConfig, alpha_ms: float, beta_ms_per_byte: float) -> pd.DataFrame:
@@ -49,7 +43,7 @@ def rows_of(config: CalibrationConfig, alpha_ms: float, beta_ms_per_byte: float)
 @pytest.fixture
 def clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder in the place of results/clusters/."""
-    for module in ("hiermoe.runs.calibration", "hiermoe.topology.cluster_files"):
+    for module in ("hiermoe.runs.calibration", "hiermoe.runs.compose", "hiermoe.topology.cluster_files"):
         monkeypatch.setattr(f"{module}.CLUSTERS", tmp_path / "clusters")
     return tmp_path / "clusters"
 

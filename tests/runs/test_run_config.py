@@ -3,13 +3,12 @@
 from pathlib import Path
 
 import pytest
-from hydra.errors import MissingConfigException
 
 from hiermoe.measure.workload import open_workload
 from hiermoe.records.project import CONF
 from hiermoe.records.store import RunStore
+from hiermoe.runs.compose import expand, large_sweep_names, sweep_names
 from hiermoe.runs.execute import execute
-from hiermoe.runs.sweep import expand, large_sweep_names, sweep_names
 from tests.conftest import Composer
 
 
@@ -92,7 +91,7 @@ def test_value_that_does_not_fit_is_refused_by_name(
 
 
 def test_unknown_choice_lists_what_there_is(composed: Composer) -> None:
-    with pytest.raises(MissingConfigException, match=r"(?s)Could not find 'system/nothing'.*hd2_moe_smart"):
+    with pytest.raises(ValueError, match=r"(?s)Could not find 'system/nothing'.*hd2_moe_smart"):
         composed("system=nothing")
 
 

@@ -16,12 +16,20 @@ from tests.conftest import Command
 from tests.runs.test_train import TINY, configured
 
 STEPS = 8
+# The command with a store of its own. Its ranks wait after their first checkpoint, to be terminated there.
 MAIN = """
 import sys
+import time
 from pathlib import Path
 import hiermoe.records.store
 hiermoe.records.store.RUNS = Path(sys.argv.pop(1))
 from hiermoe.commands.cli import main
+from hiermoe.narrow.trainer import Trainer
+save = Trainer.save
+def save_and_wait(*args, **kwargs):
+    save(*args, **kwargs)
+    time.sleep(3600)
+Trainer.save = save_and_wait
 if __name__ == "__main__":
     main()
 """

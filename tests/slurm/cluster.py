@@ -93,7 +93,7 @@ class SlurmCluster:
                 process.kill()
                 process.wait()
 
-    def run(self, *command: str, timeout_s: float = 60) -> str:
+    def run(self, *command: str, timeout_s: float = 600) -> str:
         """Run one of Slurm's commands and return what it printed.
 
         Raises:
@@ -126,7 +126,7 @@ class SlurmCluster:
 
     def _all_idle(self) -> bool:
         try:
-            states = self.run("sinfo", "--noheader", "--Node", "--format=%T", timeout_s=10).split()
+            states = self.run("sinfo", "--noheader", "--Node", "--format=%T", timeout_s=60).split()
         except subprocess.SubprocessError:
             return False
         return states == ["idle"] * len(NODES)
@@ -148,7 +148,7 @@ def _free_ports(count: int) -> list[int]:
     raise RuntimeError(f"no {count} free ports")
 
 
-def _wait(ready: Callable[[], bool], message: str, timeout_s: float = 60) -> None:
+def _wait(ready: Callable[[], bool], message: str, timeout_s: float = 600) -> None:
     ends = time.monotonic() + timeout_s
     while not ready():
         if time.monotonic() > ends:

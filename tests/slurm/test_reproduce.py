@@ -14,7 +14,7 @@ import pytest
 from hiermoe.records.project import PROJECT_ROOT
 from tests.slurm.cluster import SlurmCluster
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 
 QUICK = ("ON=slurm", "NODES=4", "GPUS_PER_NODE=2", "DEVICE=cpu", "QUICK=1")
 
@@ -82,6 +82,8 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            # A test that runs in the background ignores Ctrl-C, and so would all that it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             start_new_session=True,  # so that a signal reaches make and what it has started, as one of a terminal does
         )
 
@@ -106,7 +108,7 @@ def project(tmp_path: Path, cluster: SlurmCluster) -> Iterator[Project]:
         cluster.run("scancel", job)
 
 
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", timeout_s: float = 240) -> None:
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", timeout_s: float = 1200) -> None:
     """Until something has happened while the command runs."""
     ends = time.monotonic() + timeout_s
     while not condition():
@@ -128,7 +130,7 @@ def test_a_preempted_a_cancelled_and_a_left_job_go_on_with_what_is_missing(proje
     wait_for(lambda: len(list(project.folder.glob("results/runs/*/started-*.json"))) == RUNS // 2, first)
     wait_for(lambda: len(list(project.folder.glob("results/runs/*/records.parquet"))) == 1 + RUNS // 2, first)
     project.cluster.run("scancel", job)
-    output = first.communicate(timeout=120)[0]
+    output = first.communicate(timeout=1200)[0]
     print(output)
     assert first.returncode != 0
     assert "ended as CANCELLED; finished runs are kept" in output
@@ -140,12 +142,12 @@ def test_a_preempted_a_cancelled_and_a_left_job_go_on_with_what_is_missing(proje
     wait_for(lambda: len(list(project.folder.rglob("request.json"))) == 2, second)
     wait_for(lambda: "RUNNING" in project.cluster.job_states().values(), second)
     os.killpg(second.pid, signal.SIGINT)
-    output = second.communicate(timeout=60)[0]
+    output = second.communicate(timeout=600)[0]
     print(output)
     assert second.returncode != 0
     assert "goes on without this" in output
     third = project.start(*QUICK)
-    output = third.communicate(timeout=300)[0]
+    output = third.communicate(timeout=1200)[0]
     print(output)
     assert third.returncode == 0, output
     assert "is under way for the same: following it" in output
@@ -161,7 +163,7 @@ def test_a_preempted_a_cancelled_and_a_left_job_go_on_with_what_is_missing(proje
 
 def test_a_refused_submission_is_one_line(project: Project) -> None:
     done = project.start(*QUICK, "PARTITION=nowhere")
-    output = done.communicate(timeout=60)[0]
+    output = done.communicate(timeout=600)[0]
     assert done.returncode != 0
     (line,) = [line for line in output.splitlines() if not line.startswith("make")]
     assert line.startswith("error: Slurm refused the job: ")

@@ -56,3 +56,14 @@ def test_moves_tell_one_placement_from_another_and_lead_from_one_to_the_other() 
     assert torch.equal(one.after(one.moves_to(other)).slot_E, other.slot_E)
     assert Placement.identity(4).moves_to(Placement.identity(4).swapped(1, 3)) == "1>3 3>1"
     assert one.moves_to(one) == ""
+
+
+def test_moves_of_copies_are_told_slot_by_slot() -> None:
+    one = Placement.identity(4)
+    copies = Placement(torch.tensor([0, 1, 3, 2, 1, 0]), torch.tensor([[0, 1, 3, 2], [5, 4, 3, 2]]))
+    assert one.moves_to(copies) == "2<3 3<2 4<1 5<0"
+    assert copies.moves_to(one) == "2<2 3<3"
+    assert copies.changed_slots(copies) == [] and copies.key != one.key
+    assert copies.slots_of(torch.tensor([[0, 1], [0, 2]]), torch.tensor([0, 1])).tolist() == [[0, 1], [5, 3]]
+    with pytest.raises(ValueError, match="4 experts have 6 slots"):
+        copies.after("0<1")

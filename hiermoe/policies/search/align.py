@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from hiermoe.routing.step import experts_per_rank
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
 
@@ -24,8 +23,7 @@ def aligned(target: Placement, present: Placement, hierarchy: Hierarchy) -> Plac
     Returns:
         A placement of the same cost; an expert that keeps its GPU keeps its slot.
     """
-    ranks, experts = hierarchy.num_ranks, target.num_experts
-    per_rank = experts_per_rank(experts, ranks)
+    ranks = hierarchy.num_ranks
     overlap = np.zeros((ranks, ranks), dtype=np.int64)  # [target group, present group] of the level at hand
     np.add.at(overlap, (target.rank_of(ranks).numpy(), present.rank_of(ranks).numpy()), 1)
     chosen: list[np.ndarray] = []  # by level, innermost first: [target group, present group, child] -> child
@@ -44,22 +42,4 @@ def aligned(target: Placement, present: Placement, hierarchy: Hierarchy) -> Plac
     for match in reversed(chosen):
         children = match.shape[2]
         named = (named[:, None] * children + match[np.arange(len(named)), named]).ravel()
-    return on_ranks(torch.from_numpy(named)[target.rank_of(ranks)], present, per_rank)
-
-
-def on_ranks(rank_E: torch.Tensor, present: Placement, per_rank: int) -> Placement:
-    """Slots for experts whose GPUs are known: who stays on its GPU keeps its slot, newcomers take the others in order.
-
-    Args:
-        rank_E: int64 [E], GPU of each expert, ``per_rank`` of them on each.
-        present: slots now.
-        per_rank: E / G.
-    """
-    stays = present.slot_E // per_rank == rank_E
-    slot_E = torch.where(stays, present.slot_E, -1)
-    free = torch.ones(len(rank_E), dtype=torch.bool)
-    free[present.slot_E[stays]] = False
-    moving = (~stays).nonzero().flatten()
-    newcomers = moving[torch.argsort(rank_E[moving], stable=True)]
-    slot_E[newcomers] = free.nonzero().flatten()  # both by GPU, as many free slots on each as newcomers
-    return Placement.of_slots(slot_E)
+    return present.on_ranks(torch.from_numpy(named)[target.rank_of(ranks)], ranks)

@@ -69,13 +69,7 @@ def needed_by_step(sets: TokenSets, placement: Placement, hierarchy: Hierarchy) 
         ValueError: E is not divisible by G.
     """
     choices = sort_choices(sets.ids_NK, placement, hierarchy)
-    levels, steps, ranks = hierarchy.depth + 2, sets.num_steps, hierarchy.num_ranks
-    code = ((choices.first_from_NK * steps + sets.step_N[:, None]) * ranks + choices.rank_NK).view(-1)
-    weight = sets.weight_N.double().repeat_interleave(sets.ids_NK.shape[1])
-    first = torch.bincount(code, weights=weight, minlength=levels * steps * ranks).view(levels, steps, ranks).cumsum(0)
-    sampled_S = torch.bincount(sets.step_N, weights=sets.weight_N.double(), minlength=steps)
+    weight_N = sets.weight_N.double()
+    sampled_S = torch.bincount(sets.step_N, weights=weight_N, minlength=sets.num_steps)
     scale_S = sets.tokens_S / sampled_S.clamp(min=1.0)
-    return [
-        first[level].view(steps, hierarchy.U[level], -1).sum(-1) * scale_S[:, None]
-        for level in range(1, hierarchy.depth + 1)
-    ]
+    return [x_SU * scale_S[:, None] for x_SU in choices.distinct(sets.step_N, sets.num_steps, hierarchy, weight_N)]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP
 from hiermoe.planner.token_sets import TokenSets
-from hiermoe.policies.protocol import PlacementUpdate, StepContext
+from hiermoe.policies.protocol import PlacementUpdate, StepContext, refuse_copies
 from hiermoe.policies.search.align import aligned
 from hiermoe.policies.search.approach import approach
 from hiermoe.policies.search.descent import Budget, SwapTable
@@ -66,11 +66,12 @@ class SearchPolicy:
         self._target: Placement | None = None
 
     def measure(
-        self, expert_ids_NK: Tensor, placement: Placement, hierarchy: Hierarchy, iteration: int
+        self, expert_ids_NK: Tensor, source_N: Tensor, placement: Placement, hierarchy: Hierarchy, iteration: int
     ) -> Tensor | None:
         """A sketch of the expert sets, in iterations that a search will see."""
         if iteration < self.first_search - self.window or (self.interval is None and iteration >= self.first_search):
             return None
+        refuse_copies(self, placement)  # a sketch merges equal sets of all sources, which may use different copies
         return self._sketch.measure(expert_ids_NK)
 
     def decide(self, summed: Tensor | None, placement: Placement, context: StepContext) -> PlacementUpdate | None:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hiermoe.policies.search.align import aligned, on_ranks
+from hiermoe.policies.search.align import aligned
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
 from tests.planner.cases import examples
@@ -44,11 +44,11 @@ def test_fewest_experts_move_of_all_renamings(seed: int, per_rank: int) -> None:
 def test_a_renamed_placement_is_recognised_and_nothing_moves() -> None:
     present = Placement.of_slots(torch.randperm(16, generator=torch.Generator().manual_seed(1)))
     for names in renamings():
-        renamed = on_ranks(names[present.rank_of(8)], Placement.identity(16), 2)
+        renamed = Placement.identity(16).on_ranks(names[present.rank_of(8)], 8)
         assert torch.equal(aligned(renamed, present, HIERARCHY).slot_E, present.slot_E)
 
 
 def test_who_keeps_its_gpu_keeps_its_slot() -> None:
     present = Placement.identity(8)
     rank_E = torch.tensor([0, 1, 0, 1, 2, 3, 3, 2])  # 1 and 2 change places, 5 and 7
-    assert on_ranks(rank_E, present, 2).slot_E.tolist() == [0, 2, 1, 3, 4, 7, 6, 5]
+    assert present.on_ranks(rank_E, 4).slot_E.tolist() == [0, 2, 1, 3, 4, 7, 6, 5]

@@ -13,6 +13,8 @@ from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
 from tests.policies.search.conftest import planted
 
+NO_SOURCE = torch.empty(0, dtype=torch.int64)  # these policies merge the tokens of all sources
+
 EXPERTS, TOKENS, ROW_BYTES = 64, 1024, 4096
 THREE_STAGES = hierarchical(3, True, Hierarchy((4, 8, 16, 32)))
 
@@ -30,7 +32,7 @@ def walk(
     updates: list[PlacementUpdate | None] = []
     for iteration in iterations:
         parts = [
-            policy.measure(routing(iteration)[rank::ranks], placement, cluster.hierarchy, iteration)
+            policy.measure(routing(iteration)[rank::ranks], NO_SOURCE, placement, cluster.hierarchy, iteration)
             for rank in range(ranks)
         ]
         summed = None if parts[0] is None else torch.stack([p for p in parts if p is not None]).sum(0).int()
@@ -63,10 +65,10 @@ def online(**changes: int) -> SearchPolicy:
 
 def test_offline_moves_once_and_then_neither_measures_nor_moves(a6000: Cluster) -> None:
     policy, start = offline(), Placement.identity(EXPERTS)
-    assert policy.measure(routing(0), start, a6000.hierarchy, 0) is None  # no search will see it
+    assert policy.measure(routing(0), NO_SOURCE, start, a6000.hierarchy, 0) is None  # no search will see it
     end, updates = walk(policy, a6000, range(8), start)
     assert [update is not None for update in updates] == [False] * 3 + [True] + [False] * 4
-    assert policy.measure(routing(5), end, a6000.hierarchy, 5) is None
+    assert policy.measure(routing(5), NO_SOURCE, end, a6000.hierarchy, 5) is None
     assert held_out_nodes(a6000, start) > 3 and held_out_nodes(a6000, end) == 1
     update = updates[3]
     assert update is not None and update.modelled_gain_ms is not None
@@ -97,7 +99,7 @@ def test_online_follows_routing_that_changes(a6000: Cluster) -> None:
     policy, placement = online(interval=4, max_moved=64), Placement.identity(EXPERTS)
     placement, _ = walk(policy, a6000, range(2), placement)
     for iteration in range(2, 12):
-        summed = policy.measure(routing(iteration, seed=9), placement, a6000.hierarchy, iteration)
+        summed = policy.measure(routing(iteration, seed=9), NO_SOURCE, placement, a6000.hierarchy, iteration)
         context = StepContext(iteration, a6000, THREE_STAGES, ROW_BYTES, 1)
         update = policy.decide(summed, placement, context)
         placement = update.placement if update else placement
@@ -123,7 +125,7 @@ def test_nothing_moves_where_experts_sit_well_already(a6000: Cluster) -> None:
     together = torch.arange(EXPERTS).view(32, 2).repeat(32, 1)
     policy, start = offline(first_search=1, window=1), Placement.identity(EXPERTS)
     context = StepContext(0, a6000, THREE_STAGES, ROW_BYTES, 1)
-    assert policy.decide(policy.measure(together, start, a6000.hierarchy, 0), start, context) is None
+    assert policy.decide(policy.measure(together, NO_SOURCE, start, a6000.hierarchy, 0), start, context) is None
 
 
 @pytest.mark.parametrize(
