@@ -52,13 +52,7 @@ def _scaled(
     """Constants multiplied: of what crosses the outermost level, of what stays inside, start-ups, the flat AlltoAll."""
 
     def times(constants: AlphaBeta | None, beta: float, alpha: float) -> AlphaBeta | None:
-        if constants is None:
-            return None
-        changed = {
-            "alpha_ms": constants.alpha_ms * alpha,
-            "beta_ms_per_byte": constants.beta_ms_per_byte * beta,
-        }
-        return constants.model_copy(update=changed)
+        return None if constants is None else constants.times(alpha, beta)
 
     levels = tuple(
         level.model_copy(

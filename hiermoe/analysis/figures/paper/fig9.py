@@ -11,7 +11,7 @@ from hiermoe.analysis.figures import style
 from hiermoe.analysis.figures.spec import FigureSpec, Words
 from hiermoe.analysis.frames import Results
 from hiermoe.analysis.quantities import fits
-from hiermoe.topology.peers import WORLD, Peers
+from hiermoe.topology.peers import WORLD, AlphaBeta, Peers
 
 NAMES = {"world": "standard, all GPUs", "inter": "Inter-level-", "intra": "Intra-level-"}
 TONES = {"world": "#000000", "inter": "#0072B2", "intra": "#D55E00"}
@@ -54,7 +54,8 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
     for stage, rows in table.groupby("stage", sort=False):
         first = rows.iloc[0]
         tone = TONES[first["kind"]]
-        line = first["alpha_ms"] + sizes * first["beta_ms_per_byte"]
+        constants = {name: first[name] for name in ("alpha_ms", "beta_ms_per_byte")}
+        line = AlphaBeta(**constants, source="the table").ms(sizes)
         panel.plot(sizes / 1e6, line, color=tone, linestyle=DASHES[first["level"]])
         panel.plot(rows["bytes"] / 1e6, rows["mean_ms"], "o", color=tone, markersize=5)
         ends.append((line[-1], f"{stage}  r² {first['r2']:.5f}", tone))
