@@ -11,34 +11,24 @@ from hiermoe.dispatch.plan import DispatchPlan, exchange
 
 
 def send_rows(x_TM: Tensor, plan: DispatchPlan) -> Tensor:
-    """All stages of dispatch: [T, M] of this rank's tokens to [R, M], one row per token that has an expert here.
+    """Dispatch: [T, M] of this rank's tokens to [P, M], one row per (token, local slot), grouped by slot.
 
-    *Collective.* Differentiable; its gradient is `return_rows`. Padded schemes and schemes of pairs deliver one row per
-    pair.
+    *Collective.* Differentiable; its gradient is `return_rows`. One node of the graph, so that what overlaps with its
+    backward begins together with it.
     """
     return _linear(x_TM, lambda x: _out(x, plan), lambda g: _back(g, plan))
 
 
-def return_rows(y_RM: Tensor, plan: DispatchPlan) -> Tensor:
-    """All stages of combine: [R, M] partial sums to [T, M], summed at every stage before they travel on.
+def return_rows(y_PM: Tensor, plan: DispatchPlan) -> Tensor:
+    """Combine: [P, M] to [T, M], summed on this rank and at every stage before rows travel on.
 
     *Collective.* Differentiable; its gradient is `send_rows`.
     """
-    return _linear(y_RM, lambda y: _back(y, plan), lambda g: _out(g, plan))
+    return _linear(y_PM, lambda y: _back(y, plan), lambda g: _out(g, plan))
 
 
-def expand_to_experts(x_RM: Tensor, plan: DispatchPlan) -> Tensor:
-    """One row per (token, local expert), grouped by expert: [P, M] from [R, M]. Local."""
-    return _linear(x_RM, plan.expand.copy, plan.expand.sum)
-
-
-def sum_over_experts(y_PM: Tensor, plan: DispatchPlan) -> Tensor:
-    """Sum of a token's local expert outputs: [R, M] from [P, M]. Local."""
-    return _linear(y_PM, plan.expand.sum, plan.expand.copy)
-
-
-def expert_weights(probs_TE: Tensor, plan: DispatchPlan) -> Tensor:
-    """Routing weights of the expanded rows: [P] from this rank's [T, E].
+def expert_weights(weights_TK: Tensor, plan: DispatchPlan) -> Tensor:
+    """Routing weights of the rows that `send_rows` gives: [P] from this rank's [T, K].
 
     They came with the plan's metadata, so going forward nothing is sent. *Collective in backward*: their gradients
     travel back to the ranks whose routers they belong to.
@@ -50,11 +40,11 @@ def expert_weights(probs_TE: Tensor, plan: DispatchPlan) -> Tensor:
             with staged(stage.name):
                 g_P = exchange(g_P, stage.receive_pairs, stage.send_pairs, stage.communicator.group)
             g_P = _unpermuted(g_P, stage.pair_order_P)
-        flat = g_P.new_zeros(probs_TE.numel() + 1)  # one more for padding
+        flat = g_P.new_zeros(weights_TK.numel() + 1)  # one more for padding
         flat[plan.pair_index_P] = g_P
-        return flat[:-1].view_as(probs_TE)
+        return flat[:-1].view_as(weights_TK)
 
-    return _linear(probs_TE, lambda _: plan.weights_P.clone(), gradient)
+    return _linear(weights_TK, lambda _: plan.weights_P.clone(), gradient)
 
 
 class _Linear(torch.autograd.Function):
@@ -81,10 +71,11 @@ def _out(x_RM: Tensor, plan: DispatchPlan) -> Tensor:
         x_RM = stage.copies.copy(x_RM)
         with staged(stage.name):
             x_RM = exchange(x_RM, stage.send_rows, stage.receive_rows, stage.communicator.group)
-    return x_RM
+    return plan.expand.copy(x_RM)
 
 
-def _back(y_RM: Tensor, plan: DispatchPlan) -> Tensor:
+def _back(y_PM: Tensor, plan: DispatchPlan) -> Tensor:
+    y_RM = plan.expand.sum(y_PM)
     for stage in reversed(plan.stages):
         with staged(stage.name):
             y_RM = exchange(y_RM, stage.receive_rows, stage.send_rows, stage.communicator.group)

@@ -18,7 +18,7 @@ from hiermoe.routing.step import experts_per_rank
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.placement import Placement
 
-_FIRST_OF_ROW = -(2**15)  # sign bit of an expert's number in the metadata: a new row starts here
+_FIRST_OF_ROW = -(2**15)  # sign bit of a slot's number in the metadata: a new row starts here
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class DispatchPlan:
         counts: the routing of all ranks under the placement, as numbers of tokens and pairs.
         stages: this rank's exchanges.
         expand: from the rows that arrived to one row per (token, local expert), by expert.
-        tokens_per_expert: int64 [E / G] on the CPU, padding included.
+        rows_per_slot: int64 [S / G] on the CPU, padding included.
         by_expert_P: int64 [P], arrived pairs in the order of the expanded rows.
         weights_P: routing weight of every expanded row.
-        pair_index_P: int64 [P], flat index into the [T, E] weights of every pair that this rank sends; T * E: padding.
-        routing_map_TE: what was routed, to recognise a recomputation.
+        pair_index_P: int64 [P], flat index into the [T, K] choices of every pair that this rank sends; T * K: padding.
+        ids_TK: what was routed, to recognise a recomputation.
     """
 
     scheme: DispatchScheme
@@ -68,11 +68,18 @@ class DispatchPlan:
     counts: RoutingCounts
     stages: tuple[StagePlan, ...]
     expand: RowCopies
-    tokens_per_expert: Tensor
+    rows_per_slot: Tensor
     by_expert_P: Tensor
     weights_P: Tensor
     pair_index_P: Tensor
-    routing_map_TE: Tensor
+    ids_TK: Tensor
+
+    @property
+    def kept_TK(self) -> Tensor:
+        """Which of this rank's pairs travelled, bool [T, K]: a lossy scheme drops some."""
+        kept = self.ids_TK.new_zeros(self.ids_TK.numel() + 1, dtype=torch.bool)
+        kept[self.pair_index_P] = True
+        return kept[:-1].view_as(self.ids_TK)
 
 
 @dataclass(frozen=True)
@@ -83,13 +90,11 @@ class DispatchContext:
         schemes: candidates; the cheapest on the micro-batch's own routing is used (Algorithm 1).
         cluster: alpha and beta.
         communicators: of this rank.
-        topk: K of the router.
     """
 
     schemes: Sequence[DispatchScheme]
     cluster: Cluster
     communicators: Communicators
-    topk: int
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ class _Pairs:
 
 
 def make_plan(
-    routing_map_TE: Tensor, probs_TE: Tensor, placement: Placement, context: DispatchContext, row_bytes: int
+    ids_TK: Tensor, weights_TK: Tensor, placement: Placement, context: DispatchContext, row_bytes: int
 ) -> DispatchPlan:
     """Exchange counts, choose the scheme, and tell every rank which experts its rows are for.
 
@@ -119,21 +124,22 @@ def make_plan(
     two bytes and the routing weight for every pair.
 
     Args:
-        routing_map_TE: bool [T, E], which (logical) experts a token goes to.
-        probs_TE: [T, E], routing weights.
-        placement: where experts sit.
+        ids_TK: int64 [T, K], the different (logical) experts of each token in any order; -1: none.
+        weights_TK: [T, K], their routing weights.
+        placement: where experts sit, and which copy tokens of this rank use.
         context: of the layer.
         row_bytes: M * v, for the choice of the scheme.
     """
     hierarchy, communicators = context.cluster.hierarchy, context.communicators
-    per_rank = experts_per_rank(placement.num_experts, hierarchy.num_ranks)
+    per_rank = experts_per_rank(placement.num_slots, hierarchy.num_ranks)
     with torch.no_grad():
-        pairs, index_P = _local_pairs(routing_map_TE, probs_TE, placement)
-        counts = _gather_counts(pairs, placement.num_experts, context)
+        pairs, index_P = _local_pairs(ids_TK, weights_TK, placement, communicators.rank)
+        counts = _gather_counts(pairs, placement.num_slots, ids_TK.shape[1], context)
         chosen = choose_scheme(context.schemes, counts, context.cluster, row_bytes)
         scheme = chosen.scheme
         if scheme.padding:
-            pairs, index_P = _padded(pairs, index_P, probs_TE, expert_capacity(scheme.padding, counts))
+            capacity = expert_capacity(scheme.padding, counts)
+            pairs, index_P = _padded(pairs, index_P, placement.num_slots, capacity, no_pair=ids_TK.numel())
         rows_SGG = chosen.traffic.rows_SGG.tolist()
         pairs_SGG = pair_traffic(scheme, counts, hierarchy).tolist()
         stages = []
@@ -166,75 +172,73 @@ def make_plan(
             counts=counts,
             stages=tuple(stages),
             expand=RowCopies.of(pairs.row_P[by_expert_P], pairs.num_rows),
-            tokens_per_expert=torch.bincount(local_P, minlength=per_rank).cpu(),
+            rows_per_slot=torch.bincount(local_P, minlength=per_rank).cpu(),
             by_expert_P=by_expert_P,
             weights_P=pairs.weight_P[by_expert_P],
             pair_index_P=index_P,
-            routing_map_TE=routing_map_TE,
+            ids_TK=ids_TK,
         )
 
 
-def _local_pairs(routing_map_TE: Tensor, probs_TE: Tensor, placement: Placement) -> tuple[_Pairs, Tensor]:
-    """This rank's pairs by token and slot, and their flat indices into [T, E] of logical experts."""
-    num_tokens, num_experts = routing_map_TE.shape
-    if placement.is_identity:
-        token_P, slot_P = routing_map_TE.nonzero(as_tuple=True)
-        index_P = token_P * num_experts + slot_P
-    else:
-        expert_at = placement.expert_at_S.to(routing_map_TE.device)
-        token_P, slot_P = routing_map_TE[:, expert_at].nonzero(as_tuple=True)
-        index_P = token_P * num_experts + expert_at[slot_P]
-    return _Pairs(token_P, slot_P, probs_TE.reshape(-1)[index_P], num_tokens), index_P
+def _local_pairs(ids_TK: Tensor, weights_TK: Tensor, placement: Placement, rank: int) -> tuple[_Pairs, Tensor]:
+    """This rank's pairs by token and slot, and their flat indices into [T, K]."""
+    num_tokens, topk = ids_TK.shape
+    every_expert = torch.arange(placement.num_experts)[None]
+    slot_E = placement.slots_of(every_expert, torch.tensor([rank]))[0].to(ids_TK.device)
+    slot_TK, choice_TK = slot_E[ids_TK].masked_fill(ids_TK < 0, placement.num_slots).sort(dim=1)
+    token_P, place_P = (slot_TK < placement.num_slots).nonzero(as_tuple=True)
+    index_P = token_P * topk + choice_TK[token_P, place_P]
+    return _Pairs(token_P, slot_TK[token_P, place_P], weights_TK.reshape(-1)[index_P], num_tokens), index_P
 
 
-def _gather_counts(pairs: _Pairs, num_experts: int, context: DispatchContext) -> RoutingCounts:
-    """Every rank's counts, from one all-gather of sum(U) + E + 1 numbers a rank. *Collective.*"""
+def _gather_counts(pairs: _Pairs, num_slots: int, topk: int, context: DispatchContext) -> RoutingCounts:
+    """Every rank's counts, from one all-gather of sum(U) + S + 1 numbers a rank. *Collective.*"""
     hierarchy = context.cluster.hierarchy
     same_row = pairs.row_P[1:] == pairs.row_P[:-1]
     mine = []
     for groups in hierarchy.groups:
-        group_P = pairs.slot_P // (num_experts // groups)
+        group_P = pairs.slot_P // (num_slots // groups)
         first_P = torch.ones_like(pairs.row_P, dtype=torch.bool)
         first_P[1:] = ~same_row | (group_P[1:] != group_P[:-1])
         mine.append(torch.bincount(group_P[first_P], minlength=groups))
-    mine.append(torch.bincount(pairs.slot_P, minlength=num_experts))
+    mine.append(torch.bincount(pairs.slot_P, minlength=num_slots))
     mine.append(pairs.slot_P.new_tensor([pairs.num_rows]))
     counts = torch.cat(mine).int()
     gathered = counts.new_empty(hierarchy.num_ranks * len(counts))
     with staged("counts"):
         dist.all_gather_into_tensor(gathered, counts, group=context.communicators.ep_group)
     *tokens, pairs_GS, tokens_G1 = (
-        gathered.view(hierarchy.num_ranks, -1).cpu().long().split([*hierarchy.groups, num_experts, 1], dim=1)
+        gathered.view(hierarchy.num_ranks, -1).cpu().long().split([*hierarchy.groups, num_slots, 1], dim=1)
     )
-    return RoutingCounts(tuple(tokens), pairs_GS, tokens_G1[:, 0], context.topk)
+    return RoutingCounts(tuple(tokens), pairs_GS, tokens_G1[:, 0], topk)
 
 
-def _padded(pairs: _Pairs, index_P: Tensor, probs_TE: Tensor, capacity: int) -> tuple[_Pairs, Tensor]:
-    """Exactly C pairs for every expert: places fill choice by choice, then by token; the rest is zero rows.
+def _padded(pairs: _Pairs, index_P: Tensor, num_slots: int, capacity: int, no_pair: int) -> tuple[_Pairs, Tensor]:
+    """Exactly C pairs for every slot: places fill choice by choice, then by token; the rest is zero rows.
 
-    A token's choices are ordered by falling routing weight.
+    A token's choices are ordered by falling routing weight. ``no_pair`` is the index of padding.
     """
-    num_tokens, num_experts = probs_TE.shape
+    num_tokens = pairs.num_rows
     # Within a token by falling weight; the position there is the choice.
     by_weight = torch.argsort(pairs.weight_P, descending=True, stable=True)
     by_token = by_weight[torch.argsort(pairs.row_P[by_weight], stable=True)]
     pairs_of_token = torch.bincount(pairs.row_P, minlength=num_tokens)
     first_of_token = (pairs_of_token.cumsum(0) - pairs_of_token)[pairs.row_P[by_token]]
     choice = torch.arange(len(by_token), device=by_token.device) - first_of_token
-    # By expert, then choice, then token: the position there is the place.
+    # By slot, then choice, then token: the position there is the place.
     by_choice = by_token[torch.argsort(choice, stable=True)]
     by_place = by_choice[torch.argsort(pairs.slot_P[by_choice], stable=True)]
     slot_P = pairs.slot_P[by_place]
-    pairs_of_slot = torch.bincount(slot_P, minlength=num_experts)
+    pairs_of_slot = torch.bincount(slot_P, minlength=num_slots)
     place = torch.arange(len(by_place), device=by_place.device) - (pairs_of_slot.cumsum(0) - pairs_of_slot)[slot_P]
     kept = by_place[place < capacity]
     target = pairs.slot_P[kept] * capacity + place[place < capacity]
-    total = num_experts * capacity
+    total = num_slots * capacity
     row_P = index_P.new_full((total,), num_tokens)
     weight_P = pairs.weight_P.new_zeros(total)
-    index = index_P.new_full((total,), num_tokens * num_experts)
+    index = index_P.new_full((total,), no_pair)
     row_P[target], weight_P[target], index[target] = pairs.row_P[kept], pairs.weight_P[kept], index_P[kept]
-    slot_P = torch.arange(num_experts, device=row_P.device).repeat_interleave(capacity)
+    slot_P = torch.arange(num_slots, device=row_P.device).repeat_interleave(capacity)
     return _Pairs(row_P, slot_P, weight_P, num_tokens), index
 
 

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hiermoe.dispatch.dispatcher import TokenDispatcher
 from hiermoe.routing.step import RoutingStep
 from hiermoe.topology.cluster import Cluster
 
@@ -117,50 +117,30 @@ class Question:
             gradient_TM=integers(-1, 1, num_tokens, job.hidden_size).to(job.dtype),
         )
 
-    def ask(self, dispatcher: Any, job: ReplayJob) -> int:
+    def ask(self, dispatcher: TokenDispatcher, job: ReplayJob) -> int:
         """Dispatch, let experts multiply, combine, and go backward. *Collective.*
 
         Returns:
             Elements of the output, of the inputs' gradient and of the routing weights' gradient that are wrong.
         """
-        num_experts = job.num_experts
-        x_TM = self.x_TM.detach().requires_grad_()
-        probs_TE = self.weight_TK.new_zeros(len(x_TM), num_experts).scatter_(1, self.ids_TK, self.weight_TK)
-        probs_TE.requires_grad_()
-        routing_map_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter_(1, self.ids_TK, True)
-        hidden, probs = dispatcher.dispatch_preprocess(x_TM.unsqueeze(1), routing_map_TE, probs_TE)
-        hidden, probs = dispatcher.token_dispatch(hidden, probs)
-        rows_PM, rows_per_expert, weight_P = dispatcher.dispatch_postprocess(hidden, probs)
-        first = dispatcher.ep_group.rank() * len(rows_per_expert)
-        placement = getattr(dispatcher, "placement", None)  # stock classes have experts in their own slots
-        expert_at = torch.arange(num_experts) if placement is None else placement.expert_at_S
-        local_experts = expert_at[first : first + len(rows_per_expert)]
-        factor_P = factor_of(local_experts).repeat_interleave(torch.as_tensor(rows_per_expert).cpu()).to(job.device)
-        y_PM = (rows_PM * (weight_P * factor_P)[:, None]).to(rows_PM.dtype)
-        output = dispatcher.combine_postprocess(dispatcher.token_combine(dispatcher.combine_preprocess(y_PM)))
-        output_TM = output.view_as(x_TM)
+        x_TM, weight_TK = self.x_TM.detach().requires_grad_(), self.weight_TK.detach().requires_grad_()
+        arrived = dispatcher.dispatch(x_TM, self.ids_TK, weight_TK)
+        factor_P = factor_of(dispatcher.local_experts).repeat_interleave(arrived.rows_per_slot).to(job.device)
+        y_PM = (arrived.rows_PM * (arrived.weights_P * factor_P)[:, None]).to(arrived.rows_PM.dtype)
+        output_TM = dispatcher.combine(y_PM, arrived.plan)
         output_TM.backward(self.gradient_TM)
-        assert x_TM.grad is not None and probs_TE.grad is not None
-        kept_TK = kept_pairs(dispatcher, routing_map_TE).gather(1, self.ids_TK)
-        factor_TK = factor_of(self.ids_TK) * kept_TK
+        assert x_TM.grad is not None and weight_TK.grad is not None
+        factor_TK = factor_of(self.ids_TK)
+        if arrived.plan is not None:
+            factor_TK *= arrived.plan.kept_TK  # a lossy scheme drops pairs
         scale_T1 = (self.weight_TK * factor_TK).sum(1, keepdim=True)
         alignment_T1 = (self.gradient_TM.float() * self.x_TM.float()).sum(1, keepdim=True)
         wrong = output_TM.detach().float().ne(self.x_TM.float() * scale_T1).sum()
         wrong += x_TM.grad.float().ne(self.gradient_TM.float() * scale_T1).sum()
-        wrong += probs_TE.grad.gather(1, self.ids_TK).ne(alignment_T1 * factor_TK).sum()
+        wrong += weight_TK.grad.ne(alignment_T1 * factor_TK).sum()
         return int(wrong)
 
 
 def factor_of(expert_ids: Tensor) -> Tensor:
     """What an expert multiplies by: float32 in the shape of the ids."""
     return (1 + expert_ids % _FACTORS).float()
-
-
-def kept_pairs(dispatcher: Any, routing_map_TE: Tensor) -> Tensor:
-    """Which pairs a lossy scheme kept: bool [T, E]; all of them where it is not lossy."""
-    plan = getattr(dispatcher, "plan", None)
-    if plan is None or not plan.scheme.lossy:
-        return routing_map_TE
-    kept = routing_map_TE.new_zeros(routing_map_TE.numel() + 1)
-    kept[plan.pair_index_P] = True
-    return kept[:-1].view_as(routing_map_TE)

@@ -1,4 +1,5 @@
-"""The seam to Megatron-Core: model configurations, CPU stand-ins, the router recorder and the recording run.
+"""The seam to Megatron-Core. Begin with `attach`: it gives a model's MoE layers a system, and back again.
 
-The `*_config` modules and `checkpoint_folder` are pure and cheap to import; most others import torch and megatron.
+`expert_placement` and `checkpoint` are for training loops, `rank_trace` records what routers choose, `adapter` is the
+dispatcher; `standins` let all of it run on CPU. `checkpoint_folder` is cheap to import; most others import megatron.
 """

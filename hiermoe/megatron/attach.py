@@ -12,9 +12,10 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from hiermoe.dispatch.communicators import Communicators
+from hiermoe.dispatch.dispatcher import Dispatcher, dispatch_context
 from hiermoe.dispatch.plan import DispatchContext
-from hiermoe.megatron.adapter import ReorderedTokenDispatcher, StagedTokenDispatcher
+from hiermoe.megatron.adapter import StagedTokenDispatcher
+from hiermoe.megatron.delegating import ReorderedTokenDispatcher
 from hiermoe.megatron.expert_placement import ExpertPlacement, LayerPlacement
 from hiermoe.megatron.flex import flex_dispatcher
 from hiermoe.megatron.logical_names import name_experts_by_slot, name_experts_logically
@@ -62,18 +63,18 @@ def attach(
         raise RuntimeError("a system is attached already: call detach() first")
     for layer in layers:
         check_supported(layer.config)
-    context = dispatch_context(system, cluster, layers[0].config, get_default_pg_collection(), timeout)
+    context = dispatch_context(system, cluster, get_default_pg_collection().ep, timeout)
     moving = []
     for layer in layers:
         original, placement = layer.token_dispatcher, None
         assert original is not None
-        dispatcher = new_dispatcher(system, original, layer.config, get_default_pg_collection(), context)
+        dispatcher: Any = new_dispatcher(system, original, layer.config, get_default_pg_collection(), context)
         if isinstance(dispatcher, StagedTokenDispatcher):
             if layer.shared_expert_overlap:
                 dispatcher.set_shared_experts(layer.shared_experts)
             policy = system.build_policy()
             if not isinstance(policy, StaticPolicy):
-                placement = _place_experts(layer, dispatcher, policy)
+                placement = _place_experts(layer, dispatcher.dispatcher, policy)
                 moving.append(placement)
         if meter is not None:
             dispatcher = MeteredDispatcher(dispatcher, layer.layer_number or 0, meter)
@@ -184,33 +185,13 @@ def check_supported(config: TransformerConfig) -> None:
             raise ValueError(f"{name}={getattr(config, name)} is not supported by the dispatchers of this suite")
 
 
-def dispatch_context(
-    system: SystemConfig,
-    cluster: Cluster,
-    config: TransformerConfig,
-    pg_collection: ProcessGroupCollection,
-    timeout: timedelta | None = None,
-) -> DispatchContext:
-    """What the dispatchers of all layers share. *Collective: every rank must call it.*
-
-    Raises:
-        NotApplicable: the hierarchy has too few levels.
-        ValueError: ranks that do not fit the hierarchy, or a placement policy for a class that cannot follow it.
-    """
-    if system.executor != "staged" and not isinstance(system.build_policy(), StaticPolicy):
-        raise ValueError(f"system={system.name}: only the staged executor can have experts placed elsewhere")
-    schemes = system.build_schemes(cluster.hierarchy)
-    communicators = Communicators(pg_collection.ep, cluster.hierarchy, schemes, timeout)
-    return DispatchContext(schemes, cluster, communicators, config.moe_router_topk)
-
-
 def new_dispatcher(
     system: SystemConfig,
     stock: MoETokenDispatcher,
     config: TransformerConfig,
     pg_collection: ProcessGroupCollection,
     context: DispatchContext,
-) -> MoETokenDispatcher:
+) -> Any:
     """What executes a system in one layer.
 
     Args:
@@ -231,7 +212,7 @@ def new_dispatcher(
     return ReorderedTokenDispatcher(stock) if system.executor == "reordered" else stock
 
 
-def _place_experts(layer: MoELayer, dispatcher: StagedTokenDispatcher, policy: PlacementPolicy) -> LayerPlacement:
+def _place_experts(layer: MoELayer, dispatcher: Dispatcher, policy: PlacementPolicy) -> LayerPlacement:
     assert isinstance(layer.experts, torch.nn.Module)
     parameters = expert_parameters(layer.experts)
     name_experts_logically(layer, dispatcher)

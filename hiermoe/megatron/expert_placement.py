@@ -26,7 +26,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from hiermoe.megatron.adapter import StagedTokenDispatcher
+from hiermoe.dispatch.dispatcher import Dispatcher
 from hiermoe.megatron.migration import check_optimizer, migrate
 from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate, StepContext
 from hiermoe.topology.placement import Placement
@@ -61,7 +61,7 @@ class LayerPlacement:
     def __init__(
         self,
         number: int,
-        dispatcher: StagedTokenDispatcher,
+        dispatcher: Dispatcher,
         policy: PlacementPolicy,
         parameters: list[list[torch.nn.Parameter]],
         expert_parameters: int,
@@ -95,15 +95,14 @@ class LayerPlacement:
             raise RuntimeError(f"experts of layer {self.number} are not in their own slots: call go_home() first")
         self.dispatcher.observe = None
 
-    def observe(self, routing_map_TE: Tensor) -> None:
+    def observe(self, ids_TK: Tensor) -> None:
         """Measure one micro-batch; evaluation does not count."""
         if not self._is_training():
             return
         started = time.perf_counter()
-        ids_TK = routing_map_TE.nonzero()[:, 1].view(len(routing_map_TE), -1).cpu()
         hierarchy = self.dispatcher.context.cluster.hierarchy
         source_T = torch.full((len(ids_TK),), self.dispatcher.context.communicators.rank)
-        measured = self.policy.measure(ids_TK, source_T, self.dispatcher.placement, hierarchy, self.iteration)
+        measured = self.policy.measure(ids_TK.cpu(), source_T, self.dispatcher.placement, hierarchy, self.iteration)
         if measured is not None:
             self.measured = measured if self.measured is None else self.measured + measured
         self.measuring_ms += (time.perf_counter() - started) * 1e3
@@ -168,7 +167,7 @@ class ExpertPlacement:
             The updates, of layers that had one.
 
         Raises:
-            ValueError: an optimizer that keeps state elsewhere.
+            ValueError: an optimizer that keeps state elsewhere, or a policy that makes copies of experts.
             RuntimeError: ranks decided differently, or a rank died while experts moved.
         """
         if optimizer is not None and self.layers:
@@ -248,6 +247,8 @@ class ExpertPlacement:
                 stats = stats.view_as(layer.measured)
             update = layer.policy.decide(stats, layer.dispatcher.placement, layer.context(votes))
             if update is not None:
+                if update.placement.has_copies:
+                    raise ValueError(f"layer {layer.number}: training moves experts, but sums no gradients of copies")
                 updates.append((layer, update))
         _check_same([(layer.number, update.placement.slot_E.tolist()) for layer, update in updates], group)
         return updates
@@ -257,7 +258,9 @@ class ExpertPlacement:
         dispatcher = layer.dispatcher
         old = dispatcher.placement
         with dispatcher.moving():  # a rank that dies leaves the layer unusable on all others
-            migrated = migrate(layer.parameters, optimizer, old, update.placement, dispatcher.ep_group)
+            migrated = migrate(
+                layer.parameters, optimizer, old, update.placement, dispatcher.context.communicators.ep_group
+            )
             dispatcher.placement = update.placement
         return LayerUpdate(
             layer=layer.number,

@@ -6,10 +6,10 @@ from typing import Any
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from hiermoe.megatron.adapter import StagedTokenDispatcher
+from hiermoe.dispatch.dispatcher import Dispatcher
 
 
-def name_experts_logically(layer: MoELayer, dispatcher: StagedTokenDispatcher) -> None:
+def name_experts_logically(layer: MoELayer, dispatcher: Dispatcher) -> None:
     """Replace the sharded state dict of a layer's experts.
 
     Raises:

@@ -6,12 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
-from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from torch import Tensor
 
 from hiermoe.dispatch.interposer import Interposer, Transfer
 from hiermoe.dispatch.plan import DispatchPlan
-from hiermoe.megatron.adapter import DelegatingDispatcher
+from hiermoe.megatron.delegating import DelegatingDispatcher
 
 _STOCK_STAGES = {"all_gather": "counts", "all_to_all": "1:world"}
 
@@ -113,7 +112,7 @@ class MeteredDispatcher(DelegatingDispatcher):
     graph, at the inputs and at the outputs of the forward call.
     """
 
-    def __init__(self, inner: MoETokenDispatcher, layer: int, meter: Meter) -> None:
+    def __init__(self, inner: Any, layer: int, meter: Meter) -> None:
         """Wrap ``inner``.
 
         Args:

@@ -45,25 +45,12 @@ def job() -> ReplayJob:
 
 def local_work(rank: int) -> dict[str, dict[str, list[float]]]:
     """CPU milliseconds of this rank's local work: by system and call, one a round."""
-    from hiermoe.megatron.bench_layer import bench_layer
+    from hiermoe.measure.bench_layer import bench_layer
     from hiermoe.megatron.meter import Meter
 
     meter = Meter(time.thread_time)
     shared = job()
-    dispatchers: dict[str, Any] = {
-        system: bench_layer(
-            SystemConfig.named(system),
-            shared.cluster,
-            num_experts=EXPERTS,
-            topk=TOPK,
-            hidden_size=HIDDEN,
-            expert_parameters=1,
-            layer=1,
-            meter=meter,
-            timeout=TIMEOUT,
-        )[0]
-        for system in SYSTEMS
-    }
+    dispatchers = {system: bench_layer(SystemConfig.named(system), shared, meter)[0] for system in SYSTEMS}
     found: dict[str, dict[str, list[float]]] = {system: defaultdict(list) for system in SYSTEMS}
     with meter:
         for round_ in range(ROUNDS + 1):

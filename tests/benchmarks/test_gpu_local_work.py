@@ -31,7 +31,7 @@ ONE_GPU = Cluster(
 
 def local_work(device: str, backend: str, tokens: int, hidden: int, experts: int, topk: int, folder: Path) -> Any:
     """Milliseconds of dispatch and combine, forward, by system: {system: {phase: [ms, ...]}}."""
-    from hiermoe.megatron.bench_layer import bench_layer
+    from hiermoe.measure.bench_layer import bench_layer
     from hiermoe.megatron.meter import Meter
 
     timeout = timedelta(minutes=2)
@@ -55,18 +55,7 @@ def local_work(device: str, backend: str, tokens: int, hidden: int, experts: int
                 timeout=timeout,
                 device=device,
             )
-            dispatcher, _ = bench_layer(
-                SystemConfig.named(name),
-                job.cluster,
-                num_experts=experts,
-                topk=topk,
-                hidden_size=hidden,
-                expert_parameters=1,
-                layer=1,
-                meter=meter,
-                timeout=timeout,
-                device=device,
-            )
+            dispatcher, _ = bench_layer(SystemConfig.named(name), job, meter)
             found[name] = {"dispatch": [], "combine": []}
             for round_ in range(ROUNDS + 1):
                 generator = torch.Generator().manual_seed(round_)

@@ -67,7 +67,7 @@ def run_all(rank: int, world: World, cases: tuple[str, ...] = tuple(CASES)) -> d
         kept = kept_pairs(routing, 1.0)[rank]
         results[STOCK_WITHOUT_DROPPED, case, IDENTITY] = run(stock, rank, routing, chosen_TE=kept)
         for name, candidates in schemes.items():
-            context = DispatchContext(candidates, world.cluster, communicators, routing.topk)
+            context = DispatchContext(candidates, world.cluster, communicators)
             try:
                 dispatcher = new_dispatcher(transport_of(name), stock, config, groups, context)
             except NotApplicable as error:
@@ -96,7 +96,7 @@ def run(
 
     placement = placement or Placement.identity(routing.num_experts)
     if not placement.is_identity:
-        dispatcher.placement = placement
+        dispatcher.dispatcher.placement = placement
     numbers = numbers_for(routing)
     per_rank = routing.num_experts // len(routing.ids)
     mine = placement.expert_at_S[rank * per_rank : (rank + 1) * per_rank]

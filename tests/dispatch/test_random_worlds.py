@@ -10,7 +10,8 @@ from torch import Tensor
 
 from baselines.megatron import alltoall
 from baselines.tutel_2dh import two_dimensional
-from hiermoe.dispatch.exchange import expand_to_experts, expert_weights, return_rows, send_rows, sum_over_experts
+from hiermoe.dispatch.dispatcher import Dispatcher
+from hiermoe.dispatch.exchange import return_rows, send_rows
 from hiermoe.dispatch.plan import DispatchContext, make_plan
 from hiermoe.planner.cost import choose_scheme
 from hiermoe.planner.counts import count_routing
@@ -49,19 +50,18 @@ def routing_from(case: Case, generator: torch.Generator) -> Routing:
 
 def layer(rank: int, case: Case, routing: Routing, numbers: Numbers, context: DispatchContext) -> Any:
     """Forward and backward of linear experts on one rank: plan, output and gradients."""
-    per_rank = routing.num_experts // case.hierarchy.num_ranks
-    mine = case.placement.expert_at_S[rank * per_rank : (rank + 1) * per_rank]
-    weight_LMM = numbers.weight_EMM[mine].clone().requires_grad_()
+    dispatcher = Dispatcher(context, routing.num_experts)
+    dispatcher.placement = case.placement
+    weight_LMM = numbers.weight_EMM[dispatcher.local_experts].clone().requires_grad_()
     x_TM, probs_TE = numbers.x[rank].clone().requires_grad_(), routing.probs_TE(rank).requires_grad_()
-    plan = make_plan(routing.chosen_TE(rank), probs_TE.detach(), case.placement, context, ROW_BYTES)
-    rows = expand_to_experts(send_rows(x_TM, plan), plan)
-    weights = expert_weights(probs_TE, plan)
-    counts = plan.tokens_per_expert.tolist()
-    parts = zip(rows.split(counts), weights.split(counts), weight_LMM, strict=True)
+    arrived = dispatcher.dispatch(x_TM, routing.ids[rank], probs_TE.gather(1, routing.ids[rank]))
+    counts = arrived.rows_per_slot.tolist()
+    parts = zip(arrived.rows_PM.split(counts), arrived.weights_P.split(counts), weight_LMM, strict=True)
     rows = torch.cat([(row @ weight.T) * factor[:, None] for row, factor, weight in parts])
-    output_TM = return_rows(sum_over_experts(rows, plan), plan)
+    assert arrived.plan is not None
+    output_TM = dispatcher.combine(rows, arrived.plan)
     output_TM.backward(numbers.gradient[rank])
-    return plan, output_TM.detach(), x_TM.grad, probs_TE.grad, weight_LMM.grad
+    return arrived.plan, output_TM.detach(), x_TM.grad, probs_TE.grad, weight_LMM.grad
 
 
 @examples(50)
@@ -88,7 +88,7 @@ def check(case: Case, schemes: tuple[DispatchScheme, ...], seed: int) -> None:
         world = ThreadWorld(hierarchy, monkeypatch)
 
         def on_rank(rank: int) -> Any:
-            context = DispatchContext(schemes, cluster, world.communicators(rank), routing.topk)
+            context = DispatchContext(schemes, cluster, world.communicators(rank))
             return layer(rank, case, routing, numbers, context)
 
         results = world.run(on_rank)
@@ -131,8 +131,8 @@ def test_dispatch_and_combine_are_adjoint(case: Case, seed: int) -> None:
 
             def on_rank(rank: int, schemes: Any = schemes, world: ThreadWorld = world) -> tuple[float, float]:
                 cluster = random_cluster(case.hierarchy, seed=2)
-                context = DispatchContext(schemes, cluster, world.communicators(rank), routing.topk)
-                plan = make_plan(routing.chosen_TE(rank), routing.probs_TE(rank), case.placement, context, ROW_BYTES)
+                context = DispatchContext(schemes, cluster, world.communicators(rank))
+                plan = make_plan(routing.ids[rank], routing.weights[rank].float(), case.placement, context, ROW_BYTES)
                 arrived_RM = send_rows(x[rank], plan)
                 local = torch.Generator().manual_seed(rank)
                 y_RM = torch.randint(-9, 10, arrived_RM.shape, generator=local).float()

@@ -49,8 +49,9 @@ def counts_of(trace: str, world: World, tokens: int) -> RoutingCounts:
 
 def dispatch_rows(rank: int, world: World, tokens: int, ids: dict[str, torch.Tensor]) -> Sent:
     """Dispatch and combine hidden states of full width; what this rank sent, by stage and kind."""
+    from hiermoe.dispatch.dispatcher import dispatch_context
     from hiermoe.dispatch.interposer import Interposer
-    from hiermoe.megatron.attach import dispatch_context, new_dispatcher
+    from hiermoe.megatron.attach import new_dispatcher
 
     groups = only_expert_parallel()
     sent: Sent = {}
@@ -58,7 +59,7 @@ def dispatch_rows(rank: int, world: World, tokens: int, ids: dict[str, torch.Ten
         context = None
         for trace, ids_GTK in ids.items():
             config = layer_config(TRACES[trace], TOPK, HIDDEN, world.num_ranks, bf16=True)
-            context = context or dispatch_context(transport_of(system), world.cluster, config, groups)
+            context = context or dispatch_context(transport_of(system), world.cluster, groups.ep)
             stock = stock_dispatcher(config, groups)
             dispatcher: Any = new_dispatcher(transport_of(system), stock, config, groups, context)
             chosen_TE = torch.zeros(tokens, TRACES[trace], dtype=torch.bool).scatter(1, ids_GTK[rank], True)
@@ -133,7 +134,8 @@ def test_metadata_are_a_small_share_of_every_stage(sent: Sent, world: World, tra
 
 def run_recorded(rank: int, world: World, routings: dict[str, Routing]) -> dict[tuple[str, str], contract.Outcome]:
     """Forward and backward of linear experts under every lossless system."""
-    from hiermoe.megatron.attach import dispatch_context, new_dispatcher
+    from hiermoe.dispatch.dispatcher import dispatch_context
+    from hiermoe.megatron.attach import new_dispatcher
 
     groups = only_expert_parallel()
     results = {}
@@ -141,7 +143,7 @@ def run_recorded(rank: int, world: World, routings: dict[str, Routing]) -> dict[
         context = None
         for trace, routing in routings.items():
             config = contract.config_of(routing, world)
-            context = context or dispatch_context(transport_of(name), world.cluster, config, groups)
+            context = context or dispatch_context(transport_of(name), world.cluster, groups.ep)
             dispatcher = new_dispatcher(transport_of(name), stock_dispatcher(config, groups), config, groups, context)
             results[trace, name] = contract.run(dispatcher, rank, routing)
     return results

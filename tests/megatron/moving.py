@@ -131,7 +131,8 @@ class Run:
         """By Megatron's number; a dispatcher of Megatron's own has experts at home."""
         (found,) = [x for x in self.layers if x.layer_number == layer]
         home = Placement.identity(self.config.model.num_experts)
-        return getattr(found.token_dispatcher, "placement", home)
+        dispatcher: Any = found.token_dispatcher
+        return dispatcher.dispatcher.placement if hasattr(dispatcher, "dispatcher") else home
 
     def tensors(self, slot: bool = False) -> dict[str, Tensor]:
         """Everything on this rank that training goes on from, by name; experts by logical number, or by slot."""

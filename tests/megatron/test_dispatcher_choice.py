@@ -68,14 +68,15 @@ def expected_dimensions(row_bytes: int) -> list[int]:
 def observe(rank: int) -> Seen:
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-    from hiermoe.megatron.attach import dispatch_context, new_dispatcher
+    from hiermoe.dispatch.dispatcher import dispatch_context
+    from hiermoe.megatron.attach import new_dispatcher
 
     start_megatron(RANKS)
     groups = get_default_pg_collection()
     config = layer_config(EXPERTS, TOPK, WIDTH, RANKS)
     stock = stock_dispatcher(config, groups)
     system = transport_of("hd_moe")
-    context = dispatch_context(system, cluster(), config, groups)
+    context = dispatch_context(system, cluster(), groups.ep)
     dispatcher: Any = new_dispatcher(system, stock, config, groups, context)
     seen: Seen = {"dimensions": [], "wide": [], "same": []}
     for routing in micro_batches():
@@ -83,7 +84,7 @@ def observe(rank: int) -> Seen:
         seen["dimensions"].append(dispatcher.plan.scheme.dimension)
         seen["same"].append(_equal(mine, theirs))
         x = torch.zeros(len(routing.ids[rank]), 1, 8 * WIDTH, dtype=torch.float64)
-        dispatcher.dispatch_preprocess(x, routing.chosen_TE(rank), routing.probs_TE(rank))
+        dispatcher.token_dispatch(*dispatcher.dispatch_preprocess(x, routing.chosen_TE(rank), routing.probs_TE(rank)))
         seen["wide"].append(dispatcher.plan.scheme.dimension)
     seen["interleaved"] = _all_forward_then_all_backward(dispatcher, stock, rank)
     seen["changed"] = _changed_in_between(dispatcher, stock, rank)
@@ -132,24 +133,26 @@ class _ChangingDispatcher:
 
     def dispatch_postprocess(self, *arguments: Any) -> Any:
         result = self._inner.dispatch_postprocess(*arguments)
-        self._inner.context, self._inner.placement = self._context, self._placement
+        inner = self._inner.dispatcher
+        inner.context, inner.placement = self._context, self._placement
         return result
 
 
 def _changed_in_between(dispatcher: Any, stock: Any, rank: int) -> list[tuple[int, bool]]:
     results = []
-    context, placement = dispatcher.context, dispatcher.placement
+    inner = dispatcher.dispatcher
+    context, placement = inner.context, inner.placement
     other_placement = placement_of("zipf", EXPERTS)
     for dimension, routing in enumerate(micro_batches()[:3]):
         expected = _Layer(stock, rank, routing).backward()
         others = tuple(s for s in context.schemes if s.dimension == dimension % 3 + 1)
         changing = _ChangingDispatcher(dispatcher, replace(context, schemes=others), other_placement)
         layer = _Layer(changing, rank, routing)
-        assert dispatcher.placement is other_placement
+        assert inner.placement is other_placement
         got = layer.backward()
         equal = all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
         results.append((dispatcher.plan.scheme.dimension, equal))
-        dispatcher.context, dispatcher.placement = context, placement
+        inner.context, inner.placement = context, placement
     return results
 
 
@@ -157,7 +160,8 @@ def _replicas(rank: int) -> dict[str, Any]:
     """EP = 4 and DP = 2: each replica of the experts dispatches its own routing."""
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-    from hiermoe.megatron.attach import dispatch_context, new_dispatcher
+    from hiermoe.dispatch.dispatcher import dispatch_context
+    from hiermoe.megatron.attach import new_dispatcher
 
     replica, place = divmod(rank, REPLICA.num_ranks)
     os.environ[HOST_VARIABLE] = f"replica{replica}-{played_hosts(REPLICA.cluster.hierarchy)[place]}"
@@ -172,8 +176,7 @@ def _replicas(rank: int) -> dict[str, Any]:
         if not REPLICA.runs(name):
             continue
         system = transport_of(name)
-        context = dispatch_context(system, REPLICA.cluster, config, groups)
-        context = replace(context, topk=routing.topk)
+        context = dispatch_context(system, REPLICA.cluster, groups.ep)
         got = contract.run(new_dispatcher(system, stock, config, groups, context), place, routing)
         members = {member for _, transfers in got.calls for t in transfers for member in t.members}
         results[name] = members, "dropped pairs" if got.dropped else _equal(got, expected)

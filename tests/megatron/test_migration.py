@@ -50,7 +50,7 @@ def move_at_random(rank: int, config: TrainingConfig, corpus: Corpus, buffers: l
 
     run = Run(config, corpus, SHUFFLED).train(1)
     layer = run.placement.layers[0]
-    group, cluster = layer.dispatcher.ep_group, cluster_of(config)
+    group, cluster = layer.dispatcher.context.communicators.ep_group, cluster_of(config)
     expected = run.copied()
     seen = []
     for round_ in range(ROUNDS):
@@ -182,14 +182,14 @@ def test_a_rank_that_dies_while_experts_move_ends_the_run_by_name(cache_dir: str
 
 
 def test_a_layer_whose_experts_are_half_moved_refuses_to_be_used() -> None:
-    from hiermoe.megatron.adapter import StagedTokenDispatcher
+    from hiermoe.dispatch.dispatcher import Dispatcher
 
-    dispatcher = object.__new__(StagedTokenDispatcher)
+    dispatcher = object.__new__(Dispatcher)
     dispatcher._half_moved = False
     with pytest.raises(ConnectionError), dispatcher.moving():
         raise ConnectionError
     with pytest.raises(RuntimeError, match="half moved"):
-        dispatcher.dispatch_preprocess(torch.zeros(1, 1, 1), torch.zeros(1, 8), torch.zeros(1, 8))
+        dispatcher.dispatch(torch.zeros(1, 1), torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2))
     with dispatcher.moving():
         assert dispatcher._half_moved
     assert not dispatcher._half_moved

@@ -207,7 +207,7 @@ def _timing(config: TrainingConfig, corpus: Corpus, seen: Seen) -> None:
         run.placement.step(run.trainer.optimizer)
         new = layer.dispatcher.placement
         assert plan is not None and routed is not None
-        by_slot = plan.counts.pairs_GS[layer.dispatcher.ep_group.rank()]
+        by_slot = plan.counts.pairs_GS[layer.dispatcher.context.communicators.rank]
         seen["old"].append(torch.equal(by_slot[old.slot_E], routed.long()))
         seen["new"].append(torch.equal(by_slot[new.slot_E], routed.long()))
 
@@ -326,3 +326,22 @@ def test_router_and_logs_see_logical_experts(model: str, cache_dir: str) -> None
         assert len(static["losses"]) == 2 and static["losses"][1].sum() > 0
         assert len(static["biases"]) == (2 if model == "deepseek_v3" else 0)
         assert all(bias.abs().sum() > 0 for bias in static["biases"])
+
+
+def test_a_policy_that_makes_copies_is_refused_before_anything_is_exchanged() -> None:
+    from types import SimpleNamespace
+
+    from hiermoe.megatron.expert_placement import ExpertPlacement
+
+    copies = Placement(torch.tensor([0, 1, 0, 1]), torch.tensor([[0, 1], [2, 3]]))
+    layer: Any = SimpleNamespace(
+        number=3,
+        measured=None,
+        measuring_ms=0.0,
+        dispatcher=SimpleNamespace(placement=Placement.identity(2)),
+        policy=SimpleNamespace(decide=lambda *_: PlacementUpdate(copies, None)),
+        context=lambda votes: None,
+    )
+    nobody: Any = object()
+    with pytest.raises(ValueError, match="layer 3: training moves experts, but sums no gradients of copies"):
+        ExpertPlacement([layer], nobody).step(None)

@@ -78,7 +78,7 @@ def test_what_a_run_can_reach_is_all_that_it_imports() -> None:
     assert {"hiermoe.planner.traffic", "hiermoe.topology.hierarchy"} <= simulated
     assert not any(module.startswith("hiermoe.dispatch") for module in simulated)
     # imported inside functions, since only ranks pay for it
-    assert {"hiermoe.megatron.bench_layer", "hiermoe.dispatch.exchange", "hiermoe.planner.traffic"} <= measured
+    assert {"hiermoe.measure.bench_layer", "hiermoe.dispatch.exchange", "hiermoe.planner.traffic"} <= measured
 
 
 def test_targets_count_by_their_code_and_wherever_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:

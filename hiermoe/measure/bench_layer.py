@@ -1,0 +1,121 @@
+"""A dispatcher and a placement without a model around them, for runs that bring their own routing."""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from hiermoe.dispatch.dispatcher import Dispatched, dispatch_context
+from hiermoe.measure.replay_job import ReplayJob
+from hiermoe.megatron.adapter import StagedTokenDispatcher
+from hiermoe.megatron.attach import new_dispatcher
+from hiermoe.megatron.expert_placement import ExpertPlacement, LayerPlacement
+from hiermoe.megatron.meter import Meter, MeteredDispatcher
+from hiermoe.megatron.standins import cpu
+from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER
+from hiermoe.policies.protocol import Start, StaticPolicy
+from hiermoe.policies.system import SystemConfig
+from hiermoe.topology.placement import Placement
+
+
+class BenchDispatcher:
+    """Any dispatcher of Megatron's kind as a `TokenDispatcher`.
+
+    All systems, the suite's own too, get the routing map that a router of Megatron's would give them, so what each
+    makes of it belongs to its time.
+    """
+
+    def __init__(self, inner: Any, num_experts: int) -> None:
+        """Wrap ``inner``."""
+        self._inner, self._num_experts = inner, num_experts
+
+    @property
+    def local_experts(self) -> Tensor:
+        """Logical expert in each slot of this rank: int64 [S / G]."""
+        return torch.as_tensor(self._inner.local_expert_indices)
+
+    def dispatch(self, x_TM: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Dispatched:
+        """Make the routing map, then the first three hooks. *Collective.*"""
+        probs_TE = weights_TK.new_zeros(len(x_TM), self._num_experts).scatter(1, ids_TK, weights_TK)
+        routing_map_TE = torch.zeros_like(probs_TE, dtype=torch.bool).scatter_(1, ids_TK, True)
+        hidden, probs = self._inner.dispatch_preprocess(x_TM.unsqueeze(1), routing_map_TE, probs_TE)
+        hidden, probs = self._inner.token_dispatch(hidden, probs)
+        rows_PM, rows_per_slot, weights_P = self._inner.dispatch_postprocess(hidden, probs)
+        plan = getattr(self._inner, "plan", None)
+        return Dispatched(rows_PM, torch.as_tensor(rows_per_slot).cpu(), weights_P, plan)
+
+    def combine(self, y_PM: Tensor, plan: Any) -> Tensor:
+        """The other three hooks. *Collective.*"""
+        hidden = self._inner.token_combine(self._inner.combine_preprocess(y_PM))
+        return self._inner.combine_postprocess(hidden).squeeze(1)
+
+
+def bench_layer(
+    system: SystemConfig, job: ReplayJob, meter: Meter, start: Start | None = None
+) -> tuple[BenchDispatcher, ExpertPlacement]:
+    """The metered dispatcher of a system on this rank, and where its experts are.
+
+    *Collective: every rank of the world must call it.* The world is one expert-parallel group. Experts that move are as
+    large as their full training state and all zeros; memory is taken only for those that do move.
+
+    Args:
+        system: what to run.
+        job: sizes, cluster and device; on cpu, stand-ins for CUDA are installed in this process.
+        meter: times and counts.
+        start: experts are where it says, and the policy knows what it did before; None: a first iteration.
+
+    Raises:
+        NotApplicable: the system cannot run here.
+        ValueError: ranks or experts that do not fit the hierarchy.
+    """
+    if job.device == "cpu":
+        cpu.install()
+    ep_size = job.cluster.hierarchy.num_ranks
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=job.hidden_size,
+        num_attention_heads=1,
+        num_moe_experts=job.num_experts,
+        moe_router_topk=job.topk,
+        moe_token_dispatcher_type="alltoall",
+        expert_model_parallel_size=ep_size,
+        add_bias_linear=False,
+        moe_grouped_gemm=False,
+    )
+    groups = _groups()
+    per_rank = job.num_experts // ep_size
+    first = groups.ep.rank() * per_rank
+    stock = MoEAlltoAllTokenDispatcher(per_rank, list(range(first, first + per_rank)), config, groups)
+    context = dispatch_context(system, job.cluster, groups.ep, job.timeout)
+    dispatcher = new_dispatcher(system, stock, config, groups, context)
+    start = start or Start(0, Placement.identity(job.num_experts))
+    policy, moving = system.build_policy(), []
+    if isinstance(dispatcher, StagedTokenDispatcher) and not isinstance(policy, StaticPolicy):
+        dispatcher.dispatcher.placement = start.placement
+        policy.load_state_dict(start.policy)
+        state_bytes = STATE_BYTES_PER_PARAMETER * job.expert_parameters
+        states = [torch.zeros(state_bytes, dtype=torch.uint8) for _ in range(per_rank)]
+        parameters = [[torch.nn.Parameter(state.to(job.device), requires_grad=False)] for state in states]
+        moving = [LayerPlacement(job.layer, dispatcher.dispatcher, policy, parameters, job.expert_parameters)]
+    metered = MeteredDispatcher(dispatcher, job.layer, meter)
+    return BenchDispatcher(metered, job.num_experts), ExpertPlacement(moving, groups.ep, start.iteration)
+
+
+@cache
+def _groups() -> ProcessGroupCollection:
+    """Those that a dispatcher asks for: the world as expert-parallel group, and this rank alone for the others.
+
+    Megatron's own set-up makes two dozen, and a thread of gloo wakes up a hundred times a second for each of them.
+    """
+    world = dist.group.WORLD
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    assert world is not None and isinstance(alone, dist.ProcessGroup)
+    groups = ProcessGroupCollection()
+    groups.ep = groups.tp_ep = world
+    groups.tp = groups.cp = groups.expt_tp = groups.expt_dp = groups.tp_cp = groups.tp_dp_cp = alone
+    return groups
