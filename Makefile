@@ -19,10 +19,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# Variables of reproduce, each an option of `hiermoe reproduce`: QUICK=1 or FULL=1; for a cluster BACKEND=slurm, NODES=,
+# Variables of reproduce, each an option of `hiermoe reproduce`: QUICK=1 or FULL=1; for a cluster ON=slurm, NODES=,
 # GPUS_PER_NODE=, PARTITION=, ACCOUNT=, DEVICE=cpu, TIME_LIMIT_MIN=, CLUSTER=.
 option = $(if $($(1)),--$(2) '$($(1))')
-REPRODUCE = $(if $(QUICK),--quick) $(if $(FULL),--full) $(call option,BACKEND,backend) $(call option,NODES,nodes) \
+REPRODUCE = $(if $(QUICK),--quick) $(if $(FULL),--full) $(call option,ON,on) $(call option,NODES,nodes) \
   $(call option,GPUS_PER_NODE,gpus-per-node) $(call option,PARTITION,partition) $(call option,ACCOUNT,account) \
   $(call option,DEVICE,device) $(call option,TIME_LIMIT_MIN,time-limit-min) $(call option,CLUSTER,cluster)
 

@@ -1,5 +1,6 @@
 """What a mixture-of-experts model is: the schema of conf/model/*.yaml. Pure: imports neither torch nor megatron."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -91,6 +92,30 @@ class LatentAttention(Strict):
     qk_norm: bool
 
 
+@dataclass(frozen=True)
+class LayerSizes:
+    """One layer of experts, as whoever moves its tokens and experts sees it.
+
+    Attributes:
+        num_experts: E.
+        topk: K.
+        hidden_size: M.
+        element_bytes: v, of one activation element.
+        expert_parameters: of one expert.
+    """
+
+    num_experts: int
+    topk: int
+    hidden_size: int
+    element_bytes: int
+    expert_parameters: int
+
+    @property
+    def row_bytes(self) -> int:
+        """M * v."""
+        return self.hidden_size * self.element_bytes
+
+
 class ModelConfig(Strict):
     """A mixture-of-experts transformer.
 
@@ -168,6 +193,16 @@ class ModelConfig(Strict):
         if self.router.num_groups is None or self.router.group_topk is None:
             return self.num_experts
         return self.num_experts // self.router.num_groups * self.router.group_topk
+
+    def sizes(self, narrowed: int = 1) -> LayerSizes:
+        """Of one layer, rows of tokens and experts smaller by a factor."""
+        return LayerSizes(
+            num_experts=self.num_experts,
+            topk=self.topk,
+            hidden_size=self.hidden_size // narrowed,
+            element_bytes=self.element_bytes,
+            expert_parameters=self.expert_parameters // narrowed,
+        )
 
     @property
     def token_bytes(self) -> int:

@@ -9,10 +9,13 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from hiermoe.commands.cli import main
+from hiermoe.ranks.launch import preload
 from hiermoe.records.store import RunStore
 from hiermoe.runs.compose import compose
 from hiermoe.runs.run_config import RunConfig
 from hiermoe.topology.cluster import Cluster
+
+preload("hiermoe.narrow.preload")  # ranks of tests need megatron too
 
 # Tests that start ranks take longest. Begun first, they leave the short ones for the end, which keep all workers busy.
 BEGUN_FIRST = ("slurm", "runs", "ranks", "megatron", "dispatch")

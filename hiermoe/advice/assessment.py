@@ -109,7 +109,7 @@ def assess(
     schedule = iteration_schedule(case.iterations, case.routing.num_distinct)
     split = first_measured(case.iterations, case.routing.num_distinct)
     seen = CachedRouting(_Seen(case.routing, schedule[:split]))
-    held_out, identity = schedule[split:], Placement.identity(case.num_experts)
+    held_out, identity = schedule[split:], Placement.identity(case.sizes.num_experts)
     assessed: list[Assessed] = []
     for candidate in systems:
         fixed = counted = _count(case, candidate, identity, held_out)
@@ -135,24 +135,20 @@ def _workload(case: Case, candidate: Candidate, seen: CachedRouting, iterations:
         cluster=case.cluster,
         routing=seen,
         layer=case.layer,
-        num_experts=case.num_experts,
-        topk=case.topk,
-        row_bytes=case.row_bytes,
-        element_bytes=case.element_bytes,
-        expert_parameters=case.expert_parameters,
+        sizes=case.sizes,
         iterations=iterations,
     )
 
 
 def _count(case: Case, candidate: Candidate, placement: Placement, iterations: Sequence[int]) -> HeldOut:
     counts = [case.routing.counts(i, placement, case.cluster.hierarchy) for i in iterations]
-    return count_held_out(candidate.schemes, counts, case.cluster.hierarchy, case.row_bytes)
+    return count_held_out(candidate.schemes, counts, case.cluster.hierarchy, case.sizes.row_bytes)
 
 
 def _placements(case: Case, steps: pd.DataFrame) -> list[Placement]:
     """After 0, 1, 2, ... updates."""
     moves = steps["moves"].dropna() if "moves" in steps else pd.Series(dtype=str)
-    return list(accumulate(moves[moves != ""], Placement.after, initial=Placement.identity(case.num_experts)))
+    return list(accumulate(moves[moves != ""], Placement.after, initial=Placement.identity(case.sizes.num_experts)))
 
 
 def _updates(
@@ -225,13 +221,13 @@ def _levels(case: Case, held_out: Sequence[int]) -> pd.DataFrame:
         lowest, highest: the same for the worst and best routing that there can be.
     """
     hierarchy = case.cluster.hierarchy
-    counts = [case.routing.counts(i, Placement.identity(case.num_experts), hierarchy) for i in held_out]
+    counts = [case.routing.counts(i, Placement.identity(case.sizes.num_experts), hierarchy) for i in held_out]
     pairs = float(np.mean([int(x.pairs_GS.sum()) for x in counts]))
     rows = []
     for level, (name, groups) in enumerate(zip(hierarchy.names, hierarchy.groups, strict=True), start=1):
         distinct = float(np.mean([int(x.tokens[level - 1].sum()) for x in counts]))
-        size, topk = case.num_experts // groups, case.topk
-        missed = math.comb(case.num_experts - size, topk) / math.comb(case.num_experts, topk)
+        size, topk = case.sizes.num_experts // groups, case.sizes.topk
+        missed = math.comb(case.sizes.num_experts - size, topk) / math.comb(case.sizes.num_experts, topk)
         rows.append(
             {
                 "level": level,

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hiermoe.planner.cost import ALLTOALLS_PER_STEP
+from hiermoe.planner.cost import ALLTOALLS_PER_STEP, times_of_stages
 from hiermoe.planner.counts import RoutingCounts, separating_level
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.planner.traffic import exact_traffic
@@ -40,10 +40,8 @@ class HeldOut:
         """
         found = []
         for scheme, bytes_IS in zip(self.schemes, self.busiest_bytes, strict=True):
-            constants = [cluster.constants(stage.peers) for stage in scheme.stages]
-            alpha_S = np.array([x.alpha_ms for x in constants])
-            beta_S = np.array([x.beta_ms_per_byte for x in constants])
-            found.append(ALLTOALLS_PER_STEP * (alpha_S + share_of_bytes * bytes_IS * beta_S))
+            stage_ms = times_of_stages(scheme, (share_of_bytes * bytes_IS).T, cluster, 1)
+            found.append(ALLTOALLS_PER_STEP * np.stack(stage_ms, axis=1))
         return found
 
     def chosen(self, cluster: Cluster) -> np.ndarray:

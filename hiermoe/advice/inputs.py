@@ -6,7 +6,7 @@ from typing import Literal
 
 from hiermoe.advice.advice_config import AdviceConfig
 from hiermoe.measure.workload import CachedRouting
-from hiermoe.model import ModelConfig
+from hiermoe.model import LayerSizes, ModelConfig
 from hiermoe.policies.system import build
 from hiermoe.records.project import CONF, PROJECT_ROOT
 from hiermoe.records.status import NotApplicable
@@ -36,12 +36,8 @@ class Case:
         layer: model layer that they stand for; 0 where there is none.
         cluster: hierarchy and constants.
         model_words: whose sizes these are.
-        num_experts: E.
-        topk: K.
+        sizes: of the model's layer.
         tokens_per_rank: T.
-        row_bytes: M * v.
-        element_bytes: v.
-        expert_parameters: of one expert.
         iterations: to walk through.
         share: of the AlltoAlls in the user's step; None where it is not known.
         notes: what a reader must know about all this, in sentences.
@@ -54,12 +50,8 @@ class Case:
     layer: int
     cluster: Cluster
     model_words: str
-    num_experts: int
-    topk: int
+    sizes: LayerSizes
     tokens_per_rank: int
-    row_bytes: int
-    element_bytes: int
-    expert_parameters: int
     iterations: int
     share: float | None
     notes: tuple[str, ...]
@@ -121,12 +113,8 @@ def resolve(config: AdviceConfig) -> tuple[Case, Path | None]:
         layer=opened.layer,
         cluster=cluster,
         model_words=_model_words(config, model, hidden, ffn),
-        num_experts=opened.num_experts,
-        topk=opened.topk,
+        sizes=LayerSizes(opened.num_experts, opened.topk, hidden, element_bytes, expert_parameters=3 * hidden * ffn),
         tokens_per_rank=config.tokens_per_rank,
-        row_bytes=hidden * element_bytes,
-        element_bytes=element_bytes,
-        expert_parameters=3 * hidden * ffn,
         iterations=config.iterations or iterations,
         share=config.share,
         notes=tuple(notes),

@@ -7,7 +7,7 @@ from hiermoe.analysis.claims import BEST_OF, Claim, Rules
 from hiermoe.analysis.frames import Results, Run
 
 GROUPED_BY = ("source", "routing", "model", "cluster")
-SETTINGS = ("backend", "iterations", "tokens_per_rank", "narrowed")  # of how, not of what, is measured
+SETTINGS = ("measure", "ranks", "iterations", "tokens_per_rank", "narrowed")  # of how, not of what, is measured
 
 
 @dataclass(frozen=True)

@@ -231,4 +231,4 @@ def _even_ms(run: Run, peers: Peers) -> float:
     """Time of one exchange of all token-expert pairs, evenly spread."""
     constants = run.config.cluster.constants(peers)
     size = run.config.tokens_per_rank * run.config.model.topk * run.config.model.token_bytes
-    return constants.alpha_ms + size * constants.beta_ms_per_byte
+    return constants.ms(size)

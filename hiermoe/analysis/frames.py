@@ -8,12 +8,12 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from hiermoe.records.keep import NONE
 from hiermoe.records.store import RunStore
 from hiermoe.runs.calibration import CALIBRATED
 from hiermoe.runs.compose import Cell
+from hiermoe.runs.measurable import source_of
 from hiermoe.runs.run_config import RunConfig
-
-NO_ROUTING = "none"  # the routing column of what no routing enters
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,17 @@ class Run:
     @property
     def system(self) -> str:
         """Name of the system."""
-        return self.config.system.name
+        return NONE if self.config.system is None else self.config.system.name
+
+    @property
+    def label(self) -> str:
+        """Of the system, for readers."""
+        return NONE if self.config.system is None else self.config.system.label
 
     @property
     def routing(self) -> str:
         """Name of the routing, ``none`` where none enters."""
-        return NO_ROUTING if self.config.backend.name == "synthetic_timings" else self.config.routing.name
+        return NONE if self.config.routing is None else self.config.routing.name
 
     @property
     def num_ranks(self) -> int:
@@ -65,11 +70,12 @@ class Run:
 
     def value(self, key: str) -> Any:
         """A swept parameter, or a size of the run; None where the run has no such thing."""
+        model = self.config.model
         sizes = {
             "num_ranks": self.num_ranks,
-            "num_experts": self.config.model.num_experts,
-            "topk": self.config.model.topk,
-            "model": self.config.model.name,
+            "num_experts": 0 if model is None else model.num_experts,
+            "topk": 0 if model is None else model.topk,
+            "model": NONE if model is None else model.name,
             "cluster": self.config.cluster.name,
             "routing": self.routing,
             "source": self.source,
@@ -115,9 +121,7 @@ class Results:
 
     def sweep(self, name: str) -> pd.DataFrame:
         """All records of a sweep, with the system's label and one column per swept parameter."""
-        columns = [
-            {"run_id": run.run_id, "label": run.config.system.label, **run.swept} for run in self.runs.get(name, ())
-        ]
+        columns = [{"run_id": run.run_id, "label": run.label, **run.swept} for run in self.runs.get(name, ())]
         added = pd.DataFrame(columns, columns=["run_id", "label"] if not columns else None)
         added = added.drop(columns=[c for c in added if c != "run_id" and c in self.records])
         return self.records.merge(added.drop_duplicates(), on="run_id")
@@ -179,7 +183,7 @@ def _run(cell: Cell, run_id: str, frame: pd.DataFrame | None) -> Run:
     swept = dict(_swept(override) for override in cell.overrides)
     if frame is None:
         reason = f"no record of {run_id}; `hiermoe reproduce` makes it"
-        return Run(run_id, cell.config, swept, cell.config.backend.source, "missing", reason)
+        return Run(run_id, cell.config, swept, source_of(cell.config), "missing", reason)
     first = frame.iloc[0]
     return Run(run_id, cell.config, swept, first["source"], first["status"], first["reason"])
 

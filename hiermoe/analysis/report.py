@@ -19,11 +19,12 @@ from hiermoe.analysis.figures.measured import training_steps as end_to_end
 from hiermoe.analysis.figures.measured.dispatchers import PREDICTIONS
 from hiermoe.analysis.figures.spec import FigureSpec, Words, render
 from hiermoe.analysis.findings import findings
-from hiermoe.analysis.frames import NO_ROUTING, Results, load
+from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.origins import run_provenance, trace_facts
 from hiermoe.analysis.render import environment, to_html
 from hiermoe.analysis.verdicts import VERDICTS, Judged, judge_all, to_frame
 from hiermoe.analysis.wording import GLYPHS, cell, in_words, number, system_labels
+from hiermoe.records.keep import NONE
 from hiermoe.records.project import REPORTS
 from hiermoe.records.provenance import collect
 from hiermoe.records.store import RunStore
@@ -31,7 +32,7 @@ from hiermoe.runs.compose import Cell, expand, large_so_far, sweep_names
 from hiermoe.runs.measured_cells import measured_so_far
 
 TITLE = "HierMoE, reproduced"
-ROUTINGS = ("recorded", "uniform", "group_limited", NO_ROUTING)
+ROUTINGS = ("recorded", "uniform", "group_limited", NONE)
 NO_SOURCE = "none"  # of a claim that no sweep has a run for
 KINDS = ("simulated", "local", "emulated", "cluster", NO_SOURCE)
 HOW_TO_TRAIN = {
@@ -186,7 +187,7 @@ def _verdict_context(judged: Sequence[Judged], rules: Rules, results: Results) -
         by_kind.setdefault((one.case.source if one.case else NO_SOURCE, one.routing), []).append(one)
     present = sorted(by_kind, key=lambda kind: (KINDS.index(kind[0]), ROUTINGS.index(kind[1])))
     counts = {_named(*kind): Counter(one.verdict for one in by_kind[kind]) for kind in present}
-    kinds = [kind for kind in present if kind[1] != NO_ROUTING]
+    kinds = [kind for kind in present if kind[1] != NONE]
     headline = []
     for name in rules.headline:
         claim = next(one.claim for one in judged if one.claim.claim == name)

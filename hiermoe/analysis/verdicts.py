@@ -12,9 +12,10 @@ from rich.table import Table
 
 from hiermoe.analysis.cases import Case, cases
 from hiermoe.analysis.claims import Claim, Rule, Rules
-from hiermoe.analysis.frames import NO_ROUTING, Results
+from hiermoe.analysis.frames import Results
 from hiermoe.analysis.quantities import METRICS
 from hiermoe.analysis.statistics import Estimate
+from hiermoe.records.keep import NONE
 
 Verdict = Literal["reproduced", "same direction", "contradicted", "by construction", "not testable"]
 VERDICTS: tuple[Verdict, ...] = ("reproduced", "same direction", "contradicted", "by construction", "not testable")
@@ -35,7 +36,7 @@ class Judged:
     @property
     def routing(self) -> str:
         """Whose tokens."""
-        return self.case.routing if self.case else NO_ROUTING
+        return self.case.routing if self.case else NONE
 
     @property
     def ratio(self) -> float:

@@ -34,7 +34,7 @@ GLYPHS = {
 
 def system_labels(results: Results) -> dict[str, str]:
     """Label of every system that some run has."""
-    return {run.system: run.config.system.label for runs in results.runs.values() for run in runs}
+    return {run.system: run.label for runs in results.runs.values() for run in runs}
 
 
 def in_words(claim: Claim, labels: Mapping[str, str]) -> str:

@@ -1,7 +1,5 @@
 """A calibration from the command line: measure, print the constants, write the cluster's file, draw its Fig. 9."""
 
-from functools import partial
-
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
@@ -12,7 +10,6 @@ from hiermoe.records.store import RunStore
 from hiermoe.runs.calibration import (
     CalibrationConfig,
     calibration_table,
-    execute_calibration,
     write_cluster,
 )
 from hiermoe.runs.single import present
@@ -24,19 +21,19 @@ def calibrate_and_print(config: CalibrationConfig) -> None:
     Raises:
         ValueError: the calibration cannot be done or failed.
     """
-    title = f"Calibration · {config.cluster.name} · backend={config.backend.name}"
+    title = f"Calibration · {config.cluster.name} · ranks={config.ranks.name}"
 
     def summarise(records: pd.DataFrame, title: str) -> Table:
         return calibration_table(records, title, config.cluster)
 
-    present(config, title, config.num_measurements, partial(execute_calibration, config), summarise)
+    present(config, title, summarise)
     from hiermoe.analysis.figures.measured import calibrated as calibration  # a second to import
 
     store = RunStore()
     cluster, records = write_cluster(config, store), store.read(config.run_id)
     r2 = {exchange: fit.r2 for exchange, fit in fit_exchanges(records, cluster).items()}
     figure = config.path.with_suffix(".png")
-    named = f"What an AlltoAll costs on {config.cluster.name}, measured (backend={config.backend.name})"
+    named = f"What an AlltoAll costs on {config.cluster.name}, measured (ranks={config.ranks.name})"
     calibration.save(calibration.table(records, cluster, r2), named, figure)
     console = Console(soft_wrap=True)
     console.print(f"cluster: {to_root(config.path)}, for other commands cluster={config.name}")

@@ -128,10 +128,10 @@ def _reproduce() -> None:
     cluster = parser.add_argument_group("measured on a cluster")
     add = cluster.add_argument
     add(
-        "--backend",
-        choices=("slurm", "torchrun"),
-        help="slurm: submit a job, follow it and report, from a login node. torchrun: in an allocation, on each of "
-        "its processes, as srun or torchrun start them. The project's folder must be on a file system that all share",
+        "--on",
+        choices=("slurm", "allocation"),
+        help="slurm: submit a job, follow it and report, from a login node. allocation: in one that is there, on each "
+        "of its processes, as srun or torchrun start them. All must share the file system of the project's folder",
     )
     add("--nodes", type=int, help="of the allocation; required with slurm")
     add("--gpus-per-node", type=int, help="GPUs, or with --device cpu processes, of each; required with slurm")
@@ -143,19 +143,19 @@ def _reproduce() -> None:
     add("--cluster-name", dest="name", help="of the calibrated cluster's file in results/clusters")
     arguments = vars(parser.parse_args())
     general = {key: arguments.pop(key) for key in ("sweeps", "workers")}
-    quick, full, backend = (arguments.pop(key) for key in ("quick", "full", "backend"))
+    quick, full, where = (arguments.pop(key) for key in ("quick", "full", "on"))
     general |= {"wandb_mode": arguments.pop("wandb"), "amount": "quick" if quick else "full" if full else "default"}
     given = {key: value for key, value in arguments.items() if value is not None}
-    if backend is None:
+    if where is None:
         if given:
-            parser.error(f"--{next(iter(given)).replace('_', '-')} needs --backend slurm or torchrun")
+            parser.error(f"--{next(iter(given)).replace('_', '-')} needs --on slurm or --on allocation")
         reproduce(**general)
         return
     if general.pop("sweeps"):
-        parser.error(f"--sweeps chooses simulated sweeps; --backend {backend} measures")
+        parser.error(f"--sweeps chooses simulated sweeps; --on {where} measures")
     from hiermoe.commands.on_cluster import reproduce_on_cluster
 
-    reproduce_on_cluster(backend, given, **general)
+    reproduce_on_cluster(where, given, **general)
 
 
 def _report() -> None:

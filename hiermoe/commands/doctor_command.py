@@ -25,7 +25,7 @@ DEADLINE_SECONDS = 11.0
 # 0.16.1 on CPU: 333 MB. All but 10 MB of it is shared with the others until a rank works on tensors of its own, so this
 # assumption is on the safe side for small replays and about right for training a narrow model.
 RANK_BYTES = 335 * 10**6
-# Largest resident size of `hiermoe run` with backend=simulated on recorded routing, 32 GPUs: 491 MB.
+# Largest resident size of `hiermoe run measure=predict` on recorded routing, 32 GPUs: 491 MB.
 SIMULATION_BYTES = 500 * 10**6
 # All runs of a whole reproduction take under 20 MB, its report 30 MB; the rest is room for recorded traces.
 RESULTS_BYTES = 500 * 10**6
@@ -210,19 +210,19 @@ def judge_calibrations(facts: machine.Files) -> tuple[State, str, str]:
         found = "; ".join(f"{name}: {reason}" for name, reason in facts.broken.items())
         return "limited", found, "hiermoe calibrate writes the file anew"
     if not facts.whole:
-        return "missing", "none in results/clusters", "hiermoe calibrate cluster=<name> backend=<where it runs>"
+        return "missing", "none in results/clusters", "hiermoe calibrate cluster=<name> ranks=<where they are>"
     return "ok", ", ".join(facts.whole), ""
 
 
 QUESTIONS = (
     Question("Python, packages", "everything", machine.packages, judge_packages, required=True),
     Question("shipped traces", "make reproduce on recorded routing", machine.traces, judge_traces, required=True),
-    Question("cores and memory", "simulation; backend=local", machine.size, judge_size, required=True),
+    Question("cores and memory", "simulation; ranks=local", machine.size, judge_size, required=True),
     Question("disk for results/", "keeping what was run", machine.disk, judge_disk, required=True),
     Question("Megatron-Core", "hiermoe train, hiermoe record", machine.megatron, judge_megatron),
-    Question("emulated links", "backend=emulated", machine.namespaces, judge_namespaces),
+    Question("emulated links", "ranks=emulated", machine.namespaces, judge_namespaces),
     Question("GPUs", "a cluster's ranks over NCCL", machine.gpus, judge_gpus),
-    Question("Slurm", "BACKEND=slurm", machine.slurm, judge_slurm),
+    Question("Slurm", "ON=slurm", machine.slurm, judge_slurm),
     Question("torchrun", "one's own launcher instead of Slurm", machine.torchrun, judge_torchrun),
     Question("calibrated clusters", "predictions for one's own cluster", machine.calibrations, judge_calibrations),
 )

@@ -6,26 +6,25 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from itertools import groupby
 from typing import Any, Literal
 
-import yaml
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from hiermoe.ranks.crew import Crew, CrewEnded, leave
-from hiermoe.records.project import CONF, SCRATCH
-from hiermoe.records.status import NotApplicable
+from hiermoe.ranks.crew import Crew
+from hiermoe.ranks.places import RanksConfig
+from hiermoe.records.keep import Outcome, kept
+from hiermoe.records.project import CONF
 from hiermoe.records.store import RunStore
 from hiermoe.runs.attempts import Attempts
 from hiermoe.runs.calibration import CalibrationConfig, calibrate
 from hiermoe.runs.compose import Cell, expand, sweep_names
-from hiermoe.runs.execute import Outcome, execute_together, keep_record, keys_of
+from hiermoe.runs.execute import execute, execute_together, num_steps, refuse
 from hiermoe.runs.measured_cells import Amount, MeasuredCell, measured_cells, measured_so_far, together
-from hiermoe.runs.run_config import BackendConfig, RunConfig, WandbMode
+from hiermoe.runs.run_config import RunConfig, WandbMode
 from hiermoe.runs.slurm import SlurmConfig, run_job, slurm_job_name
-from hiermoe.runs.training import TrainRunConfig, execute_training, keys_of_training, training_on
+from hiermoe.runs.training import TrainRunConfig, training_on
 from hiermoe.topology.cluster import Cluster, Level
 from hiermoe.topology.peers import AlphaBeta
 
@@ -53,7 +52,7 @@ def measure_in_allocation(
     """Calibrate this allocation's cluster and measure. *Collective: every process of the allocation must call it.*
 
     Args:
-        device: cuda: NCCL; cpu: gloo; None for what conf/backend/torchrun.yaml says.
+        device: cuda: NCCL; cpu: gloo; None for what conf/ranks/allocation.yaml says.
         amount: how much is measured.
         structure: a cluster that has this one's levels, for levels inside of nodes; None for nodes and GPUs.
         name: of the cluster's file in results/clusters; None for Slurm's name of the cluster and the allocation's size.
@@ -69,39 +68,39 @@ def measure_in_allocation(
     """
     for package in ("megatron", "torch"):  # they say on every rank what they lack and what will be renamed
         warnings.filterwarnings("ignore", module=package)
-    backend = torchrun_backend(device)
-    assert backend.timeout_s is not None
-    crew = Crew.join(backend.device, timedelta(seconds=backend.timeout_s), SCRATCH)
-    shape = shape_of(crew.hosts)  # on every rank, so that every rank refuses
-    if (nodes, gpus_per_node) not in ((None, None), shape):
-        raise ValueError(f"the allocation has {shape[0]} nodes x {shape[1]} processes, not {nodes} x {gpus_per_node}")
-    if crew.rank > 0:
-        crew.serve()
-        return None
-    try:
-        with crew:
-            store = RunStore()
-            attempts = Attempts(store, slurm_job_name())
-            signal.signal(signal.SIGTERM, attempts.excuse)  # scancel, or preemption
-            say(f"{shape[0]} nodes x {shape[1]} processes joined over {'NCCL' if crew.device == 'cuda' else 'gloo'}")
-            config = calibration_of(shape, backend, amount, structure, name)
-            cluster = _calibrated(config, store, attempts, crew, say)
-            cells = measured_cells(amount, backend, cluster.name)
-            fitting = [cell for cell in cells if amount == "quick" or required_shape(cell) == shape]
-            others = [cell for cell in cells if cell not in fitting]
-            outcomes = [_wrong_size(cell, shape, store) for cell in others]
-            for outcome in outcomes[:1]:
-                say(f"{len(outcomes)} runs do not apply here: {outcome.reason}")
-            outcomes += _measure(fitting, store, attempts, crew, say)
-            if crew.device == "cuda" and amount == "full":
-                outcomes += _train(training_on(cluster, backend), store, attempts, crew, say)
-            return outcomes
-    except CrewEnded as error:
-        leave(error)
+    ranks = RanksConfig.named("allocation", device)
+
+    def check(crew: Crew) -> None:
+        shape = shape_of(crew.hosts)
+        if (nodes, gpus_per_node) not in ((None, None), shape):
+            raise ValueError(
+                f"the allocation has {shape[0]} nodes x {shape[1]} processes, not {nodes} x {gpus_per_node}"
+            )
+
+    def program(crew: Crew | None) -> list[Outcome]:
+        assert crew is not None
+        store, shape = RunStore(), shape_of(crew.hosts)
+        attempts = Attempts(store, slurm_job_name())
+        signal.signal(signal.SIGTERM, attempts.excuse)  # scancel, or preemption
+        say(f"{shape[0]} nodes x {shape[1]} processes joined over {'NCCL' if crew.device == 'cuda' else 'gloo'}")
+        config = calibration_of(shape, ranks, amount, structure, name)
+        cluster = _calibrated(config, store, attempts, crew, say)
+        cells = measured_cells(amount, ranks, cluster.name)
+        fitting = [cell for cell in cells if amount == "quick" or required_shape(cell) == shape]
+        others = [cell for cell in cells if cell not in fitting]
+        outcomes = [_wrong_size(cell, shape, store) for cell in others]
+        for outcome in outcomes[:1]:
+            say(f"{len(outcomes)} runs do not apply here: {outcome.reason}")
+        outcomes += _measure(fitting, store, attempts, crew, say)
+        if crew.device == "cuda" and amount == "full":
+            outcomes += _train(training_on(cluster, ranks), store, attempts, crew, say)
+        return outcomes
+
+    return ranks.lead(program, check)
 
 
 def reproduce_on_cluster(
-    backend: Literal["slurm", "torchrun"],
+    where: Literal["slurm", "allocation"],
     options: dict[str, Any],
     workers: int | None,
     wandb_mode: WandbMode,
@@ -110,8 +109,8 @@ def reproduce_on_cluster(
     """Measure on a cluster what has no record yet, write the report, and print the verdicts.
 
     Args:
-        backend: slurm: on the processes of a job that is submitted here; torchrun: on those of the allocation that
-            this process has a part of. All of them must call it then, and those but rank 0 return early.
+        where: slurm: on the processes of a job that is submitted here; allocation: on those of the one that this
+            process has a part of. All of them must call it then, and those but rank 0 return early.
         options: that are given: those of `measure_in_allocation`, and for slurm those of `SlurmConfig`.
         workers: processes of the simulation; None for one a core.
         wandb_mode: how the verdicts are mirrored in W&B, if any run is new.
@@ -123,13 +122,13 @@ def reproduce_on_cluster(
     console, started = Console(soft_wrap=True), time.perf_counter()
     measuring = {name: options[name] for name in ("device", "structure", "name") if name in options}
     measuring["amount"] = amount
-    if backend == "slurm":
+    if where == "slurm":
         asked = {name: value for name, value in options.items() if name not in ("structure", "name")}
         outcomes = run_job(measure_in_allocation, measuring, SlurmConfig.given(**asked), console)
     else:
         for name in ("partition", "account", "time_limit_min"):
             if name in options:
-                raise ValueError(f"{name}={options[name]} is for BACKEND=slurm; the allocation is there already")
+                raise ValueError(f"{name}={options[name]} is for ON=slurm; the allocation is there already")
         shape = {name: options[name] for name in ("nodes", "gpus_per_node") if name in options}
         measured = measure_in_allocation(**measuring, **shape)
         if measured is None:
@@ -150,12 +149,6 @@ def reproduce_on_cluster(
     finish(outcomes, session, wandb_mode, cells)
 
 
-def torchrun_backend(device: Literal["cpu", "cuda"] | None) -> BackendConfig:
-    """conf/backend/torchrun.yaml, and the device if it is given."""
-    values = yaml.safe_load((CONF / "backend" / "torchrun.yaml").read_text(encoding="utf-8"))
-    return BackendConfig.model_validate(values if device is None else values | {"device": device})
-
-
 def shape_of(hosts: Sequence[str]) -> tuple[int, int]:
     """Nodes and processes of each.
 
@@ -172,7 +165,7 @@ def shape_of(hosts: Sequence[str]) -> tuple[int, int]:
 
 
 def calibration_of(
-    shape: tuple[int, int], backend: BackendConfig, amount: Amount, structure: str | None, name: str | None
+    shape: tuple[int, int], ranks: RanksConfig, amount: Amount, structure: str | None, name: str | None
 ) -> CalibrationConfig:
     """What to calibrate.
 
@@ -194,16 +187,16 @@ def calibration_of(
             )
     values: Any = OmegaConf.to_container(OmegaConf.load(CONF / "calibrate.yaml"))
     values = {key: value for key, value in values.items() if key not in ("defaults", "hydra")}
-    if backend.device == "cuda":
+    if ranks.device == "cuda":
         values |= _ON_GPUS
     elif amount == "quick":
         values |= _QUICK_ON_CPU
     if name is None:
         parts = [_cluster_name(), f"{nodes}x{gpus}", structure]
-        parts += ["cpu" if backend.device == "cpu" else None, "quick" if amount == "quick" else None]
+        parts += ["cpu" if ranks.device == "cpu" else None, "quick" if amount == "quick" else None]
         name = "_".join(part for part in parts if part)
-    cluster = uncalibrated(name, f"{nodes} nodes x {gpus} {backend.device} ranks", levels)
-    return CalibrationConfig.model_validate(values | {"cluster": cluster, "backend": backend, "name": name})
+    cluster = uncalibrated(name, f"{nodes} nodes x {gpus} {ranks.device} ranks", levels)
+    return CalibrationConfig.model_validate(values | {"cluster": cluster, "ranks": ranks, "name": name})
 
 
 def uncalibrated(name: str, description: str, groups: dict[str, int]) -> Cluster:
@@ -233,7 +226,7 @@ def _calibrated(config: CalibrationConfig, store: RunStore, attempts: Attempts, 
     reason = attempts.reason_to_skip(config.run_id)
     if reason is not None:
         raise ValueError(f"calibration of {config.name} {reason}")
-    say(f"calibrating {config.name}: {config.num_measurements} AlltoAlls")
+    say(f"calibrating {config.name}: {num_steps(config)} AlltoAlls")
     with attempts.of([config.run_id]):
         cluster = calibrate(config, store, world=crew)
     for exchange in cluster.exchanges:
@@ -244,15 +237,12 @@ def _calibrated(config: CalibrationConfig, store: RunStore, attempts: Attempts, 
 
 def _wrong_size(cell: MeasuredCell, shape: tuple[int, int], store: RunStore) -> Outcome:
     """Record that a run needs another allocation."""
-    config, (nodes, gpus) = cell.measured.config, required_shape(cell)
-
-    def refuse() -> Any:
-        raise NotApplicable(
-            f"{cell.sweep} is about {nodes} nodes x {gpus} GPUs, this allocation has {shape[0]} x {shape[1]}: ask for "
-            f"NODES={nodes} GPUS_PER_NODE={gpus}"
-        )
-
-    return keep_record(config.run_id, config.content, keys_of(config, "cluster"), refuse, store)
+    nodes, gpus = required_shape(cell)
+    reason = f"{cell.sweep} is about {nodes} nodes x {gpus} GPUs, this allocation has {shape[0]} x {shape[1]}: ask for "
+    config = cell.measured.config
+    return kept(config.run_id, store) or refuse(
+        config, "not_applicable", f"{reason}NODES={nodes} GPUS_PER_NODE={gpus}", store
+    )
 
 
 def _measure(cells: Sequence[MeasuredCell], store: RunStore, attempts: Attempts, crew: Crew, say: Say) -> list[Outcome]:
@@ -277,7 +267,7 @@ def _measure(cells: Sequence[MeasuredCell], store: RunStore, attempts: Attempts,
         for config in suspects:
             reason = given_up[config.run_id]
             if reason is not None:
-                tell([_give_up(config, keys_of(config, "cluster"), reason, store)], [config])
+                tell([refuse(config, "failed", reason, store)], [config])
         innocent = [config for config in missing if config not in suspects]
         alone = [[config] for config in suspects if given_up[config.run_id] is None]
         for configs in [innocent, *alone]:
@@ -297,19 +287,10 @@ def _train(
         what = f"[{number}/{len(cells)}] training {config.model.name}, {config.system.name}"
         reason = None if store.is_done(config.run_id) else attempts.reason_to_skip(config.run_id)
         if reason is not None:
-            outcomes.append(_give_up(config, keys_of_training(config), reason, store))
+            outcomes.append(refuse(config, "failed", reason, store))
         else:
             with attempts.of([config.run_id]):
-                outcomes.append(execute_training(config, store, world=crew))
+                outcomes.append(execute(config, store, world=crew))
         last = outcomes[-1]
         say(f"{what}: {'kept from before' if last.cached else f'{last.status}, {last.seconds:.1f} s'}. {last.reason}")
     return outcomes
-
-
-def _give_up(config: RunConfig | TrainRunConfig, keys: dict[str, Any], reason: str, store: RunStore) -> Outcome:
-    """Record that a run is not tried again."""
-
-    def refuse() -> Any:
-        raise ValueError(reason)
-
-    return keep_record(config.run_id, config.content, keys, refuse, store)

@@ -19,15 +19,16 @@ from rich.progress import (
 from hiermoe.analysis.report import write_report
 from hiermoe.analysis.verdicts import verdict_summary
 from hiermoe.ranks.emulated.requirements import missing_requirement
+from hiermoe.records.keep import Outcome
 from hiermoe.records.store import RunStore
 from hiermoe.runs.calibration import calibrate, calibration_config
 from hiermoe.runs.compose import Cell, expand, sweep_names
-from hiermoe.runs.execute import Outcome, execute_together
+from hiermoe.runs.execute import execute, execute_together, num_steps
 from hiermoe.runs.measured_cells import Amount, MeasuredCell, clusters_of, measured_cells, together
 from hiermoe.runs.run_config import RunConfig, WandbMode
 from hiermoe.runs.sweep import run_all
 from hiermoe.runs.tracking import mirror_table
-from hiermoe.runs.training import execute_training, expand_training
+from hiermoe.runs.training import expand_training
 
 Cells = Mapping[str, Sequence[Cell]]
 
@@ -126,7 +127,7 @@ def measure_emulated(amount: Amount, session: Session) -> list[Outcome]:
         config = calibration_config(name.removesuffix("_calibrated"), "emulated")
         if not (session.store.is_done(config.run_id) and config.path.exists()):
             with _progress(session.console) as progress:
-                task = progress.add_task("calibrating", total=config.num_measurements)
+                task = progress.add_task("calibrating", total=num_steps(config))
                 _show(progress, task, f"calibrating {config.cluster.name}")
                 calibrate(config, session.store, lambda _, task=task: progress.advance(task))
     cells = measured_cells(amount)
@@ -143,7 +144,7 @@ def train_all(session: Session) -> list[Outcome]:
         outcomes = []
         for config in configs:
             _show(progress, task, f"training {config.model.name}, {config.system.label}")
-            outcomes.append(execute_training(config, session.store, lambda _: progress.advance(task)))
+            outcomes.append(execute(config, session.store, lambda _: progress.advance(task)))
     return outcomes
 
 
@@ -153,7 +154,7 @@ def measure(cells: Sequence[MeasuredCell], session: Session) -> list[Outcome]:
     missing = [group for group in groups if not all(session.store.is_done(config.run_id) for config in group)]
     outcomes: list[Outcome] = []
     with _progress(session.console) as progress:
-        task = progress.add_task("measuring", total=sum(group[0].num_steps for group in missing))
+        task = progress.add_task("measuring", total=sum(num_steps(group[0]) for group in missing))
         for group in groups:
             first = group[0]
             _show(progress, task, f"{first.model.name}, {first.routing.name}: {len(group)} systems")

@@ -1,19 +1,21 @@
 """Times the AlltoAll of every kind of peers of a cluster, over message sizes: what alpha and beta are fitted to."""
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 import torch.distributed as dist
 
 from hiermoe.dispatch.communicators import Communicators
+from hiermoe.measure.measurement import Measurement
 from hiermoe.planner.scheme import every_dimension
 from hiermoe.ranks.streams import RowStream
-from hiermoe.ranks.worlds import Progress, World, no_progress
+from hiermoe.ranks.world import Device, Progress, World
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.peers import Peers
 
@@ -32,8 +34,6 @@ class CalibrationJob:
         largest_bytes: that a rank receives in one AlltoAll, its own share included; ends the doubling too.
         warm_ups: rounds that do not count.
         repeats: rounds that count.
-        timeout: of a collective.
-        device: of the tensors, cpu or cuda.
     """
 
     cluster: Cluster
@@ -42,8 +42,6 @@ class CalibrationJob:
     largest_bytes: int
     warm_ups: int
     repeats: int
-    timeout: timedelta
-    device: str = "cpu"
 
     def pair_bytes(self, exchange: Peers) -> list[int]:
         """Sizes for one kind of peers, ascending; at least two."""
@@ -61,24 +59,34 @@ class CalibrationJob:
                     yield repeat, exchange, pair_bytes
 
 
-def run_calibration(job: CalibrationJob, world: World, progress: Progress = no_progress) -> pd.DataFrame:
-    """Measure on all ranks.
+class Calibrate(Measurement):
+    """One row of the phase calibration for every AlltoAll, size, repeat and rank."""
 
-    Args:
-        job: what to do.
-        world: the ranks, one for every GPU of the job's cluster.
-        progress: called with the number of every finished measurement.
+    command = "calibrate"
+    needs_ranks = True
+    needs_system = False
 
-    Returns:
-        Rows of the phase calibration: one per AlltoAll, size, repeat and rank, without the run's own keys.
+    def prepare(self, config: Any) -> CalibrationJob:
+        """The job of `hiermoe calibrate`'s configuration."""
+        return CalibrationJob(
+            cluster=config.cluster,
+            smallest_pair_bytes=config.smallest_pair_bytes,
+            largest_pair_bytes=config.largest_pair_bytes,
+            largest_bytes=config.largest_bytes,
+            warm_ups=config.warm_ups,
+            repeats=config.repeats,
+        )
 
-    Raises:
-        RunDied: a rank failed.
-    """
-    return world.run(calibrate, (replace(job, device=world.device),), job.timeout, progress)
+    def num_steps(self, job: CalibrationJob) -> int:
+        """One a measurement."""
+        return sum(1 for _ in job.measurements())
+
+    def measure(self, jobs: Sequence[CalibrationJob], world: World, progress: Progress) -> list[pd.DataFrame]:
+        """One after another, on one rank for every GPU of a job's cluster."""
+        return [world.run(calibrate, (job, world.timeout, world.device), progress) for job in jobs]
 
 
-def calibrate(rank: int, job: CalibrationJob, folder: Path) -> None:
+def calibrate(rank: int, job: CalibrationJob, timeout: timedelta, device: Device, folder: Path) -> None:
     """One rank's share of all measurements. *Collective: every rank of the world must call it.*
 
     All communicators of a kind exchange at once, as in a stage. Each measurement begins with a barrier of all ranks; on
@@ -87,14 +95,16 @@ def calibrate(rank: int, job: CalibrationJob, folder: Path) -> None:
     Args:
         rank: of the world, and GPU of the hierarchy.
         job: what to do.
+        timeout: of a collective.
+        device: of the tensors.
         folder: where ranks stream their rows to.
     """
     hierarchy = job.cluster.hierarchy
     world = dist.group.WORLD
     assert world is not None
-    communicators = Communicators(world, hierarchy, every_dimension(hierarchy), job.timeout)
+    communicators = Communicators(world, hierarchy, every_dimension(hierarchy), timeout)
     largest = max(n * exchange.size(hierarchy) for _, exchange, n in job.measurements())
-    source = torch.zeros(largest, dtype=torch.uint8, device=job.device)
+    source = torch.zeros(largest, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     with RowStream(folder, rank) as stream:
         for repeat, exchange, pair_bytes in job.measurements():

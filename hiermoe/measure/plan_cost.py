@@ -1,13 +1,25 @@
 """What a placement policy itself costs: its time on this machine, and the bytes that ranks sum for it."""
 
 import time
+from collections.abc import Sequence
 
 import pandas as pd
 
-from hiermoe.measure.workload import Workload
+from hiermoe.measure.workload import OfWorkloads, Workload
 from hiermoe.planner.cost import choose_scheme
 from hiermoe.policies.protocol import StepContext
+from hiermoe.ranks.world import Progress
 from hiermoe.topology.placement import Placement
+
+
+class PlanCost(OfWorkloads):
+    """No exchange at all, but times of this machine."""
+
+    source = "local"
+
+    def measure(self, jobs: Sequence[Workload], world: None, progress: Progress) -> list[pd.DataFrame]:
+        """One after another."""
+        return [planning_cost(workload) for workload in jobs]
 
 
 def planning_cost(workload: Workload) -> pd.DataFrame:
@@ -20,17 +32,17 @@ def planning_cost(workload: Workload) -> pd.DataFrame:
         Rows of the phase planning: for every iteration one of the stage measure, with the bytes that are summed, and
         one of the stage decide.
     """
-    cluster, placement = workload.cluster, Placement.identity(workload.num_experts)
+    cluster, placement = workload.cluster, Placement.identity(workload.sizes.num_experts)
     step = workload.routing.step(0)
     counts = workload.routing.counts(0, placement, cluster.hierarchy)
-    scheme = choose_scheme(workload.schemes, counts, cluster, workload.row_bytes).scheme
+    scheme = choose_scheme(workload.schemes, counts, cluster, workload.sizes.row_bytes).scheme
     own_N = step.source_N == 0
     own_TK, own_T = step.expert_ids_NK[own_N], step.source_N[own_N]
     policy = workload.new_policy()
     summed = policy.measure(step.expert_ids_NK, step.source_N, placement, cluster.hierarchy, 0)
     rows = []
     for iteration in range(workload.iterations):
-        context = StepContext(iteration, cluster, scheme, workload.row_bytes, workload.expert_parameters)
+        context = StepContext(iteration, cluster, scheme, workload.sizes.row_bytes, workload.sizes.expert_parameters)
         started = time.perf_counter()
         measured = policy.measure(own_TK, own_T, placement, cluster.hierarchy, iteration)
         between = time.perf_counter()

@@ -1,20 +1,21 @@
 """No network: walk through the routing as training would, count the exact traffic of every step, and price it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pandas as pd
 
 from hiermoe.measure.walk import walk
-from hiermoe.measure.workload import Workload
+from hiermoe.measure.workload import OfWorkloads, Workload
 from hiermoe.planner.bounds import fixed_placement_rows
-from hiermoe.planner.cost import ALLTOALLS_PER_STEP, Price
+from hiermoe.planner.cost import ALLTOALLS_PER_STEP, Price, time_by_groups
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.links import link_ms
 from hiermoe.planner.realised import realised_gains
 from hiermoe.planner.scheme import Stage
 from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, price_migration
 from hiermoe.policies.protocol import PlacementUpdate, StepContext
+from hiermoe.ranks.world import Progress, no_progress
 from hiermoe.routing.step import first_measured, iteration_schedule
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
@@ -22,7 +23,17 @@ from hiermoe.topology.placement import Placement
 Row = dict[str, Any]
 
 
-def simulate(workload: Workload, progress: Callable[[int], None] = lambda iteration: None) -> pd.DataFrame:
+class Predict(OfWorkloads):
+    """What the cost model says."""
+
+    source = "simulated"
+
+    def measure(self, jobs: Sequence[Workload], world: None, progress: Progress) -> list[pd.DataFrame]:
+        """One after another."""
+        return [simulate(workload, progress) for workload in jobs]
+
+
+def simulate(workload: Workload, progress: Progress = no_progress) -> pd.DataFrame:
     """Walk through all iterations of one layer.
 
     Each iteration: choose the scheme on the step's own routing (Algorithm 1), price its four AlltoAlls, let the
@@ -59,20 +70,20 @@ def simulate(workload: Workload, progress: Callable[[int], None] = lambda iterat
             update is not None
             and update.modelled_gain_ms is not None
             and _exchanges_several(placement, update.placement)
-            and routing.replicas == 1
+            and routing.ep_groups == 1
         ):
             after = routing.counts(schedule[iteration], update.placement, cluster.hierarchy)
             saved_ms = _q_ms(visit.counts, visit.context) - _q_ms(after, visit.context)
             rows[-1]["recounted_gain_ms"] = ALLTOALLS_PER_STEP * saved_ms
         progress(iteration)
-    if routing.replicas > 1:
+    if routing.ep_groups > 1:
         return pd.DataFrame(rows)  # what an update saved is not recounted group by group
     gains = realised_gains(
         placements,
         lambda iteration, placement: routing.counts(schedule[iteration], placement, cluster.hierarchy),
         workload.schemes,
         cluster,
-        workload.row_bytes,
+        workload.sizes.row_bytes,
     )
     for row in rows:
         if row["phase"] == "step" and row["iteration"] in gains:
@@ -83,7 +94,7 @@ def simulate(workload: Workload, progress: Callable[[int], None] = lambda iterat
 def _dispatch_rows(chosen: Price, counts: RoutingCounts, workload: Workload) -> Iterator[Row]:
     """One row per stage of one AlltoAll."""
     cluster, hierarchy = workload.cluster, workload.cluster.hierarchy
-    links = link_ms(chosen.traffic.rows_SGG, cluster, workload.row_bytes)
+    links = link_ms(chosen.traffic.rows_SGG, cluster, workload.sizes.row_bytes)
     crossing = chosen.traffic.crossing_rows().tolist()
     busiest = chosen.traffic.busiest_rows().tolist()
     for index, (name, stage) in enumerate(zip(chosen.scheme.stage_names, chosen.scheme.stages, strict=True)):
@@ -105,7 +116,7 @@ def _group_rows(stage: Stage, counts: RoutingCounts, hierarchy: Hierarchy) -> fl
     if stage.rows != "token":
         return float("nan")
     level = stage.level(hierarchy)
-    return int(counts.tokens[level - 1].sum(0).max()) / hierarchy.lanes(level)
+    return int(counts.needed(level).max()) / hierarchy.lanes(level)
 
 
 def _routing_rows(counts: RoutingCounts, workload: Workload) -> Iterator[Row]:
@@ -138,19 +149,16 @@ def _exchanges_several(old: Placement, new: Placement) -> bool:
 
 def _q_ms(counts: RoutingCounts, context: StepContext) -> float:
     """Time of one AlltoAll as Q models it, with the plain maximum, from the counts of all tokens."""
-    total_ms = 0.0
-    for stage in context.scheme.stages:
-        constants = context.cluster.constants(stage.peers)
-        rows = _group_rows(stage, counts, context.cluster.hierarchy)
-        total_ms += constants.alpha_ms + constants.beta_ms_per_byte * context.row_bytes * rows
-    return total_ms
+    return time_by_groups(
+        context.scheme, lambda level: int(counts.needed(level).max()), context.cluster, context.row_bytes
+    )
 
 
 def _update_columns(update: PlacementUpdate | None, placement: Placement, workload: Workload) -> Row:
     """What the policy did after the iteration."""
     if update is None:
         return {"moved_experts": 0, "migration_bytes": 0, "migration_link_ms": 0.0, "migration_alltoall_ms": 0.0}
-    expert_bytes = STATE_BYTES_PER_PARAMETER * workload.expert_parameters
+    expert_bytes = STATE_BYTES_PER_PARAMETER * workload.sizes.expert_parameters
     migration = price_migration(placement, update.placement, workload.cluster, expert_bytes)
     return {
         "moved_experts": migration.moved_experts,

@@ -6,7 +6,6 @@ can compute alone and that no dtype rounds. It is compared in every iteration, b
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,16 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
+from hiermoe.measure.measurement import by_job
 from hiermoe.measure.memory import PeakMemory
 from hiermoe.measure.replay_job import Question, ReplayJob
 from hiermoe.measure.walk import start_at
-from hiermoe.measure.workload import Workload
+from hiermoe.measure.workload import OfWorkloads, Workload
 from hiermoe.planner.realised import realised_gains
 from hiermoe.policies.protocol import Start
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.streams import RowStream, shared_folder
-from hiermoe.ranks.worlds import Progress, World, no_progress
+from hiermoe.ranks.world import Progress, World, no_progress
 from hiermoe.records.schema import CALLS
 from hiermoe.routing.step import first_measured, iteration_schedule
 from hiermoe.topology.placement import Placement
@@ -83,8 +83,22 @@ def replay(rank: int, job: ReplayJob, systems: Sequence[tuple[SystemConfig, Star
             stream.write(rows)
 
 
+class Replay(OfWorkloads):
+    """Measures systems together, interleaved."""
+
+    needs_ranks = True
+
+    def num_steps(self, job: Workload) -> int:
+        """Iterations that are replayed."""
+        return job.iterations - _first_replayed(job)
+
+    def measure(self, jobs: Sequence[Workload], world: World, progress: Progress) -> list[pd.DataFrame]:
+        """Rows of the phases start, dispatch, combine, their backward, and step, of every rank."""
+        return replay_together(jobs, world, progress)
+
+
 def replay_together(
-    workloads: Sequence[Workload], timeout: timedelta, world: World, progress: Progress = no_progress
+    workloads: Sequence[Workload], world: World, progress: Progress = no_progress
 ) -> list[pd.DataFrame]:
     """Replay the same routing of one layer under several systems, interleaved.
 
@@ -93,13 +107,11 @@ def replay_together(
 
     Args:
         workloads: of one routing, cluster and size; they differ in their systems.
-        timeout: of a collective.
         world: the ranks.
         progress: called with the number of every finished iteration.
 
     Returns:
-        For each workload rows of the phases start, dispatch, combine, their backward, and step, of every rank, without
-        the run's own keys.
+        The rows of each workload, without the run's own keys.
 
     Raises:
         ValueError: results would not be exact in this dtype.
@@ -108,22 +120,22 @@ def replay_together(
     first = workloads[0]
     schedule = iteration_schedule(first.iterations, first.routing.num_distinct)
     measured_from = first_measured(first.iterations, first.routing.num_distinct)
-    begin = first_replayed(first.iterations, first.routing.num_distinct)
+    begin = _first_replayed(first)
     starts = [start_at(workload, begin) for workload in workloads]
     with shared_folder() as folder:
         job = ReplayJob(
             cluster=first.cluster,
-            num_experts=first.num_experts,
-            topk=first.topk,
-            hidden_size=first.row_bytes // first.element_bytes,
-            element_bytes=first.element_bytes,
-            expert_parameters=first.expert_parameters,
+            num_experts=first.sizes.num_experts,
+            topk=first.sizes.topk,
+            hidden_size=first.sizes.hidden_size,
+            element_bytes=first.sizes.element_bytes,
+            expert_parameters=first.sizes.expert_parameters,
             layer=first.layer,
             counted=tuple(iteration >= measured_from for iteration in range(first.iterations)),
             routing_iterations=tuple(schedule),
             first=begin,
             routing=folder,
-            timeout=timeout,
+            timeout=world.timeout,
             device=world.device,
             one_machine=world.source != "cluster",
         )
@@ -131,21 +143,14 @@ def replay_together(
         for iteration in sorted(set(schedule[begin:])):
             job.save(iteration, first.routing.step(iteration))
         systems = tuple((workload.system, start) for workload, start in zip(workloads, starts, strict=True))
-        rows = world.run(replay, (job, systems), timeout, progress)
-    parts = split_by_system(rows, len(workloads))
+        rows = world.run(replay, (job, systems), progress)
+    parts = by_job(rows, len(workloads))
     return [_with_moves(*each) for each in zip(parts, workloads, starts, strict=True)]
 
 
-def first_replayed(iterations: int, num_distinct: int | None) -> int:
+def _first_replayed(workload: Workload) -> int:
     """First iteration of a run that is replayed; those before it are only walked through."""
-    return max(0, first_measured(iterations, num_distinct) - _WARM_UPS)
-
-
-def split_by_system(rows: pd.DataFrame, num_systems: int) -> list[pd.DataFrame]:
-    """The rows of each system, without the column that told them apart; none where there are none."""
-    if rows.empty:
-        return [rows] * num_systems
-    return [rows[rows["of"] == of].drop(columns="of") for of in range(num_systems)]
+    return max(0, first_measured(workload.iterations, workload.routing.num_distinct) - _WARM_UPS)
 
 
 def _with_moves(rows: pd.DataFrame, workload: Workload, start: Start) -> pd.DataFrame:
@@ -164,11 +169,11 @@ def _with_moves(rows: pd.DataFrame, workload: Workload, start: Start) -> pd.Data
         lambda index, placement: routing.counts(schedule[start.iteration + index], placement, hierarchy),
         workload.schemes,
         workload.cluster,
-        workload.row_bytes,
+        workload.sizes.row_bytes,
     )
     gained = (rows["iteration"] - start.iteration).map(gains).where(rows["phase"] == "step")
     rows = rows.assign(realised_gain_ms=gained.astype(float))
-    home = Placement.identity(workload.num_experts)
+    home = Placement.identity(workload.sizes.num_experts)
     before = {"phase": "start", "stage": "all", "layer": workload.layer, "moves": home.moves_to(start.placement)}
     before |= {"iteration": -1, "routing_iteration": -1, "counted": False, "rank": -1}
     return pd.concat([pd.DataFrame([before]), rows], ignore_index=True)

@@ -1,13 +1,29 @@
 """Timings that a calibration would see if the cluster obeyed its own alpha and beta, with noise: a self-test."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
+from hiermoe.measure.measurement import Measurement
+from hiermoe.ranks.world import Progress
 from hiermoe.topology.cluster import Cluster
 
 SIZES_BYTES = tuple(2**exponent for exponent in range(16, 29))  # 64 KiB to 256 MiB at the busiest GPU
 REPEATS = 5
 NOISE = 0.01  # standard deviation, relative
+
+
+class SelfTest(Measurement):
+    """Takes a cluster and a seed alone."""
+
+    source = "simulated"
+    needs_system = False
+
+    def measure(self, jobs: Sequence[Any], world: None, progress: Progress) -> list[pd.DataFrame]:
+        """One after another."""
+        return [synthetic_timings(job.cluster, job.seed) for job in jobs]
 
 
 def synthetic_timings(cluster: Cluster, seed: int) -> pd.DataFrame:
@@ -26,7 +42,7 @@ def synthetic_timings(cluster: Cluster, seed: int) -> pd.DataFrame:
         constants = cluster.constants(exchange)
         for repeat in range(REPEATS):
             for size in SIZES_BYTES:
-                time_ms = constants.alpha_ms + size * constants.beta_ms_per_byte
+                time_ms = constants.ms(size)
                 rows.append(
                     {
                         "phase": "calibration",

@@ -1,7 +1,8 @@
 """Training: stock Megatron on the ranks of a world, its MoE layers given the dispatcher of a system."""
 
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import pandas as pd
 import torch.distributed as dist
 
+from hiermoe.measure.measurement import Measurement
 from hiermoe.narrow.corpus import Corpus, training_corpus
 from hiermoe.narrow.training_config import TrainingConfig
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.streams import RowStream
-from hiermoe.ranks.worlds import World, world_of
+from hiermoe.ranks.world import Device, Progress, World
+from hiermoe.records.project import to_root
 from hiermoe.routing.step import first_measured
 from hiermoe.topology.cluster import Cluster
 
@@ -47,56 +50,75 @@ class TrainingJob:
         system: what moves tokens.
         cluster: hierarchy and constants, of `training.ep_size` GPUs.
         steps: of the optimizer, those before the checkpoint that it starts from included.
-        timeout: of a collective.
         checkpoints: where it starts, and what it saves.
-        backend: local or emulated, where ranks are started for it.
-        device: of the ranks: cpu or cuda.
     """
 
     training: TrainingConfig
     system: SystemConfig
     cluster: Cluster
     steps: int
-    timeout: timedelta
     checkpoints: Checkpoints
-    backend: str
-    device: str = "cpu"
 
 
-def run_training(
-    job: TrainingJob, progress: Callable[[int], None] = lambda step: None, world: World | None = None
-) -> pd.DataFrame:
-    """Train.
+class Train(Measurement):
+    """One row of the phase train for every step and rank."""
 
-    Args:
-        job: what to do.
-        progress: called with the number of every finished step.
-        world: ranks to train on; None for new ones.
+    command = "train"
+    needs_ranks = True
 
-    Returns:
-        Rows of the phase train, one per step and rank, without the run's own keys.
+    def prepare(self, config: Any) -> TrainingJob:
+        """The job of `hiermoe train`'s configuration.
 
-    Raises:
-        NotApplicable: the system needs more levels than the hierarchy has, or what this machine lacks.
-        ValueError: a bad scheme or policy, a network that cannot be set up here, a text too short for the vocabulary.
-        RunDied: a rank failed.
-    """
-    job.system.build_schemes(job.cluster.hierarchy)
-    job.system.build_policy()  # bad arguments end the run here, not on the ranks
+        Raises:
+            NotApplicable: the system needs more levels than the hierarchy has, or what this machine lacks.
+            ValueError: a bad scheme or policy.
+        """
+        config.system.build_schemes(config.cluster.hierarchy)
+        config.system.build_policy()  # bad arguments end the run here, not on the ranks
+        return TrainingJob(
+            training=config,
+            system=config.system,
+            cluster=config.cluster,
+            steps=config.steps,
+            checkpoints=config.checkpoints(),
+        )
+
+    def num_steps(self, job: TrainingJob) -> int:
+        """Of the optimizer."""
+        return job.steps
+
+    def provenance(self, job: TrainingJob) -> dict[str, Any]:
+        """The checkpoint that it goes on from."""
+        start = job.checkpoints.start
+        return {} if start is None else {"resumed_from": to_root(start)}
+
+    def measure(self, jobs: Sequence[TrainingJob], world: World, progress: Progress) -> list[pd.DataFrame]:
+        """One after another.
+
+        Raises:
+            ValueError: a text too short for the vocabulary.
+            RunDied: a rank failed.
+        """
+        return [_run(job, world, progress) for job in jobs]
+
+
+def _run(job: TrainingJob, world: World, progress: Progress) -> pd.DataFrame:
+    saved = job.checkpoints
+    if saved.start is None or saved.start.parent != saved.folder:  # what an earlier attempt left is not this run's
+        shutil.rmtree(saved.folder, ignore_errors=True)
     corpus = training_corpus(job.training)
-    if world is not None:
-        return world.run(train, (job, corpus), job.timeout, progress, job.checkpoints.rows)
-    with world_of(job.backend, job.cluster, job.training.data_parallel) as ranks:
-        return ranks.run(train, (job, corpus), job.timeout, progress, job.checkpoints.rows)
+    return world.run(train, (job, corpus, world.timeout, world.device), progress, saved.rows)
 
 
-def train(rank: int, job: TrainingJob, corpus: Corpus, folder: Path) -> None:
+def train(rank: int, job: TrainingJob, corpus: Corpus, timeout: timedelta, device: Device, folder: Path) -> None:
     """One rank's share of all steps. *Collective: every rank of the world must call it.*
 
     Args:
         rank: of the world.
         job: what to do.
         corpus: what to train on.
+        timeout: of a collective.
+        device: of the ranks.
         folder: where ranks stream their rows to.
     """
     from hiermoe.megatron.standins import cpu
@@ -108,8 +130,8 @@ def train(rank: int, job: TrainingJob, corpus: Corpus, folder: Path) -> None:
     from hiermoe.narrow.trainer import Trainer
 
     meter = Meter()
-    trainer = Trainer(job.training, job.timeout, device=job.device)
-    placement = attach(trainer.model, job.system, job.cluster, meter=meter, timeout=job.timeout)
+    trainer = Trainer(job.training, timeout, device=device)
+    placement = attach(trainer.model, job.system, job.cluster, meter=meter, timeout=timeout)
     saved = job.checkpoints
     start = trainer.load(saved.start, placement) if saved.start is not None else 0
     with RowStream(folder, rank, start) as stream, meter:

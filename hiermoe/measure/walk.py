@@ -39,7 +39,7 @@ class Visit:
 
 def start_at(workload: Workload, iteration: int) -> Start:
     """What a run's policy does in the iterations before ``iteration``, found by walking through them."""
-    policy, placement = workload.new_policy(), Placement.identity(workload.num_experts)
+    policy, placement = workload.new_policy(), Placement.identity(workload.sizes.num_experts)
     for visit in islice(walk(workload, policy), iteration):
         if visit.update is not None:
             placement = visit.update.placement
@@ -53,7 +53,7 @@ def walk(workload: Workload, policy: PlacementPolicy) -> Iterator[Visit]:
         workload: what to run.
         policy: of the layer; measures and decides in every iteration.
     """
-    placement = Placement.identity(workload.num_experts)
+    placement = Placement.identity(workload.sizes.num_experts)
     cluster, routing = workload.cluster, workload.routing
     schedule = iteration_schedule(workload.iterations, routing.num_distinct)
     for iteration, routing_iteration in enumerate(schedule):
@@ -69,20 +69,20 @@ def _priced(workload: Workload, routing_iteration: int, placement: Placement) ->
     """The group that takes longest, the first on ties, its price, and the scheme that most groups chose."""
     routing, cluster = workload.routing, workload.cluster
     slowest, longest, votes = 0, None, Counter[DispatchScheme]()
-    for replica in range(routing.replicas):
-        counts = routing.counts(routing_iteration, placement, cluster.hierarchy, replica)
-        chosen = choose_scheme(workload.schemes, counts, cluster, workload.row_bytes)
+    for group in range(routing.ep_groups):
+        counts = routing.counts(routing_iteration, placement, cluster.hierarchy, group)
+        chosen = choose_scheme(workload.schemes, counts, cluster, workload.sizes.row_bytes)
         votes[chosen.scheme] += 1
         if longest is None or chosen.alltoall_ms > longest.alltoall_ms:
-            slowest, longest = replica, chosen
+            slowest, longest = group, chosen
     assert longest is not None
     return slowest, longest, max(workload.schemes, key=lambda scheme: votes[scheme])
 
 
 def _context(workload: Workload, iteration: int, scheme: DispatchScheme) -> StepContext:
     """What the policy decides with. Its counts are sums over the groups: Q prices a row at its share of one."""
-    row_bytes = max(workload.row_bytes // workload.routing.replicas, 1)
-    return StepContext(iteration, workload.cluster, scheme, row_bytes, workload.expert_parameters)
+    row_bytes = max(workload.sizes.row_bytes // workload.routing.ep_groups, 1)
+    return StepContext(iteration, workload.cluster, scheme, row_bytes, workload.sizes.expert_parameters)
 
 
 def _measured(
@@ -92,8 +92,8 @@ def _measured(
     if isinstance(policy, StaticPolicy):
         return None
     summed = None
-    for replica in range(workload.routing.replicas):
-        step = workload.routing.step(routing_iteration, replica)
+    for group in range(workload.routing.ep_groups):
+        step = workload.routing.step(routing_iteration, group)
         measured = policy.measure(step.expert_ids_NK, step.source_N, placement, workload.cluster.hierarchy, iteration)
         if measured is None:
             return None

@@ -1,15 +1,22 @@
-"""What a run consists of, whatever its backend: a system, a cluster, a model's sizes, and routing."""
+"""What a run consists of, wherever it happens: a system, a cluster, a layer's sizes, and routing."""
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from functools import lru_cache
+from typing import Any, Generic, Protocol, TypeVar
 
+from hiermoe.measure.measurement import Measurement
+from hiermoe.model import LayerSizes
 from hiermoe.planner.counts import RoutingCounts, count_routing
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.policies.protocol import PlacementPolicy
-from hiermoe.policies.system import SystemConfig
-from hiermoe.routing.step import RoutingSource, RoutingStep
+from hiermoe.policies.system import SystemConfig, build
+from hiermoe.records.status import NotApplicable
+from hiermoe.routing.resampled import Resampled
+from hiermoe.routing.step import RoutingRequest, RoutingSource, RoutingStep, experts_per_rank
+from hiermoe.routing.trace import RecordedRouting
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
@@ -19,6 +26,45 @@ V = TypeVar("V")
 
 KEPT_STEP_BYTES = 2**28
 KEPT_COUNT_BYTES = 2**30  # all iterations of 16 groups of 256 GPUs
+
+
+class WorkloadConfig(Protocol):
+    """What a configuration says of a workload."""
+
+    @property
+    def system(self) -> SystemConfig:
+        """What runs."""
+        ...
+
+    @property
+    def sizes(self) -> LayerSizes:
+        """Of the model's layer."""
+        ...
+
+    @property
+    def cluster(self) -> Cluster:
+        """Hierarchy and constants."""
+        ...
+
+    @property
+    def routing_source(self) -> dict[str, Any]:
+        """What makes the routing, in ``_target_``, and its arguments."""
+        ...
+
+    @property
+    def request(self) -> RoutingRequest:
+        """What is asked of the routing."""
+        ...
+
+    @property
+    def ep_groups(self) -> int:
+        """Expert-parallel groups, each with a copy of all experts."""
+        ...
+
+    @property
+    def iterations(self) -> int:
+        """To walk through."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -32,11 +78,7 @@ class Workload:
         cluster: hierarchy and constants.
         routing: where steps come from.
         layer: model layer that the routing stands for.
-        num_experts: E.
-        topk: K.
-        row_bytes: M * v.
-        element_bytes: v.
-        expert_parameters: of one expert.
+        sizes: of the layer.
         iterations: to walk through.
     """
 
@@ -46,29 +88,70 @@ class Workload:
     cluster: Cluster
     routing: "CachedRouting"
     layer: int
-    num_experts: int
-    topk: int
-    row_bytes: int
-    element_bytes: int
-    expert_parameters: int
+    sizes: LayerSizes
     iterations: int
+
+
+def open_workload(config: WorkloadConfig) -> Workload:
+    """Build what a configuration names, and open its routing.
+
+    Raises:
+        NotApplicable: the combination has no meaning or no data.
+        ValueError: sizes that do not fit.
+    """
+    experts_per_rank(config.sizes.num_experts, config.cluster.hierarchy.num_ranks)
+    schemes = config.system.build_schemes(config.cluster.hierarchy)
+    routing, layer = _open_routing(json.dumps(config.routing_source), config.request, config.ep_groups)
+    config.system.build_policy()  # bad arguments end the run here, not in its middle
+    return Workload(
+        system=config.system,
+        schemes=schemes,
+        new_policy=config.system.build_policy,
+        cluster=config.cluster,
+        routing=routing,
+        layer=layer,
+        sizes=config.sizes,
+        iterations=config.iterations,
+    )
+
+
+class OfWorkloads(Measurement):
+    """A measurement that walks through workloads."""
+
+    def prepare(self, config: WorkloadConfig) -> Workload:
+        """Everything built and open."""
+        return open_workload(config)
+
+
+@lru_cache(maxsize=2)  # runs come grouped by routing; two keep a model's E and K neighbours without filling memory
+def _open_routing(source: str, request: RoutingRequest, ep_groups: int) -> tuple["CachedRouting", int]:
+    """The routing source and the model layer that it stands for (0 for synthetic routing)."""
+    opened = build(json.loads(source), request=request)
+    layer = opened.trace.metadata.layers[opened.layer] if isinstance(opened, RecordedRouting | Resampled) else 0
+    routing = CachedRouting(opened, ep_groups)
+    if routing.num_distinct is not None and routing.num_distinct < 2:
+        raise NotApplicable(
+            f"the trace lasts for {routing.num_distinct} iterations of {ep_groups} groups of {request.num_ranks} ranks "
+            f"with {request.tokens_per_rank} tokens each; a run takes at least 2 (routing=resampled has no end)"
+        )
+    return routing, layer
 
 
 class CachedRouting:
     """A routing source that keeps what it made: many systems walk through the same steps.
 
-    Where expert-parallel groups hold replicas of the experts, group r of iteration i takes step i * replicas + r of the
+    Where expert-parallel groups hold all experts each, group r of iteration i takes step i * ep_groups + r of the
     source. Counts are kept too: systems with fixed experts share them, and what an update saved needs them again.
 
     Attributes:
-        replicas: expert-parallel groups.
+        ep_groups: expert-parallel groups.
         num_distinct: of the source, for all groups together.
     """
 
-    def __init__(self, source: RoutingSource, replicas: int = 1) -> None:
+    def __init__(self, source: RoutingSource, ep_groups: int = 1) -> None:
         """Wrap a source."""
-        self.replicas = replicas
-        self.num_distinct = None if source.num_distinct is None else source.num_distinct // replicas
+        self.ep_groups = ep_groups
+        self.num_distinct = None if source.num_distinct is None else source.num_distinct // ep_groups
         self._source = source
         self._steps = Kept[int, RoutingStep](
             lambda step: step.expert_ids_NK.nbytes + step.source_N.nbytes, KEPT_STEP_BYTES
@@ -78,15 +161,15 @@ class CachedRouting:
             KEPT_COUNT_BYTES,
         )
 
-    def step(self, iteration: int, replica: int = 0) -> RoutingStep:
+    def step(self, iteration: int, group: int = 0) -> RoutingStep:
         """Routing of one group in one iteration."""
-        index = iteration * self.replicas + replica
+        index = iteration * self.ep_groups + group
         return self._steps.get(index, lambda: self._source.step(index))
 
-    def counts(self, iteration: int, placement: Placement, hierarchy: Hierarchy, replica: int = 0) -> RoutingCounts:
+    def counts(self, iteration: int, placement: Placement, hierarchy: Hierarchy, group: int = 0) -> RoutingCounts:
         """Counts of a step under a placement."""
-        key = (iteration * self.replicas + replica, placement.key, hierarchy)
-        return self._counts.get(key, lambda: count_routing(self.step(iteration, replica), placement, hierarchy))
+        key = (iteration * self.ep_groups + group, placement.key, hierarchy)
+        return self._counts.get(key, lambda: count_routing(self.step(iteration, group), placement, hierarchy))
 
 
 class Kept(Generic[K, V]):

@@ -12,7 +12,7 @@ from hiermoe import __version__
 from hiermoe.narrow.corpus import Corpus, training_corpus
 from hiermoe.narrow.record_config import RecordConfig
 from hiermoe.narrow.record_progress import RecordProgress
-from hiermoe.ranks.launch import run_ranks
+from hiermoe.ranks.launch import preload, run_ranks
 from hiermoe.records.project import from_root
 from hiermoe.routing.trace import RoutingTrace, TraceMetadata
 
@@ -28,6 +28,7 @@ def record(config: RecordConfig, command: str) -> None:
         RankFailedError: A rank failed; no trace is written.
     """
     timeout = timedelta(minutes=config.timeout_minutes)
+    preload("hiermoe.narrow.preload")
     run_ranks(train_and_record, config.world_size, (config, training_corpus(config), command, timeout), timeout)
 
 

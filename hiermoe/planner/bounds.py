@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hiermoe.planner.cost import cheapest, time_of_alltoall, times_of_stages
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.planner.token_sets import TokenSets
@@ -169,11 +170,7 @@ def least_traffic(
     for scheme in schemes:
         if not scheme.deduplicates:
             raise ValueError(f"scheme {scheme.name} sends token-expert pairs; its traffic has no such bound")
-        total_ms = 0.0
-        for stage in scheme.stages:
-            constants = cluster.constants(stage.peers)
-            stage_bytes = least[stage.level(hierarchy) - 1] * row_bytes
-            total_ms += constants.alpha_ms + constants.beta_ms_per_byte * stage_bytes
-        times.append(total_ms)
-    cheapest = min(range(len(times)), key=times.__getitem__)
-    return LeastTraffic(schemes[cheapest], times[cheapest], rows)
+        stage_bytes = [least[stage.level(hierarchy) - 1] * row_bytes for stage in scheme.stages]
+        times.append(time_of_alltoall(times_of_stages(scheme, stage_bytes, cluster, 1)))
+    best = cheapest(times)
+    return LeastTraffic(schemes[best], times[best], rows)

@@ -1,14 +1,61 @@
 """The paper's cost model: time of a scheme from its traffic, and Algorithm 1."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.planner.traffic import Traffic, exact_traffic
 from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.peers import Amount
 
 ALLTOALLS_PER_STEP = 4  # dispatch and combine, forward and backward (paper, Sec. I)
+
+
+def times_of_stages(
+    scheme: DispatchScheme, amounts: Iterable[Amount], cluster: Cluster, bytes_each: float
+) -> tuple[Amount, ...]:
+    """Time of every stage (paper, Sec. III-B), in ms.
+
+    Args:
+        scheme: whose stages.
+        amounts: rows at the busiest GPU of each stage.
+        cluster: alpha and beta.
+        bytes_each: of a row.
+    """
+    exchanges = (cluster.constants(stage.peers) for stage in scheme.stages)
+    return tuple(constants.ms(amount, bytes_each) for constants, amount in zip(exchanges, amounts, strict=True))
+
+
+def time_of_alltoall(stage_ms: Iterable[Amount]) -> Amount:
+    """t_d of stages that follow one another: their sum."""
+    return sum(stage_ms)  # type: ignore[return-value] - of at least one stage
+
+
+def time_by_groups(
+    scheme: DispatchScheme, busiest: Callable[[int], Amount], cluster: Cluster, row_bytes: float
+) -> Amount:
+    """Time of one AlltoAll, in ms, where the GPUs of the busiest group of each stage share its tokens evenly.
+
+    Args:
+        scheme: HDd.
+        busiest: tokens that the busiest group of a level needs.
+        cluster: hierarchy, alpha and beta.
+        row_bytes: M * v.
+
+    Raises:
+        ValueError: the scheme does not deduplicate.
+    """
+    if not scheme.deduplicates:
+        raise ValueError(f"group counts price deduplicated traffic; scheme {scheme.name} sends token-expert pairs")
+    levels = [stage.level(cluster.hierarchy) for stage in scheme.stages]
+    shares = (busiest(level) / cluster.hierarchy.lanes(level) for level in levels)
+    return time_of_alltoall(times_of_stages(scheme, shares, cluster, row_bytes))
+
+
+def cheapest(times: Sequence[float]) -> int:
+    """Position of the smallest time, the first one on ties."""
+    return min(range(len(times)), key=times.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -30,7 +77,7 @@ class Price:
     @property
     def alltoall_ms(self) -> float:
         """t_d, the sum over the stages."""
-        return sum(self.stage_ms)
+        return time_of_alltoall(self.stage_ms)
 
 
 def price(scheme: DispatchScheme, counts: RoutingCounts, cluster: Cluster, row_bytes: int) -> Price:
@@ -47,9 +94,7 @@ def price(scheme: DispatchScheme, counts: RoutingCounts, cluster: Cluster, row_b
     """
     traffic = exact_traffic(scheme, counts, cluster.hierarchy)
     stage_bytes = tuple(rows * row_bytes for rows in traffic.busiest_rows().tolist())
-    constants = [cluster.constants(stage.peers) for stage in scheme.stages]
-    stage_ms = tuple(c.alpha_ms + n * c.beta_ms_per_byte for c, n in zip(constants, stage_bytes, strict=True))
-    return Price(scheme, traffic, stage_bytes, stage_ms)
+    return Price(scheme, traffic, stage_bytes, times_of_stages(scheme, stage_bytes, cluster, 1))
 
 
 def choose_scheme(
@@ -60,4 +105,4 @@ def choose_scheme(
     With HD1 ... HDD as candidates the result's dimension is the paper's d*.
     """
     prices = [price(scheme, counts, cluster, row_bytes) for scheme in candidates]
-    return min(prices, key=lambda p: p.alltoall_ms)
+    return prices[cheapest([one.alltoall_ms for one in prices])]

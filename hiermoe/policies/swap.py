@@ -16,9 +16,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from hiermoe.planner.cost import time_by_groups
 from hiermoe.planner.counts import separating_level, sort_choices
 from hiermoe.planner.maxima import MaxFunction
-from hiermoe.planner.scheme import DispatchScheme, Stage
+from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
@@ -323,15 +324,16 @@ def swap_times(
     Raises:
         ValueError: the scheme does not deduplicate.
     """
-    pairs, hierarchy = stats.pairs, stats.hierarchy
-    after_ms_P = torch.zeros(pairs.slots_2P.shape[1], dtype=torch.float64)
-    for stage in _planned_stages(scheme):
-        level, constants = stage.level(hierarchy), cluster.constants(stage.peers)
-        ms_per_row = constants.beta_ms_per_byte * row_bytes / hierarchy.lanes(level)
-        Z_U, apart = stats.levels[level - 1].needed_U, pairs.count[level]
-        peak_P = max_function.after_replacing(Z_U, pairs.groups_P[level - 1], counts_after_swap(stats, level))
-        after_ms_P[:apart] += peak_P.mul_(ms_per_row).add_(constants.alpha_ms)
-        after_ms_P[apart:] += constants.alpha_ms + ms_per_row * float(max_function(Z_U.double()))
+    pairs = stats.pairs
+
+    def busiest_P(level: int) -> Tensor:
+        """After every swap; those of slots that are not apart at the level change nothing there."""
+        now_U, groups_P = stats.levels[level - 1].needed_U, pairs.groups_P[level - 1]
+        apart_P = max_function.after_replacing(now_U, groups_P, counts_after_swap(stats, level))
+        rest = pairs.slots_2P.shape[1] - len(apart_P)
+        return torch.cat([apart_P, max_function(now_U.double()).expand(rest)]) if rest else apart_P
+
+    after_ms_P = time_by_groups(scheme, busiest_P, cluster, row_bytes)
     for slot in stats.moved:
         after_ms_P.masked_fill_((pairs.slots_2P == slot).any(0), float("inf"))
     now_ms = time_of_groups(stats.needed, scheme, cluster, row_bytes, max_function)
@@ -353,15 +355,4 @@ def time_of_groups(
     Raises:
         ValueError: the scheme does not deduplicate.
     """
-    total_ms = 0.0
-    for stage in _planned_stages(scheme):
-        level, constants = stage.level(cluster.hierarchy), cluster.constants(stage.peers)
-        rows = float(max_function(needed[level - 1].double())) / cluster.hierarchy.lanes(level)
-        total_ms += constants.alpha_ms + constants.beta_ms_per_byte * row_bytes * rows
-    return total_ms
-
-
-def _planned_stages(scheme: DispatchScheme) -> tuple[Stage, ...]:
-    if not scheme.deduplicates:
-        raise ValueError(f"HierD-ES prices deduplicated traffic; scheme {scheme.name} sends token-expert pairs")
-    return scheme.stages
+    return time_by_groups(scheme, lambda level: float(max_function(needed[level - 1].double())), cluster, row_bytes)

@@ -59,8 +59,8 @@ class Member:
             job = "-".join(["slurm", *(env.get(f"SLURM_{part}", "0") for part in parts)])
             return cls(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), job, under_slurm=True)
         raise ValueError(
-            "backend=torchrun finds neither torchrun's variables (RANK, WORLD_SIZE, ...) nor a Slurm step's: start "
-            "every process by `torchrun ... -m hiermoe reproduce --backend torchrun` or by srun"
+            "ranks=allocation finds neither torchrun's variables (RANK, WORLD_SIZE, ...) nor a Slurm step's: start "
+            "every process by `torchrun ... -m hiermoe reproduce --on allocation` or by srun"
         )
 
     def name_host(self) -> str:

@@ -11,7 +11,6 @@ groups unusable: then the whole job ends, with one message.
 import contextlib
 import os
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self, TypeVar
 
 import pandas as pd
 import torch
@@ -27,10 +26,13 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from hiermoe.ranks.allocation import Member
-from hiermoe.ranks.streams import RunDied, collect, follow, shared_folder
+from hiermoe.ranks.streams import collect, streaming
+from hiermoe.ranks.world import Device, Progress, no_progress
+from hiermoe.records.keep import RunDied
+from hiermoe.records.project import SCRATCH
 from hiermoe.records.status import NotApplicable
 
-Device = Literal["cuda", "cpu"]
+T = TypeVar("T")
 
 # Followers wait in the control group while rank 0 draws routing or writes a report. That rank 0 is gone, they see at
 # once; this is for the case that its machine vanished without a word.
@@ -55,7 +57,6 @@ class _Order:
     function: Callable[..., Any] | None = None
     args: tuple[Any, ...] = ()
     folder: Path = Path()
-    timeout: timedelta = timedelta()
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,25 @@ class Crew:
         hosts: host of every rank.
         source: what records say of numbers that were measured here.
         device: of tensors, cpu or cuda.
+        timeout: of a collective.
     """
 
     source: Literal["cluster"] = "cluster"
 
-    def __init__(self, rank: int, world_size: int, store: Store, control: dist.ProcessGroup, device: Device) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        store: Store,
+        control: dist.ProcessGroup,
+        device: Device,
+        timeout: timedelta,
+    ) -> None:
         """Take over a world that is there; `join` makes one."""
         self.rank = rank
         self.world_size = world_size
         self.device: Device = device
+        self.timeout = timeout
         self._store = store
         self._control = control
         self._number = 0
@@ -133,7 +144,7 @@ class Crew:
         )
         control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
         assert isinstance(control, dist.ProcessGroup)
-        crew = cls(member.rank, member.world_size, PrefixStore("crew", store), control, device)
+        crew = cls(member.rank, member.world_size, PrefixStore("crew", store), control, device, timeout)
         crew.hosts = [""] * member.world_size
         dist.all_gather_object(crew.hosts, host, group=control)
         return crew
@@ -151,8 +162,7 @@ class Crew:
         self,
         function: Callable[..., Any],
         args: tuple[Any, ...],
-        timeout: timedelta,
-        progress: Callable[[int], None] = lambda iteration: None,
+        progress: Progress = no_progress,
         rows: Path | None = None,
     ) -> pd.DataFrame:
         """As every world does, on rank 0 only, which takes part as a rank.
@@ -162,19 +172,12 @@ class Crew:
             NotApplicable: a rank raised it.
             CrewEnded: the ranks cannot go on.
         """
-        with shared_folder() if rows is None else contextlib.nullcontext(rows) as folder:
+        with streaming(rows, progress) as folder:
             self._number += 1
-            order = _Order(self._number, function, args, folder, timeout)
+            order = _Order(self._number, function, args, folder)
             self._in_order = True
-            done = threading.Event()
-            watcher = threading.Thread(target=follow, args=(folder, done, progress), daemon=True)
-            watcher.start()
-            try:
-                self._send(order)
-                failures = self._obey(order)
-            finally:
-                done.set()
-                watcher.join()
+            self._send(order)
+            failures = self._obey(order)
             self._in_order = False
             collected = collect(folder, self.world_size)
         for failure in failures:
@@ -255,7 +258,7 @@ class Crew:
         self._store.set(f"{prefix}ended/{self.rank}", "")
         ended = self._store.add(prefix + "ended", 1)
         started, failed_at, pause = time.monotonic(), None, 0.005
-        limit = order.timeout.total_seconds() + _SLACK_SECONDS
+        limit = self.timeout.total_seconds() + _SLACK_SECONDS
         grace = _GRACE_SECONDS + (self.rank == 0)  # the others can ask the store for as long as rank 0 is there
         while ended < self.world_size:
             now = time.monotonic()
@@ -277,6 +280,34 @@ class Crew:
 
     def _first(self, prefix: str) -> str:
         return self._store.get(prefix + "first").decode()
+
+
+def lead(
+    device: Device, timeout: timedelta, program: Callable[[Crew], T], check: Callable[[Crew], None] = lambda crew: None
+) -> T | None:
+    """Run a program on rank 0, with the processes of the allocation as its crew. *Collective: every process calls it.*
+
+    Does not return where the crew ends.
+
+    Args:
+        device: of the ranks.
+        timeout: of a collective.
+        program: what rank 0 does.
+        check: called on every rank before; refuses a crew that does not fit.
+
+    Returns:
+        What the program does on rank 0; None on the others, which have served it.
+    """
+    crew = Crew.join(device, timeout, SCRATCH)
+    check(crew)
+    if crew.rank > 0:
+        crew.serve()
+        return None
+    try:
+        with crew:
+            return program(crew)
+    except CrewEnded as error:
+        leave(error)
 
 
 def leave(error: CrewEnded) -> NoReturn:

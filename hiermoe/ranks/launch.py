@@ -21,12 +21,11 @@ import torch
 import torch.distributed as dist
 
 from hiermoe.dispatch.communicators import HOST_VARIABLE
-from hiermoe.ranks.network_namespace import enter
+from hiermoe.ranks.emulated.namespaces import enter
 from hiermoe.records.status import NotApplicable
 
-# What the fork server imports once, for all ranks: the caller's main module, and torch with megatron. A name, because
-# megatron/ stands below this folder.
-_PRELOAD = ["__main__", "hiermoe.narrow.preload"]
+# What the fork server imports once, for all ranks: the caller's main module, and what `preload` adds.
+_PRELOAD = ["__main__"]
 
 # What gloo says in a rank whose peer has gone. This process hears of that peer from the fork server, after the rank may
 # have ended too: at once, or late where the machine is busy.
@@ -36,6 +35,15 @@ _PATIENCE_SECONDS = 60.0
 
 class RankFailedError(RuntimeError):
     """A rank of a multi-process run failed; the message names it."""
+
+
+def preload(module: str) -> None:
+    """Have the fork server import a module too, so that no rank pays for it. To be called before the first rank starts.
+
+    Safe to fork after must be: it starts no thread of its own and touches no device.
+    """
+    if module not in _PRELOAD:
+        _PRELOAD.append(module)
 
 
 def run_ranks(
@@ -50,8 +58,8 @@ def run_ranks(
 ) -> list[Any]:
     """Run ``function(rank, *args)`` on new processes that form one gloo group, one thread each.
 
-    The processes come from a fork server that has imported torch and megatron. It is started by the first call and
-    ends with this process. No rank outlives this process, however that ends.
+    The processes come from a fork server that has imported torch and what `preload` names. It is started by the first
+    call and ends with this process. No rank outlives this process, however that ends.
 
     Args:
         function: An importable function.

@@ -3,32 +3,18 @@
 import json
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
 import pandas as pd
 
-from hiermoe.ranks.launch import RankFailedError, run_ranks
+from hiermoe.ranks.world import Progress
 from hiermoe.records.project import SCRATCH
 from hiermoe.records.store import write_whole
 
 _POLL_SECONDS = 0.2
-
-
-class RunDied(RuntimeError):
-    """A rank failed in mid-run.
-
-    Attributes:
-        rows: what all ranks had measured before, of iterations that every rank finished.
-    """
-
-    def __init__(self, message: str, rows: pd.DataFrame) -> None:
-        """Keep the rows beside the message."""
-        super().__init__(message)
-        self.rows = rows
 
 
 @contextmanager
@@ -67,46 +53,23 @@ class RowStream:
         self._file.flush()
 
 
-def run_streaming(
-    function: Callable[..., Any],
-    world_size: int,
-    args: tuple[Any, ...],
-    timeout: timedelta,
-    hosts: Sequence[str],
-    progress: Callable[[int], None] = lambda iteration: None,
-    namespaces: Sequence[Path] | None = None,
-    rows: Path | None = None,
-) -> pd.DataFrame:
-    """Run ``function(rank, *args, folder)`` on new ranks; it makes ``RowStream(folder, rank)`` and writes to it.
+@contextmanager
+def streaming(rows: Path | None, progress: Progress) -> Iterator[Path]:
+    """The folder that ranks stream to; rank 0's iterations are reported as they come.
 
     Args:
-        function: an importable function.
-        world_size: number of ranks.
-        args: further arguments.
-        timeout: of a collective.
-        hosts: host that each rank plays.
+        rows: the folder; None for a temporary one.
         progress: called in this process with every iteration that rank 0 has finished.
-        namespaces: network namespace that each rank lives in; None for this process's own.
-        rows: folder that the streams are in and stay in; None for a temporary one.
-
-    Returns:
-        The rows of all ranks.
-
-    Raises:
-        RunDied: a rank failed; has the rows of the iterations before.
     """
     with shared_folder() if rows is None else nullcontext(rows) as folder:
         done = threading.Event()
-        watcher = threading.Thread(target=follow, args=(folder, done, progress), daemon=True)
+        watcher = threading.Thread(target=_follow, args=(folder, done, progress), daemon=True)
         watcher.start()
         try:
-            run_ranks(function, world_size, (*args, folder), timeout, hosts=hosts, namespaces=namespaces)
-        except RankFailedError as error:
-            raise RunDied(str(error).splitlines()[0], collect(folder, world_size)) from error
+            yield folder
         finally:
             done.set()
             watcher.join()
-        return collect(folder, world_size)
 
 
 def has_iterations(folder: Path, world_size: int, start: int) -> bool:
@@ -134,7 +97,7 @@ def collect(folder: Path, world_size: int) -> pd.DataFrame:
     return pd.DataFrame([row for iterations in ranks for rows in iterations[:common] for row in rows])
 
 
-def follow(folder: Path, done: threading.Event, progress: Callable[[int], None]) -> None:
+def _follow(folder: Path, done: threading.Event, progress: Progress) -> None:
     """Report rank 0's iterations as they come, until ``done``. Reads what is new alone: rank 0 may be this process."""
     reported, position, path = 0, 0, _path(folder, 0)
     while True:

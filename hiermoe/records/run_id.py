@@ -38,7 +38,7 @@ def run_id(
             good as each other; its constants count, in ``config``.
 
     Returns:
-        ``<system>-<model>-<16 hexadecimal digits>``.
+        ``<system>-<model>-<16 hexadecimal digits>``; without a system ``<measure>-<cluster>-...``.
     """
     targets = sorted({target.rpartition(".")[0] for target in _targets(config)})
     content = {
@@ -49,6 +49,8 @@ def run_id(
     if on_this_host:
         content["host"] = socket.gethostname()
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    if config.get("system") is None:
+        return f"{config['measure']}-{config['cluster']['name']}-{digest}"
     return f"{config['system']['name']}-{config['model']['name']}-{digest}"
 
 

@@ -2,8 +2,6 @@
 
 import json
 import socket
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +10,18 @@ import yaml
 from pydantic import Field, model_validator
 from rich.table import Table
 
-from hiermoe.measure.calibrate import CalibrationJob, run_calibration
+from hiermoe.measure.measurement import Measurement
+from hiermoe.measure.registry import MEASUREMENTS
 from hiermoe.planner.fit import CALIBRATED, SMALLEST_FITTED_BYTES, fit_exchanges, timings
-from hiermoe.ranks.worlds import World, world_of
+from hiermoe.ranks.places import PLACES, RanksConfig
+from hiermoe.ranks.world import Progress, World, no_progress
 from hiermoe.records.project import CLUSTERS
-from hiermoe.records.run_id import run_id
 from hiermoe.records.store import RunStore, write_whole
 from hiermoe.records.strict import Strict
 from hiermoe.runs.compose import compose
-from hiermoe.runs.execute import Outcome, keep_record
-from hiermoe.runs.run_config import BackendConfig, WandbConfig
+from hiermoe.runs.execute import execute
+from hiermoe.runs.measurable import keys_of, name_run
+from hiermoe.runs.run_config import WandbConfig
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.peers import WORLD, AlphaBeta, Peers
 
@@ -34,12 +34,12 @@ class CalibrationConfig(Strict):
 
     Attributes:
         cluster: what to measure, cut down to the ranks.
-        backend: where.
+        ranks: where.
         name: of the cluster's file.
     """
 
     cluster: Cluster
-    backend: BackendConfig
+    ranks: RanksConfig
     smallest_pair_bytes: int = Field(ge=1)
     largest_pair_bytes: int = Field(ge=1)
     largest_bytes: int = Field(gt=SMALLEST_FITTED_BYTES)
@@ -53,14 +53,14 @@ class CalibrationConfig(Strict):
         """As many GPUs as ``world_size`` asks for, and a name."""
         values = dict(values)
         world_size = values.pop("world_size")
-        backend = BackendConfig.model_validate(values["backend"])
+        if values.get("ranks") is None:
+            raise ValueError(f"a calibration needs ranks; choose ranks= from {', '.join(PLACES)}")
+        ranks = RanksConfig.model_validate(values["ranks"])
         cluster = Cluster.model_validate(values["cluster"])
-        if not backend.starts_ranks:
-            raise ValueError(f"backend={backend.name} starts no ranks, so there is nothing to measure")
         if world_size is not None:
             cluster = cluster.reduced(int(world_size))
         if values["name"] is None:
-            suffix = "" if backend.name == "emulated" else f"_{backend.name}"
+            suffix = "" if ranks.name == "emulated" else f"_{ranks.name}"
             values["name"] = f"{cluster.name}_calibrated{suffix}".replace("@", "_")
         return {**values, "cluster": cluster}
 
@@ -70,38 +70,29 @@ class CalibrationConfig(Strict):
         return WandbConfig(mode="disabled", project="hiermoe")
 
     @property
+    def measurement(self) -> Measurement:
+        """What is measured."""
+        return MEASUREMENTS["calibrate"]
+
+    @property
+    def ep_groups(self) -> int:
+        """All ranks exchange with each other."""
+        return 1
+
+    @property
     def content(self) -> dict[str, Any]:
         """Everything that may change a number, as JSON-ready values."""
-        named = {"system": {"name": "calibration"}, "model": {"name": self.cluster.name}}
-        return self.model_dump(mode="json", exclude={"name"}) | named
+        return {"measure": "calibrate", **self.model_dump(mode="json", exclude={"name"})}
 
     @property
     def run_id(self) -> str:
         """The name of the run, by its content."""
-        return run_id(
-            self.content,
-            ("hiermoe.measure.calibrate", "hiermoe.ranks.worlds", "hiermoe.ranks.crew"),
-            on_this_host=self.backend.on_this_host,
-        )
+        return name_run(self)
 
     @property
-    def job(self) -> CalibrationJob:
-        """What ranks do."""
-        assert self.backend.timeout_s is not None
-        return CalibrationJob(
-            cluster=self.cluster,
-            smallest_pair_bytes=self.smallest_pair_bytes,
-            largest_pair_bytes=self.largest_pair_bytes,
-            largest_bytes=self.largest_bytes,
-            warm_ups=self.warm_ups,
-            repeats=self.repeats,
-            timeout=timedelta(seconds=self.backend.timeout_s),
-        )
-
-    @property
-    def num_measurements(self) -> int:
-        """Of which progress is told."""
-        return sum(1 for _ in self.job.measurements())
+    def keys(self) -> dict[str, Any]:
+        """Columns that all rows of the record share."""
+        return keys_of(self)
 
     @property
     def path(self) -> Path:
@@ -109,59 +100,20 @@ class CalibrationConfig(Strict):
         return CLUSTERS / f"{self.name}.yaml"
 
 
-def execute_calibration(
-    config: CalibrationConfig,
-    store: RunStore,
-    progress: Callable[[int], None] = lambda measurement: None,
-    world: World | None = None,
-) -> Outcome:
-    """Measure unless the record is there, and store the record.
-
-    Args:
-        config: what to measure.
-        store: where records are.
-        progress: called with the number of every finished measurement.
-        world: the ranks; None for new ones on this machine.
-
-    Returns:
-        The outcome.
-    """
-    keys = {
-        "source": world.source if world else config.backend.source,
-        "system": "none",
-        "model": "none",
-        "cluster": config.cluster.name,
-        "routing": "none",
-        "seed": 0,
-        "num_experts": 0,
-        "topk": 0,
-        "num_ranks": config.cluster.hierarchy.num_ranks,
-        "tokens_per_rank": 0,
-    }
-
-    def measure() -> pd.DataFrame:
-        if world is not None:
-            return run_calibration(config.job, world, progress)
-        with world_of(config.backend.name, config.cluster) as ranks:
-            return run_calibration(config.job, ranks, progress)
-
-    return keep_record(config.run_id, config.content, keys, measure, store)
-
-
-def calibration_config(cluster: str, backend: str, **more: str) -> CalibrationConfig:
+def calibration_config(cluster: str, ranks: str, **more: str) -> CalibrationConfig:
     """conf/calibrate.yaml with these choices, outside of Hydra's own command line.
 
     Raises:
         ValueError: an unknown name, or a value that breaks a rule.
     """
-    overrides = [f"{key}={value}" for key, value in {"cluster": cluster, "backend": backend, **more}.items()]
+    overrides = [f"{key}={value}" for key, value in {"cluster": cluster, "ranks": ranks, **more}.items()]
     return compose("calibrate", overrides, CalibrationConfig)
 
 
 def calibrate(
     config: CalibrationConfig,
     store: RunStore,
-    progress: Callable[[int], None] = lambda measurement: None,
+    progress: Progress = no_progress,
     world: World | None = None,
 ) -> Cluster:
     """Measure unless that is done, and write the cluster's file.
@@ -169,7 +121,7 @@ def calibrate(
     Raises:
         ValueError: the calibration failed.
     """
-    outcome = execute_calibration(config, store, progress, world)
+    outcome = execute(config, store, progress, world)
     if outcome.status != "ok":
         raise ValueError(f"calibration of {config.cluster.name}: {outcome.reason}")
     return write_cluster(config, store)
@@ -188,12 +140,12 @@ def write_cluster(config: CalibrationConfig, store: RunStore) -> Cluster:
     provenance = json.loads((store.path(config.run_id) / "provenance.json").read_bytes())
     date = provenance["time"][:10]
     # Not the host where it belongs to an allocation: the next one may begin with another, and the name would count.
-    where = socket.gethostname() if config.backend.on_this_host else config.cluster.name
+    where = socket.gethostname() if config.ranks.on_this_host else config.cluster.name
     fits = fit_exchanges(store.read(config.run_id), config.cluster)
 
     def constants(exchange: Peers) -> AlphaBeta:
         fit = fits[exchange]
-        source = f"{CALIBRATED} {where} on {date}, backend={config.backend.name}, r^2 = {fit.r2:.4f}"
+        source = f"{CALIBRATED} {where} on {date}, ranks={config.ranks.name}, r^2 = {fit.r2:.4f}"
         return AlphaBeta(alpha_ms=fit.alpha_ms, beta_ms_per_byte=fit.beta_ms_per_byte, source=source, published=False)
 
     levels = [
@@ -207,7 +159,7 @@ def write_cluster(config: CalibrationConfig, store: RunStore) -> Cluster:
         "levels": (*levels, config.cluster.levels[-1]),
     }
     cluster = config.cluster.model_copy(update=update)
-    if not config.backend.on_this_host:
+    if not config.ranks.on_this_host:
         cluster = with_measured_links(cluster)
     body = yaml.safe_dump(cluster.model_dump(mode="json", exclude_none=True), sort_keys=False, width=1000)
     write_whole(config.path, f"# Written by `hiermoe calibrate`. Timings: record {config.run_id}.\n{body}".encode())

@@ -120,7 +120,11 @@ def _base(config_name: str) -> dict[str, Any]:
     base = _composed(config_name)
     if "${" in OmegaConf.to_yaml(base):
         raise ValueError(f"conf/{config_name}.yaml: only Hydra composes interpolations")
-    return plain(base)
+    defaults: Any = OmegaConf.to_container(_load(CONF / f"{config_name}.yaml"))["defaults"]  # type: ignore[index]
+    without = {
+        group: name for entry in defaults if isinstance(entry, dict) for group, name in entry.items() if name is None
+    }
+    return {**without, **plain(base)}
 
 
 def sweep_names() -> list[str]:
@@ -210,12 +214,12 @@ class _Choice:
     Attributes:
         content: without its defaults.
         everywhere: whether it starts at the configuration's root and not at the group's key.
-        choices: files of other groups that its defaults name.
+        choices: files of other groups that its defaults name; None where a group is to have none.
     """
 
     content: dict[str, Any]
     everywhere: bool
-    choices: dict[str, str]
+    choices: dict[str, str | None]
 
 
 def _read_choice(group: str, name: str) -> _Choice:
@@ -229,7 +233,7 @@ def _read_choice(group: str, name: str) -> _Choice:
     choices = {}
     for entry in content.pop("defaults", []):
         ((key, value),) = entry.items() if isinstance(entry, dict) else [(entry, None)]
-        if not everywhere or not key.startswith("override /") or not isinstance(value, str):
+        if not everywhere or not key.startswith("override /") or not isinstance(value, str | None):
             raise ValueError(f"{to_root(path)}: only Hydra composes defaults other than 'override /<group>: <name>'")
         choices[key.removeprefix("override /")] = value
     if "${" in str(content) or "@package" in text.removeprefix(_EVERYWHERE):
@@ -249,18 +253,22 @@ def _laid_on(
         read: what reads a file of a group.
     """
     chosen = {key: text for key, text in changes.items() if (CONF / key.removeprefix("+")).is_dir()}
-    added = [read(key[1:], name) for key, name in chosen.items() if key.startswith("+")]
-    groups: dict[str, str] = {}
-    for choice in added:
-        if not choice.everywhere:
-            raise ValueError(f"only Hydra adds a group whose files do not begin with '{_EVERYWHERE}'")
-        groups |= choice.choices
+    files = {key: read(key.removeprefix("+"), name) for key, name in chosen.items()}
+    roots = [file for file in files.values() if file.everywhere]
+    if any(key.startswith("+") and not file.everywhere for key, file in files.items()):
+        raise ValueError(f"only Hydra adds a group whose files do not begin with '{_EVERYWHERE}'")
+    groups: dict[str, str | None] = {}
+    for file in roots:
+        groups |= file.choices
     groups |= {key: name for key, name in chosen.items() if not key.startswith("+")}  # named, so stronger than implied
     if unknown := groups.keys() - base.keys():
         raise ValueError(f"{', '.join(sorted(unknown))}: this configuration has no such group")
-    config = copy.deepcopy({**base, **{group: read(group, name).content for group, name in groups.items()}})
-    for choice in added:
-        _merge(config, choice.content)
+    config = copy.deepcopy({key: value for key, value in base.items() if key not in groups})
+    for group, name in groups.items():
+        if name is not None and not (file := read(group, name)).everywhere:
+            config[group] = copy.deepcopy(file.content)
+    for file in roots:
+        _merge(config, file.content)
     for key, text in changes.items():
         if key not in chosen:
             _set(config, key, OmegaConf.create(f"value: {text}").value)

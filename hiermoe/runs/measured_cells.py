@@ -8,10 +8,11 @@ from typing import Literal
 
 import yaml
 
+from hiermoe.ranks.places import RanksConfig
 from hiermoe.records.project import SWEEPS
 from hiermoe.records.store import RunStore
 from hiermoe.runs.compose import Cell, expand_file, swept
-from hiermoe.runs.run_config import BackendConfig, RunConfig
+from hiermoe.runs.run_config import RunConfig
 
 Amount = Literal["quick", "default", "full"]
 AMOUNTS: tuple[Amount, ...] = ("quick", "default", "full")
@@ -40,14 +41,12 @@ class MeasuredCell:
     predicted: Cell
 
 
-def measured_cells(
-    amount: Amount, backend: BackendConfig | None = None, cluster: str | None = None
-) -> list[MeasuredCell]:
+def measured_cells(amount: Amount, ranks: RanksConfig | None = None, cluster: str | None = None) -> list[MeasuredCell]:
     """All measured runs of an amount.
 
     Args:
         amount: quick, default, or full, which has all of default.
-        backend: in the place of the one that the files name. On CUDA, tokens and rows have their full size.
+        ranks: in the place of those that the files name. On CUDA, tokens and rows have their full size.
         cluster: calibrated one, likewise.
 
     Raises:
@@ -57,11 +56,11 @@ def measured_cells(
     for folder in _FOLDERS[amount]:
         for path in sorted((SWEEPS / "measured" / folder).glob("*.yaml")):
             other = {} if cluster is None else {"cluster": cluster}
-            if backend is not None and backend.device == "cuda":
+            if ranks is not None and ranks.device == "cuda":
                 other |= _FULL_SIZE
             for cell in expand_file(path, "config", RunConfig, other):
-                config = cell.config if backend is None else cell.config.model_copy(update={"backend": backend})
-                twin = config.model_copy(update={"backend": BackendConfig(name="simulated")})
+                config = cell.config if ranks is None else cell.config.model_copy(update={"ranks": ranks})
+                twin = config.model_copy(update={"measure": "predict", "ranks": None})
                 named = _named_cluster(path)
                 cells.append(MeasuredCell(path.stem, named, Cell(cell.overrides, config), Cell(cell.overrides, twin)))
     return cells
@@ -91,9 +90,9 @@ def together(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:
 def measured_so_far(store: RunStore) -> list[MeasuredCell]:
     """Measured runs of all amounts that have a record, whatever came of them, once for each sweep that has them."""
     found: dict[tuple[str, str], MeasuredCell] = {}
-    for amount, (backend, cluster) in product(AMOUNTS, [(None, None), *allocations_so_far(store)]):
+    for amount, (ranks, cluster) in product(AMOUNTS, [(None, None), *allocations_so_far(store)]):
         try:
-            cells = measured_cells(amount, backend, cluster)
+            cells = measured_cells(amount, ranks, cluster)
         except ValueError:  # a cluster that nobody has calibrated here, so nothing was measured on it
             continue
         for cell in cells:
@@ -102,13 +101,13 @@ def measured_so_far(store: RunStore) -> list[MeasuredCell]:
     return list(found.values())
 
 
-def allocations_so_far(store: RunStore) -> list[tuple[BackendConfig, str]]:
-    """Backend and calibrated cluster of every kind of allocation that was measured on."""
+def allocations_so_far(store: RunStore) -> list[tuple[RanksConfig, str]]:
+    """Ranks and calibrated cluster of every kind of allocation that was measured on."""
     found = []
-    for path in sorted(store.folder.glob("calibration-*/config.yaml")):
+    for path in sorted(store.folder.glob("calibrate-*/config.yaml")):
         content = yaml.safe_load(path.read_bytes())
-        backend = BackendConfig.model_validate(content["backend"])
-        kind = (backend, content["cluster"]["name"])
-        if not backend.on_this_host and kind not in found:
+        ranks = RanksConfig.model_validate(content["ranks"])
+        kind = (ranks, content["cluster"]["name"])
+        if not ranks.on_this_host and kind not in found:
             found.append(kind)
     return found

@@ -1,21 +1,18 @@
-"""The configuration of a run: its schema, and what is built from it."""
+"""The configuration of a run: its schema."""
 
-import json
-from functools import lru_cache
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from hiermoe.measure.replay import first_replayed
-from hiermoe.measure.workload import CachedRouting, Workload
-from hiermoe.model import ModelConfig
-from hiermoe.policies.system import SystemConfig, build
-from hiermoe.records.run_id import run_id
-from hiermoe.records.status import NotApplicable
+from hiermoe.measure.measurement import Measurement
+from hiermoe.measure.registry import MEASUREMENTS
+from hiermoe.model import LayerSizes, ModelConfig
+from hiermoe.policies.system import SystemConfig
+from hiermoe.ranks.places import PLACES, RanksConfig
 from hiermoe.records.strict import Strict
-from hiermoe.routing.resampled import Resampled
-from hiermoe.routing.step import RoutingRequest, experts_per_rank
-from hiermoe.routing.trace import RecordedRouting, recorded_path
+from hiermoe.routing.step import RoutingRequest
+from hiermoe.routing.trace import recorded_path
+from hiermoe.runs.measurable import keys_of, name_run
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.scaling import scaled
 
@@ -25,50 +22,6 @@ class RoutingConfig(Strict):
 
     name: str
     source: dict[str, Any]
-
-
-class BackendConfig(Strict):
-    """Where the run happens: one file in conf/backend/."""
-
-    name: Literal["simulated", "bounds", "synthetic_timings", "planning", "local", "emulated", "torchrun"]
-    timeout_s: float | None = Field(default=None, gt=0)  # of a collective, where there are ranks
-    device: Literal["cpu", "cuda"] = "cpu"  # of the tensors that ranks exchange: over gloo, or over NCCL
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_no_submission(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("name") == "slurm":
-            raise ValueError(
-                "backend=slurm submits a whole reproduction: hiermoe reproduce --backend slurm --nodes ..."
-            )
-        return values
-
-    @property
-    def starts_ranks(self) -> bool:
-        """Whether real processes exchange real bytes."""
-        return self.name in ("local", "emulated", "torchrun")
-
-    @property
-    def on_this_host(self) -> bool:
-        """Whether numbers are those of this machine, and not those of a cluster that this process has a part of."""
-        return self.name != "torchrun"
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Where the code begins that makes the numbers."""
-        if self.starts_ranks:
-            return ("hiermoe.measure.replay", "hiermoe.ranks.worlds", "hiermoe.ranks.crew")
-        module = {"simulated": "predict", "bounds": "bound", "planning": "plan_cost", "synthetic_timings": "self_test"}
-        return (f"hiermoe.measure.{module[self.name]}",)
-
-    @property
-    def source(self) -> str:
-        """What a record says of its numbers."""
-        if self.name == "planning":
-            return "local"
-        if not self.starts_ranks:
-            return "simulated"
-        return self.name if self.on_this_host else "cluster"
 
 
 WandbMode = Literal["offline", "online", "disabled"]
@@ -82,13 +35,20 @@ class WandbConfig(Strict):
 
 
 class RunConfig(Strict):
-    """One run."""
+    """One run: the schema of conf/config.yaml.
 
-    system: SystemConfig
-    model: ModelConfig
+    Attributes:
+        measure: what is measured, one file in conf/measure/.
+        ranks: where; None where no ranks are needed.
+        system: None, as model and routing are, where the measurement needs none (then nothing asks for them).
+    """
+
+    measure: str
+    ranks: RanksConfig | None = None
+    system: SystemConfig = None  # type: ignore[assignment]
+    model: ModelConfig = None  # type: ignore[assignment]
+    routing: RoutingConfig = None  # type: ignore[assignment]
     cluster: Cluster
-    routing: RoutingConfig
-    backend: BackendConfig
     world_size: int | None = Field(default=None, ge=1)
     max_ep_size: int | None = Field(default=None, ge=1)
     iterations: int = Field(ge=2)
@@ -102,7 +62,7 @@ class RunConfig(Strict):
     def _cut_cluster(cls, values: Any) -> Any:
         """The cluster of as many GPUs as exchange with each other.
 
-        Where ranks are started, ``world_size`` may ask for fewer than the cluster has GPUs. Simulated, it asks for a
+        Where there are ranks, ``world_size`` may ask for fewer than the cluster has GPUs. Elsewhere it asks for a
         cluster of that size, of which an expert-parallel group takes ``max_ep_size`` GPUs, or fewer where there are
         fewer GPUs or experts.
         """
@@ -110,7 +70,7 @@ class RunConfig(Strict):
         if world_size is None and largest is None:
             return values
         cluster = Cluster.model_validate(values["cluster"])
-        if BackendConfig.model_validate(values["backend"]).starts_ranks:
+        if values.get("ranks") is not None:
             if world_size is None or largest is not None:
                 raise ValueError(f"max_ep_size={largest} is for simulation: ranks that are started are one group")
             return {**values, "cluster": cluster.reduced(world_size)}
@@ -123,20 +83,51 @@ class RunConfig(Strict):
         return {**values, "world_size": world_size, "cluster": scaled(cluster, ep_size)}
 
     @model_validator(mode="after")
+    def _check_needs(self) -> Self:
+        """Everything that the measurement needs, and nothing else."""
+        measurements = {name: one for name, one in MEASUREMENTS.items() if one.command == "run"}
+        if self.measure not in measurements:
+            raise ValueError(f"measure={self.measure} is unknown; choose from {', '.join(measurements)}")
+        needs = self.measurement
+        if needs.needs_ranks and self.ranks is None:
+            raise ValueError(f"measure={self.measure} needs ranks; choose ranks= from {', '.join(PLACES)}")
+        if self.ranks is not None and not needs.needs_ranks:
+            with_ranks = ", ".join(name for name, one in measurements.items() if one.needs_ranks)
+            raise ValueError(
+                f"measure={self.measure} takes no ranks: leave ranks={self.ranks.name} out, or say measure={with_ranks}"
+            )
+        for name in ("system", "model", "routing"):
+            if needs.needs_system and getattr(self, name) is None:
+                raise ValueError(f"measure={self.measure} needs a {name}; choose {name}=")
+            if not needs.needs_system and getattr(self, name) is not None:
+                raise ValueError(f"measure={self.measure} takes no {name}: leave {name}= out")
+        return self
+
+    @model_validator(mode="after")
     def _check_narrowed(self) -> Self:
-        if self.model.hidden_size % self.narrowed:
+        if self.model is not None and self.model.hidden_size % self.narrowed:
             raise ValueError(f"narrowed={self.narrowed} does not divide hidden_size={self.model.hidden_size}")
         return self
 
     @property
-    def replicas(self) -> int:
-        """Expert-parallel groups of the simulated world, each with a replica of all experts."""
+    def measurement(self) -> Measurement:
+        """What is measured."""
+        return MEASUREMENTS[self.measure]
+
+    @property
+    def ep_groups(self) -> int:
+        """Expert-parallel groups of the simulated world, each with all experts; ranks that are started are one."""
         return 1 if self.world_size is None else self.world_size // self.cluster.hierarchy.num_ranks
 
     @property
-    def row_bytes(self) -> int:
-        """M * v, after what the run narrows it to."""
-        return self.model.token_bytes // self.narrowed
+    def sizes(self) -> LayerSizes:
+        """Of the model's layer, after what the run narrows it to."""
+        return self.model.sizes(self.narrowed)
+
+    @property
+    def routing_source(self) -> dict[str, Any]:
+        """What makes the routing."""
+        return self.routing.source
 
     @property
     def request(self) -> RoutingRequest:
@@ -153,14 +144,9 @@ class RunConfig(Strict):
         )
 
     @property
-    def num_steps(self) -> int:
-        """Iterations that the backend goes through one by one; 0 where the run cannot even start."""
-        if not self.backend.starts_ranks:
-            return self.iterations
-        try:
-            return self.iterations - first_replayed(self.iterations, self.workload().routing.num_distinct)
-        except ValueError:
-            return 0
+    def routing_key(self) -> str:
+        """The same for runs that have the same routing, which is made once for all of them."""
+        return "" if self.routing is None else f"{self.routing.source} {self.request}"
 
     @property
     def content(self) -> dict[str, Any]:
@@ -170,48 +156,20 @@ class RunConfig(Strict):
     @property
     def run_id(self) -> str:
         """The name of the run, by its content."""
-        path = self.routing.source.get("path")
-        inputs = () if path is None else (recorded_path(path, self.request),)
-        backend = self.backend
-        here = backend.source != "simulated" and backend.on_this_host
-        return run_id(self.content, backend.modules, inputs, on_this_host=here)
+        path = None if self.routing is None else self.routing.source.get("path")
+        return name_run(self, () if path is None else (recorded_path(path, self.request),))
 
-    def workload(self) -> Workload:
-        """Everything that a backend needs.
-
-        Raises:
-            NotApplicable: the combination has no meaning or no data.
-            ValueError: sizes that do not fit.
-        """
-        experts_per_rank(self.model.num_experts, self.cluster.hierarchy.num_ranks)
-        schemes = self.system.build_schemes(self.cluster.hierarchy)
-        routing, layer = _open_routing(json.dumps(self.routing.source), self.request, self.replicas)
-        self.system.build_policy()  # bad arguments end the run here, not in its middle
-        return Workload(
-            system=self.system,
-            schemes=schemes,
-            new_policy=self.system.build_policy,
-            cluster=self.cluster,
-            routing=routing,
-            layer=layer,
-            num_experts=self.model.num_experts,
-            topk=self.model.topk,
-            row_bytes=self.row_bytes,
-            element_bytes=self.model.element_bytes,
-            expert_parameters=self.model.expert_parameters // self.narrowed,
-            iterations=self.iterations,
+    @property
+    def keys(self) -> dict[str, Any]:
+        """Columns that all rows of the record share."""
+        if self.system is None:
+            return keys_of(self, seed=self.seed)
+        return keys_of(
+            self,
+            self.system,
+            self.model,
+            routing=self.routing.name,
+            seed=self.seed,
+            tokens_per_rank=self.tokens_per_rank,
+            row_bytes=self.sizes.row_bytes,
         )
-
-
-@lru_cache(maxsize=2)  # runs come grouped by routing; two keep a model's E and K neighbours without filling memory
-def _open_routing(source: str, request: RoutingRequest, replicas: int) -> tuple[CachedRouting, int]:
-    """The routing source and the model layer that it stands for (0 for synthetic routing)."""
-    opened = build(json.loads(source), request=request)
-    layer = opened.trace.metadata.layers[opened.layer] if isinstance(opened, RecordedRouting | Resampled) else 0
-    routing = CachedRouting(opened, replicas)
-    if routing.num_distinct is not None and routing.num_distinct < 2:
-        raise NotApplicable(
-            f"the trace lasts for {routing.num_distinct} iterations of {replicas} groups of {request.num_ranks} ranks "
-            f"with {request.tokens_per_rank} tokens each; a run takes at least 2 (routing=resampled has no end)"
-        )
-    return routing, layer

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import pandas as pd
 import torch
@@ -10,11 +11,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from hiermoe.ranks.crew import Crew
+from hiermoe.ranks.world import World
 from hiermoe.records.store import RunStore
-from hiermoe.runs.execute import Outcome, execute
+from hiermoe.runs.execute import execute, num_steps
+from hiermoe.runs.measurable import Measurable
 from hiermoe.runs.run_config import RunConfig
 from hiermoe.runs.summary import summary
 from hiermoe.runs.tracking import Mirrored, mirror_run
+
+
+class Presented(Measurable, Mirrored, Protocol):
+    """A run that W&B mirrors."""
 
 
 def run_and_print(config: RunConfig) -> None:
@@ -23,35 +31,45 @@ def run_and_print(config: RunConfig) -> None:
     Raises:
         ValueError: the run does not apply or failed; its record has the reason too.
     """
-    title = f"{config.system.label} · {config.model.name} · {config.cluster.name} · {config.routing.name}"
-    present(config, title, config.num_steps, partial(execute, config), summary)
+    parts = [config.measure if config.system is None else config.system.label]
+    parts += [part.name for part in (config.model, config.cluster, config.routing) if part is not None]
+    present(config, " · ".join(parts), summary)
 
 
-def present(
-    config: Mirrored,
-    title: str,
-    iterations: int,
-    run: Callable[[RunStore, Callable[[int], None]], Outcome],
-    summarise: Callable[[pd.DataFrame, str], Table],
-) -> None:
+def present(config: Presented, title: str, summarise: Callable[[pd.DataFrame, str], Table]) -> None:
     """Run something that leaves a record, with progress, and print and mirror what came out.
+
+    Every process of an allocation calls it, where the ranks are one's; rank 0 alone prints.
 
     Args:
         config: what runs.
         title: of progress and summary.
-        iterations: how many there will be.
-        run: takes the store and what to call with every finished iteration.
         summarise: makes a table of the record, under the title.
 
     Raises:
         ValueError: the run does not apply or failed; its record has the reason too.
     """
+    num_ranks = config.cluster.hierarchy.num_ranks * config.ep_groups
+
+    def check(crew: Crew) -> None:
+        if crew.world_size != num_ranks:
+            raise ValueError(f"the run has {num_ranks} ranks, but the allocation {crew.world_size} processes")
+
+    if config.ranks is None:
+        _present(config, title, summarise, None)
+    else:
+        config.ranks.lead(partial(_present, config, title, summarise), check)
+
+
+def _present(
+    config: Presented, title: str, summarise: Callable[[pd.DataFrame, str], Table], world: World | None
+) -> None:
     torch.set_num_threads(1)
     store, console = RunStore(), Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title, total=iterations)
-        outcome = run(store, lambda _: progress.advance(task))
+        task = progress.add_task(title, total=num_steps(config))
+        outcome = execute(config, store, lambda _: progress.advance(task), world)
     if outcome.status == "not_applicable" and composed_by_sweep():
         console.print(f"[yellow]not applicable[/yellow] {title}: {outcome.reason}")
         return

@@ -22,10 +22,10 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import DelayedSubmission
 
 from hiermoe.records.checked import checked
+from hiermoe.records.keep import Outcome
 from hiermoe.records.project import CONF, PROJECT_ROOT, to_root
 from hiermoe.records.store import write_whole
 from hiermoe.records.strict import Strict
-from hiermoe.runs.execute import Outcome
 
 JOBS = PROJECT_ROOT / "results" / "jobs"
 
@@ -40,9 +40,8 @@ _MANY_TIMES = 1000  # a job that its time limit ends goes back into the queue so
 
 
 class SlurmConfig(Strict):
-    """What to ask Slurm for; the schema of conf/backend/slurm.yaml."""
+    """What to ask Slurm for; the schema of conf/slurm.yaml."""
 
-    name: Literal["slurm"]
     nodes: int = Field(ge=1)
     gpus_per_node: int = Field(ge=1)
     partition: str | None
@@ -57,17 +56,17 @@ class SlurmConfig(Strict):
     def _is_complete(cls, values: dict[str, Any]) -> dict[str, Any]:
         for name in ("nodes", "gpus_per_node"):
             if values[name] is None:
-                raise ValueError(f"BACKEND=slurm needs {name.upper()}=: how many to ask for")
+                raise ValueError(f"ON=slurm needs {name.upper()}=: how many to ask for")
         return values
 
     @classmethod
     def given(cls, **options: Any) -> Self:
-        """The defaults of conf/backend/slurm.yaml, and the options that are not None.
+        """The defaults of conf/slurm.yaml, and the options that are not None.
 
         Raises:
             ValueError: one line that names the first option that breaks a rule.
         """
-        values = yaml.safe_load((CONF / "backend" / "slurm.yaml").read_text(encoding="utf-8"))
+        values = yaml.safe_load((CONF / "slurm.yaml").read_text(encoding="utf-8"))
         values |= {name: value for name, value in options.items() if value is not None}
         return checked(values, cls)
 
@@ -112,8 +111,8 @@ def run_job(
     for command in ("sbatch", "squeue"):
         if shutil.which(command) is None:
             raise ValueError(
-                f"BACKEND=slurm: {command} is not found here; run this on a login node of a Slurm cluster, or "
-                "BACKEND=torchrun inside an allocation"
+                f"ON=slurm: {command} is not found here; run this on a login node of a Slurm cluster, or "
+                "ON=allocation inside an allocation"
             )
     named = json.dumps({"options": options, "slurm": config.model_dump()}, sort_keys=True, default=str)
     job_id = _under_way(named)

@@ -1,18 +1,18 @@
 """Runs of sweeps, on all cores, and resumed."""
 
 import ctypes
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 
 import torch
 
+from hiermoe.ranks.launch import end_with_parent
+from hiermoe.records.keep import Outcome
 from hiermoe.records.store import RunStore
-from hiermoe.runs.execute import Outcome, execute
+from hiermoe.runs.execute import execute
 from hiermoe.runs.run_config import RunConfig
 
 _M_MMAP_THRESHOLD = -3  # as in malloc.h
@@ -51,7 +51,7 @@ def run_all(
             outcomes.append(execute(config, store))
             finished(outcomes[-1])
         else:
-            groups.setdefault(f"{config.routing.source} {config.request}", []).append(config)
+            groups.setdefault(config.routing_key, []).append(config)
     if not groups:
         return outcomes
     context = get_context("forkserver")
@@ -87,14 +87,7 @@ def _start_worker() -> None:
     torch.set_num_threads(1)
     _give_large_blocks_back()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    parent = parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    end_with_parent()
 
 
 def _give_large_blocks_back() -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
+import numpy as np
 from pydantic import Field
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from hiermoe.records.strict import Strict
 from hiermoe.topology.hierarchy import Hierarchy
 
 Ranks = TypeVar("Ranks", int, Tensor)
+Amount = TypeVar("Amount", float, Tensor, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -81,3 +83,7 @@ class AlphaBeta(Strict):
     beta_ms_per_byte: float = Field(ge=0)
     source: str
     published: bool = True  # False: derived by a reading, marked wherever it is used
+
+    def ms(self, amount: Amount, bytes_each: float = 1.0) -> Amount:
+        """Time of ``amount`` bytes, or things of ``bytes_each`` bytes: a number, a tensor or an array of them."""
+        return self.alpha_ms + amount * (self.beta_ms_per_byte * bytes_each)

@@ -26,8 +26,8 @@ def whole_run(case: Case, assessment: Assessment, name: str):
     candidate = assessment.named(name).candidate
     system = candidate.system
     workload = Workload(
-        system, candidate.schemes, system.build_policy, case.cluster, case.routing, case.layer, case.num_experts,
-        case.topk, case.row_bytes, case.element_bytes, case.expert_parameters, case.iterations,
+        system, candidate.schemes, system.build_policy, case.cluster, case.routing, case.layer, case.sizes,
+        case.iterations,
     )  # fmt: skip
     run = simulate(workload)
     return run[run["phase"] == "step"]
@@ -49,19 +49,19 @@ def test_policy_decides_as_in_the_simulated_run_and_then_stays(name: str, case: 
     own, steps = assessment.named(name), whole_run(case, assessment, name)
     before = steps[~steps["counted"]]
     assert assessment.num_seen == len(before) and assessment.num_held_out == ITERATIONS // 2
-    old = placement = Placement.identity(case.num_experts)
+    old = placement = Placement.identity(case.sizes.num_experts)
     moved_ms = 0.0
     for moves in before["moves"].fillna(""):
         old, placement = placement, placement.after(moves)
         moved_ms += price_migration(
-            old, placement, case.cluster, STATE_BYTES_PER_PARAMETER * case.expert_parameters
+            old, placement, case.cluster, STATE_BYTES_PER_PARAMETER * case.sizes.expert_parameters
         ).link_ms
     assert not placement.is_identity
     schemes, last = own.candidate.schemes, own.updates.iloc[-1]
     expected = [
         ALLTOALLS_PER_STEP
         * choose_scheme(
-            schemes, case.routing.counts(i, placement, case.cluster.hierarchy), case.cluster, case.row_bytes
+            schemes, case.routing.counts(i, placement, case.cluster.hierarchy), case.cluster, case.sizes.row_bytes
         ).alltoall_ms
         for i in range(ITERATIONS // 2, ITERATIONS)
     ]

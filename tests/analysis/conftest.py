@@ -20,7 +20,7 @@ from hiermoe.routing.step import first_measured
 from hiermoe.runs.compose import Cell, sweep_names
 from hiermoe.runs.run_config import RunConfig
 
-GROUPS = ("system", "model", "cluster", "routing", "backend")
+GROUPS = ("system", "model", "cluster", "routing")
 ITERATIONS = 8
 SIZES = ("world_size", "max_ep_size", "tokens_per_rank")
 THINNED: dict[str, dict[str, tuple[Any, ...]]] = {  # of sweeps beyond the paper, as much as tests need
@@ -51,9 +51,13 @@ def cell(overrides: dict[str, Any]) -> Cell:
         values["cluster"] = f"a6000_{int(size) // 8}x8"
     elif varied:
         values["model.topk" if varied == "k" else "model.num_experts"] = int(size)
+    measured = json.loads(load_yaml(f"measure/{values.get('measure', names['measure'])}"))
+    without = {key.removeprefix("override /") for entry in measured.get("defaults", ()) for key in entry}
     content: dict[str, Any] = {
-        group: json.loads(load_yaml(f"{group}/{values.get(group, names[group])}")) for group in GROUPS
-    }
+        group: json.loads(load_yaml(f"{group}/{values.get(group, names[group])}"))
+        for group in GROUPS
+        if group not in without
+    } | {"measure": measured["measure"]}
     for key, value in values.items():
         if "." in key:
             *path, last = key.split(".")
@@ -88,10 +92,10 @@ def step_ms(system: str) -> float:
 
 
 def records_of(config: RunConfig) -> pd.DataFrame:
-    """Rows as the backends write them, with made-up numbers that differ between iterations."""
-    if config.backend.name == "synthetic_timings":
+    """Rows as measurements write them, with made-up numbers that differ between iterations."""
+    if config.measure == "self_test":
         return _timings(config)
-    if config.backend.name == "planning":
+    if config.measure == "plan_cost":
         return _planning()
     hierarchy = config.cluster.hierarchy
     noise = np.random.default_rng(1)
@@ -105,7 +109,7 @@ def records_of(config: RunConfig) -> pd.DataFrame:
             "iteration": iteration, "routing_iteration": iteration, "counted": iteration >= measured_from, "layer": 0,
         }  # fmt: skip
         time_ms = step_ms(config.system.name) * (1 + 0.01 * noise.standard_normal())
-        if config.backend.name == "bounds":
+        if config.measure == "bound":
             time_ms *= 0.5
         pairs = hierarchy.num_ranks * config.tokens_per_rank * config.model.topk
         stages = ("world",) if dimension == 1 else ("inter1", "intra1")
@@ -156,13 +160,7 @@ def _timings(config: RunConfig) -> pd.DataFrame:
 
 def write(store: RunStore, config: RunConfig, rows: pd.DataFrame, status: str = "ok", reason: str = "") -> None:
     """Store made-up records of a run, through the schema."""
-    keys = {
-        "run_id": config.run_id, "source": config.backend.source, "system": config.system.name,
-        "model": config.model.name, "cluster": config.cluster.name, "routing": config.routing.name, "seed": config.seed,
-        "num_experts": config.model.num_experts, "topk": config.model.topk,
-        "num_ranks": config.cluster.hierarchy.num_ranks, "tokens_per_rank": config.tokens_per_rank, "status": status,
-        "reason": reason,
-    }  # fmt: skip
+    keys = {"run_id": config.run_id, **config.keys, "status": status, "reason": reason}
     provenance = {
         "commit": "0" * 40, "uncommitted_changes": False, "versions": {"python": "3"}, "platform": "test",
         "seconds": 1.0,
@@ -183,6 +181,9 @@ def filled(cells: dict[str, list[Cell]], tmp_path_factory: pytest.TempPathFactor
     store = RunStore(tmp_path_factory.mktemp("filled"))
     unique = {one.config.run_id: one.config for sweep in cells.values() for one in sweep}
     for config in unique.values():
+        if config.system is None:
+            write(store, config, records_of(config))
+            continue
         recorded = config.routing.name == "recorded"
         if recorded and config.model.name == "deepseek_v3":
             write(store, config, not_run(), "not_applicable", "no trace was recorded")

@@ -37,7 +37,7 @@ class Config:
     system: Named
     model: Named = Named("qwen3_30b_a3b_narrow")
     cluster: Named = Named("emulated_4x2_calibrated")
-    backend: Named = Named("emulated")
+    ranks: Named = Named("emulated")
     world_size: int = 2
     sequences_per_rank: int = 1
     seq_length: int = 32
@@ -49,7 +49,7 @@ class Config:
         return f"{self.system.name}-run"
 
 
-GPUS = Named("torchrun", source="cluster", device="cuda")
+GPUS = Named("allocation", source="cluster", device="cuda")
 
 
 def rows(system: str) -> pd.DataFrame:
@@ -84,7 +84,7 @@ def table(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         store.write(config.run_id, {}, {}, rows(config.system.name))
 
     def trained(source: str, _store: RunStore) -> list[Config]:
-        return configs if source == "emulated" else [replace(one, backend=GPUS) for one in configs]
+        return configs if source == "emulated" else [replace(one, ranks=GPUS) for one in configs]
 
     monkeypatch.setattr("hiermoe.analysis.figures.measured.training_steps.trained_steps", trained)
     return FIGURES[request.param].table(Results({}, pd.DataFrame(), store), load_claims())

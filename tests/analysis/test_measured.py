@@ -9,12 +9,13 @@ import pytest
 from hiermoe.analysis.figures.measured.dispatchers import FIGURE, PREDICTIONS
 from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.report import write_report
+from hiermoe.ranks.places import RanksConfig
 from hiermoe.records.store import RunStore
 from hiermoe.runs.compose import Cell
 from hiermoe.runs.measured_cells import MeasuredCell
-from hiermoe.runs.run_config import BackendConfig
 from tests.analysis.conftest import ITERATIONS, cell, records_of, step_ms, write
 
+EMULATED: dict[str, Any] = {"measure": "replay", "ranks": RanksConfig(name="emulated", timeout_s=60)}
 SYSTEMS = ("megatron", "hd2_moe", "hiermoe")
 LINK_MS = {"1:world": 18.0, "1:inter1": 8.0, "2:intra1": 4.0}  # of one dispatch; alpha is 0
 
@@ -50,13 +51,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     store = RunStore(tmp_path_factory.mktemp("runs"))
     predicted, measured = [], []
     other = cell({"system": "megatron", "cluster": "emulated_4x8", "routing": "uniform"}).config.model_copy(
-        update={"backend": BackendConfig(name="emulated", timeout_s=60), "narrowed": 2}
+        update=EMULATED | {"narrowed": 2}
     )
     write(store, other, measured_rows(other, 9.0))
     measured.append(Cell((), other))  # a baseline on rows of another width, without a prediction
     for system in SYSTEMS:
         twin = cell({"system": system, "cluster": "emulated_4x8", "routing": "uniform"})
-        config = twin.config.model_copy(update={"backend": BackendConfig(name="emulated", timeout_s=60)})
+        config = twin.config.model_copy(update=EMULATED)
         rows = records_of(twin.config)
         link_ms = rows["stage"].map(LINK_MS).where(rows["phase"] == "dispatch").astype(float)
         write(store, twin.config, rows.assign(link_ms=link_ms))

@@ -7,18 +7,20 @@ from typing import Any
 import pytest
 
 from hiermoe.commands import on_cluster
-from hiermoe.commands.on_cluster import calibration_of, required_shape, shape_of, torchrun_backend, uncalibrated
+from hiermoe.commands.on_cluster import calibration_of, required_shape, shape_of, uncalibrated
 from hiermoe.ranks.crew import CrewEnded
-from hiermoe.records.status import NotApplicable
+from hiermoe.ranks.places import RanksConfig
+from hiermoe.records.keep import Outcome, kept
 from hiermoe.records.store import RunStore
 from hiermoe.runs.attempts import Attempts
 from hiermoe.runs.calibration import with_measured_links
-from hiermoe.runs.execute import Outcome, keep_record, keys_of
+from hiermoe.runs.execute import refuse
+from hiermoe.runs.measurable import source_of
 from hiermoe.runs.measured_cells import measured_cells
 from hiermoe.runs.run_config import RunConfig
 from hiermoe.topology.peers import WORLD, AlphaBeta
 
-CPU = torchrun_backend("cpu")
+CPU = RanksConfig.named("allocation", "cpu")
 
 
 def test_shape_counts_hosts_in_rank_order() -> None:
@@ -30,7 +32,7 @@ def test_shape_counts_hosts_in_rank_order() -> None:
 
 
 def test_gpus_are_the_default_and_nothing_replaces_them() -> None:
-    assert torchrun_backend(None).device == "cuda"
+    assert RanksConfig.named("allocation").device == "cuda"
 
 
 @pytest.mark.parametrize(
@@ -67,10 +69,10 @@ def test_links_carry_what_they_did_in_the_calibration() -> None:
 
 
 def test_measured_runs_on_gpus_have_their_full_size() -> None:
-    cells = measured_cells("quick", torchrun_backend("cuda"), "emulated_4x2")
+    cells = measured_cells("quick", RanksConfig.named("allocation", "cuda"), "emulated_4x2")
     assert {(cell.measured.config.narrowed, cell.measured.config.tokens_per_rank) for cell in cells} == {(1, 1024)}
-    assert {cell.measured.config.backend.source for cell in cells} == {"cluster"}
-    assert {cell.predicted.config.backend.source for cell in cells} == {"simulated"}
+    assert {source_of(cell.measured.config) for cell in cells} == {"cluster"}
+    assert {source_of(cell.predicted.config) for cell in cells} == {"simulated"}
 
 
 def test_a_run_of_another_size_says_which_allocation_it_needs(store: RunStore) -> None:
@@ -103,11 +105,7 @@ def _fake_execution(deadly: str, executed: list[str]) -> Execute:
         outcomes = []
         for config in configs:
             executed.append(config.system.name)
-
-            def refuse() -> Any:
-                raise NotApplicable("a fake")
-
-            outcomes.append(keep_record(config.run_id, config.content, keys_of(config, "cluster"), refuse, store))
+            outcomes.append(kept(config.run_id, store) or refuse(config, "not_applicable", "a fake", store))
         return outcomes
 
     return execute

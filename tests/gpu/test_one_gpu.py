@@ -4,12 +4,13 @@ NCCL takes one rank a GPU, so what several ranks exchange goes over gloo here, b
 """
 
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
-from hiermoe.ranks.worlds import NewRanks
+from hiermoe.ranks.places import NewRanks
 from hiermoe.records.store import RunStore
 from hiermoe.runs.execute import execute_together
 from tests.conftest import Command, Composer
@@ -29,9 +30,16 @@ levels: [{name: gpu, groups: 1, link_gb_per_s: 1}]
 
 @pytest.mark.parametrize("routing", ["recorded", "stress_hot_spread"])
 def test_every_element_is_right_on_a_gpu(composed: Composer, store: RunStore, routing: str) -> None:
-    sizes = ("backend=local", "world_size=8", "tokens_per_rank=512", "iterations=4", f"routing={routing}")
+    sizes = (
+        "measure=replay",
+        "ranks=local",
+        "world_size=8",
+        "tokens_per_rank=512",
+        "iterations=4",
+        f"routing={routing}",
+    )
     configs = [composed(*sizes, f"system={system}") for system in STATIC]
-    world = NewRanks(configs[0].cluster.hierarchy, device="cuda")
+    world = NewRanks(configs[0].cluster.hierarchy, timedelta(minutes=2), device="cuda")
     outcomes = execute_together(configs, store, world=world)
     assert [outcome.status for outcome in outcomes] == ["ok"] * len(STATIC), outcomes
     for outcome in outcomes:
@@ -55,7 +63,7 @@ def test_models_train_over_nccl_with_the_same_loss_under_every_system(
         for system in TRAINED:
             small = ("world_size=1", f"steps={STEPS}", "sequences_per_step=4", "seq_length=256", f"model={model}")
             small += ("cluster=one_gpu", "wandb.mode=disabled")
-            code, _, error = hiermoe("train", "backend=torchrun", f"system={system}", *small)
+            code, _, error = hiermoe("train", "ranks=allocation", f"system={system}", *small)
             assert code == 0, error
             (run,) = store.folder.glob(f"{system}-*")
             records = store.read(run.name)

@@ -4,12 +4,13 @@ import pytest
 
 from hiermoe.measure.bound import bound_times
 from hiermoe.measure.predict import simulate
+from hiermoe.measure.workload import open_workload
 from tests.conftest import Command, Composer
 
 
 @pytest.mark.parametrize("system", ["hd_moe", "hiermoe"])
 def test_every_counted_step_of_every_policy_takes_longer(composed: Composer, system: str) -> None:
-    workload = composed(f"system={system}", "tokens_per_rank=256").workload()
+    workload = open_workload(composed(f"system={system}", "tokens_per_rank=256"))
     bound, found = (rows[rows["counted"]] for rows in (bound_times(workload), simulate(workload)))
     keys = ["iteration", "routing_iteration", "phase", "stage"]
     both = bound.merge(found, on=keys, suffixes=("_least", ""))
@@ -21,7 +22,7 @@ def test_every_counted_step_of_every_policy_takes_longer(composed: Composer, sys
 
 def test_a_run_of_bounds_is_stored_and_shown(hiermoe: Command) -> None:
     code, output, errors = hiermoe(
-        "run", "backend=bounds", "system=hd_moe", "routing=uniform", "tokens_per_rank=32", "iterations=2",
+        "run", "measure=bound", "system=hd_moe", "routing=uniform", "tokens_per_rank=32", "iterations=2",
         "wandb.mode=disabled",
     )  # fmt: skip
     assert code == 0, errors

@@ -3,17 +3,19 @@
 import pytest
 
 from hiermoe.measure.plan_cost import planning_cost
+from hiermoe.measure.workload import open_workload
 from hiermoe.policies.swap import SwapStatistics, measure_swaps
 from hiermoe.records.store import RunStore
 from hiermoe.runs.execute import execute
+from hiermoe.runs.measurable import source_of
 from hiermoe.topology.placement import Placement
 from tests.conftest import Composer
 
-PLANNING = ("backend=planning", "cluster=h100_ib400", "world_size=16", "max_ep_size=16")
+PLANNING = ("measure=plan_cost", "cluster=h100_ib400", "world_size=16", "max_ep_size=16")
 
 
 def test_rank_counts_its_own_tokens_and_decides_from_those_of_all(composed: Composer) -> None:
-    workload = composed(*PLANNING, "iterations=3").workload()
+    workload = open_workload(composed(*PLANNING, "iterations=3"))
     step, hierarchy = workload.routing.step(0), workload.cluster.hierarchy
     policy = workload.new_policy()
     counted: list[int] = []
@@ -43,11 +45,11 @@ def test_times_are_of_this_machine_and_never_called_simulated(composed: Composer
     config = composed(*PLANNING)
     outcome = execute(config, store)
     assert outcome.status == "ok"
-    assert set(store.read(outcome.run_id)["source"]) == {"local"} == {config.backend.source}
+    assert set(store.read(outcome.run_id)["source"]) == {"local"} == {source_of(config)}
 
 
 def test_name_of_the_run_depends_on_the_host(composed: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
-    planning, simulated = composed(*PLANNING), composed(*PLANNING, "backend=simulated")
+    planning, simulated = composed(*PLANNING), composed(*PLANNING, "measure=predict")
     before = planning.run_id, simulated.run_id
     monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
     assert planning.run_id != before[0] and simulated.run_id == before[1]

@@ -1,9 +1,10 @@
-"""The simulated backend walks through routing as training would."""
+"""A prediction walks through routing as training would."""
 
 import pytest
 import torch
 
 from hiermoe.measure.predict import simulate
+from hiermoe.measure.workload import open_workload
 from hiermoe.planner.cost import choose_scheme, price
 from hiermoe.planner.counts import count_routing
 from hiermoe.policies.protocol import PlacementUpdate
@@ -28,7 +29,7 @@ def test_decision_of_an_iteration_acts_from_the_next_one_on(
         def decide(self, summed, placement, context):
             return PlacementUpdate(Placement.of_slots(placement.slot_E.roll(1)), None)
 
-    workload = composed("iterations=3").workload()
+    workload = open_workload(composed("iterations=3"))
     object.__setattr__(workload, "new_policy", Rotate)
     records = simulate(workload)
     identity = torch.arange(128)
@@ -83,7 +84,7 @@ def test_policy_that_cannot_handle_copies_says_so(composed: Composer, system: st
 
 def test_chosen_dimension_is_never_slower_than_a_fixed_one(composed: Composer) -> None:
     def times(system: str) -> list[float]:
-        records = simulate(composed(f"system={system}").workload())
+        records = simulate(open_workload(composed(f"system={system}")))
         return records.loc[records["phase"] == "step", "predicted_ms"].tolist()
 
     chosen, fixed = times("hd_moe"), [times(f"hd{d}") for d in (1, 2, 3, 4)]
@@ -91,7 +92,7 @@ def test_chosen_dimension_is_never_slower_than_a_fixed_one(composed: Composer) -
 
 
 def test_step_is_four_times_the_sum_of_its_stages(composed: Composer) -> None:
-    records = simulate(composed("system=hd3").workload())
+    records = simulate(open_workload(composed("system=hd3")))
     for _, iteration in records.groupby("iteration"):
         stages = iteration.loc[iteration["phase"] == "dispatch", "predicted_ms"]
         step = iteration.loc[iteration["phase"] == "step", "predicted_ms"]
@@ -102,9 +103,9 @@ def test_step_is_four_times_the_sum_of_its_stages(composed: Composer) -> None:
 def test_swaps_lower_the_time_on_a_hot_spot_and_gate_swaps_less(composed: Composer) -> None:
     def run(system: str):
         records = simulate(
-            composed(
-                f"system={system}", "routing=stress_hot_adjacent", "iterations=24", "tokens_per_rank=512"
-            ).workload()
+            open_workload(
+                composed(f"system={system}", "routing=stress_hot_adjacent", "iterations=24", "tokens_per_rank=512")
+            )
         )
         return records[records["phase"] == "step"]
 
@@ -117,12 +118,12 @@ def test_swaps_lower_the_time_on_a_hot_spot_and_gate_swaps_less(composed: Compos
 
 def test_same_configuration_gives_the_same_records(composed: Composer) -> None:
     config = composed("system=hiermoe", "routing=topic")
-    assert simulate(config.workload()).equals(simulate(config.workload()))
+    assert simulate(open_workload(config)).equals(simulate(open_workload(config)))
 
 
 def test_gain_of_several_swaps_is_recounted_and_never_below_what_was_modelled(composed: Composer) -> None:
     run = composed("system=hiermoe_multi", "routing=stress_hot_adjacent", "iterations=6", "tokens_per_rank=512")
-    records = simulate(run.workload())
+    records = simulate(open_workload(run))
     steps = records[records["phase"] == "step"]
     several = steps["moved_experts"] > 2
     assert several.any()
@@ -135,14 +136,14 @@ def test_gain_of_several_swaps_is_recounted_and_never_below_what_was_modelled(co
 
 def test_realised_gain_is_what_the_next_step_would_have_taken_more_without_the_update(composed: Composer) -> None:
     config = composed("system=hiermoe", "routing=stress_hot_adjacent", "iterations=4", "tokens_per_rank=512")
-    workload = config.workload()
+    workload = open_workload(config)
     records = simulate(workload)
     steps = records[records["phase"] == "step"].set_index("iteration")
     assert (steps["moved_experts"] == 2).all() and steps["realised_gain_ms"].isna().tolist() == [False] * 3 + [True]
     placement = Placement.identity(128)
     for iteration in range(3):
         counts = workload.routing.counts(iteration + 1, placement, workload.cluster.hierarchy)
-        unmoved = choose_scheme(workload.schemes, counts, workload.cluster, workload.row_bytes)
+        unmoved = choose_scheme(workload.schemes, counts, workload.cluster, workload.sizes.row_bytes)
         gain = 4 * unmoved.alltoall_ms - float(steps["predicted_ms"][iteration + 1])
         assert steps["realised_gain_ms"][iteration] == pytest.approx(gain, rel=1e-9)
         placement = placement.after(str(steps["moves"][iteration]))
@@ -151,13 +152,15 @@ def test_realised_gain_is_what_the_next_step_would_have_taken_more_without_the_u
 def test_five_levels_are_walked_through(composed: Composer) -> None:
     """Pods, racks, nodes, sockets and GPUs, as a profile scales to; d* is the best of HD1 to HD5."""
     five = ("cluster=cloud_eth100", "world_size=512", "model.num_experts=512", "tokens_per_rank=8", "iterations=2")
-    workload = composed(*five, "system=hiermoe").workload()
+    workload = open_workload(composed(*five, "system=hiermoe"))
     hierarchy = workload.cluster.hierarchy
     assert hierarchy.names == ("pod", "rack", "node", "socket", "gpu") and len(workload.schemes) == 5
     records = simulate(workload)
     assert records.loc[records["phase"] == "routing", "stage"].tolist() == list(hierarchy.names) * 2
     first = records[(records["phase"] == "step") & (records["iteration"] == 0)].iloc[0]
     counts = workload.routing.counts(0, Placement.identity(512), hierarchy)
-    times = [price(scheme, counts, workload.cluster, workload.row_bytes).alltoall_ms for scheme in workload.schemes]
+    times = [
+        price(scheme, counts, workload.cluster, workload.sizes.row_bytes).alltoall_ms for scheme in workload.schemes
+    ]
     assert first["predicted_ms"] == 4 * min(times) and first["dimension"] == 1 + times.index(min(times))
     assert first["moved_experts"] == 2 and first["modelled_gain_ms"] > 0

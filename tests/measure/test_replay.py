@@ -1,18 +1,21 @@
 """Systems that are measured together do what each does alone, and their records say which moves they made."""
 
 import math
+from datetime import timedelta
 from typing import Any
 
 import pandas as pd
 import pytest
 
-from hiermoe.ranks.worlds import NewRanks, Source
+from hiermoe.measure.workload import open_workload
+from hiermoe.ranks.places import NewRanks
+from hiermoe.ranks.world import Device, Source
 from hiermoe.records.store import RunStore
 from hiermoe.runs.execute import execute, execute_together
 from hiermoe.topology.hierarchy import Hierarchy
 from tests.conftest import Composer
 
-SMALL = ("backend=local", "world_size=8", "narrowed=16", "tokens_per_rank=32", "iterations=6")
+SMALL = ("measure=replay", "ranks=local", "world_size=8", "narrowed=16", "tokens_per_rank=32", "iterations=6")
 SYSTEMS = ("megatron", "hd_moe", "hiermoe", "smartmoe_f1")
 
 
@@ -20,10 +23,11 @@ class Watched:
     """Ranks that tell which system came first in every iteration that has all of them."""
 
     source: Source = "local"
-    device = "cpu"
+    device: Device = "cpu"
+    timeout = timedelta(minutes=2)
 
     def __init__(self, hierarchy: Hierarchy) -> None:
-        self._ranks = NewRanks(hierarchy)
+        self._ranks = NewRanks(hierarchy, self.timeout)
         self.first_of: list[int] = []
 
     def run(self, *args: Any, **others: Any) -> pd.DataFrame:
@@ -70,7 +74,7 @@ def test_every_system_has_all_ranks_its_warm_up_and_no_wrong_element(rows: dict[
 def test_bytes_and_moves_are_those_of_the_simulation(rows: dict[str, pd.DataFrame], composed: Composer) -> None:
     """The same tokens, the same planner: what is predicted and what is measured cannot drift apart."""
     for system, records in rows.items():
-        same = [part for part in SMALL if not part.startswith(("backend", "world_size"))]
+        same = [part for part in SMALL if not part.startswith(("measure", "ranks", "world_size"))]
         config = composed(*same, f"system={system}", "routing=stress_hot_adjacent")
         reduced = config.model_copy(update={"cluster": config.cluster.reduced(8)})
         twin = _simulated(reduced)
@@ -94,7 +98,7 @@ def test_bytes_and_moves_are_those_of_the_simulation(rows: dict[str, pd.DataFram
 def _simulated(config) -> pd.DataFrame:
     from hiermoe.measure.predict import simulate
 
-    records = simulate(config.workload())
+    records = simulate(open_workload(config))
     blank = pd.DataFrame({"moves": "", "realised_gain_ms": math.nan}, index=records.index)
     return records.combine_first(blank).fillna({"moves": ""})
 
@@ -110,7 +114,9 @@ def test_a_system_that_does_not_apply_ends_no_other(composed: Composer, store: R
 def test_ranks_search_alike_and_experts_move_between_them(system: str, composed: Composer, store: RunStore) -> None:
     """All ranks decide from summed sketches; a rank that found another placement would end the run."""
     policy = [f"system.policy.{key}={value}" for key, value in (("first_search", 2), ("cells", 256), ("steps", 30))]
-    config = composed("backend=local", "world_size=4", *SMALL[2:], f"system={system}", *policy, "routing=recorded")
+    config = composed(
+        "measure=replay", "ranks=local", "world_size=4", *SMALL[3:], f"system={system}", *policy, "routing=recorded"
+    )
     outcome = execute(config, store)
     assert outcome.status == "ok", outcome.reason
     steps = store.read(outcome.run_id)

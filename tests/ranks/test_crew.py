@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from hiermoe.ranks import crew as crew_module
 from hiermoe.ranks.crew import Crew, CrewEnded, leave
-from hiermoe.ranks.streams import RowStream, RunDied
+from hiermoe.ranks.streams import RowStream
+from hiermoe.records.keep import RunDied
 from hiermoe.records.status import NotApplicable
 
 RANKS = 3
@@ -134,7 +135,7 @@ def stall(rank: int, folder: Path) -> None:
 
 def collects(crew: Crew) -> None:
     seen: list[int] = []
-    rows = crew.run(stream, (4,), TIMEOUT, seen.append)
+    rows = crew.run(stream, (4,), seen.append)
     assert sorted(zip(rows["rank"], rows["iteration"], strict=True)) == [(r, i) for r in range(RANKS) for i in range(4)]
     assert set(rows["total"]) == {3}
     assert seen == [0, 1, 2, 3]
@@ -143,30 +144,30 @@ def collects(crew: Crew) -> None:
 
 def goes_on_after_refusals(crew: Crew) -> None:
     with pytest.raises(RunDied, match="rank 0 of 3 failed: experts=3 do not fit"):
-        crew.run(refuse, (ValueError,), TIMEOUT)
+        crew.run(refuse, (ValueError,))
     with pytest.raises(NotApplicable, match="experts=3"):
-        crew.run(refuse, (NotApplicable,), TIMEOUT)
-    assert len(crew.run(stream, (2,), TIMEOUT)) == 2 * RANKS
+        crew.run(refuse, (NotApplicable,))
+    assert len(crew.run(stream, (2,))) == 2 * RANKS
 
 
 def one_refuses(crew: Crew) -> None:
-    crew.run(fail_alone, (ValueError,), TIMEOUT)
+    crew.run(fail_alone, (ValueError,))
 
 
 def one_errs(crew: Crew) -> None:
-    crew.run(fail_alone, (KeyError,), TIMEOUT)
+    crew.run(fail_alone, (KeyError,))
 
 
 def one_dies(crew: Crew) -> None:
-    crew.run(die, (2,), TIMEOUT)
+    crew.run(die, (2,))
 
 
 def leader_dies(crew: Crew) -> None:
-    crew.run(die, (0,), TIMEOUT)
+    crew.run(die, (0,))
 
 
 def one_stalls(crew: Crew) -> None:
-    crew.run(stall, (), TIMEOUT)
+    crew.run(stall, ())
 
 
 def program_fails(crew: Crew) -> None:

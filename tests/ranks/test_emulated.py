@@ -225,7 +225,7 @@ def test_nothing_is_left_of_a_run_that_failed() -> None:
 @needs_namespaces
 def test_run_leaves_a_record_and_no_namespace(composed: Composer, store: RunStore) -> None:
     tiny = ["model.hidden_size=64", "iterations=2", "tokens_per_rank=16"]
-    config = composed("backend=emulated", "cluster=emulated_4x2", "system=hd2", *tiny)
+    config = composed("measure=replay", "ranks=emulated", "cluster=emulated_4x2", "system=hd2", *tiny)
     before = open_namespaces()
     outcome = execute(config, store)
     assert outcome.status == "ok", outcome.reason
@@ -284,7 +284,7 @@ def test_missing_capabilities_are_named(monkeypatch: pytest.MonkeyPatch, compose
         ValueError, match=r"lacks CAP_NET_ADMIN and CAP_SYS_ADMIN, .* run it as root \(sudo\); a container"
     ):
         EmulatedNetwork(Cluster.named("emulated_4x2"))
-    outcome = execute(composed("backend=emulated", "cluster=emulated_4x2", "system=hd2"), store)
+    outcome = execute(composed("measure=replay", "ranks=emulated", "cluster=emulated_4x2", "system=hd2"), store)
     assert outcome.status == "failed" and "CAP_NET_ADMIN" in outcome.reason
 
 

@@ -127,8 +127,6 @@ from pathlib import Path
 import torch.distributed as dist
 from hiermoe.ranks import launch as ranks
 
-ranks._PRELOAD = ["hiermoe.ranks.launch"]  # these ranks need no megatron
-
 def wait_for_rank_zero(rank, folder):
     Path(folder, str(rank)).write_text(str(os.getpid()))
     if rank == 0:

@@ -10,13 +10,14 @@ import pytest
 
 from hiermoe.planner.fit import fit_exchanges, timings
 from hiermoe.records.store import RunStore
-from hiermoe.runs.calibration import CalibrationConfig, execute_calibration, write_cluster
+from hiermoe.runs.calibration import CalibrationConfig, write_cluster
 from hiermoe.runs.compose import compose
+from hiermoe.runs.execute import execute
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.peers import WORLD, Peers
 from tests.conftest import Command
 
-SMALL = ["backend=local", "cluster=a6000_1x8", "world_size=4"]
+SMALL = ["ranks=local", "cluster=a6000_1x8", "world_size=4"]
 RUN = ["system=hd2", "routing=uniform", "iterations=2", "tokens_per_rank=16", "wandb.mode=disabled"]
 
 
@@ -28,7 +29,7 @@ def rows_of(config: CalibrationConfig, alpha_ms: float, beta_ms_per_byte: float)
     """Timings on a line, of ranks of which the last is the slowest; the first size and one repeat are far off it."""
     rows: list[dict[str, Any]] = []
     ranks = config.cluster.hierarchy.num_ranks
-    for repeat, exchange, pair_bytes in config.job.measurements():
+    for repeat, exchange, pair_bytes in config.measurement.prepare(config).measurements():
         if repeat < 0:
             continue
         num_bytes = pair_bytes * exchange.size(config.cluster.hierarchy)
@@ -63,7 +64,7 @@ def test_constants_are_never_negative(alpha_ms: float, beta_ms_per_byte: float) 
 
 def test_sizes_double_up_to_both_bounds() -> None:
     config = configured("cluster=emulated_4x8", "largest_bytes=1048576", "largest_pair_bytes=262144")
-    job = config.job
+    job = config.measurement.prepare(config)
     assert job.pair_bytes(WORLD) == [4096 * 2**i for i in range(4)]
     assert job.pair_bytes(Peers("inter", 2)) == [4096 * 2**i for i in range(7)]
     rounds = [repeat for repeat, *_ in job.measurements()]
@@ -75,15 +76,15 @@ def test_cluster_file_is_found_by_name_and_by_path(
 ) -> None:
     config = configured(*SMALL, "name=mine")
     made = rows_of(config, 3.0, 2e-6)
-    monkeypatch.setattr("hiermoe.runs.calibration.run_calibration", lambda job, world, progress: made)
-    outcome = execute_calibration(config, store)
+    monkeypatch.setattr("hiermoe.measure.calibrate.Calibrate.measure", lambda *_: [made])
+    outcome = execute(config, store)
     assert outcome.status == "ok", outcome.reason
     written = write_cluster(config, store)
     assert Cluster.named("mine") == written == Cluster.named(str(clusters / "mine.yaml"))
     assert written.hierarchy == config.cluster.hierarchy
     assert all(written.constants(x).beta_ms_per_byte == pytest.approx(2e-6) for x in written.exchanges)
     date = json.loads((store.path(config.run_id) / "provenance.json").read_text())["time"][:10]
-    assert written.constants(WORLD).source.endswith(f"on {date}, backend=local, r^2 = 1.0000")
+    assert written.constants(WORLD).source.endswith(f"on {date}, ranks=local, r^2 = 1.0000")
     for name in ("mine", clusters / "mine.yaml"):
         code, out, err = hiermoe("run", f"cluster={name}", *RUN)
         assert code == 0, err
@@ -105,5 +106,5 @@ def test_calibration_on_local_ranks(clusters: Path, hiermoe: Command, store: Run
 
 
 def test_calibration_needs_ranks(hiermoe: Command) -> None:
-    code, _, err = hiermoe("calibrate", "backend=simulated")
-    assert code == 2 and "backend=simulated starts no ranks" in err
+    code, _, err = hiermoe("calibrate", "~ranks")
+    assert code == 2 and "a calibration needs ranks; choose ranks= from local, emulated, allocation" in err

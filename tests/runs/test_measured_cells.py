@@ -40,11 +40,12 @@ def test_systems_on_the_same_tokens_run_together_and_nothing_else_does(calibrate
         assert len({config.system.name for config in group}) == 7
 
 
-def test_prediction_differs_from_its_measured_run_in_the_backend_alone(calibrated: Path) -> None:
+def test_prediction_differs_from_its_measured_run_in_what_is_measured_alone(calibrated: Path) -> None:
     for cell in measured_cells("full"):
         measured, predicted = cell.measured.config, cell.predicted.config
-        assert (measured.backend.name, predicted.backend.name) == ("emulated", "simulated")
-        assert measured.model_copy(update={"backend": predicted.backend}) == predicted
+        assert measured.ranks is not None and measured.ranks.name == "emulated"
+        assert (measured.measure, predicted.measure) == ("replay", "predict")
+        assert measured.model_copy(update={"measure": "predict", "ranks": None}) == predicted
 
 
 def test_enough_iterations_count(calibrated: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from hiermoe.measure.workload import open_workload
 from hiermoe.records.project import CONF
 from hiermoe.records.store import RunStore
 from hiermoe.runs.compose import expand, large_sweep_names, sweep_names
@@ -84,7 +85,7 @@ def test_value_that_does_not_fit_is_refused_by_name(
     overrides: list[str], message: str, composed: Composer, store: RunStore
 ) -> None:
     with pytest.raises(ValueError) as error:
-        composed(*overrides).workload()
+        open_workload(composed(*overrides))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 

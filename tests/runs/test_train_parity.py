@@ -10,7 +10,7 @@ from hiermoe.policies.system import SystemConfig
 from hiermoe.records.project import CONF
 from hiermoe.records.status import NotApplicable
 from hiermoe.records.store import RunStore
-from hiermoe.runs.training import execute_training
+from hiermoe.runs.execute import execute
 from hiermoe.topology.cluster import Cluster
 from tests.runs.test_train import configured
 
@@ -54,7 +54,7 @@ def cases() -> list[tuple[str, str]]:
 def losses(system: str, model: str, store: RunStore) -> list[float]:
     """Of all steps."""
     config = configured(f"system={system}", f"model={model}", *OPTIONS)
-    outcome = execute_training(config, store)
+    outcome = execute(config, store)
     assert (outcome.status, outcome.reason) == ("ok", "")
     records = store.read(outcome.run_id)
     return records[records["rank"] == 0].sort_values("iteration")["loss"].tolist()

@@ -1,4 +1,4 @@
-"""`make reproduce BACKEND=slurm` against a real Slurm: it completes, and goes on where a job was ended."""
+"""`make reproduce ON=slurm` against a real Slurm: it completes, and goes on where a job was ended."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from tests.slurm.cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 
-QUICK = ("BACKEND=slurm", "NODES=4", "GPUS_PER_NODE=2", "DEVICE=cpu", "QUICK=1")
+QUICK = ("ON=slurm", "NODES=4", "GPUS_PER_NODE=2", "DEVICE=cpu", "QUICK=1")
 
 # Two groups of runs: one is finished while the other is under way, for longer than an ended job may still go on.
 SWEEP = """\
@@ -24,7 +24,8 @@ SWEEP = """\
 hydra:
   sweeper:
     params:
-      backend: emulated
+      measure: replay
+      ranks: emulated
       cluster: emulated_4x2_calibrated
       tokens_per_rank: 32
       narrowed: 16

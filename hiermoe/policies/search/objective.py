@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hiermoe.planner.cost import ALLTOALLS_PER_STEP
+from hiermoe.planner.cost import ALLTOALLS_PER_STEP, cheapest, time_by_groups
 from hiermoe.planner.counts import sort_choices
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.planner.token_sets import TokenSets
@@ -41,17 +41,11 @@ class Objective:
 
     def scheme_ms(self, sets: TokenSets, placement: Placement) -> Tensor:
         """One AlltoAll of every scheme in every step: float64 [schemes, S]."""
-        hierarchy = self.cluster.hierarchy
-        needed = needed_by_step(sets, placement, hierarchy)
-        times = []
-        for scheme in self.schemes:
-            total_S = torch.zeros(sets.num_steps, dtype=torch.float64)
-            for stage in scheme.stages:
-                level, constants = stage.level(hierarchy), self.cluster.constants(stage.peers)
-                ms_per_row = constants.beta_ms_per_byte * self.row_bytes / hierarchy.lanes(level)
-                total_S += constants.alpha_ms + ms_per_row * needed[level - 1].amax(1)
-            times.append(total_S)
-        return torch.stack(times)
+        busiest = [x_SU.amax(1) for x_SU in needed_by_step(sets, placement, self.cluster.hierarchy)]
+        times = (
+            time_by_groups(x, lambda level: busiest[level - 1], self.cluster, self.row_bytes) for x in self.schemes
+        )
+        return torch.stack(list(times))
 
     def step_ms(self, sets: TokenSets, placement: Placement) -> float:
         """Four AlltoAlls under the cheapest scheme of each step, mean over steps."""
@@ -59,7 +53,7 @@ class Objective:
 
     def cheapest(self, sets: TokenSets, placement: Placement) -> DispatchScheme:
         """The scheme with the smallest mean time, the first one on ties."""
-        return self.schemes[int(self.scheme_ms(sets, placement).mean(1).argmin())]
+        return self.schemes[cheapest(self.scheme_ms(sets, placement).mean(1).tolist())]
 
 
 def needed_by_step(sets: TokenSets, placement: Placement, hierarchy: Hierarchy) -> Sequence[Tensor]:

@@ -5,15 +5,15 @@ such a file, so the kernel removes the namespace, with all interfaces and queues
 it ends. There is nothing to find and clean up later, and two runs cannot collide.
 """
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hiermoe.ranks.network_namespace import enter, leave_for_new
-
 Result = TypeVar("Result")
+_CLONE_NEWNET = 0x40000000
 
 
 class Namespace:
@@ -32,7 +32,7 @@ class Namespace:
         """
 
         def make() -> int:
-            leave_for_new()
+            _leave_for_new()
             return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
         self.file = _in_thread(make)
@@ -68,3 +68,33 @@ def _in_thread(function: Callable[[], Result]) -> Result:
     if "error" in outcome:
         raise outcome["error"]
     return outcome["result"]
+
+
+def enter(path: Path) -> None:
+    """Move this thread, and all threads that it starts from now on, into a network namespace.
+
+    Args:
+        path: of the namespace, ``/proc/<pid>/ns/net`` or another file that stands for it.
+
+    Raises:
+        OSError: no such namespace, or no permission.
+    """
+    with path.open("rb") as file:
+        _call("setns", file.fileno(), _CLONE_NEWNET)
+
+
+def _leave_for_new() -> None:
+    """Move this thread into a new network namespace, which has nothing but a loopback interface that is down.
+
+    Raises:
+        OSError: no permission.
+    """
+    _call("unshare", _CLONE_NEWNET)
+
+
+def _call(name: str, *arguments: int) -> None:
+    # Python has os.setns and os.unshare from 3.12 on.
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, name)(*arguments) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{name} of a network namespace: {os.strerror(code)}")

@@ -13,7 +13,7 @@ _CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21}
 def missing_requirement() -> str | None:
     """What this process lacks and how to get it, in one line; None where it lacks nothing."""
     if sys.platform != "linux":
-        return f"network namespaces need Linux, this is {sys.platform}; choose backend=local"
+        return f"network namespaces need Linux, this is {sys.platform}; choose ranks=local"
     held = effective_capabilities()
     missing = [name for name, number in _CAPABILITIES.items() if not held >> number & 1]
     if not missing:

@@ -52,7 +52,7 @@ def worlds(results: Results, sweep: str) -> Iterator[dict[str, Any]]:
             from_data_sheets=config.cluster.from_data_sheets,
             world_size=config.world_size,
             ep_size=run.num_ranks,
-            replicas=config.replicas,
+            ep_groups=config.ep_groups,
             step_ms=steps["predicted_ms"].mean(),
             alpha_share=alpha_share(run, results),
             dimension=int(used.index[0]),

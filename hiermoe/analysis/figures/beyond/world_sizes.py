@@ -37,7 +37,7 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
         _lines(lower, rows, "value")
         _mark_dimensions(lower, rows)
         for panel in (upper, lower):
-            _mark_replicas(panel, rows)
+            _mark_groups(panel, rows)
             panel.set_xscale("log", base=2)
         upper.set_yscale("log")
         upper.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -93,9 +93,9 @@ def _mark_dimensions(panel: Axes, rows: pd.DataFrame) -> None:
     )
 
 
-def _mark_replicas(panel: Axes, rows: pd.DataFrame) -> None:
+def _mark_groups(panel: Axes, rows: pd.DataFrame) -> None:
     """Where several expert-parallel groups stand side by side."""
-    if (rows["replicas"] > 1).any():
+    if (rows["ep_groups"] > 1).any():
         largest = rows["ep_size"].max()
         panel.axvspan(largest * 1.41, rows["world_size"].max() * 1.41, color="#F2F2F2", zorder=0)
         panel.annotate(
@@ -107,14 +107,14 @@ def _mark_replicas(panel: Axes, rows: pd.DataFrame) -> None:
 
 
 def words(table: pd.DataFrame) -> Words:
-    """Where hierarchy begins to pay on each fabric, how much at most, and what replicas change."""
+    """Where hierarchy begins to pay on each fabric, how much at most, and what several groups change."""
     text = []
     for fabric, rows in table.groupby("fabric", sort=False):
         text.append(_of_fabric(FABRICS[str(fabric)], rows))
     text.append(_on_alpha(table))
     largest = table["world_size"].max()
-    if (table["replicas"] > 1).any():
-        text.append(_with_replicas(table))
+    if (table["ep_groups"] > 1).any():
+        text.append(_with_groups(table))
     else:
         text.append(f"Beyond {largest:.0f} GPUs: `{LARGE}` (minutes; the figure then has them).")
     first = table.iloc[0]
@@ -175,7 +175,7 @@ def _on_alpha(table: pd.DataFrame) -> str:
     )
 
 
-def _with_replicas(table: pd.DataFrame) -> str:
+def _with_groups(table: pd.DataFrame) -> str:
     """What more groups change: the slowest of them, and how many tokens the placement learns from."""
     parts = []
     for fabric, rows in table[table["ep_size"] == table["ep_size"].max()].groupby("fabric", sort=False):

@@ -42,7 +42,7 @@ def _twins(results: Results) -> Iterator[tuple[Run, Run]]:
 
 
 def _same(run: Run) -> str:
-    return run.config.model_dump_json(exclude={"backend", "wandb"})
+    return run.config.model_dump_json(exclude={"measure", "ranks", "wandb"})
 
 
 def _tokens(run: Run) -> str:
@@ -52,6 +52,7 @@ def _tokens(run: Run) -> str:
 
 def _row(run: Run, twin: Run, results: Results) -> dict[str, object]:
     config = run.config
+    assert config.ranks is not None
     steps, predicted = results.rows(run, "step"), results.rows(twin, "step")
     wire_ms, predicted_ms = paired(steps, predicted.assign(wire_ms=predicted["step_ms"]), "wire_ms")
     whole = bootstrap(lambda x: np.median(x, -1), steps["step_ms"].to_numpy(float))
@@ -59,7 +60,7 @@ def _row(run: Run, twin: Run, results: Results) -> dict[str, object]:
     policy = str(config.system.policy)
     return {
         "source": run.source,
-        "device": config.backend.device,
+        "device": config.ranks.device,
         "cluster": config.cluster.name,
         "model": config.model.name,
         "routing": run.routing,
@@ -69,7 +70,7 @@ def _row(run: Run, twin: Run, results: Results) -> dict[str, object]:
         "label": config.system.label,
         "num_ranks": run.num_ranks,
         "tokens_per_rank": config.tokens_per_rank,
-        "row_bytes": config.row_bytes,
+        "row_bytes": config.sizes.row_bytes,
         "narrowed": config.narrowed,
         "predicted_ms": float(np.median(predicted_ms)),
         "link_ms": _least_ms(twin, results),

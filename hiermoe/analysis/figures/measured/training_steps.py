@@ -36,14 +36,14 @@ def table(results: Results, claims: Sequence[Claim], source: str = "emulated") -
         steps[config.model.name, config.system.name] = own = _steps(results.store.read(config.run_id))
         rows.append(
             {
-                "source": config.backend.source,
+                "source": config.ranks.source,
                 "model": config.model.name,
                 "system": config.system.name,
                 "label": config.system.label,
                 "cluster": config.cluster.name,
                 "num_ranks": config.world_size,
                 "dtype": config.dtype,
-                "device": config.backend.device,
+                "device": config.ranks.device,
                 "sizes": _sizes(config),
                 "alltoall_share": float((own["alltoall_ms"] / own["step_ms"]).median()),
                 "loss": own["loss"].iloc[-1],

@@ -1,11 +1,11 @@
-"""Expert-parallel groups with replicas of the experts: the slowest counts, one placement serves all."""
+"""Expert-parallel groups with all experts each: the slowest counts, one placement serves all."""
 
 import pandas as pd
 import pytest
 import torch
 
 from hiermoe.measure.predict import simulate
-from hiermoe.measure.workload import CachedRouting, Kept
+from hiermoe.measure.workload import CachedRouting, Kept, open_workload
 from hiermoe.planner.counts import count_routing
 from hiermoe.planner.scheme import DispatchScheme, Stage
 from hiermoe.planner.traffic import exact_traffic
@@ -27,19 +27,19 @@ def steps(records: pd.DataFrame) -> pd.DataFrame:
 @pytest.mark.parametrize("system", ["megatron", "hd_moe"])
 def test_step_takes_as_long_as_the_slowest_group(system: str, composed: Composer) -> None:
     """The groups of iteration i walk through steps 4i .. 4i + 3, which one group alone walks through one by one."""
-    grouped = steps(simulate(composed(*GROUPED, f"system={system}", "iterations=3").workload()))
+    grouped = steps(simulate(open_workload(composed(*GROUPED, f"system={system}", "iterations=3"))))
     alone = composed("cluster=h100_ib400", "world_size=16", f"system={system}", "iterations=12")
-    one_by_one = steps(simulate(alone.workload()))
+    one_by_one = steps(simulate(open_workload(alone)))
     for column, take in (("predicted_ms", lambda x: x.max()), ("pairs", lambda x: x.iloc[0])):
         expected = [take(one_by_one[column].iloc[4 * i : 4 * i + 4]) for i in range(3)]
         assert grouped[column].tolist() == expected
 
 
-def test_one_group_is_the_world_without_replicas(composed: Composer) -> None:
+def test_one_group_is_the_world_without_groups(composed: Composer) -> None:
     plain = composed("cluster=h100_ib400", "system=hiermoe", "routing=topic")
     grouped = composed("cluster=h100_ib400", "system=hiermoe", "routing=topic", "world_size=32", "max_ep_size=256")
-    assert plain.cluster == grouped.cluster and grouped.replicas == 1
-    assert simulate(plain.workload()).equals(simulate(grouped.workload()))
+    assert plain.cluster == grouped.cluster and grouped.ep_groups == 1
+    assert simulate(open_workload(plain)).equals(simulate(open_workload(grouped)))
 
 
 def test_placement_is_decided_from_the_tokens_of_all_groups(composed: Composer, monkeypatch) -> None:
@@ -54,14 +54,14 @@ def test_placement_is_decided_from_the_tokens_of_all_groups(composed: Composer, 
             seen.append(summed)
             contexts.append(context)
 
-    workload = composed(*GROUPED, "iterations=2").workload()
+    workload = open_workload(composed(*GROUPED, "iterations=2"))
     object.__setattr__(workload, "new_policy", Watch)
     simulate(workload)
     for iteration, summed in enumerate(seen):
         parts = [workload.routing.step(iteration, replica).expert_ids_NK for replica in range(4)]
         assert torch.equal(summed, torch.bincount(torch.cat(parts).flatten(), minlength=128))
         assert len({part.numpy().tobytes() for part in parts}) == 4
-    assert contexts[0].row_bytes == workload.row_bytes // 4  # of sums over four groups, Q prices the mean
+    assert contexts[0].row_bytes == workload.sizes.row_bytes // 4  # of sums over four groups, Q prices the mean
 
 
 def test_groups_side_by_side_send_what_each_sends_alone() -> None:
@@ -91,28 +91,28 @@ def test_groups_side_by_side_send_what_each_sends_alone() -> None:
             "world_size=64 is not divisible into groups of ep_s",
         ),
         (["cluster=h100_ib400", "world_size=256"], "num_experts=128 is not divisible by ep_size=256"),
-        (["backend=local", "max_ep_size=8"], "max_ep_size=8 is for simulation"),
+        (["measure=replay", "ranks=local", "max_ep_size=8"], "max_ep_size=8 is for simulation"),
     ],
 )
 def test_world_that_cannot_be_is_refused(overrides: list[str], message: str, composed: Composer) -> None:
     with pytest.raises(ValueError, match=message):
-        composed(*overrides).workload()
+        open_workload(composed(*overrides))
 
 
 def test_expert_parallelism_is_bounded_by_experts_and_gpus(composed: Composer) -> None:
     sizes = {}
     for world in (8, 128, 1024):
         config = composed("cluster=h100_ib400", f"world_size={world}", "max_ep_size=256")
-        sizes[world] = (config.cluster.hierarchy.num_ranks, config.replicas)
+        sizes[world] = (config.cluster.hierarchy.num_ranks, config.ep_groups)
     assert sizes == {8: (8, 1), 128: (128, 1), 1024: (128, 8)}  # 128 experts
 
 
 def test_trace_that_is_too_short_for_all_groups_does_not_apply(composed: Composer) -> None:
     long = ("cluster=h100_ib400", "tokens_per_rank=1024", "max_ep_size=64")
-    assert composed(*long, "routing=recorded", "world_size=512").workload().routing.num_distinct == 2
+    assert open_workload(composed(*long, "routing=recorded", "world_size=512")).routing.num_distinct == 2
     with pytest.raises(ValueError, match="lasts for 1 iterations of 16 groups of 64 ranks with 1024 tokens"):
-        composed(*long, "routing=recorded", "world_size=1024").workload()
-    assert composed(*long, "routing=resampled", "world_size=4096").workload().routing.replicas == 64
+        open_workload(composed(*long, "routing=recorded", "world_size=1024"))
+    assert open_workload(composed(*long, "routing=resampled", "world_size=4096")).routing.ep_groups == 64
 
 
 def test_kept_values_stay_within_their_budget() -> None:
@@ -129,7 +129,7 @@ def test_kept_values_stay_within_their_budget() -> None:
 
 
 def test_counts_are_made_once_for_each_placement(composed: Composer) -> None:
-    workload = composed("routing=uniform").workload()
+    workload = open_workload(composed("routing=uniform"))
     made: list[int] = []
     step = workload.routing.step(0)
 
@@ -140,7 +140,7 @@ def test_counts_are_made_once_for_each_placement(composed: Composer) -> None:
             made.append(iteration)
             return step
 
-    routing = CachedRouting(Source(), replicas=2)
+    routing = CachedRouting(Source(), ep_groups=2)
     hierarchy, identity = workload.cluster.hierarchy, Placement.identity(128)
     first = routing.counts(3, identity, hierarchy, 1)
     assert routing.counts(3, Placement.identity(128), hierarchy, 1) is first

@@ -1,0 +1,166 @@
+"""Where a run may happen: each place says what records call it, and has ranks. One file in conf/ranks/ each."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+import pandas as pd
+import yaml
+from pydantic import Field, model_validator
+
+from hiermoe.dispatch.communicators import played_hosts
+from hiermoe.ranks.crew import Crew, lead
+from hiermoe.ranks.emulated.network import EmulatedNetwork
+from hiermoe.ranks.launch import RankFailedError, run_ranks
+from hiermoe.ranks.streams import collect, streaming
+from hiermoe.ranks.world import Device, Progress, Source, World, no_progress
+from hiermoe.records.keep import RunDied
+from hiermoe.records.project import CONF
+from hiermoe.records.strict import Strict
+from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.hierarchy import Hierarchy
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class NewRanks:
+    """Processes of this machine that are started for every function, one for each GPU of a hierarchy.
+
+    Attributes:
+        hierarchy: groups of GPUs.
+        timeout: of a collective.
+        source: what records say.
+        namespaces: network namespace that each GPU's ranks live in; None for this process's own.
+        device: of tensors.
+        ep_groups: ranks of each GPU. Hosts are compared inside an expert-parallel group, so groups may share them.
+    """
+
+    hierarchy: Hierarchy
+    timeout: timedelta
+    source: Source = "local"
+    namespaces: Sequence[Path] | None = None
+    device: Device = "cpu"
+    ep_groups: int = 1
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        progress: Progress = no_progress,
+        rows: Path | None = None,
+    ) -> pd.DataFrame:
+        """As every world does."""
+        hosts = played_hosts(self.hierarchy) * self.ep_groups
+        namespaces = None if self.namespaces is None else [*self.namespaces] * self.ep_groups
+        with streaming(rows, progress) as folder:
+            try:
+                run_ranks(function, len(hosts), (*args, folder), self.timeout, hosts=hosts, namespaces=namespaces)
+            except RankFailedError as error:
+                raise RunDied(str(error).splitlines()[0], collect(folder, len(hosts))) from error
+            return collect(folder, len(hosts))
+
+
+@contextmanager
+def _local(cluster: Cluster, timeout: timedelta, ep_groups: int) -> Iterator[World]:
+    yield NewRanks(cluster.hierarchy, timeout, ep_groups=ep_groups)
+
+
+@contextmanager
+def _emulated(cluster: Cluster, timeout: timedelta, ep_groups: int) -> Iterator[World]:
+    with EmulatedNetwork(cluster) as network:
+        yield NewRanks(cluster.hierarchy, timeout, "emulated", network.namespace_of_rank, ep_groups=ep_groups)
+
+
+@contextmanager
+def _allocation(cluster: Cluster, timeout: timedelta, ep_groups: int) -> Iterator[World]:
+    raise ValueError("ranks=allocation: this process has not joined the others of its allocation")
+    yield  # a generator, as the others are
+
+
+@dataclass(frozen=True)
+class Place:
+    """Somewhere to run.
+
+    Attributes:
+        source: what records say of numbers that were measured there.
+        world: the ranks for a cluster, a timeout and a number of expert-parallel groups, while the context is entered.
+    """
+
+    source: Source
+    world: Callable[[Cluster, timedelta, int], AbstractContextManager[World]]
+
+
+PLACES: Mapping[str, Place] = {
+    "local": Place("local", _local),
+    "emulated": Place("emulated", _emulated),
+    "allocation": Place("cluster", _allocation),
+}
+
+
+class RanksConfig(Strict):
+    """Where a run happens, of those that need ranks.
+
+    Attributes:
+        name: of the place.
+        timeout_s: of a collective, and of finding each other.
+        device: of the tensors that ranks exchange: cpu, over gloo, or cuda, over NCCL.
+    """
+
+    name: Literal["local", "emulated", "allocation"]
+    timeout_s: float = Field(gt=0)
+    device: Device = "cpu"
+
+    @classmethod
+    def named(cls, name: str, device: Device | None = None) -> Self:
+        """The place of conf/ranks/<name>.yaml, and the device if it is given."""
+        values = yaml.safe_load((CONF / "ranks" / f"{name}.yaml").read_text(encoding="utf-8"))
+        return cls.model_validate(values if device is None else values | {"device": device})
+
+    @model_validator(mode="after")
+    def _check_device(self) -> Self:
+        if self.device == "cuda" and self.on_this_host:
+            raise ValueError(f"device=cuda: ranks={self.name} are on the CPU; ranks=allocation has GPUs")
+        return self
+
+    @property
+    def source(self) -> Source:
+        """What records say of numbers that were measured there."""
+        return PLACES[self.name].source
+
+    @property
+    def on_this_host(self) -> bool:
+        """Whether numbers are those of this machine, and not those of a cluster that this process has a part of."""
+        return self.source != "cluster"
+
+    def world(self, cluster: Cluster, ep_groups: int = 1, joined: World | None = None) -> AbstractContextManager[World]:
+        """The ranks for a cluster, for as long as the context is entered.
+
+        Args:
+            cluster: one rank for each of its GPUs,
+            ep_groups: times this.
+            joined: ranks that are there already.
+
+        Raises:
+            ValueError: the network cannot be set up here, or these ranks must be there already.
+        """
+        if joined is not None:
+            return nullcontext(joined)
+        return PLACES[self.name].world(cluster, timedelta(seconds=self.timeout_s), ep_groups)
+
+    def lead(self, program: Callable[[Crew | None], T], check: Callable[[Crew], None] = lambda crew: None) -> T | None:
+        """Run a program that has its ranks measure something. *Collective in an allocation.*
+
+        Args:
+            program: is given the processes of the allocation as a crew, None where ranks are started as needed.
+            check: called with the crew on every process of the allocation; refuses one that does not fit.
+
+        Returns:
+            What the program does; None in processes of an allocation that serve rank 0, which alone runs it.
+        """
+        if self.on_this_host:
+            return program(None)
+        return lead(self.device, timedelta(seconds=self.timeout_s), program, check)
