@@ -27,9 +27,10 @@ from typing_extensions import TypeVar
 from yaml import YAMLError
 
 from hiermoe.records.checked import checked
-from hiermoe.records.project import CLUSTERS, CONF, SWEEPS, to_root
+from hiermoe.records.project import CONF, SWEEPS, to_root
 from hiermoe.records.store import RunStore
 from hiermoe.runs.run_config import RunConfig
+from hiermoe.topology.cluster_files import cluster_file, cluster_names
 
 C = TypeVar("C", bound=BaseModel, default=RunConfig)
 
@@ -60,8 +61,10 @@ def register(arguments: Sequence[str] = ()) -> None:
     for path in SWEEPS.rglob("*.yaml"):
         group = path.parent.relative_to(SWEEPS.parent).as_posix()
         store.store(group=group, name=path.stem, node=_load(path), package="_global_")
-    for path in CLUSTERS.glob("*.yaml"):
-        store.store(group="cluster", name=path.stem, node=_load(path))
+    for name in cluster_names():
+        path = _file("cluster", name)
+        if path is not None and not path.is_relative_to(CONF):
+            store.store(group="cluster", name=name, node=_load(path))
     named = (argument.removeprefix("cluster=") for argument in arguments if argument.startswith("cluster="))
     for path in (path for paths in named for path in paths.split(",") if path.endswith(".yaml")):
         *folders, _ = filter(None, path.split("/"))
@@ -222,9 +225,15 @@ class _Choice:
     choices: dict[str, str | None]
 
 
+def _file(group: str, name: str) -> Path | None:
+    path = CONF / group / f"{name}.yaml"
+    if path.is_file():
+        return path
+    return cluster_file(name) if group == "cluster" else None
+
+
 def _read_choice(group: str, name: str) -> _Choice:
-    candidates = [CONF / group / f"{name}.yaml", *([CLUSTERS / f"{name}.yaml"] if group == "cluster" else [])]
-    path = next((path for path in candidates if path.is_file()), None)
+    path = _file(group, name)
     if path is None:
         raise ValueError(f"{group}={name} is unknown")
     text = path.read_text(encoding="utf-8")

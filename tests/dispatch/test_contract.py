@@ -100,7 +100,8 @@ def test_the_stock_dispatcher_gives_the_exact_answer_because_nothing_rounds(
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_systems_that_move_tokens_in_the_same_way_are_run_once(system: str) -> None:
     mine, run = transport_of(system), transport_of(same_transport(system))
-    assert mine == run.model_copy(update={"name": mine.name, "label": mine.label})
+    looks = {"name", "label", "color", "placement_label", "placement_color", "entrant"}
+    assert mine.model_dump(exclude=looks) == run.model_dump(exclude=looks)
     for world in WORLDS:
         assert world.runs(system) == world.runs(run.name)
         if world.runs(system):

@@ -27,7 +27,7 @@ def clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for path in (composing.CONF / "cluster").glob("emulated_*.yaml"):
         text = path.read_text().replace(f"name: {path.stem}", f"name: {path.stem}_calibrated")
         (folder / f"{path.stem}_calibrated.yaml").write_text(text)
-    monkeypatch.setattr(composing, "CLUSTERS", folder)
+    monkeypatch.setattr("hiermoe.topology.cluster_files.CLUSTERS", folder)
     return folder
 
 

@@ -13,13 +13,11 @@ from hiermoe.runs.measured_cells import AMOUNTS, Amount, clusters_of, measured_c
 
 @pytest.fixture
 def calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Both emulated clusters, as if they had been calibrated, and a cache of its own."""
+    """Both emulated clusters, as if they had been calibrated."""
     for name in ("emulated_4x8", "emulated_4x2"):
         content = yaml.safe_load((CONF / "cluster" / f"{name}.yaml").read_text())
         (tmp_path / f"{name}_calibrated.yaml").write_text(yaml.safe_dump(content | {"name": f"{name}_calibrated"}))
-    for module in ("hiermoe.topology.cluster_files", "hiermoe.runs.sweep"):
-        monkeypatch.setattr(f"{module}.CLUSTERS", tmp_path)
-    monkeypatch.setattr("hiermoe.runs.sweep.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("hiermoe.topology.cluster_files.CLUSTERS", tmp_path)
     return tmp_path
 
 
@@ -56,9 +54,7 @@ def test_enough_iterations_count(calibrated: Path) -> None:
 def test_a_cluster_that_nobody_has_calibrated_is_an_error_and_not_in_the_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("hiermoe.topology.cluster_files", "hiermoe.runs.sweep"):
-        monkeypatch.setattr(f"{module}.CLUSTERS", tmp_path)
-    monkeypatch.setattr("hiermoe.runs.sweep.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("hiermoe.topology.cluster_files.CLUSTERS", tmp_path)
     with pytest.raises(ValueError, match=r"sweeps/measured/fig11.yaml: .*emulated_4x8_calibrated"):
         measured_cells("default")
     assert measured_so_far(RunStore(tmp_path / "runs")) == []
