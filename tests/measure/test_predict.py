@@ -55,7 +55,7 @@ def test_policy_that_makes_copies_is_walked_through_and_its_traffic_is_that_of_e
         def decide(self, summed, placement, context):
             return PlacementUpdate(placements[(context.iteration + 1) % 3], None)
 
-    workload = composed("iterations=3", "system=hd2").workload()
+    workload = open_workload(composed("iterations=3", "system=hd2"))
     object.__setattr__(workload, "new_policy", Copy)
     records, hierarchy = simulate(workload), workload.cluster.hierarchy
     for iteration, placement in enumerate(placements):
@@ -76,7 +76,7 @@ def test_policy_that_makes_copies_is_walked_through_and_its_traffic_is_that_of_e
 
 @pytest.mark.parametrize("system", ["hiermoe", "hiermoe_search", "smartmoe"])
 def test_policy_that_cannot_handle_copies_says_so(composed: Composer, system: str) -> None:
-    workload = composed(f"system={system}").workload()
+    workload = open_workload(composed(f"system={system}"))
     copies, step = random_copies(128, 160, 32, torch.Generator().manual_seed(0)), workload.routing.step(0)
     with pytest.raises(NotApplicable, match="gives every expert one slot, but 128 experts have 160 slots"):
         workload.new_policy().measure(step.expert_ids_NK, step.source_N, copies, workload.cluster.hierarchy, 0)
