@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 # Systems whose experts move need point-to-point messages, which gloo has for CPU tensors alone.
 STATIC = ("megatron", "tutel_2dh", "tutel_2dh_padded", "h2", "h3", "hd1", "hd2", "hd3", "hd_moe")
 TRAINED = ("megatron", "hd1", "hd_moe", "hiermoe")
-STEPS = 4
+STEPS = 12
 ONE_GPU = """
 name: one_gpu
 description: one GPU
@@ -71,6 +71,6 @@ def test_models_train_over_nccl_with_the_same_loss_under_every_system(
             assert (records["alltoall_forward_ms"] > 0).all() and (records["alltoall_backward_ms"] > 0).all()
             losses[system] = records["loss"].tolist()
             shutil.rmtree(run)
-        assert losses["megatron"][-1] < losses["megatron"][0]
+        assert losses["megatron"][-1] < losses["megatron"][0]  # of other tokens, so a few steps would not tell
         for system in TRAINED[1:]:
             assert losses[system] == pytest.approx(losses["megatron"], rel=1e-5), system
