@@ -69,7 +69,7 @@ test-slow: setup ## the slower checks
 test-slurm: setup slurm ## measured runs under a real Slurm of four nodes on this machine (root; installs slurm-wlm and munge)
 	@$(BIN)/pytest -q -m slurm tests/slurm
 
-test-all: setup slurm ## all of these together, and which of them took longest: what CI runs beside lint
+test-all: setup slurm ## all of these together, and which of them took longest
 	@$(PYTEST) --durations=40
 
 slurm:
