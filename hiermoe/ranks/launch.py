@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing import connection, get_context, parent_process
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from hiermoe.dispatch.communicators import HOST_VARIABLE
 from hiermoe.ranks.emulated.namespaces import enter
 from hiermoe.records.status import NotApplicable
 
-# What the fork server imports once, for all ranks: the caller's main module, and what `preload` adds.
+# What the fork server imports once, for all processes that come from it: the caller's main module, and what `preload` adds.
 _PRELOAD = ["__main__"]
 
 # What gloo says in a rank whose peer has gone. This process hears of that peer from the fork server, after the rank may
@@ -44,6 +45,13 @@ def preload(module: str) -> None:
     """
     if module not in _PRELOAD:
         _PRELOAD.append(module)
+
+
+def fork_server() -> ForkServerContext:
+    """Where ranks and simulating workers come from. A process has one such server only, whoever starts it first."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
 
 
 def run_ranks(
@@ -83,8 +91,7 @@ def run_ranks(
         if given is not None and len(given) != world_size:
             raise ValueError(f"{name} names {len(given)} {name} for world_size={world_size} ranks")
     ends = None if deadline is None else time.monotonic() + deadline.total_seconds()
-    context = get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = fork_server()
     with tempfile.TemporaryDirectory(prefix="hiermoe-ranks-") as name:
         folder = Path(name)
         # Written once and not sent to each process, which would also share the memory of tensors among them.

@@ -5,11 +5,10 @@ import signal
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 
 import torch
 
-from hiermoe.ranks.launch import end_with_parent
+from hiermoe.ranks.launch import end_with_parent, fork_server, preload
 from hiermoe.records.keep import Outcome
 from hiermoe.records.store import RunStore
 from hiermoe.runs.execute import execute
@@ -54,9 +53,8 @@ def run_all(
             groups.setdefault(config.routing_key, []).append(config)
     if not groups:
         return outcomes
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["hiermoe.runs.sweep"])
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+    preload("hiermoe.runs.sweep")
+    with ProcessPoolExecutor(workers, mp_context=fork_server(), initializer=_start_worker) as pool:
         queue = sorted(groups.values(), key=len, reverse=True)
         running: dict[Future[Outcome], list[RunConfig]] = {}
         try:

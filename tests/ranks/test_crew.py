@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import torch.distributed as dist
 
 from hiermoe.ranks import crew as crew_module
 from hiermoe.ranks.crew import Crew, CrewEnded, leave
+from hiermoe.ranks.launch import fork_server
 from hiermoe.ranks.streams import RowStream
 from hiermoe.records.keep import RunDied
 from hiermoe.records.status import NotApplicable
@@ -44,8 +44,7 @@ def start(
     grace: float = TIMEOUT.total_seconds(),
 ) -> Ended:
     """Run a crew of processes whose rank 0 runs the program."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["hiermoe.narrow.preload"])
+    context = fork_server()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
