@@ -25,7 +25,7 @@ from hiermoe.dispatch.communicators import HOST_VARIABLE
 from hiermoe.ranks.emulated.namespaces import enter
 from hiermoe.records.status import NotApplicable
 
-# What the fork server imports once, for all processes that come from it: the caller's main module, and what `preload` adds.
+# What the fork server imports once, for all that comes from it: the caller's main module, and what `preload` adds.
 _PRELOAD = ["__main__"]
 
 # What gloo says in a rank whose peer has gone. This process hears of that peer from the fork server, after the rank may
