@@ -60,7 +60,7 @@ class TrainRunConfig(TrainingConfig):
         values = dict(values)
         world_size, groups = int(values.pop("world_size")), int(values["data_parallel"])
         if world_size < 1 or groups < 1 or world_size % groups:
-            raise ValueError(f"world_size={world_size} does not split into data_parallel={groups} groups")
+            raise ValueError(f"world_size={world_size} does not split into data_parallel={groups} replicas")
         ep_size = world_size // groups
         return values | {"ep_size": ep_size, "cluster": Cluster.model_validate(values["cluster"]).reduced(ep_size)}
 
