@@ -37,12 +37,12 @@ NO_SOURCE = "none"  # of a claim that no sweep has a run for
 KINDS = ("simulated", "local", "emulated", "cluster", NO_SOURCE)
 HOW_TO_TRAIN = {
     "emulated": "`make reproduce FULL=1` as root trains narrow models on an emulated cluster",
-    "cluster": "`make reproduce BACKEND=slurm NODES=4 GPUS_PER_NODE=8 FULL=1` trains on GPUs; nobody has, here",
+    "cluster": "`make reproduce ON=slurm NODES=4 GPUS_PER_NODE=8 FULL=1` trains on GPUs; nobody has, here",
 }
 HEADINGS = {"emulated": "emulated cluster", "cluster": "cluster"}
 HOW_TO_MEASURE = {
     "emulated": "`make reproduce` as root measures on an emulated cluster",
-    "cluster": "`make reproduce BACKEND=slurm NODES=4 GPUS_PER_NODE=8` measures on a cluster; nobody has, here",
+    "cluster": "`make reproduce ON=slurm NODES=4 GPUS_PER_NODE=8` measures on a cluster; nobody has, here",
 }
 REFERENCE_WIDTH = 1100  # pixels of a committed figure
 

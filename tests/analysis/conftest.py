@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from hiermoe.analysis.frames import Results, load
 from hiermoe.records.project import CONF, SWEEPS
@@ -76,7 +77,7 @@ def cells() -> dict[str, list[Cell]]:
     """All sweeps, cell by cell as they are expanded."""
     expanded = {}
     for name in sweep_names():
-        params = yaml.safe_load((SWEEPS / f"{name}.yaml").read_text())["hydra"]["sweeper"]["params"]
+        params = OmegaConf.load(SWEEPS / f"{name}.yaml").hydra.sweeper.params
         choices = [[(key, yaml.safe_load(x)) for x in str(values).split(",")] for key, values in params.items()]
         for key, kept in THINNED.get(name, {}).items():
             (varied,) = [choice for choice in choices if choice[0][0] == key]

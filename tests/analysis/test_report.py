@@ -97,7 +97,7 @@ def test_report_without_records_says_so(cells: dict[str, list[Cell]], tmp_path: 
     text = (page.parent / "report.md").read_text()
     # Beside them loss curves, and whole steps and measured runs of two kinds each.
     assert text.count("Not drawn") == len(DRAWN) + 5
-    assert "`make reproduce BACKEND=slurm NODES=4 GPUS_PER_NODE=8` measures on a cluster" in text
+    assert "`make reproduce ON=slurm NODES=4 GPUS_PER_NODE=8` measures on a cluster" in text
     assert not list((tmp_path / "figures").iterdir())
 
 
