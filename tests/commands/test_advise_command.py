@@ -113,7 +113,8 @@ def test_new_policy_appears_by_its_file_alone(
     (conf / "system").mkdir(parents=True)
     for name in ("megatron", "hd2", "hiermoe"):
         (conf / "system" / f"{name}.yaml").write_text((CONF / "system" / f"{name}.yaml").read_text())
-    added = yaml.safe_load((CONF / "system" / "hiermoe_multi.yaml").read_text()) | {"name": "search", "label": "Search"}
+    own = {"name": "search", "label": "Search", "color": "#117733"}
+    added = yaml.safe_load((CONF / "system" / "hiermoe_multi.yaml").read_text()) | own
     (conf / "system" / "search.yaml").write_text(yaml.safe_dump(added))
     monkeypatch.setattr("hiermoe.advice.systems.CONF", conf)
     monkeypatch.setattr("hiermoe.policies.system.CONF", conf)
