@@ -122,7 +122,7 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", ti
 
 def test_a_preempted_a_cancelled_and_a_left_job_go_on_with_what_is_missing(project: Project) -> None:
     first = project.start(*QUICK)
-    wait_for(lambda: any(project.folder.glob("results/runs/calibration-*/started-1.json")), first)
+    wait_for(lambda: any(project.folder.glob("results/runs/calibrate-*/started-1.json")), first)
     job = next(iter(project.cluster.job_states()))
     project.cluster.run("scancel", "--signal=USR2", job)  # as Slurm warns a job before it takes its nodes away
     wait_for(lambda: project.cluster.job_states()[job] != "RUNNING", first)
