@@ -109,7 +109,10 @@ def chosen_experts(routing_map_TE: Tensor, topk: int) -> Tensor:
     Raises:
         ValueError: the map does not give every token K experts.
     """
-    expert_P = routing_map_TE.nonzero()[:, 1]
-    if len(expert_P) != len(routing_map_TE) * topk:
-        raise ValueError(f"{len(expert_P)} choices of {len(routing_map_TE)} tokens: topk={topk} of each are expected")
+    token_P, expert_P = routing_map_TE.nonzero(as_tuple=True)
+    expected_P = torch.arange(len(routing_map_TE), device=token_P.device).repeat_interleave(topk)
+    if not torch.equal(token_P, expected_P):
+        raise ValueError(
+            f"the routing map has {len(token_P)} choices of {len(routing_map_TE)} tokens, not {topk} of each"
+        )
     return expert_P.view(-1, topk)

@@ -62,8 +62,8 @@ def code_digest(modules: tuple[str, ...], root: Path = PROJECT_ROOT) -> str:
         modules: dotted names.
         root: folder that the project's packages are in.
     """
-    digests = {module.rpartition(".")[2]: _code(module, root) for module in reachable(modules, root)}
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    digests = sorted((module.rpartition(".")[2], _code(module, root)) for module in reachable(modules, root))
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def reachable(modules: Iterable[str], root: Path = PROJECT_ROOT) -> set[str]:
