@@ -1,6 +1,7 @@
 """A calibration's line, its cluster file, and how commands find it."""
 
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,30 @@ def test_calibration_on_local_ranks(clusters: Path, hiermoe: Command, store: Run
 def test_calibration_needs_ranks(hiermoe: Command) -> None:
     code, _, err = hiermoe("calibrate", "~ranks")
     assert code == 2 and "a calibration needs ranks; choose ranks= from local, emulated, allocation" in err
+
+
+class BusyRanks:
+    """Ranks of a cluster whose first timings do not depend on bytes."""
+
+    source, device, timeout = "cluster", "cpu", timedelta(seconds=1)
+
+    def __init__(self, config: CalibrationConfig, flat: int) -> None:
+        self.config, self.flat, self.turns = config, flat, 0
+
+    def run(self, *_arguments: Any) -> pd.DataFrame:
+        self.turns += 1
+        return rows_of(self.config, 400.0, 0.0) if self.turns <= self.flat else rows_of(self.config, 1.0, 1e-3)
+
+
+def test_what_a_busy_machine_hides_is_measured_again_and_refused_in_the_end(store: RunStore) -> None:
+    config = configured(*SMALL)
+    busy = BusyRanks(config, flat=1)
+    assert execute(config, store, world=busy).status == "ok"
+    records = store.read(config.run_id)
+    assert busy.turns == 2 and records["iteration"].nunique() == 2 * config.repeats
+    assert all(fit.beta_ms_per_byte > 0 for fit in fit_exchanges(records, config.cluster).values())
+    never = configured(*SMALL, "repeats=3")
+    outcome = execute(never, store, world=BusyRanks(never, flat=99))
+    assert outcome.status == "failed" and "world, inter1, intra1" in outcome.reason
+    assert "more bytes took no longer in 12 repeats" in outcome.reason
+    assert not store.is_done(never.run_id), "so the same command measures anew"
