@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from hiermoe.records.project import CONF
 from hiermoe.records.strict import Strict
 
 
@@ -218,6 +219,19 @@ class ModelConfig(Strict):
     def moe_layers(self) -> list[int]:
         """Numbers of the layers with experts, counted from 1 as Megatron does."""
         return list(range(self.num_dense_layers + 1, self.num_layers + 1))
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """The model of conf/model/<name>.yaml.
+
+        Raises:
+            ValueError: there is none, or a value breaks a rule.
+        """
+        path = CONF / "model" / f"{name}.yaml"
+        if not path.is_file():
+            names = ", ".join(sorted(known.stem for known in path.parent.glob("*.yaml")))
+            raise ValueError(f"model={name} is unknown; choose from {names}")
+        return cls.from_yaml(path)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:

@@ -127,7 +127,7 @@ def model_of(metadata: TraceMetadata) -> ModelConfig | None:
     for name in (metadata.model.removesuffix("_narrow"), metadata.model):
         path = CONF / "model" / f"{name}.yaml"
         if path.parent == CONF / "model" and path.is_file():
-            return ModelConfig.from_yaml(path)
+            return ModelConfig.named(name)
     return None
 
 

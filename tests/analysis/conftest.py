@@ -89,7 +89,7 @@ def cells() -> dict[str, list[Cell]]:
 
 def step_ms(system: str) -> float:
     """Made-up time of a system's step."""
-    return STEP_MS[max((name for name in STEP_MS if system.startswith(name)), key=len)]
+    return STEP_MS[max((name for name in STEP_MS if system.startswith(name)), key=len, default="megatron")]
 
 
 def records_of(config: RunConfig) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import matplotlib as mpl
@@ -11,25 +12,16 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-# Okabe and Ito's palette, safe for colour-blind eyes. Variants of a system share its colour; their labels differ.
-COLORS = {
-    "megatron": "#333333",
-    "tutel_2dh": "#E69F00",
-    "smartmoe": "#CC79A7",
-    "hd2_moe_smart": "#009E73",
-    "hd2_moe": "#56B4E9",
-    "hd_moe": "#0072B2",
-    "hiermoe": "#D55E00",
-    "hd": "#56B4E9",
-    "h": "#888888",
-}
+from hiermoe.model import ModelConfig
+from hiermoe.policies.system import SystemConfig
+from hiermoe.topology.cluster import Cluster
+
 ROUTINGS = {
     "recorded": ("o", "recorded routing", 0.0),
     "uniform": ("s", "uniform routing", 0.5),
     "group_limited": ("^", "group-limited routing", 0.5),
     "none": ("o", "no routing", 0.0),
 }
-MODELS = {"qwen3_30b_a3b": "Qwen3-30B-A3B", "deepseek_v3": "DeepSeek-V3"}
 LEVELS = {"node": "nodes", "half": "QPI halves", "pair": "NVLink pairs", "gpu": "GPUs"}
 INK = "#222222"
 SETTINGS: dict[Any, Any] = {
@@ -56,10 +48,27 @@ SETTINGS: dict[Any, Any] = {
 }
 
 
+@cache
 def color(system: str) -> str:
-    """Colour of a system: its own, or that of the system whose variant it is."""
-    base = max((name for name in COLORS if system.startswith(name)), key=len)
-    return COLORS[base]
+    """Colour of a system, as its file says: Okabe and Ito's palette, variants sharing one; their labels differ."""
+    return SystemConfig.named(system).color
+
+
+@cache
+def model(name: str) -> str:
+    """Name of a model for readers, as its file says; a narrow sibling is called as its model is."""
+    return ModelConfig.named(name.removesuffix("_narrow")).label
+
+
+@cache
+def fabric(name: str) -> str:
+    """Name of a cluster for readers, as its file says."""
+    return Cluster.named(name).label or name
+
+
+def models(table: pd.DataFrame) -> list[str]:
+    """All models of a table, in its order."""
+    return [str(name) for name in table["model"].unique()]
 
 
 def shade(system: str, routing: str) -> tuple[float, float, float]:

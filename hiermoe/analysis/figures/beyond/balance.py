@@ -20,7 +20,7 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
     """One row per system, model and routing."""
     rows = []
     for run in results.find("fig11", status="ok"):
-        if run.system in SYSTEMS:
+        if run.system in SYSTEMS or run.config.system.entrant:
             steps = results.rows(run, "step")
             balance = ratio_of_sums(steps["expert_rows_max"].to_numpy(float), steps["expert_rows_mean"].to_numpy(float))
             rows.append(row_of(run, balance, published=float("nan")))
@@ -29,13 +29,14 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
     """A panel per model, a row per system."""
-    models = [model for model in style.MODELS if model in set(table["model"])]
+    models = style.models(table)
     figure, panels = style.grid(title, 1, len(models), (12, 5), sharey=True)
-    labels = {s: table.loc[table["system"] == s, "label"].iloc[0] for s in SYSTEMS if s in set(table["system"])}
+    named = table.drop_duplicates("system").set_index("system")["label"].to_dict()
+    labels = {system: named[system] for system in dict.fromkeys([*SYSTEMS, *named]) if system in named}
     for panel, model in zip(panels, models, strict=True):
         style.dot_rows(panel, table[table["model"] == model], list(labels), labels)
         panel.axvline(1, color="#333333", linewidth=1.5)
-        panel.set_title(style.MODELS[model])
+        panel.set_title(style.model(model))
         panel.set_xlabel("busiest GPU's token–expert pairs over the mean")
     style.legend(figure, table["routing"], with_published=False)
     return figure
@@ -45,7 +46,7 @@ def words(table: pd.DataFrame) -> Words:
     """What each placement does to the balance of computing."""
     lead = headline(table)
     text = [
-        f"{style.MODELS[str(model)]}: "
+        f"{style.model(str(model))}: "
         + "; ".join(
             f"{table.loc[table['system'] == system, 'label'].iloc[0]} {per_routing(rows[rows['system'] == system])}"
             for system in ("megatron", "hiermoe", "smartmoe")

@@ -1,4 +1,4 @@
-"""What figures beyond the paper's testbed share: names of fabrics, and speed-ups of worlds of one size."""
+"""What figures beyond the paper's testbed share: names of routings, and speed-ups of worlds of one size."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,29 +7,7 @@ from hiermoe.analysis.figures.tables import row_of
 from hiermoe.analysis.frames import Results, Run
 from hiermoe.analysis.quantities import speedup
 
-FABRICS = {
-    "h100_ib400": "8×H100, 400 Gb/s a GPU",
-    "h800_ib400": "8×H800, 400 Gb/s a GPU",
-    "gb200_nvl72_ib400": "GB200 NVL72, 400 Gb/s a GPU",
-    "gb200_nvl72_ib800": "GB200 NVL72, 800 Gb/s a GPU",
-    "a100_ib200": "8×A100, 200 Gb/s a GPU",
-    "cloud_eth100": "8 PCIe GPUs, 100 Gb/s a node",
-}
-MODELS = {
-    "deepseek_v3": "DeepSeek-V3",
-    "qwen3_30b_a3b": "Qwen3-30B-A3B",
-    "qwen3_235b_a22b": "Qwen3-235B-A22B",
-    "mixtral_8x22b": "Mixtral-8x22B",
-}
 ROUTINGS = {"recorded": "recorded", "resampled": "recorded sequences, resampled", "uniform": "uniform"}
-SYSTEMS = {  # in the order of legends
-    "megatron": "Megatron-LM (flat)",
-    "tutel_2dh": "Tutel-2DH",
-    "smartmoe": "SmartMoE",
-    "hd2_moe": "HD2-MoE",
-    "hd_moe": "HD-MoE",
-    "hiermoe": "HierMoE",
-}
 
 
 def worlds(results: Results, sweep: str) -> Iterator[dict[str, Any]]:

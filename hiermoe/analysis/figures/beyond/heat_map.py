@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from hiermoe.analysis.claims import Claim
 from hiermoe.analysis.figures import style
-from hiermoe.analysis.figures.beyond.fabrics import FABRICS, MODELS, ROUTINGS, SYSTEMS, worlds
+from hiermoe.analysis.figures.beyond.fabrics import ROUTINGS, worlds
 from hiermoe.analysis.figures.spec import FigureSpec, Words
 from hiermoe.analysis.figures.words import counted, span
 from hiermoe.analysis.frames import Results
@@ -16,26 +16,31 @@ from hiermoe.topology.data_sheet import CAVEAT
 
 LITTLE = 1.05  # speed-ups below this are not worth a change of dispatcher
 CLOSE = 0.99  # of the best: as good, if simpler
-SIMPLEST_FIRST = ("megatron", "tutel_2dh", "hd_moe", "smartmoe", "hiermoe")
 
 
 def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
-    """One row per fabric, model and routing: the simplest system within 1 % of the fastest, the flat one among them."""
+    """One row per fabric, model and routing: the simplest system within 1 % of the fastest, the flat one among them.
+
+    The sweep names the simplest first.
+    """
     found = pd.DataFrame(worlds(results, "heat_map"))
     if found.empty:
         return found
     cell = ["model", "routing", "fabric"]
     fixed = found[found["system"] == "hd_moe"].set_index(cell)["value"].rename("fixed")
     best = found[found["value"] >= CLOSE * found.groupby(cell)["value"].transform("max")]
-    best = best.sort_values("system", key=lambda x: x.map(SIMPLEST_FIRST.index), kind="stable")
+    simplest_first = found.drop_duplicates("system").set_index("system")["label"]
+    best = best.sort_values("system", key=lambda x: x.map(simplest_first.index.get_loc), kind="stable")
+    best = best.assign(compared=", ".join(simplest_first))
     best = best.drop_duplicates(cell).sort_index()
     return best.join(fixed, on=cell).reset_index(drop=True)
 
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
     """Models and routings down, fabrics across."""
-    rows = [(m, r) for m in MODELS for r in ROUTINGS if ((table["model"] == m) & (table["routing"] == r)).any()]
-    columns = [fabric for fabric in FABRICS if fabric in set(table["fabric"])]
+    present = set(zip(table["model"], table["routing"], strict=True))
+    rows = [(model, routing) for model in style.models(table) for routing in ROUTINGS if (model, routing) in present]
+    columns = [str(fabric) for fabric in table["fabric"].unique()]
     cells = {(cell["model"], cell["routing"], cell["fabric"]): cell for _, cell in table.iterrows()}
     values = table.pivot_table(index=["model", "routing"], columns="fabric", values="value")
     values = values.reindex(index=pd.MultiIndex.from_tuples(rows), columns=columns)
@@ -49,12 +54,12 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
                 continue
             cell = cells[*row, fabric]
             dark = cell["value"] - 1 > 0.62 * (top - 1)
-            lines = [f"{cell['value']:.2f}×", f"{_short(str(cell['system']))}, d* = {cell['dimension']:.0f}"]
+            lines = [f"{cell['value']:.2f}×", f"{_short(cell)}, d* = {cell['dimension']:.0f}"]
             for offset, line, size, weight in zip((-0.17, 0.2), lines, (15, 11), ("bold", "normal"), strict=True):
                 color = "white" if dark else style.INK
                 panel.text(x, y + offset, line, ha="center", va="center", fontsize=size, weight=weight, color=color)
-    panel.set_xticks(range(len(columns)), [FABRICS[fabric].replace(", ", "\n") for fabric in columns])
-    panel.set_yticks(range(len(rows)), [f"{MODELS[model]}\n{ROUTINGS[routing]}" for model, routing in rows])
+    panel.set_xticks(range(len(columns)), [style.fabric(fabric).replace(", ", "\n") for fabric in columns])
+    panel.set_yticks(range(len(rows)), [f"{style.model(model)}\n{ROUTINGS[routing]}" for model, routing in rows])
     panel.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     panel.grid(visible=False)
     panel.spines[:].set_visible(False)
@@ -65,8 +70,8 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def _short(system: str) -> str:
-    return "flat" if system == "megatron" else SYSTEMS[system]
+def _short(cell: pd.Series) -> str:
+    return "flat" if cell["system"] == "megatron" else cell["label"]
 
 
 def words(table: pd.DataFrame) -> Words:
@@ -77,12 +82,13 @@ def words(table: pd.DataFrame) -> Words:
     text = []
     for fabric, rows in table.groupby("fabric", sort=False):
         dims = sorted(rows["dimension"].unique())
-        text.append(f"{FABRICS[str(fabric)]}: {span(rows['value'])}×, d* {' or '.join(f'{d:.0f}' for d in dims)}.")
+        text.append(f"{style.fabric(str(fabric))}: {span(rows['value'])}×, d* {' or '.join(f'{d:.0f}' for d in dims)}.")
     idle = table[table["value"] < LITTLE]
     if len(idle):
         pairs = idle.groupby("fabric", sort=False)["model"].unique()
         stays = "; ".join(
-            f"{FABRICS[str(fabric)]}: {', '.join(MODELS[m] for m in models)}" for fabric, models in pairs.items()
+            f"{style.fabric(str(fabric))}: {', '.join(style.model(m) for m in models)}"
+            for fabric, models in pairs.items()
         )
         text.append(f"Below {LITTLE:.2f}×, so that the flat AlltoAll may as well stay: {stays}.")
     moved = table[table["system"] == "hiermoe"]
@@ -91,13 +97,13 @@ def words(table: pd.DataFrame) -> Words:
             f"Where HierMoE is the best, its swaps are worth {span((moved['value'] / moved['fixed'] - 1) * 100, 0)} % "
             "over the same dispatch with experts fixed."
         )
-    groups = ", ".join(f"{MODELS[str(model)]} {size:.0f}" for model, size in sizes.items())
+    groups = ", ".join(f"{style.model(str(model))} {size:.0f}" for model, size in sizes.items())
     return Words(
         f"Of {len(table)} pairs of a fabric and a routing, {len(gaining)} gain at least {(LITTLE - 1) * 100:.0f} % "
-        f"over the flat AlltoAll, most {MODELS[str(best['model'])]} on "
-        f"{FABRICS[str(best['fabric'])].partition(',')[0]} ({best['value']:.2f}×)",
+        f"over the flat AlltoAll, most {style.model(str(best['model']))} on "
+        f"{style.fabric(str(best['fabric'])).partition(',')[0]} ({best['value']:.2f}×)",
         f"{table['world_size'].iloc[0]:.0f} GPUs, {CAVEAT}; expert parallelism: {groups} GPUs. The best of "
-        "Megatron-LM's flat AlltoAll, Tutel-2DH, HD-MoE, SmartMoE and HierMoE, in this order of simplicity: the first "
+        f"{table['compared'].iloc[0]}, in this order of simplicity: the first "
         "within 1 % of the fastest. Recorded routing exists for two of the models; uniform routing is the yardstick: "
         "duplicates by chance alone, nothing for a placement to learn. "
         f"{counted(table)}",

@@ -28,9 +28,9 @@ FIXED = {  # the same dispatch with experts fixed
     "smartmoe": "megatron",
 }
 POLICIES = {  # under HierD-AlltoAll, with the names that the lines have; variants of HierMoE in shades of its colour
-    "hd_moe": ("experts fixed", style.COLORS["hd_moe"]),
-    "hd_moe_smart": ("SmartMoE placement", style.COLORS["smartmoe"]),
-    "hiermoe": ("HierD-ES", style.COLORS["hiermoe"]),
+    "hd_moe": ("experts fixed", style.color("hd_moe")),
+    "hd_moe_smart": ("SmartMoE placement", style.color("smartmoe")),
+    "hiermoe": ("HierD-ES", style.color("hiermoe")),
     "hiermoe_gated": ("HierD-ES gated", "#F5A873"),
     "hiermoe_multi": ("HierD-ES multi", "#7A3300"),
 }
@@ -90,7 +90,7 @@ def _iterations(run: Run, fixed: Run, results: Results) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
     """A column per model, on its leading routing: time, and time over that with experts fixed."""
-    models = [model for model in style.MODELS if model in set(table["model"])]
+    models = style.models(table)
     figure, panels = style.grid(title, 2, len(models), (12, 8), sharex=True)
     for column, model in enumerate(models):
         rows = table[(table["model"] == model) & table["system"].isin(list(POLICIES))]
@@ -105,7 +105,7 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
             look = {"color": tone, "linewidth": 2.4 if system == "hiermoe_multi" else 1.9}
             upper.plot(line["iteration"], line["predicted_ms"], **look)
             lower.plot(line["iteration"], line["predicted_ms"] / line["static_ms"], **look)
-        upper.set_title(f"{style.MODELS[model]}, {style.ROUTINGS[rows['routing'].iloc[0]][1]}")
+        upper.set_title(f"{style.model(model)}, {style.ROUTINGS[rows['routing'].iloc[0]][1]}")
         lower.set_xlabel("iteration")
     panels[0].set_ylabel("four AlltoAlls of one layer, ms\n(axis does not start at 0)")
     panels[len(models)].set_ylabel("the same over fixed experts")
@@ -124,7 +124,7 @@ def words(table: pd.DataFrame) -> Words:
     held_out = table[table["counted"]]
     lead = headline(table)
     paragraphs = [
-        " ".join(_of_model(style.MODELS[str(model)], rows, table))
+        " ".join(_of_model(style.model(str(model)), rows, table))
         for model, rows in held_out.groupby("model", sort=False)
     ]
     paragraphs += [" ".join(_smart_elsewhere(held_out)), " ".join([*_on_uniform(held_out), *_certainty(table)])]
@@ -133,7 +133,7 @@ def words(table: pd.DataFrame) -> Words:
     def gains(system: str) -> str:
         rows = held_out[(held_out["routing"] == lead) & (held_out["system"] == system)]
         return " and ".join(
-            f"{_gain(own).value:.3f}× ({style.MODELS[str(model)]})" for model, own in rows.groupby("model", sort=False)
+            f"{_gain(own).value:.3f}× ({style.model(str(model))})" for model, own in rows.groupby("model", sort=False)
         )
 
     smart = f", SmartMoE placement {gains('hd_moe_smart')}" if "hd_moe_smart" in set(held_out["system"]) else ""
@@ -216,7 +216,7 @@ def _smart_elsewhere(held_out: pd.DataFrame) -> Iterator[str]:
             if (rows["system"] == system).any()
         )
         if parts:
-            name = style.MODELS[str(model)]
+            name = style.model(str(model))
             yield f"SmartMoE's placement on {name}, over fixed experts with the same dispatch: {parts}."
         needs = rows.groupby("system")["node_rows"].mean()
         if "hd_moe_smart" in needs and needs["hd_moe_smart"] > 1.01 * needs["hd_moe"]:
@@ -260,7 +260,7 @@ def _bounds(held_out: pd.DataFrame) -> Iterator[str]:
         fastest = min(set(rows["system"]), key=lambda system: rows[rows["system"] == system]["predicted_ms"].mean())
         best, fixed = (rows[rows["system"] == s].mean(numeric_only=True) for s in (fastest, "hd_moe"))
         text = (
-            f"{style.MODELS[str(model)]}: under the fastest placement ({POLICIES[fastest][0]}) a token needs "
+            f"{style.model(str(model))}: under the fastest placement ({POLICIES[fastest][0]}) a token needs "
             f"{best['node_rows']:.2f} nodes, under no placement less than {best['node_rows_any_placement']:.0f} (a "
             "loose bound, for which all experts of every token are neighbours)"
         )
@@ -298,7 +298,7 @@ def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
         late = rows[rows["counted"]]
         moved, moved_late = rows["moved_experts"], late["moved_experts"]
         yield (
-            style.MODELS[str(model)],
+            style.model(str(model)),
             ROUTING_WORDS[str(routing)],
             POLICIES[str(system)][0],
             f"{late['predicted_ms'].mean():.2f}",

@@ -18,10 +18,10 @@ from hiermoe.analysis.wording import with_interval
 
 SWEEP, BOUND_SWEEP = "search", "search_bound"
 POLICIES = {  # from top to bottom
-    "hd_moe": ("experts fixed", style.COLORS["hd_moe"]),
-    "hd_moe_smart": ("SmartMoE placement", style.COLORS["smartmoe"]),
-    "hiermoe": ("HierD-ES", style.COLORS["hiermoe"]),
-    "hiermoe_search": ("search, once", style.COLORS["hd2_moe_smart"]),
+    "hd_moe": ("experts fixed", style.color("hd_moe")),
+    "hd_moe_smart": ("SmartMoE placement", style.color("smartmoe")),
+    "hiermoe": ("HierD-ES", style.color("hiermoe")),
+    "hiermoe_search": ("search, once", style.color("hd2_moe_smart")),
     "hiermoe_search_online": ("search, online", "#56B4E9"),
 }
 BOUND = "no placement beats"
@@ -70,13 +70,13 @@ def _held_out(run: Run, fixed: Run, bound: Run, results: Results) -> pd.DataFram
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
     """A column per model: time over that with experts fixed against updates; then all times from 0, with the bound."""
-    models = [model for model in style.MODELS if model in set(table["model"])]
+    models = style.models(table)
     figure, panels = style.grid(title, 2, len(models), (12, 8.4), height_ratios=(1, 1.05))
     upper, lower = panels[: len(models)], panels[len(models) :]
     for model, above, below in zip(models, upper, lower, strict=True):
         rows = table[table["model"] == model]
         _against_updates(above, rows)
-        above.set_title(f"{style.MODELS[model]}, {style.ROUTINGS[rows['routing'].iloc[0]][1]}")
+        above.set_title(f"{style.model(model)}, {style.ROUTINGS[rows['routing'].iloc[0]][1]}")
         _from_zero(below, rows)
     for panel in upper[1:]:
         panel.sharey(upper[0])
@@ -136,7 +136,7 @@ def _means(rows: pd.DataFrame) -> pd.DataFrame:
 def words(table: pd.DataFrame) -> Words:
     """What search gains over one swap a step, what moving costs, and how much could be left."""
     gains = " and ".join(
-        f"{_gain(_of(rows, 'hiermoe_search')).value:.3f}× ({style.MODELS[str(model)]})"
+        f"{_gain(_of(rows, 'hiermoe_search')).value:.3f}× ({style.model(str(model))})"
         for model, rows in table.groupby("model", sort=False)
     )
     swaps = " and ".join(
@@ -146,7 +146,7 @@ def words(table: pd.DataFrame) -> Words:
         [_of(rows, "hiermoe", longest=True)["updates_before"].iloc[0] for _, rows in table.groupby("model")], 0
     )
     paragraphs = [
-        "".join(_of_model(style.MODELS[str(model)], rows)) for model, rows in table.groupby("model", sort=False)
+        "".join(_of_model(style.model(str(model)), rows)) for model, rows in table.groupby("model", sort=False)
     ]
     return Words(
         f"One searched migration makes held-out AlltoAll {gains} as fast as experts left in order; HierD-ES after "
@@ -229,7 +229,7 @@ def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
     for (model, system, length), rows in table.groupby(["model", "system", "iterations_before"], sort=False):  # type: ignore[misc]
         first = rows.iloc[0]
         yield (
-            style.MODELS[str(model)],
+            style.model(str(model)),
             POLICIES[str(system)][0],
             f"{length}",
             f"{first['updates_before']:.0f}",

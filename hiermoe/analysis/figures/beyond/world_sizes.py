@@ -1,6 +1,7 @@
 """Every system from 8 to 4096 GPUs: time of a step's AlltoAlls, and speed-up over the flat one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -9,14 +10,14 @@ from matplotlib.lines import Line2D
 
 from hiermoe.analysis.claims import Claim
 from hiermoe.analysis.figures import style
-from hiermoe.analysis.figures.beyond.fabrics import FABRICS, MODELS, ROUTINGS, SYSTEMS, worlds
+from hiermoe.analysis.figures.beyond.fabrics import ROUTINGS, worlds
 from hiermoe.analysis.figures.spec import FigureSpec, Words
 from hiermoe.analysis.figures.tables import complete
 from hiermoe.analysis.figures.words import counted, span
 from hiermoe.analysis.frames import Results
 from hiermoe.topology.data_sheet import CAVEAT
 
-MARKERS = {"megatron": "o", "tutel_2dh": "v", "smartmoe": "s", "hd2_moe": "^", "hd_moe": "D", "hiermoe": "o"}
+MARKERS = "ovs^DoPX<>*"  # in the order of the sweep's systems
 LARGE = "hiermoe reproduce --sweeps large/scaling"
 
 
@@ -28,13 +29,14 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
     """A column per fabric: time above, speed-up below, d* of HD-MoE along its line."""
-    fabrics = [fabric for fabric in FABRICS if fabric in set(table["fabric"])]
+    fabrics = [str(fabric) for fabric in table["fabric"].unique()]
+    markers = dict(zip(map(str, table["system"].unique()), cycle(MARKERS)))
     figure, panels = style.grid(title, 2, len(fabrics), (12, 8.6), sharex=True, sharey="row")
     for column, fabric in enumerate(fabrics):
         rows = table[table["fabric"] == fabric].sort_values("world_size")
         upper, lower = panels[column], panels[len(fabrics) + column]
-        _lines(upper, rows, "step_ms")
-        _lines(lower, rows, "value")
+        _lines(upper, rows, "step_ms", markers)
+        _lines(lower, rows, "value", markers)
         _mark_dimensions(lower, rows)
         for panel in (upper, lower):
             _mark_groups(panel, rows)
@@ -46,24 +48,31 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
         lower.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
         lower.minorticks_off()
         lower.set_xlabel("GPUs")
-        upper.set_title(FABRICS[fabric])
+        upper.set_title(style.fabric(fabric))
     panels[0].set_ylabel("four AlltoAlls of one layer,\nms per step (logarithmic)")
     panels[len(fabrics)].set_ylabel("speed-up over the flat AlltoAll")
     panels[len(fabrics)].set_ylim(bottom=0)
-    present = [system for system in SYSTEMS if system in set(table["system"])]
-    marks = [Line2D([], [], color=style.color(x), marker=MARKERS[x], markersize=7, label=SYSTEMS[x]) for x in present]
+    labels = table.drop_duplicates("system").set_index("system")["label"]
+    marks = [
+        Line2D([], [], color=style.color(system), marker=marker, markersize=7, label=_label(labels[system], system))
+        for system, marker in markers.items()
+    ]
     style.legend(figure, [], with_published=False, extra=marks)
     return figure
 
 
-def _lines(panel: Axes, rows: pd.DataFrame, column: str) -> None:
-    for system in SYSTEMS:
+def _label(label: str, system: str) -> str:
+    return f"{label} (flat)" if system == "megatron" else label
+
+
+def _lines(panel: Axes, rows: pd.DataFrame, column: str, markers: Mapping[str, str]) -> None:
+    for system, marker in markers.items():
         line = rows[rows["system"] == system]
         panel.plot(
             line["world_size"],
             line[column],
             color=style.color(system),
-            marker=MARKERS[system],
+            marker=marker,
             markersize=7,
             linewidth=2.4 if system == "hiermoe" else 1.7,
             zorder=4 if system == "hiermoe" else 3,
@@ -110,7 +119,7 @@ def words(table: pd.DataFrame) -> Words:
     """Where hierarchy begins to pay on each fabric, how much at most, and what several groups change."""
     text = []
     for fabric, rows in table.groupby("fabric", sort=False):
-        text.append(_of_fabric(FABRICS[str(fabric)], rows))
+        text.append(_of_fabric(style.fabric(str(fabric)), rows))
     text.append(_on_alpha(table))
     largest = table["world_size"].max()
     if (table["ep_groups"] > 1).any():
@@ -119,15 +128,15 @@ def words(table: pd.DataFrame) -> Words:
         text.append(f"Beyond {largest:.0f} GPUs: `{LARGE}` (minutes; the figure then has them).")
     first = table.iloc[0]
     ends = [
-        f"{rows['value'].max():.2f}× on {FABRICS[str(fabric)].partition(',')[0]}"
+        f"{rows['value'].max():.2f}× on {style.fabric(str(fabric)).partition(',')[0]}"
         for fabric, rows in table[table["system"] == "hiermoe"].groupby("fabric", sort=False)
     ]
     return Words(
         f"From {table['world_size'].min():.0f} to {largest:.0f} GPUs HierMoE's AlltoAlls reach up to "
         f"{' and '.join(ends)} over the flat one",
-        f"{MODELS[str(first['model'])]}, {ROUTINGS[str(first['routing'])]}, {_caveat(table)}. Expert parallelism over "
-        "all GPUs, but in groups of at most 256 on consecutive GPUs; such groups fill whole nodes, so they share no "
-        "port, and the step waits for the slowest. Fixed two-dimensional systems split at the outermost level. "
+        f"{style.model(str(first['model']))}, {ROUTINGS[str(first['routing'])]}, {_caveat(table)}. Expert parallelism "
+        "over all GPUs, but in groups of at most 256 on consecutive GPUs; such groups fill whole nodes, so they share "
+        "no port, and the step waits for the slowest. Fixed two-dimensional systems split at the outermost level. "
         f"{counted(table)}",
         tuple(text),
     )
@@ -152,9 +161,9 @@ def _of_fabric(name: str, rows: pd.DataFrame) -> str:
         else "d* is 1 throughout: the flat exchange, deduplicated"
     )
     fixed = [
-        f"{SYSTEMS[system]} {span(rows.loc[rows['system'] == system, 'value'])}×"
+        f"{of['label'].iloc[0]} {span(of['value'])}×"
         for system in ("tutel_2dh", "hd2_moe")
-        if (rows["system"] == system).any()
+        if len(of := rows[rows["system"] == system])
     ]
     return (
         f"{name}: deduplication (HD-MoE) {begins} and is worth most at {best['world_size']:.0f} GPUs, "
@@ -182,7 +191,8 @@ def _with_groups(table: pd.DataFrame) -> str:
         ms = rows.pivot_table(index="world_size", columns="system", values="step_ms")
         one, most = ms.loc[ms.index.min()], ms.loc[ms.index.max()]
         parts.append(
-            f"{FABRICS[str(fabric)]}: the flat AlltoAll takes {(most['megatron'] / one['megatron'] - 1) * 100:+.0f} %, "
+            f"{style.fabric(str(fabric))}: the flat AlltoAll takes "
+            f"{(most['megatron'] / one['megatron'] - 1) * 100:+.0f} %, "
             f"HierMoE {(most['hiermoe'] / one['hiermoe'] - 1) * 100:+.0f} %"
         )
     top = table["world_size"].max()

@@ -213,7 +213,7 @@ def _what(row: pd.Series, table: pd.DataFrame) -> str:
     """Model and K, and what more tells rows of the table apart."""
     several = table["num_ranks"].min() < table["num_ranks"].max()
     ranks = f", {row['num_ranks']} ranks" if several else ""
-    return f"{style.MODELS[str(row['model'])]}, K={row['topk']}{ranks}"
+    return f"{style.model(str(row['model']))}, K={row['topk']}{ranks}"
 
 
 def _interval(policy: str) -> str:

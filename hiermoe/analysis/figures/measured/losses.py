@@ -52,7 +52,7 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
                 zorder=5 if control else 3,
             )
         panel.set_yscale("log")
-        panel.set_title(style.MODELS[model.removesuffix("_narrow")] + ", narrow")
+        panel.set_title(style.model(model) + ", narrow")
         panel.set_xlabel("training step")
     panels[0].set_ylabel("|loss − stock loss| / stock loss")
     panels[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -68,7 +68,7 @@ def words(table: pd.DataFrame) -> Words:
     close = worst <= 3 * control
     text = []
     for model, rows in table.groupby("model", sort=False):
-        name = style.MODELS[str(model).removesuffix("_narrow")]
+        name = style.model(str(model))
         stock = rows[rows["system"] == STOCK].sort_values("iteration")["loss"]
         largest = rows[~rows["system"].isin([STOCK])].groupby("label", sort=False)["distance"].max()
         parts = ", ".join(f"{label} {distance:.1e}" for label, distance in largest.items())

@@ -70,7 +70,7 @@ def _sizes(config: TrainRunConfig) -> str:
     model = config.model
     layers = f"{model.num_layers} layers" + (f", {model.num_dense_layers} of them dense" * (model.num_dense_layers > 0))
     return (
-        f"{style.MODELS[model.name.removesuffix('_narrow')]}: {layers}, width {model.hidden_size}, vocabulary "
+        f"{style.model(model.name)}: {layers}, width {model.hidden_size}, vocabulary "
         f"{model.vocab_size}, {config.sequences_per_rank} x {config.seq_length} tokens a rank"
     )
 
@@ -115,7 +115,7 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
         panel.set_xlim(0, rows[list(PARTS)].sum(axis=1).max() * 1.15)
         panel.grid(axis="y", visible=False)
         narrow = ", narrow" * model.endswith("_narrow")
-        panel.set_title(style.MODELS[model.removesuffix("_narrow")] + narrow)
+        panel.set_title(style.model(model) + narrow)
         panel.set_xlabel("training step, ms")
     marks = [
         Patch(color="#999999", alpha=0.35, label="everything else"),
@@ -135,7 +135,7 @@ def words(table: pd.DataFrame) -> Words:
         known = rows[rows["system"] != BASELINE]
         if len(known) and "step_ms_speedup" in known:
             row = known.sort_values("step_ms_speedup").iloc[-1]
-            name = style.MODELS[str(model).removesuffix("_narrow")]
+            name = style.model(str(model))
             best.append(f"{name} {row['step_ms_speedup']:.2f}× with {row['label']}")
     on_gpus = first["device"] == "cuda"
     ranks = "GPUs over NCCL" if on_gpus else "gloo ranks that share this machine's cores"
@@ -165,7 +165,7 @@ def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
     )  # fmt: skip
     for _, row in table.iterrows():
         yield (
-            style.MODELS[row["model"].removesuffix("_narrow")],
+            style.model(row["model"]),
             row["label"],
             f"{row['step_ms']:.0f} [{row['low']:.0f}, {row['high']:.0f}]",
             f"{row['alltoall_share']:.0%}",

@@ -16,7 +16,6 @@ from hiermoe.analysis.frames import Results
 from hiermoe.analysis.whole_step import FULL_STATE_AT_LINK, PUBLISHED_SHARES, share_needed, step_speedup
 
 SHARES = np.linspace(0.0, 0.7, 71)
-SYSTEMS = ("hd2_moe", "hd2_moe_smart", "hiermoe")
 WIDTHS = {"hd2_moe": 5.0, "hd2_moe_smart": 2.0, "hiermoe": 2.0}  # the first two may coincide
 
 
@@ -26,7 +25,7 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
     rows = []
     for run in results.find("fig10", status="ok"):
         megatron = counterpart(run, "megatron", "fig10", results)
-        if run.system not in SYSTEMS or megatron is None:
+        if megatron is None or not (run.system in WIDTHS or run.config.system.entrant):
             continue
         steps, reference_ms = results.rows(run, "step"), results.rows(megatron, "step")["predicted_ms"].sum()
         alltoall_ms, migration_ms = steps["predicted_ms"].sum(), FULL_STATE_AT_LINK.of(steps).sum()
@@ -46,7 +45,7 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
     """A panel per model: speed-up of the step against AlltoAll's share of it, on the leading routing."""
-    models = [model for model in style.MODELS if model in set(table["model"])]
+    models = style.models(table)
     figure, panels = style.grid(title, 1, len(models), (11.5, 5.6), sharey=True)
     for panel, model in zip(panels, models, strict=True):
         rows = table[table["model"] == model]
@@ -64,16 +63,16 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
                 line["value"],
                 "--" if dashed else "-",
                 color=style.color(str(system)),
-                linewidth=WIDTHS[str(system)],
+                linewidth=WIDTHS.get(str(system), 2.0),
             )
         panel.axhline(1, color=style.color("megatron"), linewidth=1.2)
-        panel.set_title(f"{style.MODELS[model]}, {style.ROUTINGS[rows['routing'].iloc[0]][1]}")
+        panel.set_title(f"{style.model(model)}, {style.ROUTINGS[rows['routing'].iloc[0]][1]}")
         panel.set_xlabel("AlltoAll's share of Megatron-LM's step, %")
         panel.set_xlim(0, SHARES[-1] * 100)
     panels[0].set_ylabel("speed-up of the step over Megatron-LM")
     labels = table.drop_duplicates("system").set_index("system")["label"]
     lines = [
-        Line2D([], [], color=style.color(str(name)), label=label, linewidth=WIDTHS[str(name)])
+        Line2D([], [], color=style.color(str(name)), label=label, linewidth=WIDTHS.get(str(name), 2.0))
         for name, label in labels.items()
     ]
     dashes = Line2D([], [], color="#555555", linestyle="--", label="with migration of full state")
@@ -98,7 +97,7 @@ def words(table: pd.DataFrame) -> Words:
             needed = [share_needed(end, 1 / plain) for end in ends]
             reached.setdefault(routing, []).extend(without)
             text.append(
-                f"{style.MODELS[model]}, {routing} routing: AlltoAll shares of 30 to 60 % make a step {without[0]:.2f} "
+                f"{style.model(model)}, {routing} routing: AlltoAll shares of 30 to 60 % make a step {without[0]:.2f} "
                 f"to {without[1]:.2f} times faster without migration, {with_moves[0]:.2f} to {with_moves[1]:.2f} times "
                 f"with full state moved at the link's rate; the published {ends.iloc[0]:g}–{ends.iloc[1]:g} would need "
                 f"a share of {needed[0]:.0%} to {needed[1]:.0%}."

@@ -35,13 +35,13 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
     """A panel per model, a row per system."""
-    models = [model for model in style.MODELS if model in set(table["model"])]
+    models = style.models(table)
     figure, panels = style.grid(title, 1, len(models), (12, 7.2), sharey=True, sharex=True)
     labels = dict(zip(table["system"], table["label"], strict=True))
     for panel, model in zip(panels, models, strict=True):
         style.dot_rows(panel, table[table["model"] == model], list(labels), labels)
         panel.axvline(1, color=style.color("megatron"), linewidth=1.5)
-        panel.set_title(style.MODELS[model])
+        panel.set_title(style.model(model))
         panel.set_xlabel("AlltoAll speed-up over Megatron-LM")
     panels[0].set_xlim(0, max(table["high"].max(), table["published"].max()) * 1.05)
     style.legend(figure, table["routing"])
@@ -56,10 +56,10 @@ def words(table: pd.DataFrame) -> Words:
         return table[(table["system"] == system) & (table["routing"] == routing)]
 
     reached = "; ".join(
-        f"{style.MODELS[row['model']]} {row['value']:.2f}× (paper {row['published']:.2f}×)"
+        f"{style.model(row['model'])} {row['value']:.2f}× (paper {row['published']:.2f}×)"
         for _, row in of("hiermoe").iterrows()
     )
-    text = [_why(style.MODELS[str(model)], rows) for model, rows in table.groupby("model", sort=False)]
+    text = [_why(style.model(str(model)), rows) for model, rows in table.groupby("model", sort=False)]
     text.append(
         "Tokens that touch fewer nodes shorten only what deduplicates. Uneven load lengthens the flat AlltoAll most, "
         "which waits for the busiest GPU, while a stage between nodes spreads a node's tokens over its GPUs; and it "

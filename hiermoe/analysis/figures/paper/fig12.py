@@ -100,7 +100,7 @@ def words(table: pd.DataFrame) -> Words:
     return Words(
         f"In {counted['size'].iloc[0]} iterations of {lead} routing HierMoE varies {'less' if steadier else 'more'} "
         f"than Megatron-LM (coefficient of variation {at(lead, 'hiermoe'):.1%} against {at(lead, 'megatron'):.1%})",
-        f"{style.MODELS[table['model'].iloc[0]]}, one MoE layer. Shaded: the n = {counted['size'].iloc[0]} iterations "
+        f"{style.model(table['model'].iloc[0])}, one MoE layer. Shaded: the n = {counted['size'].iloc[0]} iterations "
         "that results count. The paper prints a curve without numbers. Simulated times.",
         tuple(text),
     )

@@ -56,7 +56,7 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
     """Top: cost and gain per step. Bottom: share of the step. A column per model, on the leading routing."""
-    models = [model for model in style.MODELS if model in set(table["model"])]
+    models = style.models(table)
     figure, panels = style.grid(title, 2, len(models), (12, 8.4), sharey="row", sharex="row")
     labels = dict(zip(table["system"], table["label"], strict=True))
     for column, model in enumerate(models):
@@ -89,7 +89,7 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
         for panel in (upper, lower):
             panel.set_yticks(range(len(labels)), list(labels.values()))
             panel.set_ylim(len(labels) - 0.5, -0.5)
-        upper.set_title(f"{style.MODELS[model]}, {style.ROUTINGS[rows['routing'].iloc[0]][1]}")
+        upper.set_title(f"{style.model(model)}, {style.ROUTINGS[rows['routing'].iloc[0]][1]}")
         upper.set_xscale("symlog", linthresh=0.1)
         upper.set_xlabel("ms per step and layer (logarithmic beyond 0.1)")
         lower.axvline(rows["published_share"].iloc[0] * 100, color="black", linestyle="--", linewidth=1.5)
@@ -127,7 +127,7 @@ def words(table: pd.DataFrame) -> Words:
             f"{span(part['cost_ms_per_step'], 1)} ms for {state}" for state, part in main.groupby("state", sort=False)
         )
         text.append(
-            f"{style.MODELS[str(model)]}, {main['routing'].iloc[0]} routing, per step and layer: HierMoE moves "
+            f"{style.model(str(model))}, {main['routing'].iloc[0]} routing, per step and layer: HierMoE moves "
             f"{moved:.2f} experts, which costs {costs} depending on the rate, and {_saves(gain)} of AlltoAll "
             f"time{_beside(rows)}{_gated(rows)}.{_promised(main)}"
         )

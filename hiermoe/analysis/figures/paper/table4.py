@@ -12,7 +12,6 @@ from hiermoe.analysis.figures.tables import published, speedups
 from hiermoe.analysis.figures.words import counted, headline, per_routing, span
 from hiermoe.analysis.frames import Results
 
-SYSTEMS = ("hd2_moe", "hd_moe", "hiermoe")
 VARIED = {"K": "experts per token, K", "E": "experts, E", "G": "GPUs, G"}
 
 
@@ -32,9 +31,12 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
     """Rows of panels are systems, columns are K, E and G."""
-    figure, panels = style.grid(title, len(SYSTEMS), len(VARIED), (11, 8.6), sharex="col", sharey=True)
+    systems = table["system"].unique().tolist()
+    figure, panels = style.grid(
+        title, len(systems), len(VARIED), (11, 2 + 2.2 * len(systems)), sharex="col", sharey=True
+    )
     routings = style.ordered(table["routing"])
-    cells = [(system, varied) for system in SYSTEMS for varied in VARIED]
+    cells = [(system, varied) for system in systems for varied in VARIED]
     for panel, (system, varied) in zip(panels, cells, strict=True):
         rows = table[(table["system"] == system) & (table["varied"] == varied)]
         sizes = sorted(table.loc[table["varied"] == varied, "size"].unique())
@@ -48,7 +50,7 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
         panel.set_xticks(range(len(sizes)), names)
         panel.set_xlim(-0.6, len(sizes) - 0.4)
         panel.grid(axis="x", visible=False)
-        if system == SYSTEMS[-1]:
+        if system == systems[-1]:
             panel.set_xlabel(VARIED[varied])
         if varied == next(iter(VARIED)):
             panel.set_ylabel(f"{rows['label'].iloc[0] if len(rows) else system}\nover Megatron-LM")
@@ -59,7 +61,7 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
 
 def words(table: pd.DataFrame) -> Words:
     """How far ours are from the nine columns, and the steps that no cost model with these constants makes."""
-    off = table.assign(ratio=table["value"] / table["published"])
+    off = table.assign(ratio=table["value"] / table["published"]).dropna(subset="ratio")
     lead = headline(table)
     leading = off.loc[off["routing"] == lead, "ratio"]
     text = [
