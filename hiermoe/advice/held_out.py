@@ -40,7 +40,7 @@ class HeldOut:
         """
         found = []
         for scheme, bytes_IS in zip(self.schemes, self.busiest_bytes, strict=True):
-            stage_ms = times_of_stages(scheme, (share_of_bytes * bytes_IS).T, cluster, 1)
+            stage_ms = times_of_stages(scheme, (share_of_bytes * bytes_IS).T, cluster)
             found.append(ALLTOALLS_PER_STEP * np.stack(stage_ms, axis=1))
         return found
 

@@ -12,19 +12,16 @@ from hiermoe.topology.peers import Amount
 ALLTOALLS_PER_STEP = 4  # dispatch and combine, forward and backward (paper, Sec. I)
 
 
-def times_of_stages(
-    scheme: DispatchScheme, amounts: Iterable[Amount], cluster: Cluster, bytes_each: float
-) -> tuple[Amount, ...]:
+def times_of_stages(scheme: DispatchScheme, stage_bytes: Iterable[Amount], cluster: Cluster) -> tuple[Amount, ...]:
     """Time of every stage (paper, Sec. III-B), in ms.
 
     Args:
         scheme: whose stages.
-        amounts: rows at the busiest GPU of each stage.
+        stage_bytes: at the busiest GPU of each stage.
         cluster: alpha and beta.
-        bytes_each: of a row.
     """
     exchanges = (cluster.constants(stage.peers) for stage in scheme.stages)
-    return tuple(constants.ms(amount, bytes_each) for constants, amount in zip(exchanges, amounts, strict=True))
+    return tuple(constants.ms(amount) for constants, amount in zip(exchanges, stage_bytes, strict=True))
 
 
 def time_of_alltoall(stage_ms: Iterable[Amount]) -> Amount:
@@ -48,9 +45,11 @@ def time_by_groups(
     """
     if not scheme.deduplicates:
         raise ValueError(f"group counts price deduplicated traffic; scheme {scheme.name} sends token-expert pairs")
-    levels = [stage.level(cluster.hierarchy) for stage in scheme.stages]
-    shares = (busiest(level) / cluster.hierarchy.lanes(level) for level in levels)
-    return time_of_alltoall(times_of_stages(scheme, shares, cluster, row_bytes))
+    hierarchy = cluster.hierarchy
+    levels = [(stage, stage.level(hierarchy)) for stage in scheme.stages]
+    return time_of_alltoall(
+        cluster.constants(stage.peers).ms(busiest(level), row_bytes / hierarchy.lanes(level)) for stage, level in levels
+    )
 
 
 def cheapest(times: Sequence[float]) -> int:
@@ -94,7 +93,7 @@ def price(scheme: DispatchScheme, counts: RoutingCounts, cluster: Cluster, row_b
     """
     traffic = exact_traffic(scheme, counts, cluster.hierarchy)
     stage_bytes = tuple(rows * row_bytes for rows in traffic.busiest_rows().tolist())
-    return Price(scheme, traffic, stage_bytes, times_of_stages(scheme, stage_bytes, cluster, 1))
+    return Price(scheme, traffic, stage_bytes, times_of_stages(scheme, stage_bytes, cluster))
 
 
 def choose_scheme(

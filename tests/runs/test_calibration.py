@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from hiermoe.planner.fit import fit_exchanges, timings
+from hiermoe.ranks.world import Device, Source
 from hiermoe.records.store import RunStore
 from hiermoe.runs.calibration import CalibrationConfig, write_cluster
 from hiermoe.runs.compose import compose
@@ -114,12 +115,14 @@ def test_calibration_needs_ranks(hiermoe: Command) -> None:
 class BusyRanks:
     """Ranks of a cluster whose first timings do not depend on bytes."""
 
-    source, device, timeout = "cluster", "cpu", timedelta(seconds=1)
+    source: Source = "cluster"
+    device: Device = "cpu"
+    timeout = timedelta(seconds=1)
 
     def __init__(self, config: CalibrationConfig, flat: int) -> None:
         self.config, self.flat, self.turns = config, flat, 0
 
-    def run(self, *_arguments: Any) -> pd.DataFrame:
+    def run(self, *_arguments: Any, **_options: Any) -> pd.DataFrame:
         self.turns += 1
         return rows_of(self.config, 400.0, 0.0) if self.turns <= self.flat else rows_of(self.config, 1.0, 1e-3)
 

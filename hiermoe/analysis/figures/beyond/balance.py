@@ -31,7 +31,7 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
     """A panel per model, a row per system."""
     models = style.models(table)
     figure, panels = style.grid(title, 1, len(models), (12, 5), sharey=True)
-    named = table.drop_duplicates("system").set_index("system")["label"].to_dict()
+    named: dict[str, str] = dict(zip(table["system"], table["label"], strict=True))
     labels = {system: named[system] for system in dict.fromkeys([*SYSTEMS, *named]) if system in named}
     for panel, model in zip(panels, models, strict=True):
         style.dot_rows(panel, table[table["model"] == model], list(labels), labels)
