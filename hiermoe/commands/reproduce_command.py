@@ -70,13 +70,14 @@ def reproduce(
     session = Session(RunStore(), Console(), workers or os.cpu_count() or 1, time.perf_counter())
     console = session.console
     with console.status("reading conf/ and sweeps/"):
-        cells = {name: expand(name) for name in sweeps or _simulated(amount)}
-    measures = sweeps is None
-    lacking = missing_requirement() if measures else None
-    if measures and lacking is None:
+        simulated = sweeps or [name for name in sweep_names() if amount != "quick" or name not in _BEYOND]
+        cells = {name: expand(name) for name in simulated}
+    lacking = missing_requirement() if sweeps is None else None
+    measures = sweeps is None and lacking is None
+    if measures:
         console.print(PLANS[amount])
     outcomes = simulate_all((cell.config for sweep in cells.values() for cell in sweep), cells, session)
-    if measures and lacking is None:
+    if measures:
         outcomes += measure_emulated(amount, session)
     elif lacking is not None:
         console.print(
@@ -99,11 +100,6 @@ PLANS: Mapping[Amount, str] = {
 
 # What lies beyond the paper; a first look leaves it out.
 _BEYOND = ("heat_map", "planner_cost", "scaling", "search", "search_bound")
-
-
-def _simulated(amount: Amount) -> list[str]:
-    """Names of the simulated sweeps of an amount."""
-    return [name for name in sweep_names() if amount != "quick" or name not in _BEYOND]
 
 
 def simulate_all(configs: Iterable[RunConfig], cells: Cells, session: Session) -> list[Outcome]:
