@@ -71,7 +71,8 @@ def reproduce(
     session = Session(RunStore(), Console(), workers or os.cpu_count() or 1, time.perf_counter())
     console = session.console
     with console.status("reading conf/ and sweeps/"):
-        cells = {name: expand(name) for name in sweeps or _simulated(amount)}
+        simulated = sweeps or [name for name in sweep_names() if amount != "quick" or name not in _BEYOND]
+        cells = {name: expand(name) for name in simulated}
     if sweeps is not None:
         finish(simulate_all(cells, session), session, wandb_mode, cells)
         return
@@ -106,11 +107,6 @@ PLANS: Mapping[str, str] = {
 
 # What lies beyond the paper; a first look leaves it out.
 _BEYOND = ("heat_map", "planner_cost", "scaling", "search", "search_bound")
-
-
-def _simulated(amount: Amount) -> list[str]:
-    """Names of the simulated sweeps of an amount."""
-    return [name for name in sweep_names() if amount != "quick" or name not in _BEYOND]
 
 
 def simulate_all(cells: Cells, session: Session) -> list[Outcome]:
