@@ -32,6 +32,7 @@ NEEDS_CLUSTER_ALONE = {"self_test"}
 UNSAID = {"system": "none", "model": "none", "routing": "none"}
 UNSAID |= {"num_experts": 0, "topk": 0, "tokens_per_rank": 0, "row_bytes": 0}
 
+ADDED = {"across": False}  # keys of the new house, with what they are where the old one had none
 DISPLAYED = {"label", "color", "entrant", "description", "placement_label", "placement_color"}
 WHERE = {"backend", "measure", "ranks"}  # read by _measure
 
@@ -115,7 +116,8 @@ def _meant(value: Any) -> Any:
             target = str(value["_target_"]).rpartition(".")[2]
             value = {**_defaults(target), **value, "_target_": target}
         kept = {key: _meant(item) for key, item in value.items() if key not in DISPLAYED}
-        return {key: item for key, item in kept.items() if item not in (None, {}, [])}
+        said = {key: item for key, item in kept.items() if (key, item) not in ADDED.items()}
+        return {key: item for key, item in said.items() if item not in (None, {}, [])}
     return [_meant(item) for item in value] if isinstance(value, list) else value
 
 

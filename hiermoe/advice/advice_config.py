@@ -29,6 +29,7 @@ class AdviceConfig(Strict):
     element_bytes: int | None = Field(default=None, ge=1)
     tokens_per_rank: int = Field(ge=1)
     ep_size: int | None = Field(default=None, ge=1)
+    across: bool = False
     iterations: int | None = Field(default=None, ge=2)
     share: float | None = Field(default=None, gt=0, lt=1)
     systems: tuple[str, ...] | None = None

@@ -16,6 +16,7 @@ from hiermoe.routing.step import RoutingRequest, RoutingSource
 from hiermoe.routing.trace import RecordedRouting, RoutingTrace, TraceMetadata, recorded_path
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.placement import Placement
+from hiermoe.topology.scaling import laid_out
 
 Kind = Literal["recorded", "loads", "synthetic"]
 
@@ -85,7 +86,7 @@ def resolve(config: AdviceConfig) -> tuple[Case, Path | None]:
         ValueError: what is given does not fit together, in one line.
         OSError: a file is missing.
     """
-    cluster = config.cluster if config.ep_size is None else config.cluster.reduced(config.ep_size)
+    cluster = config.cluster if config.ep_size is None else laid_out(config.cluster, config.ep_size, config.across)
     path, model = None, config.model
     if config.loads is not None:
         path = Path(config.loads)

@@ -15,7 +15,7 @@ from hiermoe.routing.step import RoutingRequest
 from hiermoe.routing.trace import recorded_path
 from hiermoe.runs.measurable import keys_of, name_run
 from hiermoe.topology.cluster import Cluster
-from hiermoe.topology.scaling import scaled
+from hiermoe.topology.scaling import laid_out
 
 WandbMode = Literal["offline", "online", "disabled"]
 
@@ -44,6 +44,7 @@ class RunConfig(Strict):
     cluster: Cluster
     world_size: int | None = Field(default=None, ge=1)
     max_ep_size: int | None = Field(default=None, ge=1)
+    across: bool = False
     iterations: int = Field(ge=2)
     tokens_per_rank: int = Field(ge=1)
     narrowed: int = Field(default=1, ge=1)
@@ -73,7 +74,7 @@ class RunConfig(Strict):
             ep_size = min(world_size, largest, ModelConfig.model_validate(values["model"]).num_experts)
         if world_size % ep_size:
             raise ValueError(f"world_size={world_size} is not divisible into groups of ep_size={ep_size}")
-        return {**values, "world_size": world_size, "cluster": scaled(cluster, ep_size)}
+        return {**values, "world_size": world_size, "cluster": laid_out(cluster, ep_size, bool(values.get("across")))}
 
     @model_validator(mode="after")
     def _check_needs(self) -> Self:

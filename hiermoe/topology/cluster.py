@@ -168,7 +168,7 @@ class Cluster(Strict):
         return {str(peers): peers for peers in self.exchanges}[stage.rpartition(":")[2]]
 
     def reduced(self, num_ranks: int) -> "Cluster":
-        """A smaller cluster of the same kind, for runs that place its ranks on one machine.
+        """A miniature with all levels, for runs that place its ranks on one machine.
 
         From the outermost level on, the number of sub-groups is halved down to two until the GPUs match; if they are
         still too many, innermost levels go. Constants of the levels that stay are kept.

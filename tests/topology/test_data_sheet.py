@@ -9,6 +9,7 @@ from hiermoe.planner.traffic import exact_traffic
 from hiermoe.records.project import CONF
 from hiermoe.routing.step import RoutingStep
 from hiermoe.topology.cluster import Cluster, Level, OuterLevel
+from hiermoe.topology.cluster_files import cluster_names
 from hiermoe.topology.data_sheet import DERIVED, MESSAGES_AT_ONCE, START_US, Port, derived
 from hiermoe.topology.peers import WORLD, AlphaBeta, Peers
 from hiermoe.topology.placement import Placement
@@ -189,6 +190,27 @@ def test_scaling_twice_is_scaling_once(name: str, first: int) -> None:
         assert scaled(scaled(cluster, first), last) == scaled(cluster, last)
 
 
+@pytest.mark.parametrize("num_ranks", [8, 16])
+def test_part_of_the_testbed_has_the_constants_of_the_smaller_testbed(num_ranks: int) -> None:
+    part, smaller = scaled(Cluster.named("a6000_4x8"), num_ranks), Cluster.named(f"a6000_{num_ranks // 8}x8")
+    assert part.hierarchy == smaller.hierarchy and part.exchanges == smaller.exchanges
+    for peers in part.exchanges:
+        ours, theirs = part.constants(peers), smaller.constants(peers)
+        assert (ours.alpha_ms, ours.published) == (theirs.alpha_ms, theirs.published)
+        assert ours.beta_ms_per_byte == pytest.approx(theirs.beta_ms_per_byte, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", cluster_names())
+def test_sizes_that_a_message_names_work(name: str) -> None:
+    cluster = Cluster.named(name)
+    for num_ranks in range(1, cluster.hierarchy.num_ranks + 1):
+        try:
+            assert scaled(cluster, num_ranks).hierarchy.num_ranks == num_ranks
+        except ValueError as error:
+            for size in str(error).rpartition("take ")[2].split(" or "):
+                assert scaled(cluster, int(size)).hierarchy.num_ranks == int(size)
+
+
 @pytest.mark.parametrize(
     ("name", "num_ranks", "message"),
     [
@@ -196,9 +218,10 @@ def test_scaling_twice_is_scaling_once(name: str, first: int) -> None:
         (
             "h100_ib400",
             12,
-            "num_ranks=12 does not fill whole groups of h100_ib400: 12 groups gpu do not go into",
+            "12 GPUs do not fill whole groups of h100_ib400, whose .* room for 8 from the inside; take 8 or 16",
         ),
-        ("cloud_eth100", 48, "6 groups node do not go into groups of 4"),
+        ("cloud_eth100", 48, "room for 4, 2, 4, 8 from the inside; take 32 or 64"),
+        ("a6000_4x8", 12, "room for 2, 2, 2, 4 from the inside; take 8 or 16"),
         ("h100_ib400", 0, "num_ranks=0 must be at least 1"),
     ],
 )
