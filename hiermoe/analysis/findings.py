@@ -98,11 +98,9 @@ def _one_node(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
     stated = [published(claims, where="Table IV", system=s, condition="G=8")[0] for s in ("hd_moe", "hd2_moe")]
     rows = []
     for run in results.find("table4", system="hd_moe", experiment="table4_g8", status="ok"):
-        fixed = results.find("table4", system="hd2_moe", experiment="table4_g8", status="ok", routing=run.routing)
-        if fixed:
-            steps = results.rows(run, "step")
-            same = (steps["dimension"] == 2).mean()
-            rows.append({"routing": run.routing, "value": speedup(run, fixed[0], results).value, "same": same})
+        if fixed := counterpart(run, "hd2_moe", "table4", results):
+            same = (results.rows(run, "step")["dimension"] == 2).mean()
+            rows.append({"routing": run.routing, "value": speedup(run, fixed, results).value, "same": same})
     if rows:
         table = pd.DataFrame(rows)
         yield Finding(

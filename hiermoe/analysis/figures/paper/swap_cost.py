@@ -59,8 +59,8 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
                 shares = [row["share_low"] * 100, row["share_high"] * 100]
                 lower.plot(shares, [y] * 2, color=tone, linewidth=3, solid_capstyle="round")
                 lower.plot(sum(shares) / 2, y, **look)
-            if len(mine):
-                upper.vlines(mine["gain_ms_per_step"].iloc[0], position - 0.38, position + 0.38, "black", linewidth=3)
+            for gain in mine["gain_ms_per_step"].unique():
+                upper.plot([gain] * 2, [position - 0.38, position + 0.38], color="black", linewidth=3)
         for panel in (upper, lower):
             panel.set_yticks(range(len(labels)), list(labels.values()))
             panel.set_ylim(len(labels) - 0.5, -0.5)
