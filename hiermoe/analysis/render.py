@@ -43,8 +43,13 @@ def to_html(markdown: str, title: str, folder: Path) -> str:
     for verdict in VERDICTS:
         name = verdict.replace(" ", "-")
         body = re.sub(rf"(\S {verdict})(?=</td>|<br)", rf'<span class="verdict {name}">\1</span>', body)
+    headings = re.findall(r"<h2>(.*?)</h2>", body)
+    contents = [(re.sub(r"\W+", "-", heading.lower()).strip("-"), heading) for heading in headings]
+    for anchor, heading in contents:
+        body = body.replace(f"<h2>{heading}</h2>", f'<h2 id="{anchor}">{heading}</h2>', 1)
     style = (TEMPLATES / "style.css").read_text()
-    return environment().get_template("page.html.j2").render(title=html.escape(title), style=style, body=body)
+    page = environment().get_template("page.html.j2")
+    return page.render(title=html.escape(title), style=style, body=body, contents=contents)
 
 
 def _data_uri(image: Path) -> str:

@@ -15,6 +15,8 @@ from hiermoe.analysis.figures import FIGURES
 from hiermoe.analysis.figures.spec import FigureSpec, Words, render
 from hiermoe.analysis.findings import findings
 from hiermoe.analysis.frames import Results, load
+from hiermoe.analysis.in_short import draw as draw_main_figure
+from hiermoe.analysis.in_short import six_lines
 from hiermoe.analysis.origins import run_provenance, trace_facts
 from hiermoe.analysis.render import environment, to_html
 from hiermoe.analysis.verdicts import VERDICTS, Judged, judge_all, to_frame
@@ -65,13 +67,18 @@ def write_report(index: Index, store: RunStore | None = None, folder: Path = REP
     sections = [
         _section(spec, source, claims, of_source[source], folder) for spec in FIGURES for source in spec.sources
     ]
+    labels = system_labels(results)
+    main = draw_main_figure(judged, labels, folder / "figures")
     context = _verdict_context(judged, rules, results) | _provenance_context(results)
     text = (
         environment()
         .get_template("report.md.j2")
         .render(
             title=TITLE,
-            sections=sections,
+            main=main,
+            lines=six_lines(judged, labels),
+            sections=[section for section in sections if section.words],
+            absent=[section for section in sections if not section.words],
             rules=rules,
             findings=findings(claims, of_source["simulated"]),
             **context,
