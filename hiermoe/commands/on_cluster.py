@@ -133,7 +133,7 @@ def reproduce_on_cluster(
     outcomes = outcomes + predict(measured_so_far(session.store), session)
     cells = {name: expand(name) for name in sweep_names()}
     if amount != "quick":
-        outcomes += simulate_all((cell.config for sweep in cells.values() for cell in sweep), cells, session)
+        outcomes += simulate_all(cells, session)
     finish(outcomes, session, wandb_mode, cells)
 
 
