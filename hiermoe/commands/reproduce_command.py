@@ -27,7 +27,7 @@ from hiermoe.runs.compose import Cell, expand, sweep_names
 from hiermoe.runs.execute import execute_together, num_steps
 from hiermoe.runs.indexing import index_runs
 from hiermoe.runs.measured_cells import Amount, MeasuredCell, clusters_of, measured_cells, together
-from hiermoe.runs.run_config import WandbMode
+from hiermoe.runs.run_config import RunConfig, WandbMode
 from hiermoe.runs.sweep import run_all
 from hiermoe.runs.tracking import mirror_table
 from hiermoe.runs.training import TrainRunConfig, expand_training
