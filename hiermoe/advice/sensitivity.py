@@ -8,6 +8,7 @@ import pandas as pd
 from hiermoe.advice.assessment import Assessment
 from hiermoe.advice.recommendation import STAY_BELOW_GAIN, Recommendation, constants_of, option, recommend
 from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.peers import WORLD, Peers
 
 FEWER_TOKENS = 8  # times
 SMALLEST_TOKENS = 16
@@ -47,20 +48,18 @@ def assumptions(cluster: Cluster, tokens_per_rank: int) -> Iterator[Assumption]:
 def _scaled(
     cluster: Cluster, outer_beta: float = 1.0, inner_beta: float = 1.0, alpha: float = 1.0, world: float = 1.0
 ) -> Cluster:
-    """Constants multiplied: of what crosses the outermost level, of what stays inside, start-ups, the flat AlltoAll."""
+    """Constants multiplied: of what crosses the outermost level, of what stays inside, start-ups, the flat AlltoAll.
 
-    levels = tuple(
-        level.model_copy(
-            update={
-                "inter": level.inter
-                and level.inter.times(alpha, outer_beta if level is cluster.levels[0] else inner_beta),
-                "intra": level.intra and level.intra.times(alpha, inner_beta),
-            }
-        )
-        for level in cluster.levels
-    )
-    flat = cluster.world and cluster.world.times(alpha * world, outer_beta * world)
-    return cluster.model_copy(update={"world": flat, "levels": levels})
+    Those that are derived from data sheets are stated from here on.
+    """
+    levels = list(cluster.levels)
+    for number, level in enumerate(levels[:-1], start=1):
+        inter, intra = (cluster.constants(Peers(kind, number)) for kind in ("inter", "intra"))
+        beta = outer_beta if number == 1 else inner_beta
+        changed = {"inter": inter.times(alpha, beta), "intra": intra.times(alpha, inner_beta)}
+        levels[number - 1] = level.model_copy(update=changed)
+    flat = cluster.constants(WORLD).times(alpha * world, outer_beta * world)
+    return cluster.model_copy(update={"world": flat, "levels": tuple(levels)})
 
 
 def sensitivity(assessment: Assessment, base: Recommendation) -> pd.DataFrame:

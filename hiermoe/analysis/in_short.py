@@ -57,11 +57,11 @@ def sentence(table: pd.DataFrame) -> str:
     parts = []
     for source, found in rows.groupby("source", sort=False):
         reached = " and ".join(
-            f"{row['value']:.2f} times for {style.model(str(row['model']))} (paper {row['published']:.2f})"
+            f"{row['value']:.2f} times as fast for {style.model(str(row['model']))} (paper {row['published']:.2f})"
             for _, row in found.iterrows()
         )
-        parts.append(f"{WORDS[str(source)]} {reached}")
-    return f"HierMoE's AlltoAll is as fast as Megatron-LM's, on {routing} routing: {'; '.join(parts)}."
+        parts.append(f"{WORDS[str(source)].capitalize()}: {reached}.")
+    return f"HierMoE's AlltoAll over Megatron-LM's, on {routing} routing. {' '.join(parts)}"
 
 
 def six_lines(judged: Sequence[Judged], labels: Mapping[str, str]) -> list[Line]:

@@ -62,7 +62,9 @@ def laid_out(cluster: Cluster, num_ranks: int, across: bool = False) -> Cluster:
     Raises:
         ValueError: no such group lies in the cluster.
     """
-    return cluster.reduced(num_ranks) if across else scaled(cluster, num_ranks)
+    if not across:
+        return scaled(cluster, num_ranks)
+    return Cluster.model_validate(cluster.reduced(num_ranks).model_dump())  # a part of a node may not fill its port
 
 
 def _grown(cluster: Cluster, num_ranks: int) -> Cluster:

@@ -17,8 +17,10 @@ from hiermoe.measure.predict import simulate
 from hiermoe.measure.workload import Workload
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP, choose_scheme
 from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, price_migration
+from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
+from hiermoe.topology.scaling import scaled
 from tests.advice.conftest import ITERATIONS
 
 
@@ -137,9 +139,11 @@ def test_other_assumptions_price_what_a_new_assessment_would(case: Case, assessm
     assert table["value"].nunique() == len(table)
 
 
-def test_assumptions_change_what_they_say(case: Case) -> None:
-    given, slow, fast, inside, start, flat, fewer = assumptions(case.cluster, 64)
-    world, inter1, intra1, inter2, intra2 = case.cluster.exchanges
+@pytest.mark.parametrize("name", ["a6000_1x8", "cloud_eth100"])  # published constants, and derived ones
+def test_assumptions_change_what_they_say(name: str) -> None:
+    cluster = scaled(Cluster.named(name), 8 if name == "a6000_1x8" else 32)
+    given, slow, fast, inside, start, flat, fewer = assumptions(cluster, 64)
+    world, inter1, intra1, inter2, intra2 = cluster.exchanges
 
     def ratio(one, peers, field="beta_ms_per_byte") -> float:
         return getattr(one.cluster.constants(peers), field) / getattr(given.cluster.constants(peers), field)

@@ -18,7 +18,7 @@ from hiermoe.runs.indexing import indexed
 from tests.analysis.conftest import records_of, write
 
 SIMULATED = [spec for spec in FIGURES if "simulated" in spec.sources]
-DRAWN = [*(spec.name for spec in SIMULATED), "planner_cost_local"]
+DRAWN = ["main", *(spec.name for spec in SIMULATED), "planner_cost_local"]
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,9 @@ def test_report_without_records_says_so(cells: dict[str, list[Cell]], tmp_path: 
     assert set(verdicts["verdict"]) == {"not testable"}
     text = (page.parent / "report.md").read_text()
     # Beside them loss curves, and whole steps and measured runs of two kinds each.
-    assert text.count("Not drawn") == len(DRAWN) + 5
+    absent = text.split("## Not in this report")[1].split("\n## ")[0]
+    assert absent.count("\n- ") == len(DRAWN) - 1 + 5
+    assert text.startswith("# HierMoE, reproduced\n\n**No run has a record yet")
     assert "`make reproduce ON=slurm NODES=4 GPUS_PER_NODE=8` measures on a cluster" in text
     assert not list((tmp_path / "figures").iterdir())
 
