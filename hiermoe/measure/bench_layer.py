@@ -75,35 +75,35 @@ def bench_layer(
     """
     if job.device == "cpu":
         cpu.install()
-    ep_size = job.cluster.hierarchy.num_ranks
+    sizes, ep_size = job.sizes, job.cluster.hierarchy.num_ranks
     config = TransformerConfig(
         num_layers=1,
-        hidden_size=job.hidden_size,
+        hidden_size=sizes.hidden_size,
         num_attention_heads=1,
-        num_moe_experts=job.num_experts,
-        moe_router_topk=job.topk,
+        num_moe_experts=sizes.num_experts,
+        moe_router_topk=sizes.topk,
         moe_token_dispatcher_type="alltoall",
         expert_model_parallel_size=ep_size,
         add_bias_linear=False,
         moe_grouped_gemm=False,
     )
     groups = _groups()
-    per_rank = job.num_experts // ep_size
+    per_rank = sizes.num_experts // ep_size
     first = groups.ep.rank() * per_rank
     stock = MoEAlltoAllTokenDispatcher(per_rank, list(range(first, first + per_rank)), config, groups)
     context = dispatch_context(system, job.cluster, groups.ep, job.timeout)
     dispatcher = new_dispatcher(system, stock, config, groups, context)
-    start = start or Start(0, Placement.identity(job.num_experts))
+    start = start or Start(0, Placement.identity(sizes.num_experts))
     policy, moving = system.build_policy(), []
     if isinstance(dispatcher, StagedTokenDispatcher) and not isinstance(policy, StaticPolicy):
         dispatcher.dispatcher.placement = start.placement
         policy.load_state_dict(start.policy)
-        state_bytes = STATE_BYTES_PER_PARAMETER * job.expert_parameters
+        state_bytes = STATE_BYTES_PER_PARAMETER * sizes.expert_parameters
         states = [torch.zeros(state_bytes, dtype=torch.uint8) for _ in range(per_rank)]
         parameters = [[torch.nn.Parameter(state.to(job.device), requires_grad=False)] for state in states]
-        moving = [LayerPlacement(job.layer, dispatcher.dispatcher, policy, parameters, job.expert_parameters)]
+        moving = [LayerPlacement(job.layer, dispatcher.dispatcher, policy, parameters, sizes.expert_parameters)]
     metered = MeteredDispatcher(dispatcher, job.layer, meter)
-    return BenchDispatcher(metered, job.num_experts), ExpertPlacement(moving, groups.ep, start.iteration)
+    return BenchDispatcher(metered, sizes.num_experts), ExpertPlacement(moving, groups.ep, start.iteration)
 
 
 @cache

@@ -1,36 +1,24 @@
 """No network: walk through the routing as training would, count the exact traffic of every step, and price it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
 
-from hiermoe.measure.walk import walk
-from hiermoe.measure.workload import OfWorkloads, Workload
+from hiermoe.measure.walk import realised_gains, walk
+from hiermoe.measure.workload import Workload
 from hiermoe.planner.bounds import fixed_placement_rows
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP, Price, time_by_groups
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.links import link_ms
-from hiermoe.planner.realised import realised_gains
 from hiermoe.planner.scheme import Stage
 from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, price_migration
 from hiermoe.policies.protocol import PlacementUpdate, StepContext
 from hiermoe.ranks.world import Progress, no_progress
-from hiermoe.routing.step import first_measured, iteration_schedule
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
 
 Row = dict[str, Any]
-
-
-class Predict(OfWorkloads):
-    """What the cost model says."""
-
-    source = "simulated"
-
-    def measure(self, jobs: Sequence[Workload], world: None, progress: Progress) -> list[pd.DataFrame]:
-        """One after another."""
-        return [simulate(workload, progress) for workload in jobs]
 
 
 def simulate(workload: Workload, progress: Progress = no_progress) -> pd.DataFrame:
@@ -51,16 +39,13 @@ def simulate(workload: Workload, progress: Progress = no_progress) -> pd.DataFra
     """
     rows: list[Row] = []
     placements: list[Placement] = []
-    cluster, routing = workload.cluster, workload.routing
-    measured_from = first_measured(workload.iterations, routing.num_distinct)
-    schedule = iteration_schedule(workload.iterations, routing.num_distinct)
     for visit in walk(workload, workload.new_policy()):
         iteration, placement, update = visit.iteration, visit.placement, visit.update
         placements.append(placement)
         keys = {
             "iteration": iteration,
-            "routing_iteration": schedule[iteration],
-            "counted": iteration >= measured_from,
+            "routing_iteration": workload.schedule[iteration],
+            "counted": iteration >= workload.measured_from,
             "layer": workload.layer,
         }
         rows += [keys | row for row in _dispatch_rows(visit.chosen, visit.counts, workload)]
@@ -69,22 +54,16 @@ def simulate(workload: Workload, progress: Progress = no_progress) -> pd.DataFra
         if (
             update is not None
             and update.modelled_gain_ms is not None
-            and _exchanges_several(placement, update.placement)
-            and routing.ep_groups == 1
+            and len(placement.changed_slots(update.placement)) > 2  # several swaps: modelled from a bound
+            and workload.routing.ep_groups == 1
         ):
-            after = routing.counts(schedule[iteration], update.placement, cluster.hierarchy)
+            after = workload.routing.counts(workload.schedule[iteration], update.placement, workload.cluster.hierarchy)
             saved_ms = _q_ms(visit.counts, visit.context) - _q_ms(after, visit.context)
             rows[-1]["recounted_gain_ms"] = ALLTOALLS_PER_STEP * saved_ms
         progress(iteration)
-    if routing.ep_groups > 1:
+    if workload.routing.ep_groups > 1:
         return pd.DataFrame(rows)  # what an update saved is not recounted group by group
-    gains = realised_gains(
-        placements,
-        lambda iteration, placement: routing.counts(schedule[iteration], placement, cluster.hierarchy),
-        workload.schemes,
-        cluster,
-        workload.sizes.row_bytes,
-    )
+    gains = realised_gains(workload, placements)
     for row in rows:
         if row["phase"] == "step" and row["iteration"] in gains:
             row["realised_gain_ms"] = gains[row["iteration"]]
@@ -140,11 +119,6 @@ def _step_row(chosen: Price, counts: RoutingCounts) -> Row:
         "expert_rows_max": int(expert_rows_G.max()),
         "expert_rows_mean": float(expert_rows_G.double().mean()),
     }
-
-
-def _exchanges_several(old: Placement, new: Placement) -> bool:
-    """More than one swap: what it saves is modelled from a bound (:meth:`SwapStatistics.swapped`)."""
-    return len(old.changed_slots(new)) > 2
 
 
 def _q_ms(counts: RoutingCounts, context: StepContext) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hiermoe.dispatch.dispatcher import TokenDispatcher
+from hiermoe.model import LayerSizes
 from hiermoe.routing.step import RoutingStep
 from hiermoe.topology.cluster import Cluster
 
@@ -24,11 +25,7 @@ class ReplayJob:
 
     Attributes:
         cluster: hierarchy and constants.
-        num_experts: E.
-        topk: K.
-        hidden_size: M.
-        element_bytes: v, of a hidden state's element.
-        expert_parameters: of one expert.
+        sizes: of the layer.
         layer: what records call the layer.
         counted: for every iteration, whether it counts.
         routing_iterations: for every iteration, which one of the source it is.
@@ -40,11 +37,7 @@ class ReplayJob:
     """
 
     cluster: Cluster
-    num_experts: int
-    topk: int
-    hidden_size: int
-    element_bytes: int
-    expert_parameters: int
+    sizes: LayerSizes
     layer: int
     counted: tuple[bool, ...]
     routing_iterations: tuple[int, ...]
@@ -57,7 +50,7 @@ class ReplayJob:
     @property
     def dtype(self) -> torch.dtype:
         """Of hidden states."""
-        return _DTYPES[self.element_bytes]
+        return _DTYPES[self.sizes.element_bytes]
 
     def save(self, routing_iteration: int, step: RoutingStep) -> None:
         """Write one iteration of the source for the ranks to read."""
@@ -80,10 +73,11 @@ class ReplayJob:
         Raises:
             ValueError: an element size without a dtype, or so many experts per token that sums would round.
         """
-        if self.element_bytes not in _DTYPES:
-            raise ValueError(f"element_bytes={self.element_bytes} has no dtype here; choose from {sorted(_DTYPES)}")
-        if self.topk * _FACTORS * _WEIGHTS > _LARGEST_EXACT[self.dtype]:
-            raise ValueError(f"topk={self.topk}: sums of so many integers round in {self.dtype}; use element_bytes=4")
+        topk, element_bytes = self.sizes.topk, self.sizes.element_bytes
+        if element_bytes not in _DTYPES:
+            raise ValueError(f"element_bytes={element_bytes} has no dtype here; choose from {sorted(_DTYPES)}")
+        if topk * _FACTORS * _WEIGHTS > _LARGEST_EXACT[self.dtype]:
+            raise ValueError(f"topk={topk}: sums of so many integers round in {self.dtype}; use element_bytes=4")
 
 
 @dataclass(frozen=True)
@@ -109,12 +103,12 @@ class Question:
         def integers(low: int, high: int, *shape: int) -> Tensor:
             return torch.randint(low, high + 1, shape, generator=generator, dtype=torch.int8).to(job.device)
 
-        num_tokens = len(ids_TK)
+        shape_TM = len(ids_TK), job.sizes.hidden_size
         return cls(
             ids_TK=ids_TK.to(job.device),
-            x_TM=integers(-1, 1, num_tokens, job.hidden_size).to(job.dtype),
+            x_TM=integers(-1, 1, *shape_TM).to(job.dtype),
             weight_TK=integers(1, _WEIGHTS, *ids_TK.shape).float(),
-            gradient_TM=integers(-1, 1, num_tokens, job.hidden_size).to(job.dtype),
+            gradient_TM=integers(-1, 1, *shape_TM).to(job.dtype),
         )
 
     def ask(self, dispatcher: TokenDispatcher, job: ReplayJob) -> int:

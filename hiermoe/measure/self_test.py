@@ -1,6 +1,5 @@
 """Timings that a calibration would see if the cluster obeyed its own alpha and beta, with noise: a self-test."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,9 @@ class SelfTest(Measurement):
     source = "simulated"
     needs_system = False
 
-    def measure(self, jobs: Sequence[Any], world: None, progress: Progress) -> list[pd.DataFrame]:
-        """One after another."""
-        return [synthetic_timings(job.cluster, job.seed) for job in jobs]
+    def measure_one(self, job: Any, world: None, progress: Progress) -> pd.DataFrame:
+        """At once."""
+        return synthetic_timings(job.cluster, job.seed)
 
 
 def synthetic_timings(cluster: Cluster, seed: int) -> pd.DataFrame:

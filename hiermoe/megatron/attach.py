@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hiermoe.dispatch.dispatcher import Dispatcher, dispatch_context
@@ -122,7 +121,6 @@ def with_system(spec: Any, system: SystemConfig | str, cluster: Cluster | str, *
     for mlp in found:
         mlp.module = DispatchedMoELayer
         mlp.params = {**(mlp.params or {}), "system": system, "cluster": cluster, "meter": meter}
-    assert isinstance(spec, ModuleSpec) or hasattr(spec, "layer_specs")
     return spec
 
 
@@ -130,18 +128,10 @@ class DispatchedMoELayer(MoELayer):
     """Megatron's MoE layer with the dispatcher of a system."""
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        submodules: MoESubmodules | None = None,
-        layer_number: int | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-        *,
-        system: SystemConfig | str,
-        cluster: Cluster | str,
-        meter: Meter | None = None,
+        self, *stock: Any, system: SystemConfig | str, cluster: Cluster | str, meter: Meter | None = None, **more: Any
     ) -> None:
         """Build the stock layer, then attach."""
-        super().__init__(config, submodules, layer_number, pg_collection)
+        super().__init__(*stock, **more)
         attach(self, system, cluster, meter=meter)
 
 

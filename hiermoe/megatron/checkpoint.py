@@ -35,7 +35,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hiermoe.megatron.checkpoint_folder import checkpoint_path, partial_path, remove_old, remove_partial
+from hiermoe.megatron.checkpoint_folder import checkpoint_path, remove_old, remove_partial
 from hiermoe.megatron.expert_placement import ExpertPlacement
 from hiermoe.megatron.standins import cpu
 
@@ -69,7 +69,7 @@ def save_checkpoint(
             raises, others wait for it, so it must end.
     """
     final = checkpoint_path(folder, step)
-    partial = partial_path(final)
+    partial = final.with_name(f".{final.name}")
     _on_first_rank(lambda: _start(partial))
     with cpu.cuda_means_cpu(), _writers_allowed():
         state = _sharded(model, optimizer, is_loading=False)

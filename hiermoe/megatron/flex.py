@@ -16,11 +16,6 @@ from hiermoe.records.status import NotApplicable
 _BACKENDS = {"deepep": "HAVE_DEEP_EP", "hybridep": "HAVE_HYBRIDEP"}  # flag in Megatron that tells if it can be imported
 
 
-def flex_backends() -> list[str]:
-    """Back ends of the flex dispatcher that are installed."""
-    return [name for name, flag in _BACKENDS.items() if getattr(fused_a2a, flag, False)]
-
-
 def flex_dispatcher(
     stock: MoETokenDispatcher, config: TransformerConfig, pg_collection: ProcessGroupCollection
 ) -> MoETokenDispatcher:
@@ -29,7 +24,7 @@ def flex_dispatcher(
     Raises:
         NotApplicable: no back end is installed.
     """
-    installed = flex_backends()
+    installed = [name for name, flag in _BACKENDS.items() if getattr(fused_a2a, flag, False)]
     if not installed:
         raise NotApplicable(f"Megatron's flex dispatcher needs a GPU and {' or '.join(_BACKENDS)}; none is installed")
     assert isinstance(stock, MoEAlltoAllTokenDispatcher)

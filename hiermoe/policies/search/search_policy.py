@@ -5,10 +5,9 @@ from torch import Tensor
 
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP
 from hiermoe.planner.token_sets import TokenSets
-from hiermoe.policies.protocol import PlacementUpdate, StepContext, refuse_copies
+from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate, StepContext, refuse_copies
 from hiermoe.policies.search.align import aligned
-from hiermoe.policies.search.approach import approach
-from hiermoe.policies.search.descent import Budget, SwapTable
+from hiermoe.policies.search.descent import Budget, SwapTable, approach
 from hiermoe.policies.search.objective import Objective
 from hiermoe.policies.search.search import MAXIMUM, search
 from hiermoe.policies.search.sketch import Sketch
@@ -16,9 +15,10 @@ from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
 
 WEIGHED_SETS = 16384  # that bounded moves are ordered by
+_TENSORS = ("ids_NK", "weight_N", "step_N", "tokens_S")  # of remembered sets
 
 
-class SearchPolicy:
+class SearchPolicy(PlacementPolicy):
     """Remember a sample of the last steps' expert sets, search on it, and move towards what was found.
 
     With neither ``interval`` nor ``max_moved`` it is the offline search: one search, one migration. With both it
@@ -132,13 +132,7 @@ class SearchPolicy:
             state["target_E"] = self._target.slot_E
         if self._remembered:
             sets = TokenSets.joined(self._remembered)
-            state |= {
-                "ids_NK": sets.ids_NK,
-                "weight_N": sets.weight_N,
-                "step_N": sets.step_N,
-                "tokens_S": sets.tokens_S,
-                "num_experts": torch.tensor(sets.num_experts),
-            }
+            state |= {name: getattr(sets, name) for name in _TENSORS} | {"num_experts": torch.tensor(sets.num_experts)}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -147,14 +141,13 @@ class SearchPolicy:
         Raises:
             ValueError: the state of another policy.
         """
-        known = {"zero_bits", "target_E", "ids_NK", "weight_N", "step_N", "tokens_S", "num_experts"}
+        known = {"zero_bits", "target_E", "num_experts", *_TENSORS}
         if state.keys() - known or "zero_bits" not in state:
             raise ValueError(f"SearchPolicy remembers {', '.join(sorted(known))}; the state has {', '.join(state)}")
         self._sketch = Sketch(self._sketch.cells, int(state["zero_bits"]))
         self._target = Placement.of_slots(state["target_E"]) if "target_E" in state else None
         self._remembered = []
         if "ids_NK" in state:
-            sets = TokenSets(
-                state["ids_NK"], state["weight_N"], state["step_N"], state["tokens_S"], int(state["num_experts"])
-            )
+            tensors = {name: state[name] for name in _TENSORS}
+            sets = TokenSets(**tensors, num_experts=int(state["num_experts"]))
             self._remembered = sets.by_step()
