@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from hiermoe.model import ModelConfig
 from hiermoe.records.strict import Strict
-from hiermoe.runs.run_config import RoutingConfig
+from hiermoe.routing.routing_config import RoutingConfig
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.cluster_files import cluster_names
 

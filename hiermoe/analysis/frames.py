@@ -6,40 +6,34 @@ from functools import cached_property
 from typing import Any
 
 import pandas as pd
-import yaml
 
+from hiermoe.planner.fit import CALIBRATED
+from hiermoe.records.index import PREDICTIONS, Index, IndexedRun
 from hiermoe.records.keep import NONE
 from hiermoe.records.store import RunStore
-from hiermoe.runs.calibration import CALIBRATED
-from hiermoe.runs.compose import Cell
-from hiermoe.runs.measurable import source_of
-from hiermoe.runs.run_config import RunConfig
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run of a sweep.
+class Run(IndexedRun):
+    """One run of a sweep, and how it ended.
 
     Attributes:
-        run_id: its name in the store.
-        config: its configuration.
-        swept: what the sweep varies, by the last part of the key (``topk``, ``gamma``, ``experiment``, ...).
-        source: how its numbers came to be.
         status: ok, failed, not_applicable, or missing where there is no record.
         reason: one line where the status is not ok.
     """
 
-    run_id: str
-    config: RunConfig
-    swept: dict[str, Any]
-    source: str
     status: str
     reason: str
 
     @property
+    def source(self) -> str:
+        """How its numbers came to be."""
+        return self.keys["source"]
+
+    @property
     def system(self) -> str:
-        """Name of the system."""
-        return NONE if self.config.system is None else self.config.system.name
+        """Name of the system, ``none`` where none enters."""
+        return self.keys["system"]
 
     @property
     def label(self) -> str:
@@ -49,12 +43,12 @@ class Run:
     @property
     def routing(self) -> str:
         """Name of the routing, ``none`` where none enters."""
-        return NONE if self.config.routing is None else self.config.routing.name
+        return self.keys["routing"]
 
     @property
     def num_ranks(self) -> int:
         """G."""
-        return self.config.cluster.hierarchy.num_ranks
+        return self.keys["num_ranks"]
 
     @property
     def has_meaning(self) -> bool:
@@ -69,19 +63,8 @@ class Run:
         return not all(x.published or x.source.startswith(CALIBRATED) for x in constants)
 
     def value(self, key: str) -> Any:
-        """A swept parameter, or a size of the run; None where the run has no such thing."""
-        model = self.config.model
-        sizes = {
-            "num_ranks": self.num_ranks,
-            "num_experts": 0 if model is None else model.num_experts,
-            "topk": 0 if model is None else model.topk,
-            "model": NONE if model is None else model.name,
-            "cluster": self.config.cluster.name,
-            "routing": self.routing,
-            "source": self.source,
-            "status": self.status,
-        }
-        return sizes[key] if key in sizes else self.swept.get(key)
+        """A size of the run or a swept parameter; None where the run has no such thing."""
+        return {**self.swept, **self.keys, "status": self.status}.get(key)
 
 
 @dataclass(frozen=True)
@@ -127,8 +110,11 @@ class Results:
         return self.records.merge(added.drop_duplicates(), on="run_id")
 
     def of_source(self, source: str) -> "Results":
-        """Only the runs whose numbers came to be in one way."""
-        chosen = {name: [run for run in runs if run.source == source] for name, runs in self.runs.items()}
+        """Only the runs whose numbers came to be in one way, and what was predicted for the measured ones."""
+        chosen = {
+            name: [run for run in runs if run.source == source or name == PREDICTIONS]
+            for name, runs in self.runs.items()
+        }
         return Results(chosen, self.records, self.store)
 
     def find(self, sweep: str, **wanted: Any) -> list[Run]:
@@ -146,27 +132,18 @@ class Results:
         ]
 
 
-def load(cells: Mapping[str, Sequence[Cell]], store: RunStore | None = None) -> Results:
-    """Read the records of expanded sweeps, and only those.
+def load(index: Index, store: RunStore | None = None) -> Results:
+    """Read the records of the runs of an index, and only those.
 
     Args:
-        cells: expanded sweeps by name.
+        index: runs by sweep.
         store: where records are.
     """
     store = store or RunStore()
-    frames: dict[str, pd.DataFrame | None] = {}
-    runs: dict[str, list[Run]] = {}
-    for name, sweep in cells.items():
-        runs[name] = []
-        for cell in sweep:
-            run_id = cell.config.run_id
-            if run_id not in frames:
-                try:
-                    frames[run_id] = store.read(run_id)
-                except FileNotFoundError:
-                    frames[run_id] = None
-            runs[name].append(_run(cell, run_id, frames[run_id]))
-    ok = [frame for frame in frames.values() if frame is not None and frame["status"].iloc[0] == "ok"]
+    entries = {entry.run_id: entry for sweep in index.values() for entry in sweep}
+    frames = {run_id: store.read(run_id) for run_id in entries if store.status(run_id) is not None}
+    runs = {name: [_run(entry, frames.get(entry.run_id)) for entry in sweep] for name, sweep in index.items()}
+    ok = [frame for frame in frames.values() if frame["status"].iloc[0] == "ok"]
     empty = pd.DataFrame(columns=["run_id", "phase", "counted"])
     return Results(runs, pd.concat(ok, ignore_index=True) if ok else empty, store)
 
@@ -179,16 +156,8 @@ def _timed(steps: pd.DataFrame, source: str) -> pd.DataFrame:
     return busiest.assign(step_ms=busiest["dispatch_ms"])
 
 
-def _run(cell: Cell, run_id: str, frame: pd.DataFrame | None) -> Run:
-    swept = dict(_swept(override) for override in cell.overrides)
+def _run(entry: IndexedRun, frame: pd.DataFrame | None) -> Run:
     if frame is None:
-        reason = f"no record of {run_id}; `hiermoe reproduce` makes it"
-        return Run(run_id, cell.config, swept, source_of(cell.config), "missing", reason)
+        return Run(**vars(entry), status="missing", reason=f"no record of {entry.run_id}; `hiermoe reproduce` makes it")
     first = frame.iloc[0]
-    return Run(run_id, cell.config, swept, first["source"], first["status"], first["reason"])
-
-
-def _swept(override: str) -> tuple[str, Any]:
-    """``+system.policy.gamma=5.0`` as (``gamma``, 5.0)."""
-    key, value = override.split("=", 1)
-    return key.lstrip("+~").split(".")[-1], yaml.safe_load(value)
+    return Run(**vars(entry), status=first["status"], reason=first["reason"])

@@ -2,7 +2,7 @@
 
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,6 @@ from PIL import Image
 
 from hiermoe.analysis.claims import Claim, Rules, load_claims, load_rules
 from hiermoe.analysis.figures import FIGURES
-from hiermoe.analysis.figures.beyond import planner_cost
-from hiermoe.analysis.figures.measured import dispatchers as measured
-from hiermoe.analysis.figures.measured import losses
-from hiermoe.analysis.figures.measured import training_steps as end_to_end
-from hiermoe.analysis.figures.measured.dispatchers import PREDICTIONS
 from hiermoe.analysis.figures.spec import FigureSpec, Words, render
 from hiermoe.analysis.findings import findings
 from hiermoe.analysis.frames import Results, load
@@ -24,26 +19,18 @@ from hiermoe.analysis.origins import run_provenance, trace_facts
 from hiermoe.analysis.render import environment, to_html
 from hiermoe.analysis.verdicts import VERDICTS, Judged, judge_all, to_frame
 from hiermoe.analysis.wording import GLYPHS, cell, in_words, number, system_labels
+from hiermoe.records.index import Index
 from hiermoe.records.keep import NONE
 from hiermoe.records.project import REPORTS
 from hiermoe.records.provenance import collect
 from hiermoe.records.store import RunStore
-from hiermoe.runs.compose import Cell, expand, large_so_far, sweep_names
-from hiermoe.runs.measured_cells import measured_so_far
 
 TITLE = "HierMoE, reproduced"
 ROUTINGS = ("recorded", "uniform", "group_limited", NONE)
 NO_SOURCE = "none"  # of a claim that no sweep has a run for
-KINDS = ("simulated", "local", "emulated", "cluster", NO_SOURCE)
-HOW_TO_TRAIN = {
-    "emulated": "`make reproduce FULL=1` as root trains narrow models on an emulated cluster",
-    "cluster": "`make reproduce ON=slurm NODES=4 GPUS_PER_NODE=8 FULL=1` trains on GPUs; nobody has, here",
-}
-HEADINGS = {"emulated": "emulated cluster", "cluster": "cluster"}
-HOW_TO_MEASURE = {
-    "emulated": "`make reproduce` as root measures on an emulated cluster",
-    "cluster": "`make reproduce ON=slurm NODES=4 GPUS_PER_NODE=8` measures on a cluster; nobody has, here",
-}
+SOURCES = ("simulated", "local", "emulated", "cluster")
+KINDS = (*SOURCES, NO_SOURCE)
+WHERE = {"emulated": "emulated cluster", "cluster": "cluster"}
 REFERENCE_WIDTH = 1100  # pixels of a committed figure
 
 
@@ -57,47 +44,38 @@ class Section:
     left_out: tuple[str, ...]
 
 
-def write_report(
-    cells: Mapping[str, Sequence[Cell]] | None = None, store: RunStore | None = None, folder: Path = REPORTS
-) -> tuple[Path, pd.DataFrame]:
+def write_report(index: Index, store: RunStore | None = None, folder: Path = REPORTS) -> tuple[Path, pd.DataFrame]:
     """Write report.html, report.md, verdicts.csv and figures/ from the records that are there.
 
     Args:
-        cells: sweeps that are expanded already, by name; the others are expanded here.
-        store: where records are.
+        index: runs by sweep.
+        store: where their records are.
         folder: where to write.
 
     Returns:
         The page, and the verdicts as a table.
     """
-    given, store = cells or {}, store or RunStore()
-    all_cells = {name: [*(given[name] if name in given else expand(name))] for name in sweep_names()}
-    known = measured_so_far(store)
-    for run in known:
-        all_cells[run.sweep].append(run.measured)
-    for name, done in large_so_far(store).items():
-        all_cells.setdefault(name, []).extend(done)
-    results = load(all_cells | {PREDICTIONS: [run.predicted for run in known]}, store)
+    results = load(index, store)
     claims, rules = load_claims(), load_rules()
     judged = judge_all(claims, rules, results)
     verdicts = to_frame(judged)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     verdicts.to_csv(folder / "verdicts.csv", index=False)
-    predicted = results.of_source("simulated")
-    sections = [_measured_section(source, claims, results, folder) for source in ("emulated", "cluster")]
-    sections += [
-        _section(spec, source, claims, results, folder, missing=HOW_TO_TRAIN[source])
-        for source, spec in end_to_end.FIGURES.items()
+    of_source = {source: results.of_source(source) for source in SOURCES}
+    sections = [
+        _section(spec, source, claims, of_source[source], folder) for spec in FIGURES for source in spec.sources
     ]
-    sections += [_section(spec, "simulated", claims, predicted, folder) for spec in FIGURES]
-    missing = "`hiermoe reproduce --sweeps planner_cost` measures it on this machine"
-    sections.append(_section(planner_cost.FIGURE, "local", claims, results, folder, missing=missing))
-    sections.append(_section(losses.FIGURE, "local", claims, results, folder, missing="`make losses` trains them"))
     context = _verdict_context(judged, rules, results) | _provenance_context(results)
     text = (
         environment()
         .get_template("report.md.j2")
-        .render(title=TITLE, sections=sections, rules=rules, findings=findings(claims, predicted), **context)
+        .render(
+            title=TITLE,
+            sections=sections,
+            rules=rules,
+            findings=findings(claims, of_source["simulated"]),
+            **context,
+        )
     )
     (folder / "report.md").write_text(text)
     page = folder / "report.html"
@@ -139,44 +117,19 @@ def small_copy(image: Path, target: Path) -> None:
         small.save(target, optimize=True)
 
 
-def _sources(results: Results) -> list[str]:
-    """Kinds of numbers that there are; each gets figures of its own."""
-    present = {run.source for runs in results.runs.values() for run in runs}
-    return [source for source in ("simulated", "local", "emulated", "cluster") if source in present]
-
-
-def _section(
-    spec: FigureSpec, source: str, claims: Sequence[Claim], results: Results, folder: Path, missing: str = ""
-) -> Section:
-    """Draw one figure of one source; ``missing`` says what makes its records."""
-    own = results.of_source(source)
+def _section(spec: FigureSpec, source: str, claims: Sequence[Claim], own: Results, folder: Path) -> Section:
+    """Draw one figure of the runs of one source; where there is nothing to draw, say what makes it."""
     name = spec.name if source == "simulated" else f"{spec.name}_{source}"
     words = render(spec, spec.table(own, claims), folder / "figures", name)
     lacking = Counter((r.routing, r.status, r.reason) for r in own.find(spec.sweep) if r.status != "ok")
-    left_out = tuple(
+    left_out = [
         f"{count} run{'s' * (count > 1)} on {routing} routing, {status.replace('_', ' ')}: {reason}"
         for (routing, status, reason), count in lacking.items()
-    )
-    if words is None and missing:
-        left_out = (*left_out, missing)
-    return Section(spec.heading, f"figures/{name}.png", words, left_out)
-
-
-def _measured_section(source: str, claims: Sequence[Claim], results: Results, folder: Path) -> Section:
-    """What was measured on one kind of network, beside its predictions; what makes it, where there is nothing."""
-    runs = {
-        name: [run for run in runs if run.source == ("simulated" if name == PREDICTIONS else source)]
-        for name, runs in results.runs.items()
-    }
-    own = Results(runs, results.records, results.store)
-    spec = measured.FIGURE
-    name = f"{spec.name}_{source}"
-    words = render(spec, spec.table(own, claims), folder / "figures", name)
-    failed = Counter(run.reason for run in results.of_source(source).find("fig11") if run.status != "ok")
-    left_out = [f"{count} runs: {reason}" for reason, count in failed.items()]
+    ]
     if words is None:
-        left_out.append(HOW_TO_MEASURE[source])
-    return Section(f"{spec.heading}, {HEADINGS[source]}", f"figures/{name}.png", words, tuple(left_out))
+        left_out.append(spec.sources[source])
+    where = f", {WHERE[source]}" if len(spec.sources) > 1 else ""
+    return Section(f"{spec.heading}{where}", f"figures/{name}.png", words, tuple(left_out))
 
 
 def _verdict_context(judged: Sequence[Judged], rules: Rules, results: Results) -> dict[str, Any]:
@@ -226,5 +179,5 @@ def _provenance_context(results: Results) -> dict[str, Any]:
         "uncommitted_changes": made["uncommitted_changes"],
         "runs": run_provenance(results),
         "traces": trace_facts(results),
-        "sources": _sources(results),
+        "sources": [x for x in SOURCES if any(run.source == x for runs in results.runs.values() for run in runs)],
     }

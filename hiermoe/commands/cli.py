@@ -160,11 +160,14 @@ def _reproduce() -> None:
 
 def _report() -> None:
     from hiermoe.analysis.report import write_reference, write_report
+    from hiermoe.records.store import RunStore
+    from hiermoe.runs.indexing import index_runs
 
     parser = argparse.ArgumentParser(prog="hiermoe report", description="The report from the records there are.")
     parser.add_argument("--reference", action="store_true", help="also the small copy that is committed")
     arguments = parser.parse_args()
-    print(write_report()[0])
+    store = RunStore()
+    print(write_report(index_runs(store), store)[0])
     if arguments.reference:
         print(write_reference())
 

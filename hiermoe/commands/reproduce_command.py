@@ -24,6 +24,7 @@ from hiermoe.records.store import RunStore
 from hiermoe.runs.calibration import calibrate, calibration_config
 from hiermoe.runs.compose import Cell, expand, sweep_names
 from hiermoe.runs.execute import execute, execute_together, num_steps
+from hiermoe.runs.indexing import index_runs
 from hiermoe.runs.measured_cells import Amount, MeasuredCell, clusters_of, measured_cells, together
 from hiermoe.runs.run_config import RunConfig, WandbMode
 from hiermoe.runs.sweep import run_all
@@ -183,7 +184,7 @@ def finish(outcomes: Sequence[Outcome], session: Session, wandb_mode: WandbMode,
     for outcome in failed:
         console.print(f"[red]failed[/red] {outcome.run_id}: {outcome.reason}")
     with console.status("drawing figures and writing the report"):
-        report, verdicts = write_report(cells)
+        report, verdicts = write_report(index_runs(session.store, cells), session.store)
     if new:
         with console.status(f"mirroring verdicts in W&B ({wandb_mode})"):
             mirror_table("verdicts", verdicts, wandb_mode)

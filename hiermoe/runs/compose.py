@@ -28,7 +28,6 @@ from yaml import YAMLError
 
 from hiermoe.records.checked import checked
 from hiermoe.records.project import CONF, SWEEPS, to_root
-from hiermoe.records.store import RunStore
 from hiermoe.runs.run_config import RunConfig
 from hiermoe.topology.cluster_files import cluster_file, cluster_names
 
@@ -138,15 +137,6 @@ def sweep_names() -> list[str]:
 def large_sweep_names() -> list[str]:
     """Names of the sweeps that take minutes by themselves and run only where they are named."""
     return sorted(f"large/{path.stem}" for path in (SWEEPS / "large").glob("*.yaml"))
-
-
-def large_so_far(store: RunStore) -> dict[str, list[Cell]]:
-    """Runs of large sweeps that have a record, by the name of the sweep that they go on from."""
-    found: dict[str, list[Cell]] = {}
-    for name in large_sweep_names():
-        done = [cell for cell in expand(name) if store.status(cell.config.run_id) is not None]
-        found[name.removeprefix("large/")] = done
-    return found
 
 
 def expand(name: str) -> list[Cell]:

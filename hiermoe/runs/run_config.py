@@ -10,19 +10,12 @@ from hiermoe.model import LayerSizes, ModelConfig
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.places import PLACES, RanksConfig
 from hiermoe.records.strict import Strict
+from hiermoe.routing.routing_config import RoutingConfig
 from hiermoe.routing.step import RoutingRequest
 from hiermoe.routing.trace import recorded_path
 from hiermoe.runs.measurable import keys_of, name_run
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.scaling import scaled
-
-
-class RoutingConfig(Strict):
-    """Where routing comes from: one file in conf/routing/."""
-
-    name: str
-    source: dict[str, Any]
-
 
 WandbMode = Literal["offline", "online", "disabled"]
 

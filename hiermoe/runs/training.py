@@ -1,5 +1,6 @@
 """`hiermoe train`: train a model under one system, as a record."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -141,16 +142,17 @@ def training_on(cluster: Cluster, ranks: RanksConfig) -> list[Cell["TrainRunConf
     return [Cell(cell.overrides, cell.config.model_copy(update={"ranks": ranks})) for cell in cells]
 
 
-def trained_steps(source: str, store: RunStore) -> list["TrainRunConfig"]:
-    """Runs of whole training steps that the figure of one kind of numbers has, whether they have a record or not.
-
-    Raises:
-        ValueError: the emulated cluster is not calibrated here.
-    """
-    if source == "emulated":
-        return [cell.config for cell in expand_training("end_to_end")]
-    allocations = [one for one in allocations_so_far(store) if one[0].device == "cuda"]
-    return [cell.config for ranks, name in allocations for cell in training_on(Cluster.named(name), ranks)]
+def trainings(store: RunStore) -> dict[str, list[Cell["TrainRunConfig"]]]:
+    """Training that figures show: loss curves, and whole steps on whatever ranks there have been."""
+    steps = [
+        cell
+        for ranks, name in allocations_so_far(store)
+        if ranks.device == "cuda"
+        for cell in training_on(Cluster.named(name), ranks)
+    ]
+    with suppress(ValueError):  # the emulated cluster is not calibrated here, so nothing was trained on it
+        steps += expand_training("end_to_end")
+    return {"losses": expand_training("losses"), "end_to_end": steps}
 
 
 def train_and_print(config: TrainRunConfig) -> None:

@@ -19,6 +19,7 @@ from hiermoe.records.project import CONF, SWEEPS
 from hiermoe.records.store import RunStore
 from hiermoe.routing.step import first_measured
 from hiermoe.runs.compose import Cell, sweep_names
+from hiermoe.runs.indexing import indexed
 from hiermoe.runs.run_config import RunConfig
 
 GROUPS = ("system", "model", "cluster", "routing")
@@ -200,7 +201,7 @@ def filled(cells: dict[str, list[Cell]], tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def results(cells: dict[str, list[Cell]], filled: RunStore) -> Results:
     """Everything, loaded."""
-    return load(cells, filled)
+    return load(indexed(cells), filled)
 
 
 @pytest.fixture

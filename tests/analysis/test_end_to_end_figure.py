@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from hiermoe.analysis.claims import load_claims
-from hiermoe.analysis.figures.measured.training_steps import FIGURES
-from hiermoe.analysis.frames import Results
+from hiermoe.analysis.figures.measured.training_steps import FIGURE
+from hiermoe.analysis.frames import load
+from hiermoe.records.index import IndexedRun
 from hiermoe.records.store import RunStore
 
 STEPS = 8
@@ -30,6 +31,10 @@ class Named:
     vocab_size: int = 8192
 
 
+EMULATED = Named("emulated")
+GPUS = Named("allocation", source="cluster", device="cuda")
+
+
 @dataclass(frozen=True)
 class Config:
     """Of a training run."""
@@ -37,7 +42,7 @@ class Config:
     system: Named
     model: Named = Named("qwen3_30b_a3b_narrow")
     cluster: Named = Named("emulated_4x2_calibrated")
-    ranks: Named = Named("emulated")
+    ranks: Named = EMULATED
     world_size: int = 2
     sequences_per_rank: int = 1
     seq_length: int = 32
@@ -49,7 +54,10 @@ class Config:
         return f"{self.system.name}-run"
 
 
-GPUS = Named("allocation", source="cluster", device="cuda")
+def entry(config: Config) -> IndexedRun:
+    """In the index of runs."""
+    keys = {"source": config.ranks.source, "system": config.system.name, "model": config.model.name}
+    return IndexedRun(config.run_id, config, keys | {"routing": "trained", "num_ranks": config.world_size}, {})
 
 
 def rows(system: str) -> pd.DataFrame:
@@ -77,17 +85,14 @@ def rows(system: str) -> pd.DataFrame:
 
 
 @pytest.fixture(params=["emulated", "cluster"])
-def table(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
+def table(request: pytest.FixtureRequest, tmp_path: Path) -> pd.DataFrame:
     store = RunStore(tmp_path / "runs")
     configs = [Config(Named("megatron", "Megatron-LM")), Config(Named("hiermoe", "HierMoE")), Config(Named("hd_moe"))]
     for config in configs[:2]:
         store.write(config.run_id, {}, {}, rows(config.system.name))
-
-    def trained(source: str, _store: RunStore) -> list[Config]:
-        return configs if source == "emulated" else [replace(one, ranks=GPUS) for one in configs]
-
-    monkeypatch.setattr("hiermoe.analysis.figures.measured.training_steps.trained_steps", trained)
-    return FIGURES[request.param].table(Results({}, pd.DataFrame(), store), load_claims())
+    ranks = EMULATED if request.param == "emulated" else GPUS
+    index = [entry(replace(config, ranks=ranks)) for config in configs]
+    return FIGURE.table(load({"end_to_end": index}, store), load_claims())
 
 
 def test_a_step_is_what_the_busiest_rank_takes_with_all_that_follows_it(table: pd.DataFrame) -> None:
@@ -106,12 +111,11 @@ def test_speedups_are_of_whole_steps_and_of_alltoall(table: pd.DataFrame) -> Non
 
 def test_drawing_and_words_come_from_the_table(table: pd.DataFrame) -> None:
     source = table["source"].iloc[0]
-    figure = FIGURES[source]
-    words = figure.words(table)
+    words = FIGURE.words(table)
     assert "Qwen3-30B-A3B 1.43× with HierMoE" in words.title
     assert "2 layers, 1 of them dense, width 64, vocabulary 8192, 1 x 32 tokens a rank" in words.caption
     where = {"emulated": ("the emulated cluster", "2 gloo ranks"), "cluster": ("a cluster", "2 GPUs over NCCL")}
     assert where[source][0] in words.title and where[source][1] in words.caption
     header, *lines = words.rows
     assert len(lines) == 2 and {len(line) for line in lines} == {len(header)}
-    assert figure.draw(table, words.title).axes
+    assert FIGURE.draw(table, words.title).axes

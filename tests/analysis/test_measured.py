@@ -6,13 +6,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from hiermoe.analysis.figures.measured.dispatchers import FIGURE, PREDICTIONS
+from hiermoe.analysis.figures.measured.dispatchers import FIGURE
 from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.report import write_report
 from hiermoe.ranks.places import RanksConfig
+from hiermoe.records.index import PREDICTIONS
 from hiermoe.records.store import RunStore
 from hiermoe.runs.compose import Cell
-from hiermoe.runs.measured_cells import MeasuredCell
+from hiermoe.runs.indexing import indexed
 from tests.analysis.conftest import ITERATIONS, cell, records_of, step_ms, write
 
 EMULATED: dict[str, Any] = {"measure": "replay", "ranks": RanksConfig(name="emulated", timeout_s=60)}
@@ -64,7 +65,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         write(store, config, measured_rows(config, 1.5))
         predicted.append(twin)
         measured.append(Cell(twin.overrides, config))
-    return load({"fig11": [*predicted, *measured], PREDICTIONS: predicted}, store)
+    return load(indexed({"fig11": [*predicted, *measured], PREDICTIONS: predicted}), store)
 
 
 @pytest.fixture(scope="module")
@@ -130,15 +131,14 @@ def test_a_run_without_its_prediction_is_left_out(results: Results) -> None:
 
 
 def test_report_judges_measured_runs_apart_from_predicted_ones(
-    results: Results, cells: dict[str, list[Cell]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    results: Results, cells: dict[str, list[Cell]], tmp_path: Path
 ) -> None:
-    twins = [Cell((), run.config) for run in results.runs[PREDICTIONS]]
     measured = [
         Cell((), run.config) for run in results.runs["fig11"] if run.source == "emulated" and run.config.narrowed == 1
     ]
-    known = [MeasuredCell("fig11", "emulated_4x8", own, twin) for own, twin in zip(measured, twins, strict=True)]
-    monkeypatch.setattr("hiermoe.analysis.report.measured_so_far", lambda store: known)
-    page, verdicts = write_report(cells, results.store, tmp_path)
+    twins = [Cell((), run.config) for run in results.runs[PREDICTIONS]]
+    index = indexed(cells | {"fig11": [*cells["fig11"], *measured], PREDICTIONS: twins})
+    page, verdicts = write_report(index, results.store, tmp_path)
     judged = verdicts[verdicts["source"] == "emulated"].set_index("claim")
     whole_calls = (1.5 * 80 * 1.055 + 10) / (1.5 * 40 * 1.055 + 10)
     assert judged.loc["F11-hiermoe-qwen3", "ours"] == pytest.approx(whole_calls)

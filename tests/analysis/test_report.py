@@ -14,20 +14,22 @@ from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.report import write_reference, write_report
 from hiermoe.records.store import RunStore
 from hiermoe.runs.compose import Cell
+from hiermoe.runs.indexing import indexed
 from tests.analysis.conftest import records_of, write
 
-DRAWN = [*(spec.name for spec in FIGURES), "planner_cost_local"]
+SIMULATED = [spec for spec in FIGURES if "simulated" in spec.sources]
+DRAWN = [*(spec.name for spec in SIMULATED), "planner_cost_local"]
 
 
 @pytest.fixture(scope="module")
 def written(
     cells: dict[str, list[Cell]], filled: RunStore, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, pd.DataFrame]:
-    page, verdicts = write_report(cells, filled, tmp_path_factory.mktemp("report"))
+    page, verdicts = write_report(indexed(cells), filled, tmp_path_factory.mktemp("report"))
     return page.parent, verdicts
 
 
-@pytest.mark.parametrize("spec", FIGURES, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", SIMULATED, ids=lambda spec: spec.name)
 def test_figure_is_drawn_with_its_data_beside_it(spec: FigureSpec, written: tuple[Path, pd.DataFrame]) -> None:
     stem = written[0] / "figures" / spec.name
     with Image.open(stem.with_suffix(".png")) as image:
@@ -92,7 +94,7 @@ def test_reference_is_small_and_complete(written: tuple[Path, pd.DataFrame], tmp
 
 
 def test_report_without_records_says_so(cells: dict[str, list[Cell]], tmp_path: Path) -> None:
-    page, verdicts = write_report(cells, RunStore(tmp_path / "none"), tmp_path)
+    page, verdicts = write_report(indexed(cells), RunStore(tmp_path / "none"), tmp_path)
     assert set(verdicts["verdict"]) == {"not testable"}
     text = (page.parent / "report.md").read_text()
     # Beside them loss curves, and whole steps and measured runs of two kinds each.
@@ -114,9 +116,9 @@ def test_half_a_sweep_is_drawn_or_left_out_but_never_crashes(
             config.system.name in present and config.model.name == "qwen3_30b_a3b" and config.model.num_experts == 128
         ):
             write(small_store, config, records_of(config))
-    results = load(some, small_store)
-    for spec in FIGURES:
-        table = spec.table(results, load_claims())
+    results = load(indexed(some), small_store)
+    for spec, source in ((one, source) for one in FIGURES for source in one.sources):
+        table = spec.table(results.of_source(source), load_claims())
         if not table.empty:
             spec.words(table)
             spec.draw(table, "a title")

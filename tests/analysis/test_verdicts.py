@@ -12,6 +12,7 @@ from hiermoe.analysis.statistics import Estimate
 from hiermoe.analysis.verdicts import VERDICTS, Judged, judge, judge_all, to_frame, verdict_summary
 from hiermoe.records.store import RunStore
 from hiermoe.runs.compose import Cell
+from hiermoe.runs.indexing import indexed
 from tests.analysis.conftest import not_run, records_of, write
 
 CLAIMS, RULES = load_claims(), load_rules()
@@ -110,12 +111,12 @@ def test_failed_run_is_not_testable_with_its_reason(cells: dict[str, list[Cell]]
             "ok" if ok else "failed",
             "" if ok else "E=7",
         )
-    (steady,) = of(judge_all(CLAIMS, RULES, load({"fig12": sweep, "fig11": []}, small_store)), "F12-steady")
+    (steady,) = of(judge_all(CLAIMS, RULES, load(indexed({"fig12": sweep, "fig11": []}), small_store)), "F12-steady")
     assert (steady.verdict, steady.reason) == ("not testable", "failed: E=7")
 
 
 def test_without_any_record_nothing_is_testable(cells: dict[str, list[Cell]], small_store: RunStore) -> None:
-    rows = judge_all(CLAIMS, RULES, load(cells, small_store))
+    rows = judge_all(CLAIMS, RULES, load(indexed(cells), small_store))
     assert {one.verdict for one in rows} == {"not testable"}
     assert {one.claim.claim for one in rows} == {claim.claim for claim in CLAIMS}
 
@@ -123,7 +124,7 @@ def test_without_any_record_nothing_is_testable(cells: dict[str, list[Cell]], sm
 def test_records_of_other_configurations_do_not_leak_in(cells: dict[str, list[Cell]], small_store: RunStore) -> None:
     stale = next(c.config for c in cells["fig12"] if c.config.routing.name == "uniform")
     write(small_store, stale.model_copy(update={"iterations": 9}), records_of(stale))
-    assert load(cells, small_store).records.empty
+    assert load(indexed(cells), small_store).records.empty
 
 
 def test_speedup_is_the_ratio_of_the_records_times(judged: list[Judged]) -> None:

@@ -1,16 +1,18 @@
 """The report's figures, one module each; `FIGURES` is their order in the report."""
 
-from hiermoe.analysis.figures.beyond import balance, heat_map
+from hiermoe.analysis.figures.beyond import balance, heat_map, planner_cost
 from hiermoe.analysis.figures.beyond import policies as placement
 from hiermoe.analysis.figures.beyond import searched as search
 from hiermoe.analysis.figures.beyond import world_sizes as scaling
+from hiermoe.analysis.figures.measured import dispatchers, losses, training_steps
 from hiermoe.analysis.figures.paper import fig9, fig10, fig11, fig12, fig13, swap_cost, swap_policy, table2, table4
 from hiermoe.analysis.figures.spec import FigureSpec
 
 FIGURES: tuple[FigureSpec, ...] = tuple(
     module.FIGURE
     for module in (
+        *(dispatchers, training_steps),
         *(fig11, fig10, table2, fig9, fig12, fig13, table4, placement, search, swap_policy, swap_cost, balance),
-        *(scaling, heat_map),
+        *(scaling, heat_map, planner_cost, losses),
     )
 )

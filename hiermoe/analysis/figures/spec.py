@@ -1,7 +1,7 @@
 """What a figure is: a table of what is plotted, a drawing of that table, and words about it."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib as mpl
@@ -44,6 +44,7 @@ class FigureSpec:
         table: what is plotted; empty where there are no records.
         draw: the drawing of a table that is not empty, under a title.
         words: about a table that is not empty.
+        sources: kinds of numbers that it is drawn of, each in a figure of its own, and what makes them.
     """
 
     name: str
@@ -52,6 +53,7 @@ class FigureSpec:
     table: Callable[[Results, Sequence[Claim]], pd.DataFrame]
     draw: Callable[[pd.DataFrame, str], Figure]
     words: Callable[[pd.DataFrame], Words]
+    sources: Mapping[str, str] = field(default_factory=lambda: {"simulated": "`hiermoe reproduce` simulates it"})
 
 
 def render(spec: FigureSpec, table: pd.DataFrame, folder: Path, name: str) -> Words | None:

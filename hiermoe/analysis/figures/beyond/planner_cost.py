@@ -114,4 +114,12 @@ def _power(table: pd.DataFrame, of: str, column: str) -> str:
     return f"{letters[of]}^{np.mean(slopes):.1f}" if slopes else f"one {letters[of]} only"
 
 
-FIGURE = FigureSpec("planner_cost", "Beyond the paper: what planning costs", "planner_cost", table, draw, words)
+FIGURE = FigureSpec(
+    "planner_cost",
+    "Beyond the paper: what planning costs",
+    "planner_cost",
+    table,
+    draw,
+    words,
+    {"local": "`hiermoe reproduce --sweeps planner_cost` measures it on this machine"},
+)

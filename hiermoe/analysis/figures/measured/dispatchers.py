@@ -15,9 +15,9 @@ from hiermoe.analysis.frames import Results, Run
 from hiermoe.analysis.statistics import Estimate, bootstrap, paired, ratio_of_medians, ratio_of_sums
 from hiermoe.analysis.wording import with_interval
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP
+from hiermoe.records.index import PREDICTIONS
 
 BASELINE = "megatron"
-PREDICTIONS = "predictions"  # simulated twins of the measured runs
 # What is the same for all systems of a panel.
 PANEL = ["cluster", "num_ranks", "tokens_per_rank", "narrowed", "model", "topk", "routing"]
 SOURCES = {"emulated": "an emulated cluster", "cluster": "a cluster", "local": "one machine's loopback"}
@@ -331,4 +331,15 @@ def _estimate(row: pd.Series, column: str) -> str:
     return with_interval(Estimate(row[column], row[f"{column}_low"], row[f"{column}_high"], row["n"]))
 
 
-FIGURE = FigureSpec("measured", "Measured: real dispatchers on real links", "fig11", table, draw, words)
+FIGURE = FigureSpec(
+    "measured",
+    "Measured: real dispatchers on real links",
+    "fig11",
+    table,
+    draw,
+    words,
+    {
+        "emulated": "`make reproduce` as root measures on an emulated cluster",
+        "cluster": "`make reproduce ON=slurm NODES=4 GPUS_PER_NODE=8` measures on a cluster; nobody has, here",
+    },
+)

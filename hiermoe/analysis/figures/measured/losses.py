@@ -10,7 +10,6 @@ from hiermoe.analysis.claims import Claim
 from hiermoe.analysis.figures import style
 from hiermoe.analysis.figures.spec import FigureSpec, Words
 from hiermoe.analysis.frames import Results
-from hiermoe.runs.training import expand_training
 
 STOCK, CONTROL = "megatron", "megatron_reordered"
 
@@ -18,13 +17,10 @@ STOCK, CONTROL = "megatron", "megatron_reordered"
 def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
     """One row per model, system and step: loss, and its distance from stock Megatron's, relative."""
     parts = []
-    for cell in expand_training("losses"):
-        config = cell.config
-        if results.store.status(config.run_id) != "ok":
-            continue
-        rows = results.store.read(config.run_id)
+    for run in results.find("losses", status="ok"):
+        rows = results.rows(run, "train", counted_only=False)
         first_rank = rows.loc[rows["rank"] == 0, ["source", "system", "model", "iteration", "loss", "num_ranks"]]
-        parts.append(first_rank.assign(label=config.system.label, dtype=config.dtype))
+        parts.append(first_rank.assign(label=run.label, dtype=run.config.dtype))
     if not parts:
         return pd.DataFrame()
     table = pd.concat(parts, ignore_index=True)
@@ -90,4 +86,12 @@ def words(table: pd.DataFrame) -> Words:
     )
 
 
-FIGURE = FigureSpec("losses", "Training under every system", "losses", table, draw, words)
+FIGURE = FigureSpec(
+    "losses",
+    "Training under every system",
+    "losses",
+    table,
+    draw,
+    words,
+    {"local": "`make losses` trains them"},
+)

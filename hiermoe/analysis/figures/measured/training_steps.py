@@ -1,7 +1,7 @@
 """Whole training steps under every system, on links that are as slow as a cluster's: what AlltoAll time is worth."""
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,33 +15,27 @@ from hiermoe.analysis.figures.tables import published
 from hiermoe.analysis.frames import Results
 from hiermoe.analysis.statistics import bootstrap, ratio_of_medians
 from hiermoe.analysis.wording import with_interval
-from hiermoe.runs.training import TrainRunConfig, trained_steps
 
 BASELINE = "megatron"
 WHERE = {"emulated": "the emulated cluster", "cluster": "a cluster"}
 PARTS = {"compute_ms": 0.35, "alltoall_ms": 1.0, "planning_ms": 0.6, "migration_ms": 0.6}  # and how dark they are
 
 
-def table(results: Results, claims: Sequence[Claim], source: str = "emulated") -> pd.DataFrame:
+def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
     """One row per model and system: medians over the counted steps of the busiest rank; speed-ups over Megatron-LM."""
-    try:
-        configs = trained_steps(source, results.store)
-    except ValueError:  # the cluster is not calibrated here
-        return pd.DataFrame()
     steps: dict[tuple[str, str], pd.DataFrame] = {}
     rows = []
-    for config in configs:
-        if results.store.status(config.run_id) != "ok":
-            continue
-        steps[config.model.name, config.system.name] = own = _steps(results.store.read(config.run_id))
+    for run in results.find("end_to_end", status="ok"):
+        config = run.config
+        steps[config.model.name, run.system] = own = _steps(results.rows(run, "train"))
         rows.append(
             {
-                "source": config.ranks.source,
+                "source": run.source,
                 "model": config.model.name,
-                "system": config.system.name,
-                "label": config.system.label,
+                "system": run.system,
+                "label": run.label,
                 "cluster": config.cluster.name,
-                "num_ranks": config.world_size,
+                "num_ranks": run.num_ranks,
                 "dtype": config.dtype,
                 "device": config.ranks.device,
                 "sizes": _sizes(config),
@@ -65,7 +59,7 @@ def table(results: Results, claims: Sequence[Claim], source: str = "emulated") -
     return pd.DataFrame(rows)
 
 
-def _sizes(config: TrainRunConfig) -> str:
+def _sizes(config: Any) -> str:
     """What was trained, in words."""
     model = config.model
     layers = f"{model.num_layers} layers" + (f", {model.num_dense_layers} of them dense" * (model.num_dense_layers > 0))
@@ -75,12 +69,10 @@ def _sizes(config: TrainRunConfig) -> str:
     )
 
 
-def _steps(records: pd.DataFrame) -> pd.DataFrame:
-    """Counted steps, busiest rank of each: what happens after the optimizer's step belongs to it."""
-    counted = records[records["counted"]].assign(
-        alltoall_ms=lambda x: x["alltoall_forward_ms"] + x["alltoall_backward_ms"]
-    )
-    busiest = counted.groupby("iteration").max(numeric_only=True)
+def _steps(counted: pd.DataFrame) -> pd.DataFrame:
+    """Busiest rank of each counted step: what happens after the optimizer's step belongs to it."""
+    alltoall_ms = counted["alltoall_forward_ms"] + counted["alltoall_backward_ms"]
+    busiest = counted.assign(alltoall_ms=alltoall_ms).groupby("iteration").max(numeric_only=True)
     busiest["step_ms"] = busiest["train_step_ms"] + busiest["planning_ms"] + busiest["migration_ms"]
     busiest["compute_ms"] = busiest["train_step_ms"] - busiest["alltoall_ms"]
     return busiest
@@ -179,14 +171,15 @@ def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
         )
 
 
-FIGURES = {
-    source: FigureSpec(
-        "end_to_end",
-        f"Measured: whole training steps, {heading}",
-        "end_to_end",
-        partial(table, source=source),
-        draw,
-        words,
-    )
-    for source, heading in {"emulated": "emulated cluster", "cluster": "cluster"}.items()
-}
+FIGURE = FigureSpec(
+    "end_to_end",
+    "Measured: whole training steps",
+    "end_to_end",
+    table,
+    draw,
+    words,
+    {
+        "emulated": "`make reproduce FULL=1` as root trains narrow models on an emulated cluster",
+        "cluster": "`make reproduce ON=slurm NODES=4 GPUS_PER_NODE=8 FULL=1` trains on GPUs; nobody has, here",
+    },
+)

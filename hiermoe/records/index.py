@@ -1,0 +1,27 @@
+"""An index of runs: what is known of each before anybody reads its record."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PREDICTIONS = "predictions"  # simulated twins of the measured runs
+
+
+@dataclass(frozen=True)
+class IndexedRun:
+    """One run of a sweep.
+
+    Attributes:
+        run_id: its name in the store.
+        config: its configuration, as its command has checked it: system, model, cluster, and how they are measured.
+        keys: columns that all rows of its record share: source, system, model, cluster, routing, sizes.
+        swept: what the sweep varies, by the last part of the key (``topk``, ``gamma``, ``experiment``, ...).
+    """
+
+    run_id: str
+    config: Any
+    keys: dict[str, Any]
+    swept: dict[str, Any]
+
+
+Index = Mapping[str, Sequence[IndexedRun]]  # by sweep, in the sweep's order

@@ -1,0 +1,55 @@
+"""The index of runs that a report is made from: all simulated sweeps, and what has been measured and trained so far."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from hiermoe.records.index import PREDICTIONS, Index, IndexedRun
+from hiermoe.records.store import RunStore
+from hiermoe.runs.compose import Cell, expand, large_sweep_names, sweep_names
+from hiermoe.runs.measured_cells import measured_so_far
+from hiermoe.runs.training import trainings
+
+
+def index_runs(store: RunStore, expanded: Mapping[str, Sequence[Cell]] | None = None) -> Index:
+    """All runs that a report may show.
+
+    Args:
+        store: where records are.
+        expanded: sweeps that are expanded already, by name; the others are expanded here.
+    """
+    given = expanded or {}
+    cells: dict[str, list[Cell[Any]]] = {
+        name: [*(given[name] if name in given else expand(name))] for name in sweep_names()
+    }
+    measured = measured_so_far(store)
+    for one in measured:
+        cells[one.sweep].append(one.measured)
+    cells[PREDICTIONS] = [one.predicted for one in measured]
+    # Large sweeps go on from the sweep of their name.
+    long = {name.removeprefix("large/"): expand(name) for name in large_sweep_names()} | trainings(store)
+    for name, sweep in long.items():
+        done = [cell for cell in sweep if store.status(cell.config.run_id) is not None]
+        cells.setdefault(name, []).extend(done)
+    return indexed(cells)
+
+
+def indexed(cells: Mapping[str, Iterable[Cell[Any]]]) -> Index:
+    """These runs and no others.
+
+    Args:
+        cells: expanded sweeps, by name.
+    """
+    return {name: [_entry(cell) for cell in sweep] for name, sweep in cells.items()}
+
+
+def _entry(cell: Cell[Any]) -> IndexedRun:
+    config = cell.config
+    return IndexedRun(config.run_id, config, config.keys, dict(_swept(override) for override in cell.overrides))
+
+
+def _swept(override: str) -> tuple[str, Any]:
+    """``+system.policy.gamma=5.0`` as (``gamma``, 5.0)."""
+    key, value = override.split("=", 1)
+    return key.lstrip("+~").split(".")[-1], yaml.safe_load(value)
