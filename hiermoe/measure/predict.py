@@ -11,11 +11,9 @@ from hiermoe.planner.bounds import fixed_placement_rows
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP, Price, time_by_groups
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.links import link_ms
-from hiermoe.planner.scheme import Stage
 from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, price_migration
 from hiermoe.policies.protocol import PlacementUpdate, StepContext
 from hiermoe.ranks.world import Progress, no_progress
-from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
 
 Row = dict[str, Any]
@@ -77,6 +75,9 @@ def _dispatch_rows(chosen: Price, counts: RoutingCounts, workload: Workload) -> 
     crossing = chosen.traffic.crossing_rows().tolist()
     busiest = chosen.traffic.busiest_rows().tolist()
     for index, (name, stage) in enumerate(zip(chosen.scheme.stage_names, chosen.scheme.stages, strict=True)):
+        level, group_rows = stage.level(hierarchy), float("nan")
+        if stage.rows == "token":  # of the busiest group, by its GPUs, as Q counts them
+            group_rows = int(counts.needed(level).max()) / hierarchy.lanes(level)
         yield {
             "phase": "dispatch",
             "stage": name,
@@ -84,18 +85,10 @@ def _dispatch_rows(chosen: Price, counts: RoutingCounts, workload: Workload) -> 
             "predicted_ms": chosen.stage_ms[index],
             "link_ms": links[index],
             "rows": busiest[index],
-            "group_rows": _group_rows(stage, counts, hierarchy),
+            "group_rows": group_rows,
             "bytes": chosen.stage_bytes[index],
             "crossing_rows": crossing[index],
         }
-
-
-def _group_rows(stage: Stage, counts: RoutingCounts, hierarchy: Hierarchy) -> float:
-    """Rows of the busiest group divided by its GPUs, as Q counts them; NaN where the stage does not deduplicate."""
-    if stage.rows != "token":
-        return float("nan")
-    level = stage.level(hierarchy)
-    return int(counts.needed(level).max()) / hierarchy.lanes(level)
 
 
 def _routing_rows(counts: RoutingCounts, workload: Workload) -> Iterator[Row]:

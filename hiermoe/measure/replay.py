@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 
 from hiermoe.measure.measurement import Measurement, by_job
-from hiermoe.measure.memory import PeakMemory
-from hiermoe.measure.replay_job import Question, ReplayJob
+from hiermoe.measure.replay_job import ReplayJob
 from hiermoe.measure.walk import realised_gains, start_at
 from hiermoe.measure.workload import Workload, open_workload
 from hiermoe.policies.protocol import Start
@@ -28,6 +27,7 @@ from hiermoe.topology.placement import Placement
 Row = dict[str, Any]
 
 _WARM_UPS = 2  # iterations before those that count
+_CLEAR_PEAK = "5"  # man 5 proc: /proc/pid/clear_refs
 
 
 def replay(rank: int, job: ReplayJob, systems: Sequence[tuple[SystemConfig, Start]], folder: Path) -> None:
@@ -48,12 +48,11 @@ def replay(rank: int, job: ReplayJob, systems: Sequence[tuple[SystemConfig, Star
 
     if job.device == "cpu":
         cpu.expect_fallbacks()
-    from hiermoe.measure.bench_layer import bench_layer
+    from hiermoe.measure.bench_layer import Question, bench_layer
     from hiermoe.megatron.meter import Meter
 
     meter = Meter(align=dist.barrier, repeatable=True)
     layers = [bench_layer(system, job, meter, start) for system, start in systems]
-    memory = PeakMemory(job.device)
     with RowStream(folder, rank) as stream, meter:
         for iteration in range(job.first, len(job.routing_iterations)):
             routing_iteration = job.routing_iterations[iteration]
@@ -64,7 +63,7 @@ def replay(rank: int, job: ReplayJob, systems: Sequence[tuple[SystemConfig, Star
             for turn in range(len(layers)):
                 of = (iteration + turn) % len(layers)
                 dispatcher, placement = layers[of]
-                memory.reset()
+                _forget_peak(job.device)
                 keys = {
                     "of": of,
                     "iteration": iteration,
@@ -76,7 +75,7 @@ def replay(rank: int, job: ReplayJob, systems: Sequence[tuple[SystemConfig, Star
                 }
                 calls = meter.drain()
                 alone_ms = _repeat_rows(calls[0], job)
-                step = _step_row(calls, memory) | _update_columns(placement)
+                step = _step_row(calls, job.device) | _update_columns(placement)
                 rows += [keys | row for row in (*_call_rows(calls, rank, job, alone_ms), step)]
             stream.write(rows)
 
@@ -217,7 +216,7 @@ def _call_rows(calls: list[Any], rank: int, job: ReplayJob, alone_ms: Mapping[st
         }
 
 
-def _step_row(calls: list[Any], memory: PeakMemory) -> Row:
+def _step_row(calls: list[Any], device: str) -> Row:
     """The four calls together."""
     assert [call.phase for call in calls] == list(CALLS), f"calls of an iteration: {[call.phase for call in calls]}"
     plan = calls[0].plan
@@ -229,5 +228,21 @@ def _step_row(calls: list[Any], memory: PeakMemory) -> Row:
         "dispatch_ms": total_ms,
         "wire_ms": wire_ms,
         "local_ms": total_ms - wire_ms,
-        "peak_memory_bytes": memory.peak_bytes(),
+        "peak_memory_bytes": _peak_bytes(device),
     }
+
+
+def _forget_peak(device: str) -> None:
+    """Begin anew to watch how much memory is used."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text(_CLEAR_PEAK)
+
+
+def _peak_bytes(device: str) -> int:
+    """Largest use since then: of CUDA's allocator, or of the process (resident set; each rank counts shared pages)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024

@@ -36,19 +36,17 @@ def synthetic_timings(cluster: Cluster, seed: int) -> pd.DataFrame:
         Rows of the phase calibration: one per AlltoAll, size and repeat.
     """
     rng = np.random.default_rng(seed)
-    rows = []
-    for exchange in cluster.exchanges:
-        constants = cluster.constants(exchange)
-        for repeat in range(REPEATS):
-            for size in SIZES_BYTES:
-                time_ms = constants.ms(size)
-                rows.append(
-                    {
-                        "phase": "calibration",
-                        "stage": str(exchange),
-                        "iteration": repeat,
-                        "bytes": size,
-                        "predicted_ms": time_ms * (1 + NOISE * rng.standard_normal()),
-                    }
-                )
-    return pd.DataFrame(rows).assign(routing_iteration=-1, counted=True, layer=-1)
+    rows = [
+        {
+            "stage": str(exchange),
+            "iteration": repeat,
+            "bytes": size,
+            "predicted_ms": cluster.constants(exchange).ms(size),
+        }
+        for exchange in cluster.exchanges
+        for repeat in range(REPEATS)
+        for size in SIZES_BYTES
+    ]
+    timings = pd.DataFrame(rows).assign(phase="calibration", routing_iteration=-1, counted=True, layer=-1)
+    timings["predicted_ms"] *= 1 + NOISE * rng.standard_normal(len(rows))
+    return timings

@@ -74,13 +74,7 @@ class Train(Measurement):
         """
         config.system.build_schemes(config.cluster.hierarchy)
         config.system.build_policy()  # bad arguments end the run here, not on the ranks
-        return TrainingJob(
-            training=config,
-            system=config.system,
-            cluster=config.cluster,
-            steps=config.steps,
-            checkpoints=config.checkpoints(),
-        )
+        return TrainingJob(config, config.system, config.cluster, config.steps, config.checkpoints())
 
     def num_steps(self, job: TrainingJob) -> int:
         """Of the optimizer."""

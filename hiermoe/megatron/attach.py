@@ -17,7 +17,7 @@ from hiermoe.megatron.adapter import StagedTokenDispatcher
 from hiermoe.megatron.delegating import ReorderedTokenDispatcher
 from hiermoe.megatron.expert_placement import ExpertPlacement, LayerPlacement
 from hiermoe.megatron.flex import flex_dispatcher
-from hiermoe.megatron.logical_names import name_experts_by_slot, name_experts_logically
+from hiermoe.megatron.logical_names import name_experts_logically
 from hiermoe.megatron.meter import Meter, MeteredDispatcher
 from hiermoe.megatron.migration import expert_parameters
 from hiermoe.policies.protocol import PlacementPolicy, StaticPolicy
@@ -93,7 +93,7 @@ def detach(model: torch.nn.Module | list[torch.nn.Module]) -> None:
             original, placement = getattr(layer, _BEFORE)
             if placement is not None:
                 placement.release()
-                name_experts_by_slot(layer)
+                vars(layer.experts).pop("sharded_state_dict")  # the class's own names experts by slot
             layer.token_dispatcher = original
             delattr(layer, _BEFORE)
 

@@ -96,13 +96,6 @@ def validate(rows: pd.DataFrame) -> pd.DataFrame:
     unknown = [name for name in rows.columns if name not in RECORDS.columns]
     if unknown:
         raise ValueError(f"records have no column {unknown[0]!r}")
-    frame = rows.copy()
-    if "moves" in frame:
-        frame["moves"] = frame["moves"].fillna("")
-    for name, column in RECORDS.columns.items():
-        if name not in frame:
-            if not column.nullable:
-                frame[name] = DEFAULTS[name]
-            else:
-                frame[name] = float("nan")
-    return RECORDS.validate(frame[list(RECORDS.columns)])
+    frame = rows.assign(**{name: default for name, default in DEFAULTS.items() if name not in rows})
+    frame["moves"] = frame["moves"].fillna("")
+    return RECORDS.validate(frame.reindex(columns=list(RECORDS.columns)))

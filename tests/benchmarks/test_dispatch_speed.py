@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hiermoe.dispatch.communicators import played_hosts
-from hiermoe.measure.replay_job import Question, ReplayJob
+from hiermoe.measure.replay_job import ReplayJob
 from hiermoe.model import LayerSizes
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.launch import run_ranks
@@ -42,7 +42,7 @@ def job() -> ReplayJob:
 
 def local_work(rank: int) -> dict[str, dict[str, list[float]]]:
     """CPU milliseconds of this rank's local work: by system and call, one a round."""
-    from hiermoe.measure.bench_layer import bench_layer
+    from hiermoe.measure.bench_layer import Question, bench_layer
     from hiermoe.megatron.meter import Meter
 
     meter = Meter(time.thread_time)

@@ -1,4 +1,4 @@
-"""Parquet with a row a token: a column `indices`, a list of K expert ids, best first. As FLAME-MoE's traces.
+"""Parquet with a list column `indices`, a row a token: K expert ids, best first, as in FLAME-MoE's traces.
 
 FLAME-MoE has a folder for every training iteration with a file ``layer_NN.parquet`` for every layer: give the folder,
 and layers are numbered by their files. A single file may instead have a column `layer` (integer); without, it is one
