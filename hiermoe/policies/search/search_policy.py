@@ -106,24 +106,17 @@ class SearchPolicy(PlacementPolicy):
         if self.max_moved is None:
             new, gain_ms = target, objective.step_ms(sets, placement) - objective.step_ms(sets, target)
         else:
-            new, gain_ms = self._part_of_the_way(sets, objective, placement, target)
+            generator = torch.Generator().manual_seed(self.seed)
+            table = SwapTable(sets.sample(WEIGHED_SETS, generator).pooled(), placement, objective.cluster)
+            priced = objective.schemes[0], objective.row_bytes
+            before_ms = table.now_ms(*priced)
+            new = approach(table, target, self.max_moved, *priced, MAXIMUM)
+            gain_ms = ALLTOALLS_PER_STEP * (before_ms - table.now_ms(*priced))
         if torch.equal(new.rank_of(ranks), target.rank_of(ranks)):
             self._target = None
         if torch.equal(new.rank_of(ranks), placement.rank_of(ranks)):
             return None
         return PlacementUpdate(new, gain_ms)
-
-    def _part_of_the_way(
-        self, sets: TokenSets, objective: Objective, placement: Placement, target: Placement
-    ) -> tuple[Placement, float]:
-        """The placement after as many moves as are allowed, and what that saves."""
-        assert self.max_moved is not None
-        generator = torch.Generator().manual_seed(self.seed)
-        table = SwapTable(sets.sample(WEIGHED_SETS, generator).pooled(), placement, objective.cluster)
-        priced = objective.schemes[0], objective.row_bytes
-        before_ms = table.now_ms(*priced)
-        approach(table, target, self.max_moved, *priced, MAXIMUM)
-        return table.placement, ALLTOALLS_PER_STEP * (before_ms - table.now_ms(*priced))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Remembered sets, the target, and the sketch's size."""
