@@ -1,6 +1,5 @@
 """The answer as tables: what page, figures and terminal show, and what is written as CSV."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,9 +8,10 @@ import pandas as pd
 
 from hiermoe.advice.assessment import Assessed, Assessment
 from hiermoe.advice.recommendation import Constants, Option, Recommendation, constants_of, option, recommend
-from hiermoe.advice.sensitivity import end_to_end_shares, sensitivity, tokens_needed
+from hiermoe.advice.sensitivity import sensitivity, tokens_needed
 from hiermoe.advice.systems import BASELINE
-from hiermoe.analysis.whole_step import step_speedup
+from hiermoe.analysis.whole_step import PUBLISHED_SHARES, step_speedup
+from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.peers import WORLD, Peers
 
 INDEPENDENT = "†"  # beside every number that takes experts to be drawn independently
@@ -47,9 +47,9 @@ class Answer:
         return self.option(BASELINE).mean_ms
 
     @property
-    def followed(self) -> str:
-        """The system that figures speak of: the recommended one, else the fastest."""
-        return self.found.fastest if self.found.outcome in ("stay", "unresolved") else self.found.chosen
+    def own(self) -> Assessed:
+        """The system that the answer speaks of."""
+        return self.assessment.named(self.found.followed)
 
     @cached_property
     def best_still(self) -> str:
@@ -74,6 +74,33 @@ class Answer:
         """AlltoAll and migration of a system over the flat AlltoAll."""
         return self.option(name).mean_ms / self.flat_ms
 
+    def speedup(self, name: str) -> str:
+        """AlltoAll's under a system, with its interval where there is one, as a table's cell."""
+        if name == BASELINE:
+            return "1"
+        return f"{self.assessment.named(name).speedup.value:.2f}{self.mark}{self.interval(name)}"
+
+    def interval(self, name: str) -> str:
+        """Of AlltoAll's speed-up under a system; empty where iterations are too few for one."""
+        estimate = self.assessment.named(name).speedup
+        return f" [{estimate.low:.2f}, {estimate.high:.2f}]" if self.assessment.has_intervals else ""
+
+    def step(self, name: str, share: float) -> str:
+        """Speed-up of a step of which AlltoAll takes a share now."""
+        return f"{step_speedup(share, self.communication(name)):.2f}"
+
+    def step_now(self, name: str) -> str:
+        """Speed-up of the user's step, or over the paper's range of shares."""
+        share = self.assessment.case.share
+        shares = PUBLISHED_SHARES if share is None else (share,)
+        return " to ".join(self.step(name, share) for share in shares) + self.mark
+
+    @property
+    def shares(self) -> list[float]:
+        """Of AlltoAll in a step, for tables: some round ones and the user's."""
+        own = self.assessment.case.share
+        return sorted({0.1, 0.2, 0.3, 0.4, 0.5, 0.6} | ({own} if own is not None else set()))
+
     @cached_property
     def systems(self) -> pd.DataFrame:
         """One row per system, by rising time."""
@@ -81,6 +108,7 @@ class Answer:
         rows = []
         for one in self.assessment.systems:
             candidate, estimate = one.candidate, one.speedup
+            shares = one.held_out.dimensions(cluster)
             rows.append(
                 {
                     "system": candidate.name,
@@ -91,7 +119,7 @@ class Answer:
                     "low": estimate.low if self.assessment.has_intervals else np.nan,
                     "high": estimate.high if self.assessment.has_intervals else np.nan,
                     "n": estimate.n,
-                    "dimensions": _dimensions(one, self.assessment),
+                    "dimensions": ", ".join(f"{d}" if x == 1 else f"{d} ({x:.0%})" for d, x in shares.items()),
                     "updates": int(one.updates["updates"].iloc[-1]) if len(one.updates) else 0,
                     "moved_ms": one.moved_ms,
                     "communication": self.communication(candidate.name),
@@ -105,15 +133,22 @@ class Answer:
     @cached_property
     def updates(self) -> pd.DataFrame:
         """What updates bring, all systems that move experts; empty where there is none."""
-        found = [one.updates for one in self.assessment.systems if len(one.updates)]
-        return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+        return pd.concat([one.updates for one in self.assessment.systems], ignore_index=True)
+
+    @property
+    def milestones(self) -> pd.DataFrame:
+        """Of `updates` the rows that a reader is shown."""
+        updates = self.updates["updates"]
+        return self.updates[
+            updates.isin([8, 32]) | (updates == updates.groupby(self.updates["system"]).transform("max"))
+        ]
 
     @cached_property
     def crossing(self) -> pd.DataFrame:
         """Bytes that one GPU sends across every level in one AlltoAll, mean over GPUs: a column per system."""
         cluster = self.assessment.case.cluster
         table = self.assessment.levels[["level", "name"]].copy()
-        for name in dict.fromkeys([BASELINE, self.best_still, self.followed]):
+        for name in dict.fromkeys([BASELINE, self.best_still, self.found.followed]):
             held_out = self.assessment.named(name).held_out
             table[name] = held_out.crossing(cluster) / cluster.hierarchy.num_ranks
         return table
@@ -126,40 +161,24 @@ class Answer:
     @cached_property
     def tokens_needed(self) -> int | None:
         """Fewest tokens a GPU with which the followed system is worth it."""
-        return tokens_needed(self.assessment, self.followed)
+        return tokens_needed(self.assessment, self.found.followed)
 
     @cached_property
     def end_to_end(self) -> pd.DataFrame:
-        """Speed-up of the step against the share that AlltoAll has of it now: a column per system."""
-        shares = end_to_end_shares()
-        names = dict.fromkeys([self.followed, self.best_still, *self._paper_systems()])
+        """Speed-up of the step against the share that AlltoAll has of it now: a column per system.
+
+        The paper's two-stage system is there for comparison, where it applies.
+        """
+        shares = np.linspace(0.0, 0.8, 81)
+        papers = [x.candidate.name for x in self.assessment.systems if "HD2-MoE" in x.candidate.labels]
+        names = dict.fromkeys([self.found.followed, self.best_still, *papers])
         curves = {name: step_speedup(shares, self.communication(name)) for name in names}
         return pd.DataFrame({"alltoall_share": shares, **curves})
 
-    def _paper_systems(self) -> Iterator[str]:
-        """The paper's two-stage system, for comparison, where it applies."""
-        for one in self.assessment.systems:
-            if "HD2-MoE" in one.candidate.labels:
-                yield one.candidate.name
 
-    def stage_words(self) -> dict[Peers, str]:
-        """Every kind of exchange that a shown system has, in words."""
-        return {peers: exchange_words(peers, self.assessment) for peers in self.assessment.case.cluster.exchanges}
-
-
-def exchange_words(peers: Peers, assessment: Assessment) -> str:
+def exchange_words(peers: Peers, cluster: Cluster) -> str:
     """Who exchanges with whom."""
     if peers == WORLD:
         return "among all GPUs"
-    name = assessment.case.cluster.levels[peers.level - 1].name
-    return f"between {groups_of(name)}" if peers.kind == "inter" else f"inside a {name}"
-
-
-def _dimensions(one: Assessed, assessment: Assessment) -> str:
-    shares = one.held_out.dimensions(assessment.case.cluster)
-    return ", ".join(f"{d}" if share == 1 else f"{d} ({share:.0%})" for d, share in shares.items())
-
-
-def groups_of(name: str) -> str:
-    """Several groups of a level: ``nodes``, ``halves``, ``GPUs``."""
-    return {"half": "halves", "gpu": "GPUs", "switch": "switches"}.get(name, f"{name}s")
+    level = cluster.levels[peers.level - 1]
+    return f"between {level.label}" if peers.kind == "inter" else f"inside a {level.name}"

@@ -108,36 +108,22 @@ def assess(
     assert systems[0].name == BASELINE
     schedule = iteration_schedule(case.iterations, case.routing.num_distinct)
     split = first_measured(case.iterations, case.routing.num_distinct)
-    seen = CachedRouting(_Seen(case.routing, schedule[:split]))
-    held_out, identity = schedule[split:], Placement.identity(case.sizes.num_experts)
+    seen, held_out = CachedRouting(_Seen(case.routing, schedule[:split])), schedule[split:]
     assessed: list[Assessed] = []
     for candidate in systems:
-        fixed = counted = _count(case, candidate, identity, held_out)
-        updates = pd.DataFrame()
+        label, system = candidate.label, candidate.system
+        counted, updates = _count(case, candidate, case.first_places, held_out), pd.DataFrame()
         if candidate.moves:
-            run = simulate(_workload(case, candidate, seen, split), lambda i, label=candidate.label: progress(label, i))
-            steps = run[run["phase"] == "step"]
-            placements = _placements(case, steps)
-            counted = _count(case, candidate, placements[-1], held_out)
-            updates = _updates(case, candidate, steps, placements, held_out, (fixed, counted))
+            workload = Workload(
+                system, candidate.schemes, system.build_policy, case.cluster, seen, case.layer, case.sizes, split
+            )
+            run = simulate(workload, lambda iteration, label=label: progress(label, iteration))
+            counted, updates = _after_updates(case, candidate, run, counted, held_out)
         flat = assessed[0].held_out if assessed else counted
         speedup = ratio_of_sums(flat.step_ms(case.cluster), counted.step_ms(case.cluster))
         assessed.append(Assessed(candidate, counted, speedup, updates))
-        progress(candidate.label, split - 1)
+        progress(label, split - 1)
     return Assessment(case, tuple(assessed), _levels(case, held_out), split, len(held_out), tuple(left_out))
-
-
-def _workload(case: Case, candidate: Candidate, seen: CachedRouting, iterations: int) -> Workload:
-    return Workload(
-        system=candidate.system,
-        schemes=candidate.schemes,
-        new_policy=candidate.system.build_policy,
-        cluster=case.cluster,
-        routing=seen,
-        layer=case.layer,
-        sizes=case.sizes,
-        iterations=iterations,
-    )
 
 
 def _count(case: Case, candidate: Candidate, placement: Placement, iterations: Sequence[int]) -> HeldOut:
@@ -145,23 +131,13 @@ def _count(case: Case, candidate: Candidate, placement: Placement, iterations: S
     return count_held_out(candidate.schemes, counts, case.cluster.hierarchy, case.sizes.row_bytes)
 
 
-def _placements(case: Case, steps: pd.DataFrame) -> list[Placement]:
-    """After 0, 1, 2, ... updates."""
-    moves = steps["moves"].dropna() if "moves" in steps else pd.Series(dtype=str)
-    return list(accumulate(moves[moves != ""], Placement.after, initial=Placement.identity(case.sizes.num_experts)))
+def _after_updates(
+    case: Case, candidate: Candidate, run: pd.DataFrame, fixed: HeldOut, held_out: Sequence[int]
+) -> tuple[HeldOut, pd.DataFrame]:
+    """What updates bring on held-out iterations, if the placement then stays as it is; ``fixed`` is after none.
 
-
-def _updates(
-    case: Case,
-    candidate: Candidate,
-    steps: pd.DataFrame,
-    placements: Sequence[Placement],
-    held_out: Sequence[int],
-    ends: tuple[HeldOut, HeldOut],
-) -> pd.DataFrame:
-    """What updates bring on held-out iterations, if the placement then stays as it is.
-
-    ``ends`` is what was counted after no update and after all.
+    Returns:
+        The traffic after all updates, and a table.
 
     Columns:
         system, label: of the system.
@@ -173,14 +149,15 @@ def _updates(
         moved_ms: migration of all of them, full state at the link's rate.
         break_even_steps: until the time saved makes up for it; infinite where nothing is saved.
     """
-    acting = steps[steps["moves"].fillna("") != ""] if "moves" in steps else steps.iloc[:0]
-    last = len(placements) - 1
-    counted = {0: ends[0], last: ends[1]}
-    fixed_ms = counted[0].step_ms(case.cluster)
+    acting = run[run["moves"].fillna("") != ""] if "moves" in run else run.assign(moves="").iloc[:0]
+    placements = list(accumulate(acting["moves"], Placement.after, initial=case.first_places))
+    last, own = len(acting), fixed
+    fixed_ms = fixed.step_ms(case.cluster)
     rows = []
     for updates in sorted({*(2**n for n in range(20) if 2**n < last), 0, last}):
         so_far = acting.iloc[:updates]
-        own = counted.get(updates) or _count(case, candidate, placements[updates], held_out)
+        if updates:
+            own = _count(case, candidate, placements[updates], held_out)
         own_ms = own.step_ms(case.cluster)
         gain, moved_ms = ratio_of_sums(fixed_ms, own_ms), float(so_far["migration_link_ms"].sum())
         rows.append(
@@ -198,7 +175,7 @@ def _updates(
                 "break_even_steps": break_even_steps(moved_ms, float((fixed_ms - own_ms).mean())),
             }
         )
-    return pd.DataFrame(rows)
+    return own, pd.DataFrame(rows)
 
 
 def break_even_steps(moved_ms: float, saved_ms: float) -> float:
@@ -221,7 +198,7 @@ def _levels(case: Case, held_out: Sequence[int]) -> pd.DataFrame:
         lowest, highest: the same for the worst and best routing that there can be.
     """
     hierarchy = case.cluster.hierarchy
-    counts = [case.routing.counts(i, Placement.identity(case.sizes.num_experts), hierarchy) for i in held_out]
+    counts = [case.routing.counts(i, case.first_places, hierarchy) for i in held_out]
     pairs = float(np.mean([int(x.pairs_GS.sum()) for x in counts]))
     rows = []
     for level, (name, groups) in enumerate(zip(hierarchy.names, hierarchy.groups, strict=True), start=1):

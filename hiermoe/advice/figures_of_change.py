@@ -1,5 +1,9 @@
 """What changes the answer: updates of the placement, and other assumptions."""
 
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import cycle
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -18,21 +22,19 @@ def placement(answer: Answer, title: str) -> Figure:
     figure, (left, right) = style.grid(title, 1, 2, (14, 5.2))
     steps = np.geomspace(1, LONGEST_STEPS, 200)
     most = int(answer.updates["updates"].max())
-    gains, nets, drawn = [], [], dict[str, int]()
+    gains, nets, dashes_of = [], [], defaultdict[str, Iterator[str]](lambda: cycle(DASHES))
     for name, rows in answer.updates.groupby("system", sort=False):
         colour, label = answer.color(str(name)), str(rows["label"].iloc[0])
-        dashes = DASHES[drawn.setdefault(colour, 0) % len(DASHES)]
-        drawn[colour] += 1
-        left.plot(rows["updates"], (rows["value"] - 1) * 100, dashes, marker=".", color=colour, linewidth=1.8)
-        left.plot(
-            [rows["updates"].iloc[-1], most], [(rows["value"].iloc[-1] - 1) * 100] * 2, color=colour, linewidth=0.7
-        )
+        dashes = next(dashes_of[colour])
+        percent = (rows[["value", "low", "high"]] - 1) * 100
+        gain = float(percent["value"].iloc[-1])
+        left.plot(rows["updates"], percent["value"], dashes, marker=".", color=colour, linewidth=1.8)
+        left.plot([rows["updates"].iloc[-1], most], [gain] * 2, color=colour, linewidth=0.7)
         if answer.assessment.has_intervals:
-            ends = [(rows[end] - 1) * 100 for end in ("low", "high")]
-            left.fill_between(rows["updates"], *ends, color=colour, alpha=0.1, linewidth=0)
+            left.fill_between(rows["updates"], percent["low"], percent["high"], color=colour, alpha=0.1, linewidth=0)
         net = rows["step_ms"].iloc[0] - rows["step_ms"].iloc[-1] - rows["moved_ms"].iloc[-1] / steps
         right.plot(steps, net, dashes, color=colour, linewidth=1.8)
-        gains.append(((float(rows["value"].iloc[-1]) - 1) * 100, label, colour))
+        gains.append((gain, label, colour))
         nets.append((float(net[-1]), label, colour))
     ticks = [n for n in (0, *(2**i for i in range(20))) if n <= most]
     left.set_xscale("symlog", linthresh=1)
@@ -69,29 +71,20 @@ def sensitivity(answer: Answer, title: str) -> Figure:
         (resolved, right, "#E6F1E8", "use"),
     ):
         panel.axvspan(start, end, color=colour, zorder=0)
-        panel.annotate(
-            words, (start, 1.0), xycoords=("data", "axes fraction"), xytext=(4, -4),
-            textcoords="offset points", va="top", color="#777777", fontsize=10.5,
-        )  # fmt: skip
+        look = {"xycoords": ("data", "axes fraction"), "va": "top", "color": "#777777", "fontsize": 10.5}
+        style.note(panel, words, (start, 1.0), (4, -4), **look)
     base = float(rows["value"].iloc[0])
     panel.axvline(base, color=style.INK, linewidth=1, linestyle=":")
     for position, (value, flips) in enumerate(zip(rows["value"], rows["flips"], strict=True)):
         colour = FLIPPED if flips else style.INK
         panel.plot([base, value], [position, position], color=colour, linewidth=2)
         panel.plot(value, position, "o", color=colour, markersize=9)
-        beside = -10 if value < base else 10
-        panel.annotate(
-            f"{value:.2f}×{answer.mark}{': another answer' if flips else ''}",
-            (value, position),
-            xytext=(beside, 0),
-            textcoords="offset points",
-            va="center",
-            ha="left" if beside > 0 else "right",
-            color=colour,
-        )
+        offset, side = (-10, "right") if value < base else (10, "left")
+        text = f"{value:.2f}×{answer.mark}{': another answer' if flips else ''}"
+        style.note(panel, text, (value, position), (offset, 0), va="center", ha=side, color=colour)
     panel.set_yticks(range(len(rows)), list(rows["assumption"]))
     panel.set_ylim(len(rows) - 0.5, -1.0)
     panel.set_xlim(left, right)
-    panel.set_xlabel(f"AlltoAll speed-up of {answer.label(answer.followed)} over the flat AlltoAll, moving included")
+    panel.set_xlabel(f"AlltoAll speed-up of {answer.own.candidate.label} over the flat AlltoAll, moving included")
     panel.grid(visible=False)
     return figure

@@ -1,5 +1,6 @@
 """From what the user gives to a case: routing on the cluster's GPUs, and the sizes of the model."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from hiermoe.routing.loads import IndependentLoads, read_loads
 from hiermoe.routing.step import RoutingRequest, RoutingSource
 from hiermoe.routing.trace import RecordedRouting, RoutingTrace, TraceMetadata, recorded_path
 from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.placement import Placement
 
 Kind = Literal["recorded", "loads", "synthetic"]
 
@@ -56,6 +58,11 @@ class Case:
     share: float | None
     notes: tuple[str, ...]
 
+    @property
+    def first_places(self) -> Placement:
+        """Experts in their order."""
+        return Placement.identity(self.sizes.num_experts)
+
 
 @dataclass(frozen=True)
 class _Opened:
@@ -68,7 +75,7 @@ class _Opened:
     layer: int
     num_experts: int
     topk: int
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def resolve(config: AdviceConfig) -> tuple[Case, Path | None]:
@@ -79,32 +86,27 @@ def resolve(config: AdviceConfig) -> tuple[Case, Path | None]:
         OSError: a file is missing.
     """
     cluster = config.cluster if config.ep_size is None else config.cluster.reduced(config.ep_size)
-    path: Path | None = None
+    path, model = None, config.model
     if config.loads is not None:
         path = Path(config.loads)
-        opened, model = _from_loads(config, path, cluster), config.model
+        opened = _from_loads(config, path, cluster)
     elif config.routing is not None and "path" not in config.routing.source:
-        opened, model = _synthetic(config, cluster), config.model
+        opened = _synthetic(config, cluster)
     else:
-        path, layer = _trace_file(config, cluster)
+        path = _trace_file(config, cluster)
         trace = RoutingTrace.load(path)
-        model = config.model or model_of(trace.metadata)
-        opened = _recorded(config, path, layer, trace, model, cluster)
-    hidden = config.hidden_size or (model and model.hidden_size)
-    ffn = config.moe_ffn_hidden_size or (model and model.moe_ffn_hidden_size)
+        model = model or model_of(trace.metadata)
+        opened = _recorded(config, path, trace, model, cluster)
+    hidden, ffn = (_value(config, model, key) for key in ("hidden_size", "moe_ffn_hidden_size"))
     if hidden is None or ffn is None:
-        raise ValueError(_sizes_missing(config, opened))
-    element_bytes = config.element_bytes or (model.element_bytes if model else DEFAULT_ELEMENT_BYTES)
-    tokens = cluster.hierarchy.num_ranks * config.tokens_per_rank
-    iterations = min(max(WALKED_TOKENS // tokens, FEWEST_ITERATIONS), MOST_ITERATIONS)
-    notes = [*opened.notes, *_cluster_notes(config, cluster)]
-    if model is not None and opened.kind != "recorded" and model.router.num_groups is not None and (
-        config.routing is None or config.routing.name != "group_limited"
-    ):  # fmt: skip
-        notes.append(
-            f"The router of {model.name} lets a token use {model.router.group_topk} of {model.router.num_groups} "
-            "groups of experts, which lowers traffic; this routing ignores it."
+        names = ", ".join(sorted(file.stem for file in (CONF / "model").glob("*.yaml")))
+        lacking = "names no model of conf/model/" if opened.kind == "recorded" else "has no sizes"
+        raise ValueError(
+            f"model=... is missing: {opened.words} {lacking}; choose from {names}, or state hidden_size=... and "
+            "moe_ffn_hidden_size=..."
         )
+    element_bytes = _value(config, model, "element_bytes") or DEFAULT_ELEMENT_BYTES
+    iterations = WALKED_TOKENS // (cluster.hierarchy.num_ranks * config.tokens_per_rank)
     case = Case(
         name=f"{opened.name}-{cluster.name}".replace("@", "_"),
         kind=opened.kind,
@@ -112,14 +114,44 @@ def resolve(config: AdviceConfig) -> tuple[Case, Path | None]:
         routing=CachedRouting(opened.source),
         layer=opened.layer,
         cluster=cluster,
-        model_words=_model_words(config, model, hidden, ffn),
+        model_words=f"{_whose_sizes(config, model)}: M = {hidden}, expert FFN {ffn}",
         sizes=LayerSizes(opened.num_experts, opened.topk, hidden, element_bytes, expert_parameters=3 * hidden * ffn),
         tokens_per_rank=config.tokens_per_rank,
-        iterations=config.iterations or iterations,
+        iterations=config.iterations or min(max(iterations, FEWEST_ITERATIONS), MOST_ITERATIONS),
         share=config.share,
-        notes=tuple(notes),
+        notes=(*opened.notes, *_left_aside(config, opened.kind, model, cluster)),
     )
     return case, path
+
+
+def _value(config: AdviceConfig, model: ModelConfig | None, key: str) -> int | None:
+    """A size as stated, else the model's."""
+    return getattr(config, key) or (model and getattr(model, key))
+
+
+def _whose_sizes(config: AdviceConfig, model: ModelConfig | None) -> str:
+    if model is None:
+        return "sizes as stated"
+    stated = [
+        key for key in ("hidden_size", "moe_ffn_hidden_size", "element_bytes") if getattr(config, key) is not None
+    ]
+    return f"sizes of {model.name}" + (f", {' and '.join(stated)} as stated" if stated else "")
+
+
+def _left_aside(config: AdviceConfig, kind: Kind, model: ModelConfig | None, cluster: Cluster) -> Iterator[str]:
+    """What the user's cluster and the model's router have that the case has not."""
+    if cluster is not config.cluster:
+        yield (
+            f"{cluster.hierarchy.num_ranks} of the {config.cluster.hierarchy.num_ranks} GPUs of {config.cluster.name} "
+            f"({' x '.join(map(str, cluster.hierarchy.groups))} groups); constants are those of the whole cluster, "
+            "which have more of the traffic leave a group."
+        )
+    obeyed = kind == "recorded" or (config.routing is not None and config.routing.name == "group_limited")
+    if model is not None and model.router.num_groups is not None and not obeyed:
+        yield (
+            f"The router of {model.name} lets a token use {model.router.group_topk} of {model.router.num_groups} "
+            "groups of experts, which lowers traffic; this routing ignores it."
+        )
 
 
 def model_of(metadata: TraceMetadata) -> ModelConfig | None:
@@ -131,35 +163,31 @@ def model_of(metadata: TraceMetadata) -> ModelConfig | None:
     return None
 
 
-def _trace_file(config: AdviceConfig, cluster: Cluster) -> tuple[Path, int]:
-    """The file of a trace, and the layer of it."""
+def _trace_file(config: AdviceConfig, cluster: Cluster) -> Path:
     if config.trace is None:
         assert config.routing is not None
         if config.model is None:
             raise ValueError(f"model=... is missing: routing={config.routing.name} is that of a model")
         request = _request(config, config.model.num_experts, config.model.topk, cluster)
-        return recorded_path(config.routing.source["path"], request), config.layer
+        return recorded_path(config.routing.source["path"], request)
     shipped = TRACES / f"{config.trace}.trace"
     if shipped.is_file():
-        return shipped, config.layer
+        return shipped
     if not Path(config.trace).is_file():
         names = ", ".join(sorted(path.stem for path in TRACES.glob("*.trace")))
         raise ValueError(f"trace={config.trace} is neither a file nor one of results/traces/: {names}")
-    return Path(config.trace), config.layer
+    return Path(config.trace)
 
 
 def _recorded(
-    config: AdviceConfig, path: Path, layer: int, trace: RoutingTrace, model: ModelConfig | None, cluster: Cluster
+    config: AdviceConfig, path: Path, trace: RoutingTrace, model: ModelConfig | None, cluster: Cluster
 ) -> _Opened:
     meta = trace.metadata
     if config.num_experts not in (None, meta.num_experts):
         raise ValueError(f"num_experts={config.num_experts}: the trace has num_experts={meta.num_experts}")
-    for key, mine, theirs in (
-        ("num_experts", meta.num_experts, model and model.num_experts),
-        ("topk", meta.topk, model and model.topk),
-    ):
-        if theirs not in (None, mine) and getattr(config, key) is None:
-            assert model is not None
+    for key in ("num_experts", "topk"):
+        mine, theirs = getattr(meta, key), getattr(model, key, None)
+        if model is not None and theirs != mine and getattr(config, key) is None:
             raise ValueError(
                 f"the trace has {key}={mine}, model {model.name} has {theirs}: name the trace's model, or state "
                 f"{key}={mine} to use the sizes of {model.name} alone"
@@ -167,7 +195,8 @@ def _recorded(
     _check_divides(meta.num_experts, cluster)
     ranks, tokens = trace.expert_ids.shape[2:4]
     regrouped = trace.reshard(cluster.hierarchy.num_ranks, config.tokens_per_rank)
-    source = RecordedRouting(regrouped, layer, config.topk or meta.topk)
+    source = RecordedRouting(regrouped, config.layer, config.topk or meta.topk)
+    number = meta.layers[config.layer]
     if source.num_distinct < 2:
         raise ValueError(
             f"trace of {meta.model} has one iteration of {cluster.hierarchy.num_ranks} x {config.tokens_per_rank} "
@@ -187,48 +216,37 @@ def _recorded(
     if source.topk != meta.topk:
         notes.append(f"K = {source.topk} cuts or extends the ranking of a router that was trained with {meta.topk}.")
     if len(meta.layers) > 1:
-        notes.append(f"One of the trace's layers {meta.layers}: layer={layer} is number {meta.layers[layer]}.")
-    return _Opened(
-        kind="recorded",
-        name=path.stem,
-        words=f"recorded routing of {meta.model}, layer {meta.layers[layer]}",
-        source=source,
-        layer=meta.layers[layer],
-        num_experts=meta.num_experts,
-        topk=source.topk,
-        notes=tuple(notes),
-    )
+        notes.append(f"One of the trace's layers {meta.layers}: layer={config.layer} is number {number}.")
+    words = f"recorded routing of {meta.model}, layer {number}"
+    return _Opened("recorded", path.stem, words, source, number, meta.num_experts, source.topk, tuple(notes))
 
 
 def _from_loads(config: AdviceConfig, path: Path, cluster: Cluster) -> _Opened:
     load_E = read_loads(path)
-    topk = config.topk or (config.model and config.model.topk)
+    stated, topk = (_value(config, config.model, key) for key in ("num_experts", "topk"))
     if topk is None:
         raise ValueError("topk=... (or model=...) is missing: loads do not say how many experts a token has")
-    for stated in (config.num_experts, config.model.num_experts if config.model and not config.num_experts else None):
-        if stated not in (None, len(load_E)):
-            raise ValueError(
-                f"{path} has {len(load_E)} experts, not {stated}: state num_experts={len(load_E)} if meant"
-            )
+    if stated not in (None, len(load_E)):
+        raise ValueError(f"{path} has {len(load_E)} experts, not {stated}: state num_experts={len(load_E)} if meant")
     source = IndependentLoads(_request(config, len(load_E), topk, cluster), load_E)
     assert len(source.rates_E)  # impossible loads end here, before anything is computed
-    return _Opened("loads", path.stem, f"loads of {path.name}, experts independent", source, 0, len(load_E), topk, ())
+    return _Opened("loads", path.stem, f"loads of {path.name}, experts independent", source, 0, len(load_E), topk)
 
 
 def _synthetic(config: AdviceConfig, cluster: Cluster) -> _Opened:
-    assert config.routing is not None
-    num_experts = config.num_experts or (config.model and config.model.num_experts)
-    topk = config.topk or (config.model and config.model.topk)
+    routing = config.routing
+    assert routing is not None
+    num_experts, topk = (_value(config, config.model, key) for key in ("num_experts", "topk"))
     if num_experts is None or topk is None:
         missing = "num_experts" if num_experts is None else "topk"
-        raise ValueError(f"{missing}=... (or model=...) is missing: routing={config.routing.name} does not say it")
+        raise ValueError(f"{missing}=... (or model=...) is missing: routing={routing.name} does not say it")
     request = _request(config, num_experts, topk, cluster)
     try:
-        source = build(config.routing.source, request=request)
+        source = build(routing.source, request=request)
     except NotApplicable as error:
-        raise ValueError(f"routing={config.routing.name}: {error}") from None
-    words = f"synthetic routing: {config.routing.name.replace('_', '-')}"
-    return _Opened("synthetic", config.routing.name, words, source, 0, request.num_experts, request.topk, ())
+        raise ValueError(f"routing={routing.name}: {error}") from None
+    words = f"synthetic routing: {routing.name.replace('_', '-')}"
+    return _Opened("synthetic", routing.name, words, source, 0, num_experts, topk)
 
 
 def _request(config: AdviceConfig, num_experts: int, topk: int, cluster: Cluster) -> RoutingRequest:
@@ -253,31 +271,3 @@ def _check_divides(num_experts: int, cluster: Cluster) -> None:
             f"num_experts={num_experts} is not divisible by ep_size={ranks}, the GPUs of {cluster.name}; a smaller "
             "ep_size= takes a part of the cluster"
         )
-
-
-def _sizes_missing(config: AdviceConfig, opened: _Opened) -> str:
-    names = ", ".join(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
-    why = (
-        f"{opened.words} names no model of conf/model/" if opened.kind == "recorded" else f"{opened.words} has no sizes"
-    )
-    return f"model=... is missing: {why}; choose from {names}, or state hidden_size=... and moe_ffn_hidden_size=..."
-
-
-def _model_words(config: AdviceConfig, model: ModelConfig | None, hidden: int, ffn: int) -> str:
-    stated = [
-        key for key in ("hidden_size", "moe_ffn_hidden_size", "element_bytes") if getattr(config, key) is not None
-    ]
-    base = f"sizes of {model.name}" if model else "sizes as stated"
-    if model and stated:
-        base += f", {' and '.join(stated)} as stated"
-    return f"{base}: M = {hidden}, expert FFN {ffn}"
-
-
-def _cluster_notes(config: AdviceConfig, cluster: Cluster) -> list[str]:
-    if cluster is config.cluster:
-        return []
-    return [
-        f"{cluster.hierarchy.num_ranks} of the {config.cluster.hierarchy.num_ranks} GPUs of {config.cluster.name} "
-        f"({' x '.join(map(str, cluster.hierarchy.groups))} groups); constants are those of the whole cluster, which "
-        "have more of the traffic leave a group."
-    ]

@@ -22,6 +22,7 @@ from hiermoe.analysis.statistics import Estimate, ratio_of_sums
 from hiermoe.analysis.whole_step import step_speedup
 from hiermoe.planner.fit import CALIBRATED
 from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.peers import AlphaBeta
 
 Outcome = Literal["stay", "unresolved", "dispatch", "placement"]
 Constants = Literal["calibrated", "published", "data sheet", "derived"]
@@ -88,19 +89,24 @@ class Recommendation:
     resolution: float
     why: str
 
+    @property
+    def followed(self) -> str:
+        """The system that the answer speaks of: the one to use, else the fastest."""
+        return self.fastest if self.outcome == "stay" else self.chosen
+
 
 def constants_of(cluster: Cluster) -> Constants:
     """Where the least certain of a cluster's constants comes from."""
-    kinds: set[Constants] = set()
-    for peers in cluster.exchanges:
-        constants = cluster.constants(peers)
-        if constants.source.startswith(CALIBRATED):
-            kinds.add("calibrated")
-        elif "data sheet" in constants.source.lower():
-            kinds.add("data sheet")
-        else:
-            kinds.add("published" if constants.published else "derived")
+    kinds: list[Constants] = [_kind(cluster.constants(peers)) for peers in cluster.exchanges]
     return max(kinds, key=lambda kind: (RESOLUTION[kind], kind))
+
+
+def _kind(constants: AlphaBeta) -> Constants:
+    if constants.source.startswith(CALIBRATED):
+        return "calibrated"
+    if "data sheet" in constants.source.lower():
+        return "data sheet"
+    return "published" if constants.published else "derived"
 
 
 def option(assessed: Assessed, cluster: Cluster, share_of_bytes: float = 1.0) -> Option:
@@ -132,56 +138,54 @@ def recommend(options: Sequence[Option], constants: Constants, share: float | No
         raise ValueError("there is no system to compare with the flat AlltoAll")
     resolution = RESOLUTION[constants]
     fastest = min(others, key=lambda one: (one.mean_ms, one.stages, one.name))
+
+    def answer(outcome: Outcome, followed: Option, why: str) -> Recommendation:
+        chosen = flat if outcome == "stay" else followed
+        return Recommendation(outcome, chosen.name, fastest.name, followed.speedup(flat), resolution, why)
+
     found = fastest.speedup(flat)
     gain = 1 - 1 / found.value
     if gain < STAY_BELOW_GAIN:
         saves = f"saves {gain:.1%} of the AlltoAll time" if gain > 0 else "saves no AlltoAll time"
         why = f"the fastest other system {saves}, and less than {STAY_BELOW_GAIN:.0%} does not pay"
-        return Recommendation("stay", flat.name, fastest.name, found, resolution, why)
+        return answer("stay", fastest, why)
     if share is not None and (step := float(step_speedup(share, 1 / found.value))) < 1 + STAY_BELOW_STEP_GAIN:
         why = (
             f"with AlltoAll at {share:.1%} of the step even the fastest system makes it {step:.3f} times faster, and "
             f"less than {1 + STAY_BELOW_STEP_GAIN:.2f} does not pay"
         )
-        return Recommendation("stay", flat.name, fastest.name, found, resolution, why)
-    if not _resolved(found, resolution):
-        return Recommendation("unresolved", fastest.name, fastest.name, found, resolution, _why_not(found, resolution))
+        return answer("stay", fastest, why)
+    if doubt := _doubt(found, resolution):
+        return answer("unresolved", fastest, doubt)
     still = [one for one in others if not one.moves]
     best_still_ms = min((one.mean_ms for one in still), default=math.inf)
     if best_still_ms <= fastest.mean_ms * (1 + PLACEMENT_PAYS_FROM):
-        simplest = min(
-            (one for one in still if one.mean_ms <= best_still_ms * (1 + TIE)),
-            key=lambda one: (one.stages, one.mean_ms, one.name),
-        )
-        speedup = simplest.speedup(flat)
-        if _resolved(speedup, resolution):
+        tied = [one for one in still if one.mean_ms <= best_still_ms * (1 + TIE)]
+        simplest = min(tied, key=lambda one: (one.stages, one.mean_ms, one.name))
+        if not _doubt(simplest.speedup(flat), resolution):
             why = (
                 f"of the systems that leave experts alone it has the fewest stages within {TIE:.0%} of the fastest; "
                 f"moving experts would save {max(1 - fastest.mean_ms / best_still_ms, 0):.1%} more, and less than "
                 f"{PLACEMENT_PAYS_FROM:.0%} does not pay"
             )
-            return Recommendation("dispatch", simplest.name, fastest.name, speedup, resolution, why)
-    tied = [
-        one for one in others if one.mean_ms <= fastest.mean_ms * (1 + TIE) and _resolved(one.speedup(flat), resolution)
-    ]
-    chosen = min(tied, key=lambda one: (one.moved_ms, one.mean_ms, one.name))
+            return answer("dispatch", simplest, why)
+    tied = [one for one in others if one.mean_ms <= fastest.mean_ms * (1 + TIE)]
+    resolved = [one for one in tied if not _doubt(one.speedup(flat), resolution)]
+    chosen = min(resolved, key=lambda one: (one.moved_ms, one.mean_ms, one.name))
     why = f"of the systems within {TIE:.0%} of the fastest it spends the least on moving experts"
     if math.isfinite(best_still_ms) and chosen.moves:
         why += (
             f"; it saves {1 - chosen.mean_ms / best_still_ms:.1%} of the time of the best system that leaves them "
             f"alone, migration spread over {HORIZON_STEPS} steps included"
         )
-    outcome = "placement" if chosen.moves else "dispatch"
-    return Recommendation(outcome, chosen.name, fastest.name, chosen.speedup(flat), resolution, why)
+    return answer("placement" if chosen.moves else "dispatch", chosen, why)
 
 
-def _resolved(speedup: Estimate, resolution: float) -> bool:
-    enough = speedup.n >= FEWEST_FOR_INTERVALS
-    return speedup.value >= 1 + resolution and (speedup.low > 1 or not enough)
-
-
-def _why_not(speedup: Estimate, resolution: float) -> str:
+def _doubt(speedup: Estimate, resolution: float) -> str:
+    """Why a gain is not told from none; empty where it is."""
     if speedup.value < 1 + resolution:
         least = f"{1 + resolution:.2f} that the model tells from none"
         return f"a predicted speed-up of {speedup.value:.2f} is below the {least}"
-    return f"the interval of the predicted speed-up, {speedup.low:.2f} to {speedup.high:.2f}, does not exclude 1"
+    if speedup.low <= 1 and speedup.n >= FEWEST_FOR_INTERVALS:
+        return f"the interval of the predicted speed-up, {speedup.low:.2f} to {speedup.high:.2f}, does not exclude 1"
+    return ""

@@ -3,13 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
 from hiermoe.advice.assessment import Assessment
 from hiermoe.advice.recommendation import STAY_BELOW_GAIN, Recommendation, constants_of, option, recommend
 from hiermoe.topology.cluster import Cluster
-from hiermoe.topology.peers import AlphaBeta
 
 FEWER_TOKENS = 8  # times
 SMALLEST_TOKENS = 16
@@ -51,21 +49,18 @@ def _scaled(
 ) -> Cluster:
     """Constants multiplied: of what crosses the outermost level, of what stays inside, start-ups, the flat AlltoAll."""
 
-    def times(constants: AlphaBeta | None, beta: float, alpha: float) -> AlphaBeta | None:
-        return None if constants is None else constants.times(alpha, beta)
-
     levels = tuple(
         level.model_copy(
             update={
-                "inter": times(level.inter, outer_beta if i == 0 else inner_beta, alpha),
-                "intra": times(level.intra, inner_beta, alpha),
+                "inter": level.inter
+                and level.inter.times(alpha, outer_beta if level is cluster.levels[0] else inner_beta),
+                "intra": level.intra and level.intra.times(alpha, inner_beta),
             }
         )
-        for i, level in enumerate(cluster.levels)
+        for level in cluster.levels
     )
-    return cluster.model_copy(
-        update={"world": times(cluster.world, outer_beta * world, alpha * world), "levels": levels}
-    )
+    flat = cluster.world and cluster.world.times(alpha * world, outer_beta * world)
+    return cluster.model_copy(update={"world": flat, "levels": levels})
 
 
 def sensitivity(assessment: Assessment, base: Recommendation) -> pd.DataFrame:
@@ -78,12 +73,11 @@ def sensitivity(assessment: Assessment, base: Recommendation) -> pd.DataFrame:
         value: speed-up of AlltoAll then, of the system that is recommended (or the fastest) as given.
     """
     case = assessment.case
-    followed = base.fastest if base.outcome in ("stay", "unresolved") else base.chosen
     rows = []
     for one in assumptions(case.cluster, case.tokens_per_rank):
         options = [option(x, one.cluster, one.share_of_bytes) for x in assessment.systems]
         found = recommend(options, constants_of(case.cluster), case.share)
-        flat, own = options[0], next(x for x in options if x.name == followed)
+        flat, own = options[0], next(x for x in options if x.name == base.followed)
         rows.append(
             {
                 "assumption": one.words,
@@ -109,17 +103,11 @@ def tokens_needed(assessment: Assessment, name: str) -> int | None:
     Returns:
         The number; None where that many tokens are more than the case has.
     """
-    case, own = assessment.case, assessment.named(name)
-    tokens = SMALLEST_TOKENS
+    case, tokens = assessment.case, SMALLEST_TOKENS
     while tokens <= case.tokens_per_rank:
         part = tokens / case.tokens_per_rank
-        flat, other = (option(x, case.cluster, part) for x in (assessment.flat, own))
-        if 1 - 1 / other.speedup(flat).value >= STAY_BELOW_GAIN:
+        flat, own = (option(x, case.cluster, part) for x in (assessment.flat, assessment.named(name)))
+        if 1 - 1 / own.speedup(flat).value >= STAY_BELOW_GAIN:
             return tokens
         tokens *= 2
     return None
-
-
-def end_to_end_shares() -> np.ndarray:
-    """AlltoAll's share of the step, from none to four fifths."""
-    return np.linspace(0.0, 0.8, 81)

@@ -79,7 +79,6 @@ def _provenances(results: Results) -> Iterator[tuple[str, dict[str, Any]]]:
     seen: set[str] = set()
     for runs in results.runs.values():
         for run in runs:
-            file = results.store.path(run.run_id) / "provenance.json"
-            if run.run_id not in seen and run.status != "missing" and file.exists():
+            if run.run_id not in seen and run.status != "missing":
                 seen.add(run.run_id)
-                yield run.source, json.loads(file.read_text())
+                yield run.source, results.store.provenance(run.run_id)

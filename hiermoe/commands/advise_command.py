@@ -11,13 +11,13 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hiermoe.advice import phrases as wording
+from hiermoe.advice import phrases
 from hiermoe.advice.advice_config import AdviceConfig
 from hiermoe.advice.answer_tables import Answer
 from hiermoe.advice.assessment import assess
 from hiermoe.advice.figures import best_of_families
 from hiermoe.advice.inputs import resolve
-from hiermoe.advice.page import speedup_cell, write_page
+from hiermoe.advice.page import write_page
 from hiermoe.advice.systems import candidates
 from hiermoe.analysis.report import small_copy
 from hiermoe.records.project import REPORTS, to_root
@@ -54,9 +54,9 @@ def advise_and_print(config: AdviceConfig) -> Path:
         if config.picture is not None:
             small_copy(folder / "figures" / "overview.png", Path(config.picture))
     console.print(
-        Panel(escape(wording.headline(answer)), title=f"{case.routing_words} · {case.cluster.name}", title_align="left")
+        Panel(escape(phrases.headline(answer)), title=f"{case.routing_words} · {case.cluster.name}", title_align="left")
     )
-    for condition in wording.conditions(answer):
+    for condition in phrases.conditions(answer):
         console.print(f"· {escape(condition)}")
     console.print(_table(answer))
     console.print(f"{time.perf_counter() - started:.0f} s · page: {to_root(page)}", soft_wrap=True)
@@ -72,7 +72,7 @@ def _table(answer: Answer) -> Table:
         cells = (
             row["label"],
             f"{row['step_ms']:.2f}{answer.mark}",
-            escape(speedup_cell(answer, row)),
+            escape(answer.speedup(row["system"])),
             row["dimensions"],
             f"{row['moved_ms']:.0f} ms" if row["moved_ms"] else "",
         )

@@ -1,7 +1,7 @@
-"""What is on this machine: facts for `hiermoe doctor`, gathered without judging them.
+"""What is on this machine, and what that allows: one check a section, for `hiermoe doctor`.
 
-Every function looks at one thing and raises what it runs into; the caller shows that as a check that failed. Commands
-of others get a time limit, since a broken driver or an unreachable scheduler may hang.
+A check looks, and has a pure function judge what it saw. It raises what it runs into; the caller shows that as a check
+that failed. Commands of others get a time limit, since a broken driver or an unreachable scheduler may hang.
 """
 
 import hashlib
@@ -14,18 +14,29 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from hiermoe.records.project import CLUSTERS, PROJECT_ROOT, RUNS
 
 COMMAND_SECONDS = 5.0
 IMPORT_SECONDS = 10.0
+
+# Resident size of one of four gloo ranks from the fork server after its first collective, torch 2.13 and Megatron-Core
+# 0.16.1 on CPU: 333 MB. All but 10 MB of it is shared with the others until a rank works on tensors of its own, so this
+# assumption is on the safe side for small replays and about right for training a narrow model.
+RANK_BYTES = 335 * 10**6
+# Largest resident size of `hiermoe run measure=predict` on recorded routing, 32 GPUs: 491 MB.
+SIMULATION_BYTES = 500 * 10**6
+# All runs of a whole reproduction take under 20 MB, its report 30 MB; the rest is room for recorded traces.
+RESULTS_BYTES = 500 * 10**6
 
 # What `make reproduce` walks through with routing=recorded.
 SHIPPED_TRACES = ("qwen3_30b_a3b_e128", "deepseek_v3_e256")
@@ -44,161 +55,143 @@ _IMPORT_MEGATRON = (
     "from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher"
 )
 
-
-@dataclass(frozen=True)
-class Packages:
-    """Python and packages.
-
-    Attributes:
-        python: version that runs this.
-        python_range: what pyproject.toml asks for.
-        ranges: for each package that the project needs, the requirement as pyproject.toml has it.
-        installed: for each of them its version, None where it is not installed.
-        tested: the versions of constraints.txt.
-    """
-
-    python: str
-    python_range: str
-    ranges: dict[str, str]
-    installed: dict[str, str | None]
-    tested: dict[str, str]
+State = Literal["ok", "limited", "missing"]
+Answer = tuple[State, str, str]
+"""State (``limited`` is there with less than it could be), what was found, and what would make it ok, if it is not."""
 
 
-@dataclass(frozen=True)
-class Megatron:
-    """Megatron-Core.
-
-    Attributes:
-        version: None where it is not installed.
-        import_error: last line of what its import says; None where it works.
-        back_ends: which of `BACK_ENDS` are installed.
-    """
-
-    version: str | None
-    import_error: str | None
-    back_ends: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Size:
-    """Cores that this process may use, and memory that is free for it, in bytes."""
-
-    cores: int
-    free_bytes: int
-
-
-@dataclass(frozen=True)
-class Namespaces:
-    """Emulated links.
-
-    Attributes:
-        refused: why they cannot be set up; None where a network was set up and taken down again.
-        wanted_bytes_per_s: rate that the trial's link was given.
-        found_bytes_per_s: rate that the kernel says its token bucket has.
-    """
-
-    refused: str | None
-    wanted_bytes_per_s: int = 0
-    found_bytes_per_s: int = 0
-
-
-@dataclass(frozen=True)
-class Gpus:
-    """GPUs, and what torch can do with them.
-
-    Attributes:
-        devices: names, as torch sees them.
-        driver: version of NVIDIA's driver; None where there is none.
-        cuda_build: CUDA that torch was built for; None for a build without.
-        nccl: NCCL version of torch; None without.
-    """
-
-    devices: tuple[str, ...]
-    driver: str | None
-    cuda_build: str | None
-    nccl: str | None
-
-
-@dataclass(frozen=True)
-class Slurm:
-    """The scheduler.
-
-    Attributes:
-        commands: which of sbatch, sinfo, squeue are on the path.
-        job: the allocation that this process is in; None outside of one.
-        partitions: as sinfo lists them: name, state, nodes, cores, GPUs.
-        refused: the first thing that sinfo or squeue complained about.
-    """
-
-    commands: tuple[str, ...]
-    job: str | None
-    partitions: tuple[str, ...] = ()
-    refused: str | None = None
-
-
-@dataclass(frozen=True)
-class Disk:
-    """Where results go: whether this process may write there, and how much."""
-
-    writable: bool
-    free_bytes: int
-
-
-@dataclass(frozen=True)
-class Files:
-    """Files by name.
-
-    Attributes:
-        whole: which can be read and pass their checks.
-        broken: for the others, what is wrong with each.
-    """
-
-    whole: tuple[str, ...]
-    broken: dict[str, str]
-
-
-def packages() -> Packages:
+def packages() -> Answer:
     """Versions, and what the project's own files say of them."""
-    from packaging.requirements import Requirement
-
     project = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    needed = {Requirement(line).name: line for line in project["dependencies"]}
+    needed = [Requirement(line) for line in project["dependencies"]]
     lines = (PROJECT_ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     tested = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
-    return Packages(
-        python=platform.python_version(),
-        python_range=project["requires-python"],
-        ranges=needed,
-        installed={name: _version(name) for name in needed},
-        tested=tested,
-    )
+    installed = {one.name: _version(one.name) for one in needed}
+    return judge_packages(platform.python_version(), project["requires-python"], needed, installed, tested)
 
 
-def megatron() -> Megatron:
-    """Import Megatron-Core in a process of its own: a broken extension may end the process that imports it."""
-    found = _version("megatron-core")
-    back_ends = tuple(name for name, module in BACK_ENDS.items() if find_spec(module) is not None)
-    if found is None:
-        return Megatron(None, "it is not installed", back_ends)
-    done = _run([sys.executable, "-c", _IMPORT_MEGATRON], IMPORT_SECONDS)
-    return Megatron(found, None if done.returncode == 0 else _last_line(done), back_ends)
+def judge_packages(
+    python: str,
+    python_range: str,
+    needed: Sequence[Requirement],
+    installed: Mapping[str, str | None],
+    tested: Mapping[str, str],
+) -> Answer:
+    """Required ranges first, tested versions second."""
+    wrong = []
+    if not SpecifierSet(python_range).contains(python, prereleases=True):
+        wrong.append(f"Python {python} (needs {python_range})")
+    for requirement in needed:
+        have = installed[requirement.name]
+        if have is None:
+            wrong.append(f"{requirement.name} is not installed")
+        elif not requirement.specifier.contains(have, prereleases=True):
+            wrong.append(f"{requirement.name} {have} (needs {requirement.specifier})")
+    if wrong:
+        return "missing", "; ".join(wrong), "make setup (with PYTHON=<a newer one> where Python is too old)"
+    # A local part such as +cpu or +cu126 names a build of the same version.
+    other = [
+        f"{name} {have} (tested: {tested[name]})"
+        for name, have in installed.items()
+        if have is not None and name in tested and have.split("+")[0] != tested[name]
+    ]
+    found = f"Python {python}, {len(needed)} packages in their ranges"
+    if other:
+        return "limited", f"{found}; not the tested version: {', '.join(other)}", "make setup installs constraints.txt"
+    return "ok", f"{found}, in the tested versions", ""
 
 
-def size() -> Size:
+def traces() -> Answer:
+    """Compare the arrays of the shipped traces with the checksums in them: all, or recorded routing has no numbers."""
+    paths = [PROJECT_ROOT / "results" / "traces" / f"{name}.trace" for name in SHIPPED_TRACES]
+    whole, broken = _tried(_compare_checksums, paths)
+    if broken:
+        return "missing", broken, "git checkout results/traces"
+    return "ok", f"whole: {whole}", ""
+
+
+def _compare_checksums(path: Path) -> None:
+    """`RoutingTrace.load` begins with that too; the rest of it needs torch, whose import takes longer than all of this.
+
+    Raises:
+        ValueError: what is wrong with a trace.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            checksums: dict[str, str] = json.loads(archive.read("metadata.json"))["sha256"]
+            found = {array: hashlib.sha256(archive.read(f"{array}.npy")).hexdigest() for array in checksums}
+    except FileNotFoundError:
+        raise ValueError("there is no such file") from None
+    except Exception as error:  # bz2 and zlib raise their own kinds on altered bytes
+        raise ValueError(f"truncated or altered: {error}") from error
+    if not checksums or found != checksums:
+        raise ValueError("altered: a checksum does not match")
+
+
+def size() -> Answer:
     """What the scheduler of this machine lets the process use; a container's memory limit counts."""
     free = psutil.virtual_memory().available
     if _CGROUP_MEMORY.exists() and (limit := _CGROUP_MEMORY.read_text().strip()) != "max":
         free = min(free, int(limit))
-    return Size(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, free)
+    return judge_size(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, free)
 
 
-def namespaces() -> Namespaces:
+def judge_size(cores: int, free_bytes: int) -> Answer:
+    """How many ranks fit in memory; more ranks than cores only wait for each other."""
+    ranks = free_bytes // RANK_BYTES
+    found = (
+        f"{cores} cores, {free_bytes / 1e9:.1f} GB free: {ranks} ranks fit at {RANK_BYTES // 10**6} MB "
+        f"each (measured, shared pages counted), {min(ranks, cores)} with a core of their own"
+    )
+    if free_bytes < SIMULATION_BYTES:
+        return "missing", found, f"{SIMULATION_BYTES / 1e9:g} GB of free memory for one simulation"
+    if ranks < 8:
+        return "limited", found, f"{8 * RANK_BYTES / 1e9:.1f} GB of free memory for world_size=8"
+    return "ok", found, ""
+
+
+def disk() -> Answer:
+    """Whether this process may write where results go, and how much."""
+    folder = next(path for path in (RUNS, *RUNS.parents) if path.exists())
+    return judge_disk(os.access(folder, os.W_OK), shutil.disk_usage(folder).free)
+
+
+def judge_disk(writable: bool, free_bytes: int) -> Answer:
+    """Room for a whole reproduction."""
+    found = f"{free_bytes / 1e9:.1f} GB free"
+    if not writable:
+        return "missing", f"{found}, but it cannot be written", "permission to write to results/"
+    if free_bytes < RESULTS_BYTES:
+        return "missing", found, f"{RESULTS_BYTES / 1e9:g} GB free where results/ is"
+    return "ok", found, ""
+
+
+def megatron() -> Answer:
+    """Import Megatron-Core in a process of its own: a broken extension may end the process that imports it."""
+    found, import_error = _version("megatron-core"), "it is not installed"
+    if found is not None:
+        import_error = _complaint(_run([sys.executable, "-c", _IMPORT_MEGATRON], IMPORT_SECONDS), line=-1)
+    return judge_megatron(found, import_error, [name for name, module in BACK_ENDS.items() if find_spec(module)])
+
+
+def judge_megatron(found: str | None, import_error: str | None, back_ends: Sequence[str]) -> Answer:
+    """On CPU none of the back ends is needed."""
+    if import_error is not None:
+        return "missing", f"Megatron-Core{f' {found}' if found else ''}: {import_error}", "make setup"
+    absent = ", ".join(name for name in BACK_ENDS if name not in back_ends)
+    parts = [f"{found} imports", f"back ends there: {', '.join(back_ends) or 'none'}"]
+    if absent:
+        parts.append(f"not there, and not needed on CPU: {absent}")
+    return "ok", "; ".join(parts), ""
+
+
+def emulated_links() -> Answer:
     """Set up two namespaces with a shaped link each, read the rate back, and take all of it down."""
     from hiermoe.ranks.emulated.requirements import missing_requirement
 
-    missing = missing_requirement()
-    if missing is not None:
-        return Namespaces(missing)
+    lacking = missing_requirement()
+    if lacking is not None:
+        return "missing", "no emulated links", lacking
     from hiermoe.ranks.emulated.network import UPLINK, EmulatedNetwork
     from hiermoe.topology.cluster import Cluster
 
@@ -206,12 +199,32 @@ def namespaces() -> Namespaces:
     wanted = round(cluster.shaped_rates[0] * 1e6 / 8)
     try:
         with EmulatedNetwork(cluster) as network:
-            return Namespaces(None, wanted, network.leaves[0].run(lambda: _bucket_rate(UPLINK)))
+            return judge_link(wanted, network.leaves[0].run(lambda: _bucket_rate(UPLINK)))
     except ValueError as error:  # the network says what the kernel refused
-        return Namespaces(str(error))
+        return "missing", "no emulated links", str(error)
 
 
-def gpus() -> Gpus:
+def judge_link(wanted_bytes_per_s: int, found_bytes_per_s: int) -> Answer:
+    """Ok only where the kernel gave a shaped link the rate that was asked for."""
+    if found_bytes_per_s != wanted_bytes_per_s:
+        found = f"a link asked for {wanted_bytes_per_s} B/s has {found_bytes_per_s} B/s"
+        return "limited", found, "a kernel whose sch_tbf keeps the rate"
+    return "ok", f"namespaces, veth and tbf work: a link of {wanted_bytes_per_s / 1e6:g} MB/s was made", ""
+
+
+def _bucket_rate(name: str) -> int:
+    """Bytes per second of the token bucket at an interface of this namespace."""
+    from pyroute2 import IPRoute
+
+    ip: Any
+    with IPRoute() as ip:
+        for queue in ip.get_qdiscs(ip.link_lookup(ifname=name)[0]):
+            if queue.get_attr("TCA_KIND") == "tbf":
+                return int(queue.get_attr("TCA_OPTIONS").get_attr("TCA_TBF_PARMS")["rate"])
+    raise RuntimeError(f"the link {name} has no token bucket")
+
+
+def gpus() -> Answer:
     """GPUs as torch and as the driver see them."""
     import torch
 
@@ -225,84 +238,82 @@ def gpus() -> Gpus:
         from torch.cuda import nccl as torch_nccl
 
         nccl = ".".join(map(str, torch_nccl.version()))
-    return Gpus(tuple(devices), driver, torch.version.cuda, nccl)
+    return judge_gpus(devices, driver, torch.version.cuda, nccl)
 
 
-def slurm() -> Slurm:
+def judge_gpus(devices: Sequence[str], driver: str | None, cuda_build: str | None, nccl: str | None) -> Answer:
+    """All of GPU, driver, CUDA build and NCCL."""
+    parts = [
+        f"{len(devices)} GPUs" + (f" ({', '.join(sorted(set(devices)))})" if devices else ""),
+        f"driver {driver}" if driver else "no NVIDIA driver",
+        f"torch for CUDA {cuda_build}" if cuda_build else "torch without CUDA",
+        f"NCCL {nccl}" if nccl else "no NCCL",
+    ]
+    found = ", ".join(parts)
+    if devices and cuda_build and nccl:
+        return "ok", found, ""
+    if driver is None and not devices:
+        more = "" if cuda_build else ", and a CUDA build of torch"
+        return "missing", found, f"a machine with NVIDIA GPUs and their driver{more}"
+    if cuda_build is None or nccl is None:
+        return "limited", found, "a CUDA build of torch with NCCL in this environment"
+    return "limited", found, "a GPU that torch can see (CUDA_VISIBLE_DEVICES, driver not older than torch's CUDA)"
+
+
+def slurm() -> Answer:
     """What the scheduler answers, or the allocation that this process is in."""
-    commands = tuple(name for name in ("sbatch", "sinfo", "squeue") if shutil.which(name))
-    job = os.environ.get("SLURM_JOB_ID")
-    if not {"sinfo", "squeue"} <= set(commands):
-        return Slurm(commands, job)
-    listed = _run(["sinfo", "--noheader", "--format=%P %a %D nodes %c cores %G"])
-    if listed.returncode != 0:
-        return Slurm(commands, job, refused=_first_line(listed))
-    queued = _run(["squeue", "--noheader", "--me"])
-    refused = None if queued.returncode == 0 else _first_line(queued)
-    return Slurm(commands, job, tuple(line.strip() for line in listed.stdout.splitlines()), refused)
+    commands = [name for name in ("sbatch", "sinfo", "squeue") if shutil.which(name)]
+    partitions, refused = [], None
+    if {"sinfo", "squeue"} <= set(commands):
+        listed = _run(["sinfo", "--noheader", "--format=%P %a %D nodes %c cores %G"])
+        partitions = [line.strip() for line in listed.stdout.splitlines()]
+        refused = _complaint(listed) or _complaint(_run(["squeue", "--noheader", "--me"]))
+    return judge_slurm(commands, os.environ.get("SLURM_JOB_ID"), partitions, refused)
 
 
-def torchrun() -> str | None:
-    """The launcher of this environment, else of the path; None where there is neither."""
-    beside = Path(sys.executable).with_name("torchrun")
-    return str(beside) if os.access(beside, os.X_OK) else shutil.which("torchrun")
+def judge_slurm(commands: Sequence[str], job: str | None, partitions: Sequence[str], refused: str | None) -> Answer:
+    """Inside an allocation srun is enough; outside, the controller must answer."""
+    there = f"found {', '.join(commands)}" if commands else "no Slurm commands"
+    if job is not None and refused is None:
+        return "ok", f"inside allocation {job}; {there}", ""
+    if len(commands) < 3:
+        return "missing", there, "a login node of a Slurm cluster (sbatch, sinfo and squeue on the path)"
+    if refused is not None:
+        return "limited", f"{there}, but no controller answers: {refused}", "a slurm.conf that names a controller"
+    if not partitions:
+        return "limited", f"{there}; sinfo lists no partition", "access to a partition"
+    return "ok", f"{there}; partitions: {'; '.join(partitions)}", ""
 
 
-def disk() -> Disk:
-    """Space where results go."""
-    folder = next(path for path in (RUNS, *RUNS.parents) if path.exists())
-    return Disk(os.access(folder, os.W_OK), shutil.disk_usage(folder).free)
+def torchrun() -> Answer:
+    """The launcher of this environment, else of the path. It comes with torch."""
+    if os.access(Path(sys.executable).with_name("torchrun"), os.X_OK) or shutil.which("torchrun"):
+        return "ok", "found", ""
+    return "missing", "not in this environment, not on the path", "make setup (it comes with torch)"
 
 
-def traces() -> Files:
-    """Compare the arrays of the shipped traces with the checksums in them.
-
-    `RoutingTrace.load` begins with that too; the rest of it needs torch, whose import takes longer than all of this.
-    """
-    whole, broken = [], {}
-    for name in SHIPPED_TRACES:
-        try:
-            with zipfile.ZipFile(PROJECT_ROOT / "results" / "traces" / f"{name}.trace") as archive:
-                checksums: dict[str, str] = json.loads(archive.read("metadata.json"))["sha256"]
-                found = {array: hashlib.sha256(archive.read(f"{array}.npy")).hexdigest() for array in checksums}
-        except FileNotFoundError:
-            broken[name] = "there is no such file"
-        except Exception as error:  # bz2 and zlib raise their own kinds on altered bytes
-            broken[name] = f"truncated or altered: {error}"
-        else:
-            if checksums and found == checksums:
-                whole.append(name)
-            else:
-                broken[name] = "altered: a checksum does not match"
-    return Files(tuple(whole), broken)
-
-
-def calibrations() -> Files:
-    """Read the clusters that `hiermoe calibrate` has written."""
+def calibrations() -> Answer:
+    """Read the clusters that `hiermoe calibrate` has written. None is needed for the paper's own, which are shipped."""
     from hiermoe.topology.cluster import Cluster
 
-    whole, broken = [], {}
-    for path in sorted(CLUSTERS.glob("*.yaml")):
+    whole, broken = _tried(lambda path: Cluster.named(str(path)), sorted(CLUSTERS.glob("*.yaml")))
+    if broken:
+        return "limited", broken, "hiermoe calibrate writes the file anew"
+    if not whole:
+        return "missing", "none in results/clusters", "hiermoe calibrate cluster=<name> ranks=<where they are>"
+    return "ok", whole, ""
+
+
+def _tried(read: Callable[[Path], object], paths: Iterable[Path]) -> tuple[str, str]:
+    """Names of the files that can be read, and what is wrong with each of the others; empty where there are none."""
+    whole, broken = [], []
+    for path in paths:
         try:
-            Cluster.named(str(path))
+            read(path)
             whole.append(path.stem)
-        except Exception as error:  # whatever a hand-edited YAML file may hold
-            broken[path.stem] = str(error).splitlines()[0]
-    return Files(tuple(whole), broken)
-
-
-def _bucket_rate(name: str) -> int:
-    """Bytes per second of the token bucket at an interface of this namespace."""
-    from pyroute2 import IPRoute
-
-    ip: Any
-    with IPRoute() as ip:
-        index = ip.link_lookup(ifname=name)[0]
-        queues: list[Any] = list(ip.get_qdiscs(index))
-        for queue in queues:
-            if queue.get_attr("TCA_KIND") == "tbf":
-                return int(queue.get_attr("TCA_OPTIONS").get_attr("TCA_TBF_PARMS")["rate"])
-    raise RuntimeError(f"the link {name} has no token bucket")
+        except Exception as error:  # whatever a hand-edited file may hold
+            broken.append(f"{path.stem}: {str(error).splitlines()[0]}")
+    return ", ".join(whole), "; ".join(broken)
 
 
 def _version(package: str) -> str | None:
@@ -326,11 +337,9 @@ def _run(command: list[str], timeout: float = COMMAND_SECONDS) -> subprocess.Com
         raise TimeoutError(f"{Path(command[0]).name} gave no answer within {timeout:g} s") from None
 
 
-def _first_line(done: subprocess.CompletedProcess[str]) -> str:
+def _complaint(done: subprocess.CompletedProcess[str], line: int = 0) -> str | None:
+    """A line of what a command said that failed; None where it did not."""
+    if done.returncode == 0:
+        return None
     lines = (done.stderr or done.stdout).strip().splitlines()
-    return re.sub(r"^\w+: (error|fatal): ", "", lines[0]) if lines else f"exit code {done.returncode}"
-
-
-def _last_line(done: subprocess.CompletedProcess[str]) -> str:
-    lines = (done.stderr or done.stdout).strip().splitlines()
-    return lines[-1] if lines else f"its import ended with exit code {done.returncode}"
+    return re.sub(r"^\w+: (error|fatal): ", "", lines[line]) if lines else f"exit code {done.returncode}"

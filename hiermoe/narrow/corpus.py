@@ -8,8 +8,7 @@ import hashlib
 import json
 import platform
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -76,13 +75,9 @@ def standard_library(max_documents: int | None = None) -> list[str]:
     Args:
         max_documents: Keep only so many files; None for all.
     """
-    documents: list[str] = []
-    for path in _library_paths()[:max_documents]:
-        # A few files of the test suite are deliberately not UTF-8.
-        text = path.read_bytes().decode("utf-8", errors="replace")
-        if text.strip():
-            documents.append(text)
-    return documents
+    # A few files of the test suite are deliberately not UTF-8.
+    texts = (path.read_bytes().decode("utf-8", errors="replace") for path in _library_paths()[:max_documents])
+    return [text for text in texts if text.strip()]
 
 
 @lru_cache(maxsize=1)
@@ -93,55 +88,39 @@ def _library_paths() -> list[Path]:
 
 
 def training_corpus(config: TrainingConfig) -> Corpus:
-    """The corpus of a training run, tokenised or from the cache.
+    """The corpus of a training run: the standard library, tokenised now or by an earlier call.
+
+    The cache's entries are named by the content of text and settings.
 
     Raises:
-        ValueError: The text is too short for the model's vocabulary.
+        ValueError: The model's vocabulary does not fit 16 bits, or the text is too short to fill it.
     """
-    return load_corpus(config.model.vocab_size, config.seed, from_root(config.cache_dir), config.corpus_files)
-
-
-def corpus_key(config: TrainingConfig) -> str:
-    """Name of a training run's corpus: a hash of its text and of how it is tokenised and ordered."""
-    return _content_key(standard_library(config.corpus_files), config.model.vocab_size, config.seed)
-
-
-def load_corpus(vocabulary: int, seed: int, cache_dir: str | Path, max_documents: int | None = None) -> Corpus:
-    """Tokenise the standard library, or read the result of an earlier call from the cache.
-
-    Args:
-        vocabulary: Size of the BPE's vocabulary, at most 65536.
-        seed: Shuffles documents and sequences.
-        cache_dir: Folder of the cache; entries are named by the content of text and settings.
-        max_documents: Use only so many files; None for all.
-
-    Raises:
-        ValueError: `vocabulary` does not fit 16 bits, or the text is too short to fill it.
-    """
+    vocabulary = config.model.vocab_size
     if not 257 <= vocabulary <= 2**16:
         raise ValueError(f"vocabulary={vocabulary} is outside 257..65536")
-    documents = standard_library(max_documents)
-    key = _content_key(documents, vocabulary, seed)
-    entry = Path(cache_dir) / f"stdlib-{key}.npz"
+    documents = standard_library(config.corpus_files)
+    entry = from_root(config.cache_dir) / f"stdlib-{_content_key(documents, config)}.npz"
     if entry.exists():
         with np.load(entry, allow_pickle=False) as stored:
             return Corpus(tokens=stored["tokens"], **json.loads(str(stored["about"])))
-    tokenizer = train_tokenizer(documents, vocabulary)
-    tokens = _tokenise(tokenizer, documents, seed)
-    corpus = Corpus(
-        tokens=tokens,
-        name=f"standard library of Python {platform.python_version()}",
-        num_bytes=sum(len(text.encode()) for text in documents),
-        num_documents=len(documents),
-        vocabulary=vocabulary,
-        seed=seed,
-    )
-    about = {name: value for name, value in asdict(corpus).items() if name != "tokens"}
+    about = {
+        "name": f"standard library of Python {platform.python_version()}",
+        "num_bytes": sum(len(text.encode()) for text in documents),
+        "num_documents": len(documents),
+        "vocabulary": vocabulary,
+        "seed": config.seed,
+    }
+    tokens = _tokenise(train_tokenizer(documents, vocabulary), documents, config.seed)
     entry.parent.mkdir(parents=True, exist_ok=True)
     partial = entry.with_suffix(".partial.npz")
     np.savez_compressed(partial, tokens=tokens, about=json.dumps(about))
     partial.replace(entry)
-    return corpus
+    return Corpus(tokens=tokens, **about)
+
+
+def corpus_key(config: TrainingConfig) -> str:
+    """Name of a training run's corpus: a hash of its text and of how it is tokenised and ordered."""
+    return _content_key(standard_library(config.corpus_files), config)
 
 
 def train_tokenizer(documents: list[str], vocabulary: int) -> Tokenizer:
@@ -173,16 +152,13 @@ def train_tokenizer(documents: list[str], vocabulary: int) -> Tokenizer:
 def _tokenise(tokenizer: Tokenizer, documents: list[str], seed: int) -> np.ndarray:
     end = tokenizer.token_to_id(_END_OF_DOCUMENT)
     order = np.random.default_rng(seed).permutation(len(documents))
-
-    def pieces() -> Iterator[np.ndarray]:
-        for encoding in tokenizer.encode_batch([documents[i] for i in order]):
-            yield np.asarray([*encoding.ids, end], dtype=np.uint16)
-
-    return np.concatenate(list(pieces()))
+    encodings = tokenizer.encode_batch([documents[i] for i in order])
+    return np.concatenate([np.asarray([*encoding.ids, end], dtype=np.uint16) for encoding in encodings])
 
 
-def _content_key(documents: list[str], vocabulary: int, seed: int) -> str:
-    digest = hashlib.sha256(f"lines {vocabulary} {seed} {version('tokenizers')}".encode())
+def _content_key(documents: list[str], config: TrainingConfig) -> str:
+    settings = f"lines {config.model.vocab_size} {config.seed} {version('tokenizers')}"
+    digest = hashlib.sha256(settings.encode())
     for text in documents:
         digest.update(hashlib.sha256(text.encode()).digest())
     return digest.hexdigest()[:16]

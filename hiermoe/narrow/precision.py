@@ -33,15 +33,7 @@ def make_float64(model: torch.nn.Module) -> None:
     model.double()
     for router in model.modules():
         if isinstance(router, TopKRouter):
-            router.forward = _in_float64(router.forward)  # type: ignore[method-assign]
-
-
-def _in_float64(function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with float32_means_float64():
-            return function(*args, **kwargs)
-
-    return call
+            router.forward = float32_means_float64()(router.forward)  # type: ignore[method-assign]
 
 
 class _Float32MeansFloat64(TorchFunctionMode):

@@ -11,7 +11,7 @@ import torch
 from hiermoe import __version__
 from hiermoe.narrow.corpus import Corpus, training_corpus
 from hiermoe.narrow.record_config import RecordConfig
-from hiermoe.narrow.record_progress import RecordProgress
+from hiermoe.narrow.record_progress import record_progress
 from hiermoe.ranks.launch import preload, run_ranks
 from hiermoe.records.project import from_root
 from hiermoe.routing.trace import RoutingTrace, TraceMetadata
@@ -47,7 +47,7 @@ def train_and_record(rank: int, config: RecordConfig, corpus: Corpus, command: s
     losses: list[float] = []
     with (
         RouterRecorder(trainer.model, config.num_recorded, layers) as recorder,
-        RecordProgress(rank, config) as progress,
+        record_progress(rank, config) as show,
     ):
         for step in range(config.train_steps + config.record_steps):
             started = time.perf_counter()
@@ -60,7 +60,7 @@ def train_and_record(rank: int, config: RecordConfig, corpus: Corpus, command: s
                 continue
             ids_LNK = gathered.transpose(0, 1).flatten(1, 2).numpy()
             loads = max_over_mean_load(ids_LNK, config.model.num_experts, config.model.topk)
-            progress.update(step, loss, loads.tolist(), time.perf_counter() - started)
+            show(step, loss, loads.tolist(), time.perf_counter() - started)
             losses.append(loss)
             if step >= config.train_steps:
                 recorded.append(ids_LNK.astype(np.uint16))

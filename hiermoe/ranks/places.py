@@ -1,7 +1,7 @@
 """Where a run may happen: each place says what records call it, and has ranks. One file in conf/ranks/ each."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -64,41 +64,8 @@ class NewRanks:
             return collect(folder, len(hosts))
 
 
-@contextmanager
-def _local(cluster: Cluster, timeout: timedelta, ep_groups: int) -> Iterator[World]:
-    yield NewRanks(cluster.hierarchy, timeout, ep_groups=ep_groups)
-
-
-@contextmanager
-def _emulated(cluster: Cluster, timeout: timedelta, ep_groups: int) -> Iterator[World]:
-    with EmulatedNetwork(cluster) as network:
-        yield NewRanks(cluster.hierarchy, timeout, "emulated", network.namespace_of_rank, ep_groups=ep_groups)
-
-
-@contextmanager
-def _allocation(cluster: Cluster, timeout: timedelta, ep_groups: int) -> Iterator[World]:
-    raise ValueError("ranks=allocation: this process has not joined the others of its allocation")
-    yield  # a generator, as the others are
-
-
-@dataclass(frozen=True)
-class Place:
-    """Somewhere to run.
-
-    Attributes:
-        source: what records say of numbers that were measured there.
-        world: the ranks for a cluster, a timeout and a number of expert-parallel groups, while the context is entered.
-    """
-
-    source: Source
-    world: Callable[[Cluster, timedelta, int], AbstractContextManager[World]]
-
-
-PLACES: Mapping[str, Place] = {
-    "local": Place("local", _local),
-    "emulated": Place("emulated", _emulated),
-    "allocation": Place("cluster", _allocation),
-}
+PLACES: Mapping[str, Source] = {"local": "local", "emulated": "emulated", "allocation": "cluster"}
+"""What records say of numbers that were measured in a place."""
 
 
 class RanksConfig(Strict):
@@ -129,14 +96,15 @@ class RanksConfig(Strict):
     @property
     def source(self) -> Source:
         """What records say of numbers that were measured there."""
-        return PLACES[self.name].source
+        return PLACES[self.name]
 
     @property
     def on_this_host(self) -> bool:
         """Whether numbers are those of this machine, and not those of a cluster that this process has a part of."""
         return self.source != "cluster"
 
-    def world(self, cluster: Cluster, ep_groups: int = 1, joined: World | None = None) -> AbstractContextManager[World]:
+    @contextmanager
+    def world(self, cluster: Cluster, ep_groups: int = 1, joined: World | None = None) -> Iterator[World]:
         """The ranks for a cluster, for as long as the context is entered.
 
         Args:
@@ -147,9 +115,16 @@ class RanksConfig(Strict):
         Raises:
             ValueError: the network cannot be set up here, or these ranks must be there already.
         """
+        timeout = timedelta(seconds=self.timeout_s)
         if joined is not None:
-            return nullcontext(joined)
-        return PLACES[self.name].world(cluster, timedelta(seconds=self.timeout_s), ep_groups)
+            yield joined
+        elif self.name == "local":
+            yield NewRanks(cluster.hierarchy, timeout, ep_groups=ep_groups)
+        elif self.name == "emulated":
+            with EmulatedNetwork(cluster) as network:
+                yield NewRanks(cluster.hierarchy, timeout, "emulated", network.namespace_of_rank, ep_groups=ep_groups)
+        else:
+            raise ValueError("ranks=allocation: this process has not joined the others of its allocation")
 
     def lead(self, program: Callable[[Crew | None], T], check: Callable[[Crew], None] = lambda crew: None) -> T | None:
         """Run a program that has its ranks measure something. *Collective in an allocation.*

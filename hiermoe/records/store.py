@@ -50,7 +50,7 @@ class RunStore:
         """
         frame = validate(records)
         folder = self.path(run_id)
-        write_whole(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+        write_whole(folder / "config.yaml", yaml.dump(config, Dumper=yaml.CSafeDumper, sort_keys=False).encode())
         write_whole(folder / "provenance.json", json.dumps(provenance, indent=1).encode())
         write_whole(folder / "records.parquet", frame.to_parquet(index=False))
         return frame
@@ -62,6 +62,14 @@ class RunStore:
             FileNotFoundError: the run has no record.
         """
         return pd.read_parquet(self.path(run_id) / "records.parquet")
+
+    def provenance(self, run_id: str) -> dict[str, Any]:
+        """What made the record of a run.
+
+        Raises:
+            FileNotFoundError: the run has no record.
+        """
+        return json.loads((self.path(run_id) / "provenance.json").read_bytes())
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -1,6 +1,5 @@
 """`hiermoe calibrate`: measure every AlltoAll of a cluster, fit its constants, and write the cluster's file."""
 
-import json
 import socket
 from pathlib import Path
 from typing import Any
@@ -130,7 +129,7 @@ def write_cluster(config: CalibrationConfig, store: RunStore) -> Cluster:
     Returns:
         The cluster.
     """
-    provenance = json.loads((store.path(config.run_id) / "provenance.json").read_bytes())
+    provenance = store.provenance(config.run_id)
     date = provenance["time"][:10]
     # Not the host where it belongs to an allocation: the next one may begin with another, and the name would count.
     where = socket.gethostname() if config.ranks.on_this_host else config.cluster.name

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 import pandas as pd
 import torch
@@ -15,14 +14,9 @@ from hiermoe.ranks.crew import Crew
 from hiermoe.ranks.world import World
 from hiermoe.records.store import RunStore
 from hiermoe.runs.execute import execute, num_steps
-from hiermoe.runs.measurable import Measurable
 from hiermoe.runs.run_config import RunConfig
 from hiermoe.runs.summary import summary
 from hiermoe.runs.tracking import Mirrored, mirror_run
-
-
-class Presented(Measurable, Mirrored, Protocol):
-    """A run that W&B mirrors."""
 
 
 def run_and_print(config: RunConfig) -> None:
@@ -36,7 +30,7 @@ def run_and_print(config: RunConfig) -> None:
     present(config, " · ".join(parts), summary)
 
 
-def present(config: Presented, title: str, summarise: Callable[[pd.DataFrame, str], Table]) -> None:
+def present(config: Mirrored, title: str, summarise: Callable[[pd.DataFrame, str], Table]) -> None:
     """Run something that leaves a record, with progress, and print and mirror what came out.
 
     Every process of an allocation calls it, where the ranks are one's; rank 0 alone prints.
@@ -62,7 +56,7 @@ def present(config: Presented, title: str, summarise: Callable[[pd.DataFrame, st
 
 
 def _present(
-    config: Presented, title: str, summarise: Callable[[pd.DataFrame, str], Table], world: World | None
+    config: Mirrored, title: str, summarise: Callable[[pd.DataFrame, str], Table], world: World | None
 ) -> None:
     torch.set_num_threads(1)
     store, console = RunStore(), Console()
@@ -70,7 +64,8 @@ def _present(
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=num_steps(config))
         outcome = execute(config, store, lambda _: progress.advance(task), world)
-    if outcome.status == "not_applicable" and composed_by_sweep():
+    swept = {"-m", "--multirun"} & set(sys.argv)  # one without meaning must not end the others
+    if outcome.status == "not_applicable" and swept:
         console.print(f"[yellow]not applicable[/yellow] {title}: {outcome.reason}")
         return
     if outcome.status != "ok":
@@ -81,8 +76,3 @@ def _present(
     console.print(f"{'kept from before' if outcome.cached else f'{outcome.seconds:.1f} s'} · record: {where}\n")
     if not outcome.cached:
         mirror_run(config, records)
-
-
-def composed_by_sweep() -> bool:
-    """Whether Hydra runs several configurations, so that one without meaning must not end the others."""
-    return bool({"-m", "--multirun"} & set(sys.argv))

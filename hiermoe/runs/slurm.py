@@ -19,7 +19,7 @@ import yaml
 from pydantic import Field, model_validator
 from rich.console import Console
 from submitit.core.utils import FailedJobError, FailedSubmissionError
-from submitit.helpers import DelayedSubmission
+from submitit.helpers import Checkpointable
 
 from hiermoe.records.keep import Outcome
 from hiermoe.records.project import CONF, PROJECT_ROOT, to_root
@@ -70,21 +70,12 @@ class SlurmConfig(Strict):
         return checked(values, cls)
 
 
-class Job:
-    """What runs in the allocation: picklable, and the same again after a preemption."""
+class Job(Checkpointable):
+    """What runs in the allocation, and the same again after a preemption: that leaves out what has a record."""
 
-    def __init__(self, function: Callable[..., list[Outcome] | None], options: dict[str, Any]) -> None:
-        """Keep what to call."""
-        self._function = function
-        self._options = options
-
-    def __call__(self) -> list[Outcome] | None:
+    def __call__(self, function: Callable[..., list[Outcome] | None], **options: Any) -> list[Outcome] | None:
         """On every process of the allocation."""
-        return self._function(**self._options)
-
-    def checkpoint(self) -> DelayedSubmission:
-        """What to run when Slurm starts the job again: the same, which leaves out what has a record."""
-        return DelayedSubmission(self)
+        return function(**options)
 
 
 def run_job(
@@ -119,7 +110,7 @@ def run_job(
         console.print(f"job {job_id} is under way for the same: following it")
         job = submitit.SlurmJob(folder=JOBS / "%j", job_id=job_id, tasks=[0])
     else:
-        job = _submit(Job(function, options), config)
+        job = _submit(function, options, config)
         write_whole(JOBS / job.job_id / "request.json", named.encode())
         console.print(f"job {job.job_id}: submitted, {config.nodes} nodes x {config.gpus_per_node} processes")
     try:
@@ -141,24 +132,30 @@ def run_job(
     return result
 
 
-def state_of(job_id: str) -> str:
-    """State of a job in Slurm's words; ``gone`` where Slurm has forgotten it, ``unknown`` where it does not answer."""
-    command = ["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T"]
+def state_of(job_id: str) -> tuple[str, str]:
+    """State of a job in Slurm's word, and the reason of it in another.
+
+    The state is ``gone`` where Slurm has forgotten the job, ``unknown`` where it does not answer.
+    """
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T %r"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        return "gone" if "Invalid job id" in done.stderr else "unknown"
-    return done.stdout.split()[0] if done.stdout.split() else "gone"
+        return "gone" if "Invalid job id" in done.stderr else "unknown", ""
+    state, _, reason = done.stdout.partition("\n")[0].partition(" ")
+    return state or "gone", reason
 
 
 def _under_way(named: str) -> str | None:
     """A job for the same request that has not ended."""
     for path in JOBS.glob("*/request.json"):
-        if path.read_text(encoding="utf-8") == named and state_of(path.parent.name) in _GOING:
+        if path.read_text(encoding="utf-8") == named and state_of(path.parent.name)[0] in _GOING:
             return path.parent.name
     return None
 
 
-def _submit(job: Job, config: SlurmConfig) -> submitit.Job[Any]:
+def _submit(
+    function: Callable[..., list[Outcome] | None], options: dict[str, Any], config: SlurmConfig
+) -> submitit.Job[Any]:
     """Submit.
 
     Raises:
@@ -185,7 +182,7 @@ def _submit(job: Job, config: SlurmConfig) -> submitit.Job[Any]:
     )
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what the error says
-            return executor.submit(job)
+            return executor.submit(Job(), function, **options)
     except (FailedJobError, FailedSubmissionError, OSError) as error:
         told = re.findall(r"^sbatch: (?:error: )?(.*\S)", str(error), re.MULTILINE) or str(error).strip().splitlines()
         raise ValueError(f"Slurm refused the job: {' / '.join(told)}") from error
@@ -195,10 +192,11 @@ def _follow(job: submitit.Job[Any], console: Console) -> str:
     """Show the state and what rank 0 prints until the job has ended; the state then."""
     shown, position, silent_since = "", 0, time.monotonic()
     while True:
-        state = state_of(job.job_id)
+        state, reason = state_of(job.job_id)
         position = _print_lines(job.paths.stdout, position, console)
         if state != shown:
-            console.print(f"job {job.job_id}: {state.lower()}{_why(job.job_id) if state == 'PENDING' else ''}")
+            why = f" ({reason})" if state == "PENDING" and reason not in ("", "None") else ""
+            console.print(f"job {job.job_id}: {state.lower()}{why}")
             shown = state
         if state != "unknown":
             silent_since = time.monotonic()
@@ -208,13 +206,6 @@ def _follow(job: submitit.Job[Any], console: Console) -> str:
             _print_lines(job.paths.stdout, position, console)
             return state
         time.sleep(_POLL_SECONDS)
-
-
-def _why(job_id: str) -> str:
-    """Why a job waits, in Slurm's word."""
-    done = subprocess.run(["squeue", "--noheader", f"--jobs={job_id}", "--format=%r"], capture_output=True, text=True)
-    reason = done.stdout.strip()
-    return f" ({reason})" if reason and reason != "None" else ""
 
 
 def _print_lines(log: Path, position: int, console: Console) -> int:

@@ -3,7 +3,7 @@
 import ctypes
 import signal
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
 import torch
@@ -26,7 +26,8 @@ def run_all(
 ) -> list[Outcome]:
     """Run configurations in worker processes, each on one core; those with a record are skipped.
 
-    Runs that share their routing go to the same worker one after another, so that it is made once.
+    Runs that share their routing go to the same worker one after another, so that it is made once: each worker is a
+    pool of its own, as a pool gives a run to whichever of its processes is free.
 
     Args:
         configs: what to run; the same run may occur twice and is run once.
@@ -54,30 +55,37 @@ def run_all(
     if not groups:
         return outcomes
     preload("hiermoe.runs.sweep")
-    with ProcessPoolExecutor(workers, mp_context=fork_server(), initializer=_start_worker) as pool:
-        queue = sorted(groups.values(), key=len, reverse=True)
-        running: dict[Future[Outcome], list[RunConfig]] = {}
-        try:
-            while queue or running:
-                while queue and len(running) < workers:
-                    group = queue.pop(0)
-                    running[pool.submit(execute, group[0], store)] = group[1:]
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    rest = running.pop(future)
-                    outcomes.append(future.result())
-                    finished(outcomes[-1])
-                    if rest:
-                        running[pool.submit(execute, rest[0], store)] = rest[1:]
-        except BrokenProcessPool as error:
-            raise ValueError(
-                f"a simulating process was killed, most likely for want of memory: {workers} of them ran, --workers 1 "
-                "takes less. Finished runs are kept"
-            ) from error
-        except BaseException:
+    queue = sorted(groups.values(), key=len, reverse=True)
+    pools = [ProcessPoolExecutor(1, fork_server(), _start_worker) for _ in range(min(workers, len(queue)))]
+    left: dict[ProcessPoolExecutor, list[RunConfig]] = {pool: queue.pop(0) for pool in pools}
+    try:
+        running = {pool.submit(execute, left[pool].pop(0), store): pool for pool in pools}
+        while running:
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                pool = running.pop(future)
+                outcomes.append(future.result())
+                finished(outcomes[-1])
+                if not left[pool]:
+                    left[pool] = queue.pop(0) if queue else _half_of(max(left.values(), key=len))
+                if left[pool]:
+                    running[pool.submit(execute, left[pool].pop(0), store)] = pool
+    except BrokenProcessPool as error:
+        raise ValueError(
+            f"a simulating process was killed, most likely for want of memory: {workers} of them ran, --workers 1 "
+            "takes less. Finished runs are kept"
+        ) from error
+    finally:
+        for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
     return outcomes
+
+
+def _half_of(group: list[RunConfig]) -> list[RunConfig]:
+    """Take the second half of what another worker has left."""
+    kept = (len(group) + 1) // 2
+    taken, group[kept:] = group[kept:], []
+    return taken
 
 
 def _start_worker() -> None:

@@ -1,29 +1,20 @@
 """W&B mirrors what the records say. Offline by default; files are the truth and nothing reads W&B."""
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import pandas as pd
 
 from hiermoe.records.project import PROJECT_ROOT
+from hiermoe.runs.measurable import Measurable
 from hiermoe.runs.run_config import WandbConfig, WandbMode
 
 
-class Mirrored(Protocol):
-    """What mirroring must know of a run's configuration."""
+class Mirrored(Measurable, Protocol):
+    """A run that W&B mirrors."""
 
     @property
     def wandb(self) -> WandbConfig:
         """Whether and where."""
-        ...
-
-    @property
-    def run_id(self) -> str:
-        """Name of the run."""
-        ...
-
-    @property
-    def content(self) -> dict[str, Any]:
-        """Configuration of the run."""
         ...
 
 

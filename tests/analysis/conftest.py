@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from hiermoe.analysis.frames import Results, load
 from hiermoe.records.project import CONF, SWEEPS
+from hiermoe.records.schema import DEFAULTS, RECORDS, validate
 from hiermoe.records.store import RunStore
 from hiermoe.routing.step import first_measured
 from hiermoe.runs.compose import Cell, sweep_names
@@ -160,6 +161,42 @@ def _timings(config: RunConfig) -> pd.DataFrame:
     return synthetic_timings(config.cluster, config.seed)
 
 
+class MemoryStore(RunStore):
+    """Records of runs, never written to disk; of each kind the first is checked as all are that are written."""
+
+    def __init__(self, folder: Path) -> None:
+        """An empty store; nothing is in the folder."""
+        super().__init__(folder)
+        self.records: dict[str, pd.DataFrame] = {}
+        self.provenances: dict[str, dict[str, Any]] = {}
+        self.kinds: set[tuple[str, ...]] = set()
+
+    def write(
+        self, run_id: str, config: dict[str, Any], provenance: dict[str, Any], records: pd.DataFrame
+    ) -> pd.DataFrame:
+        """Keep a run, with all columns."""
+        kind = (str(config["measure"]), *records.columns)
+        if kind not in self.kinds:
+            validate(records)
+            self.kinds.add(kind)
+        missing = {name: DEFAULTS.get(name, math.nan) for name in RECORDS.columns if name not in records}
+        self.records[run_id] = records.assign(**missing)[list(RECORDS.columns)]
+        self.provenances[run_id] = provenance
+        return self.records[run_id]
+
+    def status(self, run_id: str) -> str | None:
+        """Of a run that was kept."""
+        return str(self.records[run_id]["status"].iloc[0]) if run_id in self.records else None
+
+    def read(self, run_id: str) -> pd.DataFrame:
+        """As it was kept."""
+        return self.records[run_id]
+
+    def provenance(self, run_id: str) -> dict[str, Any]:
+        """As it was kept."""
+        return self.provenances[run_id]
+
+
 def write(store: RunStore, config: RunConfig, rows: pd.DataFrame, status: str = "ok", reason: str = "") -> None:
     """Store made-up records of a run, through the schema."""
     keys = {"run_id": config.run_id, **config.keys, "status": status, "reason": reason}
@@ -180,7 +217,7 @@ def not_run() -> pd.DataFrame:
 @pytest.fixture(scope="session")
 def filled(cells: dict[str, list[Cell]], tmp_path_factory: pytest.TempPathFactory) -> RunStore:
     """Records for everything but recorded routing of DeepSeek-V3 (not applicable) and of other E (missing)."""
-    store = RunStore(tmp_path_factory.mktemp("filled"))
+    store = MemoryStore(tmp_path_factory.mktemp("filled"))
     unique = {one.config.run_id: one.config for sweep in cells.values() for one in sweep}
     for config in unique.values():
         if config.system is None:
@@ -207,4 +244,4 @@ def results(cells: dict[str, list[Cell]], filled: RunStore) -> Results:
 @pytest.fixture
 def small_store(tmp_path: Path) -> Iterator[RunStore]:
     """An empty store."""
-    yield RunStore(tmp_path / "runs")
+    yield MemoryStore(tmp_path / "runs")

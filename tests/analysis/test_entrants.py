@@ -16,11 +16,10 @@ from hiermoe.analysis.figures import FIGURES, style
 from hiermoe.analysis.figures.spec import FigureSpec
 from hiermoe.analysis.frames import Results, load
 from hiermoe.records.project import CONF
-from hiermoe.records.store import RunStore
 from hiermoe.runs import compose
 from hiermoe.runs.indexing import indexed
 from hiermoe.runs.run_config import RunConfig
-from tests.analysis.conftest import records_of, write
+from tests.analysis.conftest import MemoryStore, records_of, write
 
 COLOR = "#12ab34"
 NEW = {"system": ("hd_moe", "aurora"), "model": ("deepseek_v3", "borealis"), "cluster": ("h100_ib400", "caldera")}
@@ -55,7 +54,7 @@ def entered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
         for function in cached:
             function.cache_clear()
         cells = {name: [c for c in compose.expand(name) if kept(c.config)] for name in SWEEPS}
-        store = RunStore(conf.parent / "runs")
+        store = MemoryStore(conf.parent / "runs")
         for config in {c.config.run_id: c.config for sweep in cells.values() for c in sweep}.values():
             rows = records_of(config)
             rows["predicted_ms"] *= 0.25 if config.system.name == "aurora" else 1.0

@@ -11,10 +11,9 @@ from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.report import write_report
 from hiermoe.ranks.places import RanksConfig
 from hiermoe.records.index import PREDICTIONS
-from hiermoe.records.store import RunStore
 from hiermoe.runs.compose import Cell
 from hiermoe.runs.indexing import indexed
-from tests.analysis.conftest import ITERATIONS, cell, records_of, step_ms, write
+from tests.analysis.conftest import ITERATIONS, MemoryStore, cell, records_of, step_ms, write
 
 EMULATED: dict[str, Any] = {"measure": "replay", "ranks": RanksConfig(name="emulated", timeout_s=60)}
 SYSTEMS = ("megatron", "hd2_moe", "hiermoe")
@@ -49,7 +48,7 @@ def measured_rows(config: Any, slower: float) -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Three systems, simulated, and measured 1.5 times as slow on the wire."""
-    store = RunStore(tmp_path_factory.mktemp("runs"))
+    store = MemoryStore(tmp_path_factory.mktemp("runs"))
     predicted, measured = [], []
     other = cell({"system": "megatron", "cluster": "emulated_4x8", "routing": "uniform"}).config.model_copy(
         update=EMULATED | {"narrowed": 2}

@@ -5,100 +5,132 @@ import subprocess
 import sys
 import threading
 import zipfile
-from dataclasses import replace
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from hiermoe.commands import doctor_command as doctor
 from hiermoe.commands import machine
-from hiermoe.commands.doctor_command import Check, Question, State, examine, what_reproduce_lacks
+from hiermoe.commands.doctor_command import Check, Question, examine, what_reproduce_lacks
+from hiermoe.commands.machine import Answer, State
+from hiermoe.ranks.emulated import requirements
+from hiermoe.records.project import CONF
 from tests.routing.worlds import a_trace
 
-PACKAGES = machine.Packages(
-    python="3.12.1",
-    python_range=">=3.11",
-    ranges={"torch": "torch>=2.6", "pandera": "pandera[pandas]>=0.24"},
-    installed={"torch": "2.13.0+cpu", "pandera": "0.35.0"},
-    tested={"torch": "2.13.0", "pandera": "0.35.0", "ruff": "0.17.6"},
-)
-MEGATRON = machine.Megatron("0.16.1", None, ("apex",))
-GPUS = machine.Gpus(("H100", "H100"), "570.1", "12.6", "2.27.3")
-SLURM = machine.Slurm(("sbatch", "sinfo", "squeue"), None, ("gpu* up 4 nodes 64 cores gpu:8",))
-RANK = doctor.RANK_BYTES
+NEEDED = [Requirement("torch>=2.6"), Requirement("pandera[pandas]>=0.24")]
+TESTED = {"torch": "2.13.0", "pandera": "0.35.0", "ruff": "0.17.6"}
+INSTALLED = {"torch": "2.13.0+cpu", "pandera": "0.35.0"}
+H100 = ("H100", "H100")
+COMMANDS = ("sbatch", "sinfo", "squeue")
+PARTITIONS = ("gpu* up 4 nodes 64 cores gpu:8",)
+RANK = machine.RANK_BYTES
+MEMORY = machine.SIMULATION_BYTES
+ROOM = machine.RESULTS_BYTES
+
+
+def packages(python: str = "3.12.1", installed: Mapping[str, str | None] = INSTALLED) -> Answer:
+    return machine.judge_packages(python, ">=3.11", NEEDED, installed, TESTED)
 
 
 @pytest.mark.parametrize(
-    ("judge", "facts", "state", "says"),
+    ("answer", "state", "says"),
     [
-        (doctor.judge_packages, PACKAGES, "ok", "2 packages in their ranges"),
-        (doctor.judge_packages, replace(PACKAGES, python="3.10.4"), "missing", "Python 3.10.4 (needs >=3.11)"),
+        (packages(), "ok", "2 packages in their ranges"),
+        (packages(python="3.10.4"), "missing", "Python 3.10.4 (needs >=3.11)"),
         (
-            doctor.judge_packages,
-            replace(PACKAGES, installed={"torch": "2.5.1", "pandera": None}),
+            packages(installed={"torch": "2.5.1", "pandera": None}),
             "missing",
             "torch 2.5.1 (needs >=2.6); pandera is not installed",
         ),
+        (packages(installed={"torch": "2.14.0", "pandera": "0.35.0"}), "limited", "torch 2.14.0 (tested: 2.13.0)"),
         (
-            doctor.judge_packages,
-            replace(PACKAGES, installed={"torch": "2.14.0", "pandera": "0.35.0"}),
-            "limited",
-            "torch 2.14.0 (tested: 2.13.0)",
+            machine.judge_megatron("0.16.1", None, ("apex",)),
+            "ok",
+            "not needed on CPU: transformer-engine, grouped_gemm, flash-attn",
         ),
-        (doctor.judge_megatron, MEGATRON, "ok", "not needed on CPU: transformer-engine, grouped_gemm, flash-attn"),
-        (doctor.judge_megatron, machine.Megatron(None, "it is not installed", ()), "missing", "not installed"),
-        (doctor.judge_megatron, replace(MEGATRON, import_error="ImportError: libcudart"), "missing", "libcudart"),
-        (doctor.judge_size, machine.Size(2, 8 * RANK), "ok", "8 ranks fit"),
-        (doctor.judge_size, machine.Size(16, 8 * RANK - 1), "limited", "7 ranks fit"),
-        (doctor.judge_size, machine.Size(2, doctor.SIMULATION_BYTES - 1), "missing", "0.5 GB of free memory"),
-        (doctor.judge_namespaces, machine.Namespaces(None, 1000, 1000), "ok", "a link of 0.001 MB/s was made"),
-        (doctor.judge_namespaces, machine.Namespaces(None, 1000, 0), "limited", "asked for 1000 B/s has 0 B/s"),
-        (doctor.judge_namespaces, machine.Namespaces("run it as root"), "missing", "run it as root"),
-        (doctor.judge_gpus, GPUS, "ok", "2 GPUs (H100), driver 570.1, torch for CUDA 12.6, NCCL 2.27.3"),
-        (doctor.judge_gpus, machine.Gpus((), None, None, None), "missing", "and a CUDA build of torch"),
-        (doctor.judge_gpus, machine.Gpus((), "570.1", None, None), "limited", "a CUDA build of torch with NCCL"),
-        (doctor.judge_gpus, replace(GPUS, devices=()), "limited", "a GPU that torch can see"),
-        (doctor.judge_gpus, replace(GPUS, nccl=None), "limited", "no NCCL"),
-        (doctor.judge_slurm, SLURM, "ok", "partitions: gpu* up 4 nodes"),
-        (doctor.judge_slurm, machine.Slurm((), None), "missing", "a login node"),
-        (doctor.judge_slurm, machine.Slurm((), "17"), "ok", "inside allocation 17"),
-        (doctor.judge_slurm, replace(SLURM, refused="Unknown host"), "limited", "no controller answers: Unknown host"),
-        (doctor.judge_slurm, replace(SLURM, partitions=()), "limited", "lists no partition"),
-        (doctor.judge_torchrun, None, "missing", "make setup"),
-        (doctor.judge_disk, machine.Disk(True, doctor.RESULTS_BYTES - 1), "missing", "0.5 GB free where results/ is"),
-        (doctor.judge_disk, machine.Disk(True, doctor.RESULTS_BYTES), "ok", "0.5 GB free"),
-        (doctor.judge_disk, machine.Disk(False, 10**12), "missing", "permission to write"),
-        (doctor.judge_traces, machine.Files(("a",), {}), "ok", "whole: a"),
-        (doctor.judge_traces, machine.Files(("a",), {"b": "checksum"}), "missing", "b: checksum"),
-        (doctor.judge_calibrations, machine.Files((), {}), "missing", "hiermoe calibrate"),
-        (doctor.judge_calibrations, machine.Files(("mine",), {}), "ok", "mine"),
-        (doctor.judge_calibrations, machine.Files(("mine",), {"old": "beta"}), "limited", "old: beta"),
+        (machine.judge_megatron(None, "it is not installed", ()), "missing", "not installed"),
+        (machine.judge_megatron("0.16.1", "ImportError: libcudart", ("apex",)), "missing", "libcudart"),
+        (machine.judge_size(2, 8 * RANK), "ok", "8 ranks fit"),
+        (machine.judge_size(16, 8 * RANK - 1), "limited", "7 ranks fit"),
+        (machine.judge_size(2, MEMORY - 1), "missing", "0.5 GB of free memory"),
+        (machine.judge_link(1000, 1000), "ok", "a link of 0.001 MB/s was made"),
+        (machine.judge_link(1000, 0), "limited", "asked for 1000 B/s has 0 B/s"),
+        (
+            machine.judge_gpus(H100, "570.1", "12.6", "2.27.3"),
+            "ok",
+            "2 GPUs (H100), driver 570.1, torch for CUDA 12.6, NCCL 2.27.3",
+        ),
+        (machine.judge_gpus((), None, None, None), "missing", "and a CUDA build of torch"),
+        (machine.judge_gpus((), "570.1", None, None), "limited", "a CUDA build of torch with NCCL"),
+        (machine.judge_gpus((), "570.1", "12.6", "2.27.3"), "limited", "a GPU that torch can see"),
+        (machine.judge_gpus(H100, "570.1", "12.6", None), "limited", "no NCCL"),
+        (machine.judge_slurm(COMMANDS, None, PARTITIONS, None), "ok", "partitions: gpu* up 4 nodes"),
+        (machine.judge_slurm((), None, (), None), "missing", "a login node"),
+        (machine.judge_slurm((), "17", (), None), "ok", "inside allocation 17"),
+        (
+            machine.judge_slurm(COMMANDS, None, PARTITIONS, "Unknown host"),
+            "limited",
+            "no controller answers: Unknown host",
+        ),
+        (machine.judge_slurm(COMMANDS, None, (), None), "limited", "lists no partition"),
+        (machine.judge_disk(True, ROOM - 1), "missing", "0.5 GB free where results/ is"),
+        (machine.judge_disk(True, ROOM), "ok", "0.5 GB free"),
+        (machine.judge_disk(False, 10**12), "missing", "permission to write"),
     ],
 )
-def test_state_follows_from_the_facts(judge, facts, state: State, says: str) -> None:
-    found_state, found, takes = judge(facts)
+def test_state_follows_from_the_facts(answer: Answer, state: State, says: str) -> None:
+    found_state, found, takes = answer
     assert found_state == state
     assert says in f"{found} | {takes}"
     assert bool(takes) == (state != "ok"), "what is not ok says what it takes"
 
 
+def test_what_is_not_there_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(requirements, "effective_capabilities", lambda: 0)
+    state, _, takes = machine.emulated_links()
+    assert state == "missing" and "run it as root" in takes
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    state, _, takes = machine.torchrun()
+    assert state == "missing" and "make setup" in takes
+
+
+def test_calibrated_clusters_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "CLUSTERS", tmp_path)
+    state, _, takes = machine.calibrations()
+    assert state == "missing" and "hiermoe calibrate" in takes
+    shipped = CONF / "cluster" / "emulated_4x2.yaml"
+    (tmp_path / "mine.yaml").write_bytes(shipped.read_bytes())
+    assert machine.calibrations() == ("ok", "mine", "")
+    (tmp_path / "old.yaml").write_text("beta: 1")
+    state, found, takes = machine.calibrations()
+    assert state == "limited" and found.startswith("old: ") and takes
+
+
 def test_a_check_that_raises_or_hangs_is_shown_as_failed() -> None:
     release = threading.Event()
 
-    def raises() -> None:
+    def raises() -> Answer:
         raise RuntimeError("the driver\nis upset")
 
-    def leaves() -> None:
+    def leaves() -> Answer:
         raise SystemExit(3)
 
-    def fine(_facts: object) -> tuple[State, str, str]:
+    def hangs() -> Answer:
+        release.wait()
+        return fine()
+
+    def fine() -> Answer:
         return "ok", "", ""
 
     checks = examine(
         (
-            Question("a", "", raises, fine),
-            Question("b", "", leaves, fine),
-            Question("c", "", release.wait, fine, required=True),
-            Question("d", "", lambda: None, fine),
+            Question("a", "", raises),
+            Question("b", "", leaves),
+            Question("c", "", hangs, required=True),
+            Question("d", "", fine),
         ),
         deadline_seconds=1.0,
     )
@@ -121,13 +153,15 @@ def test_a_command_that_hangs_is_ended() -> None:
         machine._run(["sleep", "60"], timeout=0.1)
 
 
-def test_a_broken_trace_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def test_a_broken_trace_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = tmp_path / "results" / "traces"
     folder.mkdir(parents=True)
     first, second = machine.SHIPPED_TRACES
     monkeypatch.setattr(machine, "PROJECT_ROOT", tmp_path)
     a_trace().save(folder / f"{first}.trace")
-    assert machine.traces() == machine.Files((first,), {second: "there is no such file"})
+    assert machine.traces() == ("missing", f"{second}: there is no such file", "git checkout results/traces")
+    a_trace().save(folder / f"{second}.trace")
+    assert machine.traces() == ("ok", f"whole: {first}, {second}", "")
     content = (folder / f"{first}.trace").read_bytes()
     (folder / f"{second}.trace").write_bytes(content[:-100])
     with zipfile.ZipFile(folder / f"{first}.trace") as archive:
@@ -135,9 +169,8 @@ def test_a_broken_trace_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path) -> N
     with zipfile.ZipFile(folder / f"{first}.trace", "w") as archive:
         for name, data in members.items():
             archive.writestr(name, data[:-1] + b"x" if name == "expert_ids.npy" else data)
-    broken = machine.traces().broken
-    assert broken[first] == "altered: a checksum does not match"
-    assert broken[second].startswith("truncated or altered")
+    _, broken, _ = machine.traces()
+    assert f"{first}: altered: a checksum does not match; {second}: truncated or altered" in broken
 
 
 def test_command_reports_on_this_machine_in_json_and_ends() -> None:

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 
-from hiermoe.narrow.corpus import Corpus, load_corpus, standard_library, train_tokenizer
+from hiermoe.narrow.corpus import Corpus, standard_library, train_tokenizer, training_corpus
+from tests.narrow.tiny_training import tiny_training
+
+MODEL = "qwen3_30b_a3b"
 
 
 @pytest.fixture(scope="module")
 def corpus(cache_dir: str) -> Corpus:
-    return load_corpus(512, seed=1, cache_dir=cache_dir, max_documents=24)
+    return training_corpus(tiny_training(MODEL, cache_dir))
 
 
 def test_corpus_says_what_it_is(corpus: Corpus) -> None:
@@ -23,7 +26,7 @@ def test_tokens_are_more_than_bytes_and_stay_inside_the_vocabulary(corpus: Corpu
 
 
 def test_cached_corpus_equals_the_first(corpus: Corpus, cache_dir: str) -> None:
-    again = load_corpus(512, seed=1, cache_dir=cache_dir, max_documents=24)
+    again = training_corpus(tiny_training(MODEL, cache_dir))
     assert np.array_equal(again.tokens, corpus.tokens)
     assert again.describe() == corpus.describe()
 
@@ -35,7 +38,7 @@ def test_tokenizer_training_is_deterministic() -> None:
 
 
 def test_seed_orders_the_text(corpus: Corpus, cache_dir: str) -> None:
-    other = load_corpus(512, seed=2, cache_dir=cache_dir, max_documents=24)
+    other = training_corpus(tiny_training(MODEL, cache_dir, seed=2))
     assert len(other.tokens) == len(corpus.tokens)
     assert not np.array_equal(other.tokens, corpus.tokens)
 
@@ -63,8 +66,10 @@ def test_targets_follow_inputs(corpus: Corpus) -> None:
 
 
 def test_vocabulary_beyond_16_bits_is_refused(cache_dir: str) -> None:
+    config = tiny_training(MODEL, cache_dir)
+    large = config.model.model_copy(update={"vocab_size": 70000})
     with pytest.raises(ValueError, match=r"vocabulary=70000 is outside 257\.\.65536"):
-        load_corpus(70000, seed=1, cache_dir=cache_dir)
+        training_corpus(config.model_copy(update={"model": large}))
 
 
 def test_text_too_short_for_the_vocabulary_is_refused() -> None:

@@ -110,6 +110,11 @@ def grid(title: str, rows: int, columns: int, size: tuple[float, float], **axes:
     return figure, list(panels.flat)
 
 
+def note(panel: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], **look: Any) -> None:
+    """Words beside a point, moved by an offset in points."""
+    panel.annotate(text, at, offset, textcoords="offset points", **look)
+
+
 def published(panel: Axes, x: float, y: float, size: float = 11) -> None:
     """A published number: an open diamond, everywhere."""
     panel.plot(

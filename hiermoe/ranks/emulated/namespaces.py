@@ -7,10 +7,10 @@ it ends. There is nothing to find and clean up later, and two runs cannot collid
 
 import ctypes
 import os
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 Result = TypeVar("Result")
 _CLONE_NEWNET = 0x40000000
@@ -32,7 +32,7 @@ class Namespace:
         """
 
         def make() -> int:
-            _leave_for_new()
+            _call("unshare", _CLONE_NEWNET)  # this has nothing but a loopback interface that is down
             return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
         self.file = _in_thread(make)
@@ -54,20 +54,8 @@ class Namespace:
 
 def _in_thread(function: Callable[[], Result]) -> Result:
     """Call a function in a thread of its own, because a namespace belongs to a thread."""
-    outcome: dict[str, Any] = {}
-
-    def target() -> None:
-        try:
-            outcome["result"] = function()
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=target, daemon=True)
-    thread.start()
-    thread.join()
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["result"]
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
 
 
 def enter(path: Path) -> None:
@@ -81,15 +69,6 @@ def enter(path: Path) -> None:
     """
     with path.open("rb") as file:
         _call("setns", file.fileno(), _CLONE_NEWNET)
-
-
-def _leave_for_new() -> None:
-    """Move this thread into a new network namespace, which has nothing but a loopback interface that is down.
-
-    Raises:
-        OSError: no permission.
-    """
-    _call("unshare", _CLONE_NEWNET)
 
 
 def _call(name: str, *arguments: int) -> None:
