@@ -31,13 +31,12 @@ def bound_times(workload: Workload, progress: Progress = no_progress) -> pd.Data
         expert_ids_NK = workload.routing.step(routing_iteration).expert_ids_NK
         sets = TokenSets.of(expert_ids_NK, workload.sizes.num_experts).merged()
         least = least_traffic(sets, bounds, workload.schemes, workload.cluster, workload.sizes.row_bytes)
-        pairs = sets.tokens * workload.sizes.topk
         keys = {
             "iteration": iteration,
             "routing_iteration": routing_iteration,
             "counted": True,
             "layer": workload.layer,
-            "pairs": pairs,
+            "pairs": sets.tokens * workload.sizes.topk,
         }
         rows += [
             keys | {"phase": "routing", "stage": name, "dimension": level, "rows": distinct}

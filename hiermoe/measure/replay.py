@@ -120,7 +120,6 @@ class Replay(Measurement):
                 device=world.device,
                 one_machine=world.source != "cluster",
             )
-            job.check()
             for iteration in sorted(set(first.schedule[begin:])):
                 job.save(iteration, first.routing.step(iteration))
             systems = tuple((workload.system, start) for workload, start in zip(jobs, starts, strict=True))

@@ -33,6 +33,9 @@ class ReplayJob:
         timeout: of a collective.
         device: of the tensors.
         one_machine: whether all ranks have the same clock.
+
+    Raises:
+        ValueError: an element size without a dtype, or so many experts per token that sums would round.
     """
 
     cluster: Cluster
@@ -45,6 +48,13 @@ class ReplayJob:
     timeout: timedelta
     device: str = "cpu"
     one_machine: bool = False
+
+    def __post_init__(self) -> None:
+        topk, element_bytes = self.sizes.topk, self.sizes.element_bytes
+        if element_bytes not in _DTYPES:
+            raise ValueError(f"element_bytes={element_bytes} has no dtype here; choose from {sorted(_DTYPES)}")
+        if topk * FACTORS * WEIGHTS > _LARGEST_EXACT[self.dtype]:
+            raise ValueError(f"topk={topk}: sums of so many integers round in {self.dtype}; use element_bytes=4")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,15 +75,3 @@ class ReplayJob:
 
     def _path(self, routing_iteration: int) -> Path:
         return self.routing / f"{routing_iteration}.npz"
-
-    def check(self) -> None:
-        """Refuse what has no exact answer.
-
-        Raises:
-            ValueError: an element size without a dtype, or so many experts per token that sums would round.
-        """
-        topk, element_bytes = self.sizes.topk, self.sizes.element_bytes
-        if element_bytes not in _DTYPES:
-            raise ValueError(f"element_bytes={element_bytes} has no dtype here; choose from {sorted(_DTYPES)}")
-        if topk * FACTORS * WEIGHTS > _LARGEST_EXACT[self.dtype]:
-            raise ValueError(f"topk={topk}: sums of so many integers round in {self.dtype}; use element_bytes=4")

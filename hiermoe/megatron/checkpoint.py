@@ -107,7 +107,8 @@ def load_checkpoint(
         placement.load_state_dict(common.get("placement") or {"iteration": step, "layers": []})
     with cpu.cuda_means_cpu():
         state: Any = dist_checkpointing.load(_sharded(model, optimizer, is_loading=True), str(checkpoint))
-    _unwrapped(model).load_state_dict(state["model"])
+    unwrapped: Any = unwrap_model(model)
+    unwrapped.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.num_steps = 0  # to which Megatron adds the stored number
     schedule.load_state_dict(common["opt_param_scheduler"])
@@ -115,12 +116,9 @@ def load_checkpoint(
 
 
 def _sharded(model: torch.nn.Module, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
-    shards = _unwrapped(model).sharded_state_dict()
+    unwrapped: Any = unwrap_model(model)
+    shards = unwrapped.sharded_state_dict()
     return {"model": shards, "optimizer": optimizer.sharded_state_dict(shards, is_loading=is_loading)}
-
-
-def _unwrapped(model: torch.nn.Module) -> Any:
-    return unwrap_model(model)
 
 
 def _start(partial: Path) -> None:

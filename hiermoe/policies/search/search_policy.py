@@ -85,7 +85,8 @@ class SearchPolicy(PlacementPolicy):
             return None
         objective = Objective(context.cluster, (context.scheme,), context.row_bytes)
         sets = TokenSets.joined(self._remembered)
-        if self._is_time(context.iteration + 1):
+        since = context.iteration + 1 - self.first_search
+        if since == 0 or (since > 0 and self.interval is not None and since % self.interval == 0):
             found = search(sets, objective, Budget(None, self.steps), self.seed, self._target or placement)
             better = found.modelled_ms < objective.step_ms(sets, placement)
             self._target = aligned(found.placement, placement, context.cluster.hierarchy) if better else None
@@ -93,10 +94,6 @@ class SearchPolicy(PlacementPolicy):
         if self.interval is None and self._target is None and context.iteration + 1 >= self.first_search:
             self._remembered = []
         return update
-
-    def _is_time(self, iterations: int) -> bool:
-        since = iterations - self.first_search
-        return since == 0 if self.interval is None else since >= 0 and since % self.interval == 0
 
     def _towards_target(self, sets: TokenSets, objective: Objective, placement: Placement) -> PlacementUpdate | None:
         """The next part of the way."""

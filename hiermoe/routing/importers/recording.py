@@ -106,7 +106,7 @@ def from_lists(lists: pa.Array, topk: int | None, where: Callable[[int], str]) -
         ValueError: a row or an expert is null, a row has another length, or an id that no model has.
     """
     if lists.null_count:
-        raise ValueError(f"{where(_first(lists.is_null()))} has no indices")
+        raise ValueError(f"{where(first_true(lists.is_null()))} has no indices")
     lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
     topk = topk or int(lengths[0])
     if topk == 0 or (lengths != topk).any():
@@ -114,11 +114,12 @@ def from_lists(lists: pa.Array, topk: int | None, where: Callable[[int], str]) -
         raise ValueError(f"{where(row)} has {int(lengths[row])} experts, topk={topk}")
     values = lists.flatten()
     if values.null_count:
-        raise ValueError(f"{where(_first(values.is_null()) // topk)} has an expert that is null")
+        raise ValueError(f"{where(first_true(values.is_null()) // topk)} has an expert that is null")
     return narrowed(values.to_numpy(zero_copy_only=False).reshape(-1, topk), where)
 
 
-def _first(mask: pa.Array) -> int:
+def first_true(mask: pa.Array) -> int:
+    """Place of the first true entry."""
     return int(np.argmax(mask.to_numpy(zero_copy_only=False)))
 
 
