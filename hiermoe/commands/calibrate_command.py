@@ -7,11 +7,7 @@ from rich.table import Table
 from hiermoe.planner.fit import fit_exchanges
 from hiermoe.records.project import to_root
 from hiermoe.records.store import RunStore
-from hiermoe.runs.calibration import (
-    CalibrationConfig,
-    calibration_table,
-    write_cluster,
-)
+from hiermoe.runs.calibration import CalibrationConfig, calibration_table, write_cluster
 from hiermoe.runs.single import present
 
 

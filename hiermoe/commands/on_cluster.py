@@ -5,7 +5,7 @@ import re
 import signal
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Literal
 
@@ -28,16 +28,9 @@ from hiermoe.runs.training import TrainRunConfig, training_on
 from hiermoe.topology.cluster import Cluster, Level
 from hiermoe.topology.peers import AlphaBeta
 
-Say = Callable[[str], None]
-
 # Bytes and rounds of a calibration, where conf/calibrate.yaml's are for slow links and two cores.
 _ON_GPUS = {"largest_pair_bytes": 2**25, "largest_bytes": 2**28, "warm_ups": 5, "repeats": 20}
 _QUICK_ON_CPU = {"largest_pair_bytes": 2**18, "largest_bytes": 2**20, "repeats": 3}
-
-
-def print_line(line: str) -> None:
-    """To standard output, which a follower of the job reads."""
-    print(line, flush=True)
 
 
 def measure_in_allocation(
@@ -47,7 +40,6 @@ def measure_in_allocation(
     name: str | None = None,
     nodes: int | None = None,
     gpus_per_node: int | None = None,
-    say: Say = print_line,
 ) -> list[Outcome] | None:
     """Calibrate this allocation's cluster and measure. *Collective: every process of the allocation must call it.*
 
@@ -58,7 +50,6 @@ def measure_in_allocation(
         name: of the cluster's file in results/clusters; None for Slurm's name of the cluster and the allocation's size.
         nodes: that the allocation must have; None for any number.
         gpus_per_node: likewise.
-        say: what rank 0 does with a line about progress.
 
     Returns:
         On rank 0 all outcomes; None on others, which are through.
@@ -84,16 +75,16 @@ def measure_in_allocation(
         signal.signal(signal.SIGTERM, attempts.excuse)  # scancel, or preemption
         say(f"{shape[0]} nodes x {shape[1]} processes joined over {'NCCL' if crew.device == 'cuda' else 'gloo'}")
         config = calibration_of(shape, ranks, amount, structure, name)
-        cluster = _calibrated(config, store, attempts, crew, say)
+        cluster = _calibrated(config, store, attempts, crew)
         cells = measured_cells(amount, ranks, cluster.name)
         fitting = [cell for cell in cells if amount == "quick" or required_shape(cell) == shape]
         others = [cell for cell in cells if cell not in fitting]
         outcomes = [_wrong_size(cell, shape, store) for cell in others]
         for outcome in outcomes[:1]:
             say(f"{len(outcomes)} runs do not apply here: {outcome.reason}")
-        outcomes += _measure(fitting, store, attempts, crew, say)
+        outcomes += _measure(fitting, store, attempts, crew)
         if crew.device == "cuda" and amount == "full":
-            outcomes += _train(training_on(cluster, ranks), store, attempts, crew, say)
+            outcomes += _train(training_on(cluster, ranks), store, attempts, crew)
         return outcomes
 
     return ranks.lead(program, check)
@@ -134,18 +125,14 @@ def reproduce_on_cluster(
         if measured is None:
             return
         outcomes = measured
-    from hiermoe.commands.reproduce_command import (
-        Session,
-        finish,
-        predict,
-        simulate_all,
-    )  # figures: seconds, and not for every rank
+    # Figures take seconds to import, and are not for every rank.
+    from hiermoe.commands.reproduce_command import Session, finish, predict, simulate_all
 
     session = Session(RunStore(), console, workers or os.cpu_count() or 1, started)
     outcomes = outcomes + predict(measured_so_far(session.store), session)
     cells = {name: expand(name) for name in sweep_names()}
     if amount != "quick":
-        outcomes += simulate_all((cell.config for sweep in cells.values() for cell in sweep), cells, session)
+        outcomes += simulate_all(cells, session)
     finish(outcomes, session, wandb_mode, cells)
 
 
@@ -192,7 +179,8 @@ def calibration_of(
     elif amount == "quick":
         values |= _QUICK_ON_CPU
     if name is None:
-        parts = [_cluster_name(), f"{nodes}x{gpus}", structure]
+        slurms = re.sub(r"[^\w.-]", "_", os.environ.get("SLURM_CLUSTER_NAME", "cluster"))
+        parts = [slurms, f"{nodes}x{gpus}", structure]
         parts += ["cpu" if ranks.device == "cpu" else None, "quick" if amount == "quick" else None]
         name = "_".join(part for part in parts if part)
     cluster = uncalibrated(name, f"{nodes} nodes x {gpus} {ranks.device} ranks", levels)
@@ -214,12 +202,12 @@ def required_shape(cell: MeasuredCell) -> tuple[int, int]:
     return nodes, hierarchy.num_ranks // nodes
 
 
-def _cluster_name() -> str:
-    """Slurm's name of the cluster."""
-    return re.sub(r"[^\w.-]", "_", os.environ.get("SLURM_CLUSTER_NAME", "cluster"))
+def say(line: str) -> None:
+    """To standard output, which a follower of the job reads."""
+    print(line, flush=True)
 
 
-def _calibrated(config: CalibrationConfig, store: RunStore, attempts: Attempts, crew: Crew, say: Say) -> Cluster:
+def _calibrated(config: CalibrationConfig, store: RunStore, attempts: Attempts, crew: Crew) -> Cluster:
     if store.is_done(config.run_id) and config.path.exists():
         say(f"calibration of {config.name}: kept from before")
         return Cluster.named(config.name)
@@ -245,7 +233,7 @@ def _wrong_size(cell: MeasuredCell, shape: tuple[int, int], store: RunStore) -> 
     )
 
 
-def _measure(cells: Sequence[MeasuredCell], store: RunStore, attempts: Attempts, crew: Crew, say: Say) -> list[Outcome]:
+def _measure(cells: Sequence[MeasuredCell], store: RunStore, attempts: Attempts, crew: Crew) -> list[Outcome]:
     """Run group after group; what an earlier job died in goes alone, so that only the culprit is given up."""
     outcomes: list[Outcome] = []
     groups = together(cell.measured.config for cell in cells)
@@ -261,25 +249,21 @@ def _measure(cells: Sequence[MeasuredCell], store: RunStore, attempts: Attempts,
     for group in groups:
         done = [config for config in group if store.is_done(config.run_id)]
         tell(execute_together(done, store, world=crew), done)
-        given_up = {config.run_id: attempts.reason_to_skip(config.run_id) for config in group if config not in done}
-        missing = [config for config in group if config.run_id in given_up]
+        missing = [config for config in group if config not in done]
         suspects = [config for config in missing if attempts.unfinished(config.run_id)]
-        for config in suspects:
-            reason = given_up[config.run_id]
-            if reason is not None:
-                tell([refuse(config, "failed", reason, store)], [config])
         innocent = [config for config in missing if config not in suspects]
-        alone = [[config] for config in suspects if given_up[config.run_id] is None]
-        for configs in [innocent, *alone]:
-            if configs:
-                with attempts.of([config.run_id for config in configs]):
+        for configs in [innocent, *([config] for config in suspects)]:
+            run_ids = [config.run_id for config in configs]
+            given_up = next(filter(None, map(attempts.reason_to_skip, run_ids)), None)  # only of one that is alone
+            if given_up is not None:
+                tell([refuse(configs[0], "failed", given_up, store)], configs)
+            elif configs:
+                with attempts.of(run_ids):
                     tell(execute_together(configs, store, world=crew), configs)
     return outcomes
 
 
-def _train(
-    cells: Sequence[Cell[TrainRunConfig]], store: RunStore, attempts: Attempts, crew: Crew, say: Say
-) -> list[Outcome]:
+def _train(cells: Sequence[Cell[TrainRunConfig]], store: RunStore, attempts: Attempts, crew: Crew) -> list[Outcome]:
     """Train under one system after another; what earlier jobs died in twice is given up."""
     outcomes: list[Outcome] = []
     for number, cell in enumerate(cells, start=1):

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import pandas as pd
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -26,7 +27,7 @@ from hiermoe.runs.compose import Cell, expand, sweep_names
 from hiermoe.runs.execute import execute, execute_together, num_steps
 from hiermoe.runs.indexing import index_runs
 from hiermoe.runs.measured_cells import Amount, MeasuredCell, clusters_of, measured_cells, together
-from hiermoe.runs.run_config import RunConfig, WandbMode
+from hiermoe.runs.run_config import WandbMode
 from hiermoe.runs.sweep import run_all
 from hiermoe.runs.tracking import mirror_table
 from hiermoe.runs.training import expand_training
@@ -70,23 +71,30 @@ def reproduce(
     session = Session(RunStore(), Console(), workers or os.cpu_count() or 1, time.perf_counter())
     console = session.console
     with console.status("reading conf/ and sweeps/"):
-        cells = {name: expand(name) for name in sweeps or _simulated(amount)}
-    measures = sweeps is None
-    lacking = missing_requirement() if measures else None
-    if measures and lacking is None:
-        console.print(PLANS[amount])
-    outcomes = simulate_all((cell.config for sweep in cells.values() for cell in sweep), cells, session)
-    if measures and lacking is None:
+        simulated = sweeps or [name for name in sweep_names() if amount != "quick" or name not in _BEYOND]
+        cells = {name: expand(name) for name in simulated}
+    if sweeps is not None:
+        finish(simulate_all(cells, session), session, wandb_mode, cells)
+        return
+    lacking = missing_requirement()
+    console.print(PLANS["simulated" if lacking else amount])
+    first = {name: sweep for name, sweep in cells.items() if name not in _BEYOND}
+    outcomes = simulate_all(first, session)
+    if any(not outcome.cached for outcome in outcomes):
+        write(session, cells, "first report, simulated numbers of the paper's figures")
+    if lacking is None:
         outcomes += measure_emulated(amount, session)
-    elif lacking is not None:
+    else:
         console.print(
             f"[yellow]left out[/yellow]: measured runs on an emulated cluster. {lacking}\n"
             "  as root: [bold]make reproduce[/bold]; what is done is kept"
         )
+    outcomes += simulate_all({name: sweep for name, sweep in cells.items() if name in _BEYOND}, session)
     finish(outcomes, session, wandb_mode, cells)
 
 
-PLANS: Mapping[Amount, str] = {
+PLANS: Mapping[str, str] = {
+    "simulated": "simulation of every figure",
     "quick": "simulation of the paper's figures, then a first look at measured numbers on 8 emulated ranks: about 5 "
     "minutes",
     "default": "simulation of every figure (4 minutes), then on 32 emulated ranks calibration and Fig. 11 of one "
@@ -101,13 +109,11 @@ PLANS: Mapping[Amount, str] = {
 _BEYOND = ("heat_map", "planner_cost", "scaling", "search", "search_bound")
 
 
-def _simulated(amount: Amount) -> list[str]:
-    """Names of the simulated sweeps of an amount."""
-    return [name for name in sweep_names() if amount != "quick" or name not in _BEYOND]
-
-
-def simulate_all(configs: Iterable[RunConfig], cells: Cells, session: Session) -> list[Outcome]:
-    """Run simulated configurations on all cores, with one progress bar per sweep."""
+def simulate_all(cells: Cells, session: Session) -> list[Outcome]:
+    """Run simulated sweeps on all cores, with one progress bar each."""
+    if not cells:
+        return []
+    configs = (cell.config for sweep in cells.values() for cell in sweep)
     with _progress(session.console) as progress:
         runs = {name: {cell.config.run_id for cell in sweep} for name, sweep in cells.items()}
         total = progress.add_task("all runs", total=len(set().union(*runs.values())))
@@ -165,9 +171,7 @@ def measure(cells: Sequence[MeasuredCell], session: Session) -> list[Outcome]:
 
 def predict(cells: Sequence[MeasuredCell], session: Session) -> list[Outcome]:
     """What the calibrated cost model says of the same runs."""
-    return simulate_all(
-        (cell.predicted.config for cell in cells), {"predictions": [cell.predicted for cell in cells]}, session
-    )
+    return simulate_all({"predictions": [cell.predicted for cell in cells]}, session)
 
 
 def finish(outcomes: Sequence[Outcome], session: Session, wandb_mode: WandbMode, cells: Cells) -> None:
@@ -183,15 +187,25 @@ def finish(outcomes: Sequence[Outcome], session: Session, wandb_mode: WandbMode,
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     for outcome in failed:
         console.print(f"[red]failed[/red] {outcome.run_id}: {outcome.reason}")
-    with console.status("drawing figures and writing the report"):
-        report, verdicts = write_report(index_runs(session.store, cells), session.store)
+    verdicts = write(session, cells, "report")
     if new:
         with console.status(f"mirroring verdicts in W&B ({wandb_mode})"):
             mirror_table("verdicts", verdicts, wandb_mode)
     console.print(verdict_summary(verdicts))
-    console.print(f"report: [bold]{report}[/bold] ({session.seconds:.0f} s in all)")
     if failed:
         raise ValueError(f"{len(failed)} of {len(outcomes)} runs failed; the report leaves them out and says so")
+
+
+def write(session: Session, cells: Cells, what: str) -> pd.DataFrame:
+    """Write the report from the records that there are, and say where it is.
+
+    Returns:
+        The verdicts.
+    """
+    with session.console.status("drawing figures and writing the report"):
+        report, verdicts = write_report(index_runs(session.store, cells), session.store)
+    session.console.print(f"{what}: [bold]{report}[/bold] ({session.seconds:.0f} s since the start)")
+    return verdicts
 
 
 def _show(progress: Progress, task: TaskID, what: str) -> None:

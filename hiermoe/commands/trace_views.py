@@ -3,45 +3,23 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.table import Table
 
 from hiermoe.planner.cost import choose_scheme
-from hiermoe.planner.counts import count_routing
+from hiermoe.planner.counts import count_routing, sort_choices
 from hiermoe.policies.system import SystemConfig
 from hiermoe.routing.trace import RecordedRouting, RoutingTrace
 from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
-
-
-def duplication_rate(ids_NK: np.ndarray, num_experts: int, groups: int) -> float:
-    """1 - distinct (token, group) / token-expert pairs (paper, Table II), experts in their first places.
-
-    Args:
-        ids_NK: unsigned integer [N, K].
-        num_experts: E.
-        groups: that the experts are split into, evenly and in a row.
-
-    Raises:
-        ValueError: E is not divisible by the groups.
-    """
-    if num_experts % groups:
-        raise ValueError(f"num_experts={num_experts} is not divisible by {groups} groups")
-    group_NK = np.sort(ids_NK // (num_experts // groups), axis=1)
-    distinct = len(group_NK) + int(np.count_nonzero(group_NK[:, 1:] != group_NK[:, :-1]))
-    return 1.0 - distinct / group_NK.size
-
-
-def valid_ids(trace: RoutingTrace, layer: int, iteration: int) -> np.ndarray:
-    """The router's choice of all tokens of an iteration, without padding: [N, K]."""
-    filled = np.arange(trace.expert_ids.shape[3])[None, :] < trace.num_tokens[iteration][:, None]
-    return trace.expert_ids[iteration, layer][filled][:, : trace.metadata.topk]
 
 
 def show(trace: RoutingTrace, cluster: Cluster) -> list[Table]:
     """Tables of what a trace holds, and of its loads and duplication in every layer.
 
     Raises:
-        ValueError: E is not divisible by the groups of a level of the cluster.
+        ValueError: E is not divisible by the GPUs of the cluster.
     """
     meta, shape = trace.metadata, trace.expert_ids.shape
     about = Table(title=meta.model, title_justify="left", show_header=False)
@@ -69,24 +47,28 @@ def show(trace: RoutingTrace, cluster: Cluster) -> list[Table]:
     for column in ("layer", "an iteration's load: mean", "max", "whole trace", "never chosen", *levels):
         rows.add_column(column, justify="right")
     for position, layer in enumerate(meta.layers):
-        rows.add_row(str(layer), *_of_layer(trace, position, hierarchy.groups))
+        rows.add_row(str(layer), *_of_layer(trace, position, hierarchy))
     return [about, rows]
 
 
-def _of_layer(trace: RoutingTrace, position: int, levels: tuple[int, ...]) -> list[str]:
-    num_experts = trace.metadata.num_experts
-    loads_IE, duplication, pairs = [], np.zeros(len(levels)), 0
-    for iteration in range(len(trace.expert_ids)):
-        ids_NK = valid_ids(trace, position, iteration)
-        loads_IE.append(np.bincount(ids_NK.ravel(), minlength=num_experts))
-        if ids_NK.size:
-            duplication += ids_NK.size * np.array([duplication_rate(ids_NK, num_experts, n) for n in levels])
-            pairs += ids_NK.size
+def _of_layer(trace: RoutingTrace, position: int, hierarchy: Hierarchy) -> list[str]:
+    routing, first_places = (
+        RecordedRouting(trace, position, trace.metadata.topk),
+        Placement.identity(trace.metadata.num_experts),
+    )
+    loads_IE, distinct_D = [], np.zeros(hierarchy.depth)
+    for iteration in range(routing.num_distinct):
+        ids_NK = routing.step(iteration).expert_ids_NK
+        loads_IE.append(torch.bincount(ids_NK.flatten(), minlength=first_places.num_experts).numpy())
+        whole_step = torch.zeros(len(ids_NK), dtype=torch.int64)
+        needed = sort_choices(ids_NK, first_places, hierarchy).distinct(whole_step, 1, hierarchy)
+        distinct_D += [int(tokens.sum()) for tokens in needed]
     loads = np.stack(loads_IE).astype(float)
     used = loads[loads.sum(1) > 0]
     ratios, total = used.max(1) / used.mean(1), loads.sum(0)
     figures = [ratios.mean(), ratios.max(), total.max() / total.mean()]
-    return [*(f"{x:.2f}" for x in figures), str(int((total == 0).sum())), *(f"{x / pairs:.1%}" for x in duplication)]
+    duplication_D = 1 - distinct_D / total.sum()
+    return [*(f"{x:.2f}" for x in figures), str(int((total == 0).sum())), *(f"{x:.1%}" for x in duplication_D)]
 
 
 def traffic_matrices(

@@ -83,9 +83,7 @@ def max_over_mean_load(ids_LNK: np.ndarray, num_experts: int, topk: int) -> np.n
     return loads.max(axis=1) / loads.mean(axis=1)
 
 
-def write_trace(
-    config: RecordConfig, corpus: Corpus, command: str, ids_ILNK: np.ndarray, losses: list[float]
-) -> RoutingTrace:
+def write_trace(config: RecordConfig, corpus: Corpus, command: str, ids_ILNK: np.ndarray, losses: list[float]) -> None:
     """Lay the recorded steps out over the logical ranks, and save them with how they came to be.
 
     Args:
@@ -124,7 +122,6 @@ def write_trace(
         ),
     )
     trace.save(from_root(config.output))
-    return trace
 
 
 def _notes(config: RecordConfig, losses: list[float], loads_IL: np.ndarray) -> str:

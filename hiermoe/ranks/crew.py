@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal, NoReturn, Self, TypeVar
+from typing import Any, Literal, NoReturn, Self
 
 import pandas as pd
 import torch
@@ -29,10 +29,7 @@ from hiermoe.ranks.allocation import Member
 from hiermoe.ranks.streams import collect, streaming
 from hiermoe.ranks.world import Device, Progress, no_progress
 from hiermoe.records.keep import RunDied
-from hiermoe.records.project import SCRATCH
 from hiermoe.records.status import NotApplicable
-
-T = TypeVar("T")
 
 # Followers wait in the control group while rank 0 draws routing or writes a report. That rank 0 is gone, they see at
 # once; this is for the case that its machine vanished without a word.
@@ -82,25 +79,27 @@ class Crew:
 
     source: Literal["cluster"] = "cluster"
 
-    def __init__(
-        self,
-        rank: int,
-        world_size: int,
-        store: Store,
-        control: dist.ProcessGroup,
-        device: Device,
-        timeout: timedelta,
-    ) -> None:
-        """Take over a world that is there; `join` makes one."""
-        self.rank = rank
-        self.world_size = world_size
+    def __init__(self, member: Member, store: Store, host: str, device: Device, timeout: timedelta) -> None:
+        """Meet the others at a store that all share; `join` finds it. *Collective.*"""
+        self.rank = member.rank
+        self.world_size = member.world_size
         self.device: Device = device
         self.timeout = timeout
-        self._store = store
-        self._control = control
+        self._store = PrefixStore("crew", store)
         self._number = 0
         self._in_order = False
-        self.hosts: list[str] = []
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            store=PrefixStore("world", store),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timeout,
+        )
+        control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
+        assert isinstance(control, dist.ProcessGroup)
+        self._control = control
+        self.hosts = [""] * self.world_size
+        dist.all_gather_object(self.hosts, host, group=self._control)
 
     @classmethod
     def join(cls, device: Device, timeout: timedelta, folder: Path) -> "Crew":
@@ -128,26 +127,9 @@ class Crew:
             torch.cuda.set_device(index)
         torch.set_num_threads(1)
         try:
-            return cls._meet(member, host, device, timeout, folder)
+            return cls(member, member.meet(folder, timeout), host, device, timeout)
         except RuntimeError as error:
             raise ValueError(f"rank {member.rank} on {host} could not join the others: {_first_line(error)}") from error
-
-    @classmethod
-    def _meet(cls, member: Member, host: str, device: Device, timeout: timedelta, folder: Path) -> "Crew":
-        store = member.meet(folder, timeout)
-        dist.init_process_group(
-            "nccl" if device == "cuda" else "gloo",
-            store=PrefixStore("world", store),
-            rank=member.rank,
-            world_size=member.world_size,
-            timeout=timeout,
-        )
-        control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
-        assert isinstance(control, dist.ProcessGroup)
-        crew = cls(member.rank, member.world_size, PrefixStore("crew", store), control, device, timeout)
-        crew.hosts = [""] * member.world_size
-        dist.all_gather_object(crew.hosts, host, group=control)
-        return crew
 
     def __enter__(self) -> Self:
         return self
@@ -280,34 +262,6 @@ class Crew:
 
     def _first(self, prefix: str) -> str:
         return self._store.get(prefix + "first").decode()
-
-
-def lead(
-    device: Device, timeout: timedelta, program: Callable[[Crew], T], check: Callable[[Crew], None] = lambda crew: None
-) -> T | None:
-    """Run a program on rank 0, with the processes of the allocation as its crew. *Collective: every process calls it.*
-
-    Does not return where the crew ends.
-
-    Args:
-        device: of the ranks.
-        timeout: of a collective.
-        program: what rank 0 does.
-        check: called on every rank before; refuses a crew that does not fit.
-
-    Returns:
-        What the program does on rank 0; None on the others, which have served it.
-    """
-    crew = Crew.join(device, timeout, SCRATCH)
-    check(crew)
-    if crew.rank > 0:
-        crew.serve()
-        return None
-    try:
-        with crew:
-            return program(crew)
-    except CrewEnded as error:
-        leave(error)
 
 
 def leave(error: CrewEnded) -> NoReturn:

@@ -95,23 +95,9 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="hiermoe-ranks-") as name:
         folder = Path(name)
         # Written once and not sent to each process, which would also share the memory of tensors among them.
-        torch.save((function, args, dict(os.environ)), folder / "job.pt")
+        torch.save((function, args, dict(os.environ), world_size, timeout, hosts, namespaces), folder / "job.pt")
         # Daemons, because an interrupted parent would wait for any other child.
-        ranks = [
-            context.Process(
-                target=_rank_main,
-                args=(
-                    rank,
-                    world_size,
-                    folder,
-                    timeout,
-                    None if hosts is None else hosts[rank],
-                    None if namespaces is None else namespaces[rank],
-                ),
-                daemon=True,
-            )
-            for rank in range(world_size)
-        ]
+        ranks = [context.Process(target=_rank_main, args=(rank, folder), daemon=True) for rank in range(world_size)]
         try:
             for process in ranks:
                 process.start()
@@ -205,19 +191,18 @@ def _report_path(folder: Path, rank: int) -> Path:
     return folder / f"failure-{rank}.json"
 
 
-def _rank_main(
-    rank: int, world_size: int, folder: Path, timeout: timedelta, host: str | None, namespace: Path | None
-) -> None:
+def _rank_main(rank: int, folder: Path) -> None:
     """A rank's process, from the group's start to the result or the report of a failure."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
     end_with_parent()
     try:
-        function, args, environment = torch.load(folder / "job.pt", weights_only=False)
+        job = torch.load(folder / "job.pt", weights_only=False)
+        function, args, environment, world_size, timeout, hosts, namespaces = job
         os.environ.update(environment)  # the fork server may be older than the caller's
-        if host is not None:
-            os.environ[HOST_VARIABLE] = host
-        if namespace is not None:
-            enter(namespace)  # before anything opens a socket or starts a thread that may
+        if hosts is not None:
+            os.environ[HOST_VARIABLE] = hosts[rank]
+        if namespaces is not None:
+            enter(namespaces[rank])  # before anything opens a socket or starts a thread that may
             os.environ["GLOO_SOCKET_IFNAME"] = _interface(loopback=False)
         # All ranks are on this host. gloo otherwise asks the host's name for an address, which need not be reachable.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(loopback=True))

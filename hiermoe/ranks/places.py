@@ -12,13 +12,13 @@ import yaml
 from pydantic import Field, model_validator
 
 from hiermoe.dispatch.communicators import played_hosts
-from hiermoe.ranks.crew import Crew, lead
+from hiermoe.ranks.crew import Crew, CrewEnded, leave
 from hiermoe.ranks.emulated.network import EmulatedNetwork
 from hiermoe.ranks.launch import RankFailedError, run_ranks
 from hiermoe.ranks.streams import collect, streaming
 from hiermoe.ranks.world import Device, Progress, Source, World, no_progress
 from hiermoe.records.keep import RunDied
-from hiermoe.records.project import CONF
+from hiermoe.records.project import CONF, SCRATCH
 from hiermoe.records.strict import Strict
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
@@ -129,6 +129,8 @@ class RanksConfig(Strict):
     def lead(self, program: Callable[[Crew | None], T], check: Callable[[Crew], None] = lambda crew: None) -> T | None:
         """Run a program that has its ranks measure something. *Collective in an allocation.*
 
+        Does not return where the crew of an allocation ends.
+
         Args:
             program: is given the processes of the allocation as a crew, None where ranks are started as needed.
             check: called with the crew on every process of the allocation; refuses one that does not fit.
@@ -138,4 +140,13 @@ class RanksConfig(Strict):
         """
         if self.on_this_host:
             return program(None)
-        return lead(self.device, timedelta(seconds=self.timeout_s), program, check)
+        crew = Crew.join(self.device, timedelta(seconds=self.timeout_s), SCRATCH)
+        check(crew)
+        if crew.rank > 0:
+            crew.serve()
+            return None
+        try:
+            with crew:
+                return program(crew)
+        except CrewEnded as error:
+            leave(error)

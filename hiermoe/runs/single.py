@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from functools import partial
 
 import pandas as pd
 import torch
@@ -49,30 +48,27 @@ def present(config: Mirrored, title: str, summarise: Callable[[pd.DataFrame, str
         if crew.world_size != num_ranks:
             raise ValueError(f"the run has {num_ranks} ranks, but the allocation {crew.world_size} processes")
 
+    def program(world: World | None) -> None:
+        torch.set_num_threads(1)
+        store, console = RunStore(), Console()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task(title, total=num_steps(config))
+            outcome = execute(config, store, lambda _: progress.advance(task), world)
+        swept = {"-m", "--multirun"} & set(sys.argv)  # one without meaning must not end the others
+        if outcome.status == "not_applicable" and swept:
+            console.print(f"[yellow]not applicable[/yellow] {title}: {outcome.reason}")
+            return
+        if outcome.status != "ok":
+            raise ValueError(outcome.reason)
+        records = store.read(outcome.run_id)
+        console.print(summarise(records, title))
+        where = store.path(outcome.run_id)
+        console.print(f"{'kept from before' if outcome.cached else f'{outcome.seconds:.1f} s'} · record: {where}\n")
+        if not outcome.cached:
+            mirror_run(config, records)
+
     if config.ranks is None:
-        _present(config, title, summarise, None)
+        program(None)
     else:
-        config.ranks.lead(partial(_present, config, title, summarise), check)
-
-
-def _present(
-    config: Mirrored, title: str, summarise: Callable[[pd.DataFrame, str], Table], world: World | None
-) -> None:
-    torch.set_num_threads(1)
-    store, console = RunStore(), Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title, total=num_steps(config))
-        outcome = execute(config, store, lambda _: progress.advance(task), world)
-    swept = {"-m", "--multirun"} & set(sys.argv)  # one without meaning must not end the others
-    if outcome.status == "not_applicable" and swept:
-        console.print(f"[yellow]not applicable[/yellow] {title}: {outcome.reason}")
-        return
-    if outcome.status != "ok":
-        raise ValueError(outcome.reason)
-    records = store.read(outcome.run_id)
-    console.print(summarise(records, title))
-    where = store.path(outcome.run_id)
-    console.print(f"{'kept from before' if outcome.cached else f'{outcome.seconds:.1f} s'} · record: {where}\n")
-    if not outcome.cached:
-        mirror_run(config, records)
+        config.ranks.lead(program, check)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from hiermoe.analysis.claims import load_claims
 from hiermoe.analysis.figures import FIGURES
-from hiermoe.analysis.figures.spec import FigureSpec
+from hiermoe.analysis.figures.spec import FigureSpec, render
 from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.report import write_reference, write_report
 from hiermoe.records.store import RunStore
@@ -132,3 +132,21 @@ def test_figures_leave_models_without_the_leading_routing_on_their_own(results: 
         "Qwen3-30B-A3B, recorded routing",
         "DeepSeek-V3, uniform routing",
     ]
+
+
+def test_figure_is_drawn_again_only_if_something_about_it_has_changed(results: Results, tmp_path: Path) -> None:
+    spec = next(spec for spec in FIGURES if spec.name == "fig12")
+    table, files = spec.table(results, load_claims()), [tmp_path / f"fig12{end}" for end in (".png", ".pdf", ".csv")]
+
+    def drawn(table: pd.DataFrame, spec: FigureSpec = spec) -> bool:
+        """Whether rendering writes the picture anew."""
+        before = files[0].stat().st_mtime_ns if files[0].exists() else 0
+        assert render(spec, table, tmp_path, "fig12") == spec.words(table)
+        return files[0].stat().st_mtime_ns != before
+
+    assert drawn(table) and not drawn(table)
+    assert drawn(table.iloc[1:])
+    files[1].unlink()
+    assert drawn(table.iloc[1:]) and files[1].exists()
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    assert drawn(table.iloc[1:])

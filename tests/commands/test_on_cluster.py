@@ -114,12 +114,11 @@ def test_a_run_that_ends_every_job_is_given_up_and_the_others_are_done(
 ) -> None:
     cells = measured_cells("quick", CPU, "emulated_4x2")
     executed: list[str] = []
-    said: list[str] = []
     monkeypatch.setattr(on_cluster, "execute_together", _fake_execution("hd2_moe", executed))
 
     def job(number: int) -> list[Outcome]:
         crew: Any = SimpleNamespace()
-        return on_cluster._measure(cells, store, Attempts(store, f"job {number}"), crew, said.append)
+        return on_cluster._measure(cells, store, Attempts(store, f"job {number}"), crew)
 
     for number in (1, 2):
         with pytest.raises(CrewEnded):

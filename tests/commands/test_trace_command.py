@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hiermoe.commands.trace_views import duplication_rate, show
+from hiermoe.commands.trace_views import show
 from hiermoe.records.store import RunStore
 from hiermoe.routing.trace import RoutingTrace
 from hiermoe.topology.cluster import Cluster
@@ -115,8 +115,8 @@ def test_loads_and_duplication_leave_padding_out() -> None:
 
 
 def test_duplication_of_groups_that_do_not_split_the_experts_is_refused() -> None:
-    with pytest.raises(ValueError, match="num_experts=16 is not divisible by 3 groups"):
-        duplication_rate(np.zeros((1, 2), np.uint8), 16, 3)
+    with pytest.raises(ValueError, match="num_experts=16 is not divisible by ep_size=32"):
+        show(a_trace(), Cluster.named("a6000_4x8"))
 
 
 def test_a_trace_that_is_none_is_refused(hiermoe: Command, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a figure is: a table of what is plotted, a drawing of that table, and words about it."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,12 +8,17 @@ from pathlib import Path
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
+from PIL import Image
 
 from hiermoe.analysis.claims import Claim
 from hiermoe.analysis.figures.style import SETTINGS
 from hiermoe.analysis.frames import Results
+from hiermoe.records.project import CONF
+from hiermoe.records.run_id import code_digest
 
 DPI = 150
+DRAWN = "Drawn from"  # in the metadata of a picture: the digest of what it was drawn from
+LOOKS = ("system", "model", "cluster")  # folders of conf/ that name labels and colours
 REPRODUCIBLE = {"CreationDate": None, "ModDate": None}  # the same table gives the same file
 
 
@@ -57,7 +63,7 @@ class FigureSpec:
 
 
 def render(spec: FigureSpec, table: pd.DataFrame, folder: Path, name: str) -> Words | None:
-    """Write ``<name>.png``, ``.pdf`` and ``.csv``.
+    """Write ``<name>.png``, ``.pdf`` and ``.csv``, unless the same was drawn before.
 
     Args:
         spec: the figure.
@@ -73,11 +79,29 @@ def render(spec: FigureSpec, table: pd.DataFrame, folder: Path, name: str) -> Wo
         for suffix in (".png", ".pdf", ".csv"):
             stem.with_suffix(suffix).unlink(missing_ok=True)
         return None
-    words = spec.words(table)
-    with mpl.rc_context(SETTINGS):
-        figure = spec.draw(table, words.title)
-        figure.savefig(stem.with_suffix(".png"), dpi=DPI)
-        figure.set_layout_engine("none")  # the layout is found; finding it again takes as long as drawing
-        figure.savefig(stem.with_suffix(".pdf"), metadata=REPRODUCIBLE)
-    table.to_csv(stem.with_suffix(".csv"), index=False)
+    words, data = spec.words(table), table.to_csv(index=False)
+    drawn = _digest(spec, words.title, data)
+    if not _is_drawn(stem, drawn):
+        with mpl.rc_context(SETTINGS):
+            figure = spec.draw(table, words.title)
+            figure.savefig(stem.with_suffix(".png"), dpi=DPI, metadata={DRAWN: drawn})
+            figure.set_layout_engine("none")  # the layout is found; finding it again takes as long as drawing
+            figure.savefig(stem.with_suffix(".pdf"), metadata=REPRODUCIBLE)
+        stem.with_suffix(".csv").write_text(data)
     return words
+
+
+def _digest(spec: FigureSpec, title: str, data: str) -> str:
+    """Of everything that a figure depends on: its table, the code that draws it, and what conf/ says of looks."""
+    looks = [path.read_text() for folder in LOOKS for path in sorted((CONF / folder).glob("*.yaml"))]
+    parts = [title, data, code_digest((spec.draw.__module__,)), mpl.__version__, *looks]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _is_drawn(stem: Path, digest: str) -> bool:
+    try:
+        with Image.open(stem.with_suffix(".png")) as image:
+            same = image.info.get(DRAWN) == digest
+    except OSError:
+        return False
+    return same and all(stem.with_suffix(suffix).exists() for suffix in (".pdf", ".csv"))
