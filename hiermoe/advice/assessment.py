@@ -112,7 +112,7 @@ def assess(
     assessed: list[Assessed] = []
     for candidate in systems:
         label, system = candidate.label, candidate.system
-        counted, updates = _count(case, candidate, case.first_places, held_out), pd.DataFrame()
+        counted, updates = count_held_out(case, candidate.schemes, case.first_places, held_out), pd.DataFrame()
         if candidate.moves:
             workload = Workload(
                 system, candidate.schemes, system.build_policy, case.cluster, seen, case.layer, case.sizes, split
@@ -124,11 +124,6 @@ def assess(
         assessed.append(Assessed(candidate, counted, speedup, updates))
         progress(label, split - 1)
     return Assessment(case, tuple(assessed), _levels(case, held_out), split, len(held_out), tuple(left_out))
-
-
-def _count(case: Case, candidate: Candidate, placement: Placement, iterations: Sequence[int]) -> HeldOut:
-    counts = [case.routing.counts(i, placement, case.cluster.hierarchy) for i in iterations]
-    return count_held_out(candidate.schemes, counts, case.cluster.hierarchy, case.sizes.row_bytes)
 
 
 def _after_updates(
@@ -157,7 +152,7 @@ def _after_updates(
     for updates in sorted({*(2**n for n in range(20) if 2**n < last), 0, last}):
         so_far = acting.iloc[:updates]
         if updates:
-            own = _count(case, candidate, placements[updates], held_out)
+            own = count_held_out(case, candidate.schemes, placements[updates], held_out)
         own_ms = own.step_ms(case.cluster)
         gain, moved_ms = ratio_of_sums(fixed_ms, own_ms), float(so_far["migration_link_ms"].sum())
         rows.append(

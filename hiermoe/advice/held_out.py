@@ -7,13 +7,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hiermoe.advice.inputs import Case
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP, times_of_stages
-from hiermoe.planner.counts import RoutingCounts, separating_level
+from hiermoe.planner.counts import separating_level
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.planner.traffic import exact_traffic
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.peers import Peers
+from hiermoe.topology.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -73,22 +75,17 @@ class HeldOut:
 
 
 def count_held_out(
-    schemes: Sequence[DispatchScheme], steps: Sequence[RoutingCounts], hierarchy: Hierarchy, row_bytes: int
+    case: Case, schemes: tuple[DispatchScheme, ...], placement: Placement, iterations: Sequence[int]
 ) -> HeldOut:
-    """Exact bytes of some iterations.
-
-    Args:
-        schemes: candidates.
-        steps: counts of each iteration under the placement.
-        hierarchy: groups of GPUs.
-        row_bytes: M * v.
-    """
+    """Exact bytes of some iterations of a case under one placement."""
+    hierarchy, row_bytes = case.cluster.hierarchy, case.sizes.row_bytes
+    steps = [case.routing.counts(i, placement, hierarchy) for i in iterations]
     busiest, crossing = [], []
     for scheme in schemes:
         traffic = [exact_traffic(scheme, counts, hierarchy) for counts in steps]
         busiest.append(torch.stack([x.busiest_rows() for x in traffic]).numpy() * row_bytes)
         crossing.append(torch.stack([crossing_rows(x.rows_SGG, hierarchy) for x in traffic]).numpy() * row_bytes)
-    return HeldOut(tuple(schemes), tuple(busiest), tuple(crossing))
+    return HeldOut(schemes, tuple(busiest), tuple(crossing))
 
 
 def crossing_rows(rows_SGG: Tensor, hierarchy: Hierarchy) -> Tensor:

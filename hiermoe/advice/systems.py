@@ -1,7 +1,7 @@
 """Which systems there are to choose from: every file of conf/system/ that means something on the cluster."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hiermoe.planner.scheme import DispatchScheme
@@ -63,7 +63,10 @@ def candidates(
     """
     left_out: list[tuple[str, str]] = []
     alike: dict[str, list[tuple[SystemConfig, tuple[DispatchScheme, ...]]]] = {}
-    for system in _systems(names):
+    every = sorted(path.stem for path in (CONF / "system").glob("*.yaml")) if names is None else names
+    for system in map(SystemConfig.named, dict.fromkeys([BASELINE, *every])):
+        if system.executor == CONTROL:
+            continue
         try:
             schemes = system.build_schemes(hierarchy)
         except NotApplicable as error:
@@ -71,16 +74,10 @@ def candidates(
             continue
         rows = [(scheme.stages, scheme.padding) for scheme in schemes]
         alike.setdefault(f"{rows} {json.dumps(system.policy, sort_keys=True)}", []).append((system, schemes))
-    found = []
-    for same in alike.values():
-        system, schemes = same[0]
-        labels = tuple(dict.fromkeys(one.label for one, _ in same))
-        found.append(Candidate(system, labels, schemes, system.moves))
+    found = [
+        Candidate(
+            system, tuple(dict.fromkeys([system.label, *(one.label for one, _ in others)])), schemes, system.moves
+        )
+        for (system, schemes), *others in alike.values()
+    ]
     return found, left_out
-
-
-def _systems(names: Sequence[str] | None) -> Iterator[SystemConfig]:
-    """The flat AlltoAll first, then by name."""
-    every = sorted(path.stem for path in (CONF / "system").glob("*.yaml")) if names is None else names
-    systems = (SystemConfig.named(name) for name in dict.fromkeys([BASELINE, *every]))
-    return (system for system in systems if system.executor != CONTROL)

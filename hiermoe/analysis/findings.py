@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from hiermoe.analysis.claims import TESTBED_RANKS, Claim
+from hiermoe.analysis.figures import style
 from hiermoe.analysis.figures.tables import counterpart, published
 from hiermoe.analysis.figures.words import per_routing, span
 from hiermoe.analysis.frames import Results, Run
@@ -15,7 +17,11 @@ from hiermoe.planner.cost import ALLTOALLS_PER_STEP
 from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, WEIGHT_BYTES_PER_PARAMETER
 from hiermoe.topology.peers import WORLD, Peers
 
-MODELS = {"qwen3_30b_a3b": "Qwen3-30B-A3B", "deepseek_v3": "DeepSeek-V3"}
+
+def _models(claims: Sequence[Claim]) -> dict[str, str]:
+    """The paper's models, by name, as readers know them."""
+    names = dict.fromkeys(claim.model for claim in claims if claim.where == "Fig. 11" and claim.model != "both")
+    return {name: style.model(name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -43,21 +49,21 @@ def findings(claims: Sequence[Claim], results: Results) -> list[Finding]:
 
 def _swap_gain(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
     """HierMoE over HD-MoE, as the paper's own tables have it."""
-    ratios = {}
-    for model, name in MODELS.items():
-        moving, still = (_published(claims, "Fig. 11", s, model) for s in ("hiermoe", "hd_moe"))
-        ratios[f"Fig. 11, {name}"] = moving / still
+    ratios = [
+        (_published(claims, "hiermoe", model) / _published(claims, "hd_moe", model), name)
+        for model, name in _models(claims).items()
+    ]
     table = [c for c in claims if c.where == "Table IV" and c.system == "hiermoe"]
     columns = [c.low / published(claims, where="Table IV", system="hd_moe", condition=c.condition)[0] for c in table]
     stated, _ = published(claims, where="Sec. V-E", condition="max=smooth")
-    parts = ", ".join(f"{ratio:.3f} in {where}" for where, ratio in ratios.items())
+    parts = ", ".join(f"{ratio:.3f} in Fig. 11, {name}" for ratio, name in ratios)
     gains = [
         {"model": run.config.model.name, "routing": run.routing, "value": speedup(run, fixed, results).value}
         for run in results.find("fig11", system="hiermoe", status="ok")
         if (fixed := counterpart(run, "hd_moe", "fig11", results)) is not None
     ]
     ours = "".join(
-        f" Ours, {MODELS[str(model)]}: {per_routing(rows, digits=3)}."
+        f" Ours, {style.model(str(model))}: {per_routing(rows, digits=3)}."
         for model, rows in (pd.DataFrame(gains).groupby("model", sort=False) if gains else ())
     )
     yield Finding(
@@ -73,20 +79,17 @@ def _shares(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
     ends = published(claims, metric="e2e_speedup", system="hiermoe", baseline="megatron")
     over_hd2 = published(claims, metric="e2e_speedup", system="hiermoe", baseline="hd2_moe")
     stated = published(claims, metric="a2a_share_of_step")
-    alltoall = {name: _published(claims, "Fig. 11", "hiermoe", model) for model, name in MODELS.items()}
-    needed = {name: [share_needed(end, ratio) for end in ends] for name, ratio in alltoall.items()}
-    relative = {
-        name: [share_needed(end, alltoall[name] / _published(claims, "Fig. 11", "hd2_moe", model)) for end in over_hd2]
-        for model, name in MODELS.items()
-    }
-    parts = "; ".join(f"{name} {low:.0%} or {high:.0%}" for name, (low, high) in needed.items())
-    others = "; ".join(f"{name} {low:.0%} or {high:.0%}" for name, (low, high) in relative.items())
+    parts, others = [], []
+    for model, name in _models(claims).items():
+        ratio, of_hd2 = (_published(claims, system, model) for system in ("hiermoe", "hd2_moe"))
+        parts.append(f"{name} {' or '.join(f'{share_needed(end, ratio):.0%}' for end in ends)}")
+        others.append(f"{name} {' or '.join(f'{share_needed(end, ratio / of_hd2):.0%}' for end in over_hd2)}")
     yield Finding(
         "Which AlltoAll share the published speed-ups need",
         f"For HierMoE over Megatron-LM, {ends[0]:g} or {ends[1]:g} end to end and the AlltoAll ratios of Fig. 11 agree "
-        f"if AlltoAll had this share of Megatron-LM's step: {parts} (the paper does not say which end belongs to which "
-        f"model; it states {stated[0]:.0%} to {stated[1]:.0%}). Over HD2-MoE ({over_hd2[0]:.2f} or {over_hd2[1]:.2f}), "
-        f"AlltoAll's share of HD2-MoE's step: {others}.",
+        f"if AlltoAll had this share of Megatron-LM's step: {'; '.join(parts)} (the paper "
+        f"does not say which end belongs to which model; it states {stated[0]:.0%} to {stated[1]:.0%}). Over HD2-MoE "
+        f"({over_hd2[0]:.2f} or {over_hd2[1]:.2f}), AlltoAll's share of HD2-MoE's step: {'; '.join(others)}.",
     )
 
 
@@ -95,11 +98,9 @@ def _one_node(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
     stated = [published(claims, where="Table IV", system=s, condition="G=8")[0] for s in ("hd_moe", "hd2_moe")]
     rows = []
     for run in results.find("table4", system="hd_moe", experiment="table4_g8", status="ok"):
-        fixed = results.find("table4", system="hd2_moe", experiment="table4_g8", status="ok", routing=run.routing)
-        if fixed:
-            steps = results.rows(run, "step")
-            same = (steps["dimension"] == 2).mean()
-            rows.append({"routing": run.routing, "value": speedup(run, fixed[0], results).value, "same": same})
+        if fixed := counterpart(run, "hd2_moe", "table4", results):
+            same = (results.rows(run, "step")["dimension"] == 2).mean()
+            rows.append({"routing": run.routing, "value": speedup(run, fixed, results).value, "same": same})
     if rows:
         table = pd.DataFrame(rows)
         yield Finding(
@@ -116,12 +117,10 @@ def _group_count(claims: Sequence[Claim], results: Results) -> Iterator[Finding]
     stated = [published(claims, where="Table IV", system="hd2_moe", condition=f"K={k}")[0] for k in (6, 8, 10)]
     rows = []
     for run in results.find("table4", system="hd2_moe", status="ok"):
-        if str(run.swept["experiment"]).startswith("table4_k"):
-            megatron = counterpart(run, "megatron", "table4", results)
-            if megatron:
-                rows.append(
-                    {"routing": run.routing, "topk": run.value("topk"), "value": speedup(run, megatron, results).value}
-                )
+        megatron = counterpart(run, "megatron", "table4", results)
+        if megatron and str(run.swept["experiment"]).startswith("table4_k"):
+            ratio = speedup(run, megatron, results).value
+            rows.append({"routing": run.routing, "topk": run.value("topk"), "value": ratio})
     if rows:
         table = pd.DataFrame(rows)
         parts = "; ".join(f"K={k} {per_routing(part)}" for k, part in table.groupby("topk"))
@@ -153,14 +152,12 @@ def _chance(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
 def _two_stages(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
     """Tutel-2DH's ratio on perfectly even traffic, from the constants alone."""
     parts = []
-    for model, name in MODELS.items():
+    for model, name in _models(claims).items():
         run = _base_run(results, model)
         if run is not None:
             flat_ms = _even_ms(run, WORLD)
             two_ms = _even_ms(run, Peers("inter", 1)) + _even_ms(run, Peers("intra", 1))
-            parts.append(
-                f"{name} {flat_ms / two_ms:.2f} (published {_published(claims, 'Fig. 11', 'tutel_2dh', model):g})"
-            )
+            parts.append(f"{name} {flat_ms / two_ms:.2f} (published {_published(claims, 'tutel_2dh', model):g})")
     if parts:
         yield Finding(
             "Tutel-2DH's loss follows from the constants",
@@ -172,12 +169,12 @@ def _two_stages(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
 
 def _swap_price(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
     """Reading 7: what one expert weighs against what the paper says that swapping gains."""
-    for model, name in MODELS.items():
+    for model, name in _models(claims).items():
         run = _base_run(results, model)
         if run is None:
             continue
         cluster, parameters = run.config.cluster, run.config.model.expert_parameters
-        full, fixed = (_published(claims, "Fig. 11", s, model) for s in ("hiermoe", "hd_moe"))
+        full, fixed = (_published(claims, system, model) for system in ("hiermoe", "hd_moe"))
         gain_ms = ALLTOALLS_PER_STEP * _even_ms(run, WORLD) * (1 / fixed - 1 / full)
         link_ms_per_byte = 1 / (cluster.levels[0].link_gb_per_s * 1e6)
         alltoall_ms_per_byte = cluster.constants(Peers("inter", 1)).beta_ms_per_byte
@@ -199,15 +196,12 @@ def _swap_price(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
 def _lane_average(claims: Sequence[Claim], results: Results) -> Iterator[Finding]:
     """Reading 1: rows that Q counts against rows that are priced."""
     rows = []
-    for run in results.find("fig11", status="ok"):
-        if run.system in ("hd_moe", "hiermoe"):
-            stages = results.rows(run, "dispatch")
-            cost = stages["predicted_ms"].sum()
-            cluster = run.config.cluster
-            constants = [cluster.constants(cluster.exchange_of(stage)) for stage in stages["stage"]]
-            beta = pd.Series([c.beta_ms_per_byte for c in constants], index=stages.index)
-            missing_ms = (beta * (stages["rows"] - stages["group_rows"]) * run.config.model.token_bytes).sum()
-            rows.append({"routing": run.routing, "value": missing_ms / cost * 100})
+    for run in [run for system in ("hd_moe", "hiermoe") for run in results.find("fig11", system=system, status="ok")]:
+        stages, cluster = results.rows(run, "dispatch"), run.config.cluster
+        constants = (cluster.constants(cluster.exchange_of(stage)) for stage in stages["stage"])
+        beta = np.array([one.beta_ms_per_byte for one in constants])
+        missing_ms = (beta * (stages["rows"] - stages["group_rows"]) * run.config.model.token_bytes).sum()
+        rows.append({"routing": run.routing, "value": missing_ms / stages["predicted_ms"].sum() * 100})
     if rows:
         table = pd.DataFrame(rows)
         yield Finding(
@@ -218,8 +212,9 @@ def _lane_average(claims: Sequence[Claim], results: Results) -> Iterator[Finding
         )
 
 
-def _published(claims: Sequence[Claim], where: str, system: str, model: str) -> float:
-    return published(claims, where=where, system=system, model=model, baseline="megatron")[0]
+def _published(claims: Sequence[Claim], system: str, model: str) -> float:
+    """AlltoAll over Megatron-LM's in Fig. 11."""
+    return published(claims, where="Fig. 11", system=system, model=model, baseline="megatron")[0]
 
 
 def _base_run(results: Results, model: str) -> Run | None:

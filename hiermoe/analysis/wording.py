@@ -7,8 +7,9 @@ from hiermoe.analysis.claims import BEST_OF, Claim
 from hiermoe.analysis.frames import Results
 from hiermoe.analysis.statistics import Estimate
 from hiermoe.analysis.verdicts import Judged
+from hiermoe.model import ModelConfig
+from hiermoe.records.keep import NONE
 
-MODELS = {"qwen3_30b_a3b": "Qwen3-30B-A3B", "deepseek_v3": "DeepSeek-V3", "both": "", "": ""}
 METRICS = {
     "duplication_rate": "duplication rate",
     "a2a_speedup": "AlltoAll speed-up",
@@ -41,26 +42,25 @@ def in_words(claim: Claim, labels: Mapping[str, str]) -> str:
     """A claim as a phrase, e.g. ``AlltoAll speed-up, HierMoE over Megatron-LM, DeepSeek-V3``."""
 
     def named(side: str) -> str:
-        best = side.startswith(BEST_OF)
-        names = [labels.get(word, word) for word in side.removeprefix(BEST_OF).split()]
-        known = all(word in labels for word in side.removeprefix(BEST_OF).split())
-        return (BEST_OF if best else "") + (", ".join(names) if known else side)
+        best, names = BEST_OF if side.startswith(BEST_OF) else "", side.removeprefix(BEST_OF).split()
+        return best + (", ".join(labels[name] for name in names) if labels.keys() >= set(names) else side)
 
     who = f"{named(claim.system)} over {named(claim.baseline)}" if claim.baseline else named(claim.system)
-    return ", ".join(filter(None, [METRICS[claim.metric], who, MODELS[claim.model], claim.condition]))
+    return ", ".join(filter(None, [METRICS[claim.metric], who, _model(claim.model), claim.condition]))
+
+
+def _model(name: str) -> str:
+    """For readers; empty where no model, or no single one, is meant."""
+    return "" if name in ("", "both", NONE) else ModelConfig.named(name).label
 
 
 def number(value: float) -> str:
     """Three significant digits; empty for NaN."""
     if math.isnan(value):
         return ""
-    return (
-        f"{value:.3g}"
-        if abs(value) < 1e-3 or abs(value) >= 100
-        else f"{value:.2f}"
-        if abs(value) >= 0.1
-        else f"{value:.3f}"
-    )
+    if abs(value) < 1e-3 or abs(value) >= 100:
+        return f"{value:.3g}"
+    return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3f}"
 
 
 def with_interval(estimate: Estimate) -> str:
@@ -73,9 +73,7 @@ def with_interval(estimate: Estimate) -> str:
 
 def cell(judged: Sequence[Judged]) -> str:
     """All cases of a claim on one routing, in one table cell."""
-    keys = [
-        (MODELS.get(one.case.model, ""), one.case.baseline, one.case.condition) if one.case else () for one in judged
-    ]
+    keys = [(_model(one.case.model), one.case.baseline, one.case.condition) if one.case else () for one in judged]
     told_apart = [len(set(values)) > 1 for values in zip(*keys, strict=False)]
     parts = []
     for one, key in zip(judged, keys, strict=True):

@@ -1,8 +1,6 @@
 """A calibration from the command line: measure, print the constants, write the cluster's file, draw its Fig. 9."""
 
-import pandas as pd
 from rich.console import Console
-from rich.table import Table
 
 from hiermoe.planner.fit import fit_exchanges
 from hiermoe.records.project import to_root
@@ -18,11 +16,7 @@ def calibrate_and_print(config: CalibrationConfig) -> None:
         ValueError: the calibration cannot be done or failed.
     """
     title = f"Calibration · {config.cluster.name} · ranks={config.ranks.name}"
-
-    def summarise(records: pd.DataFrame, title: str) -> Table:
-        return calibration_table(records, title, config.cluster)
-
-    present(config, title, summarise)
+    present(config, title, lambda records, title: calibration_table(records, title, config.cluster))
     from hiermoe.analysis.figures.measured import calibrated as calibration  # a second to import
 
     store = RunStore()

@@ -52,20 +52,15 @@ class Question:
     look: Callable[[], machine.Answer]
     required: bool = False
 
-    def answered(self) -> Check:
-        """The row for what is there, or for a look that raised."""
-        try:
-            state, found, takes = self.look()
-        except BaseException as error:  # an extension may raise anything, SystemExit included
-            return self.unanswered(error)
+    def row(self, state: machine.State | Literal["failed"], found: str, takes: str) -> Check:
+        """The row for an answer."""
         return Check(self.name, state, found, self.enables, takes, self.required)
 
-    def unanswered(self, error: BaseException) -> Check:
+    def failed(self, error: BaseException) -> Check:
         """The row for a check that itself failed."""
         first_line, *_ = str(error).split("\n")
         found = f"the check itself failed: {type(error).__name__}: {first_line}"
-        takes = "look at what the check says; run it again on an idle machine if it was too slow"
-        return Check(self.name, "failed", found, self.enables, takes, self.required)
+        return self.row("failed", found, "look at what it says; run it again on an idle machine if it was too slow")
 
 
 QUESTIONS = (
@@ -93,10 +88,14 @@ def examine(questions: tuple[Question, ...] = QUESTIONS, deadline_seconds: float
     Returns:
         A row for every question, in their order.
     """
-    checks: dict[str, Check] = {}
+    late = TimeoutError(f"no answer within {deadline_seconds:g} s")
+    checks = {question.name: question.failed(late) for question in questions}
 
     def answer(question: Question) -> None:
-        checks[question.name] = question.answered()
+        try:
+            checks[question.name] = question.row(*question.look())
+        except BaseException as error:  # an extension may raise anything, SystemExit included
+            checks[question.name] = question.failed(error)
 
     threads = [threading.Thread(target=answer, args=(question,), daemon=True) for question in questions]
     ends = time.monotonic() + deadline_seconds
@@ -104,8 +103,7 @@ def examine(questions: tuple[Question, ...] = QUESTIONS, deadline_seconds: float
         thread.start()
     for thread in threads:
         thread.join(max(ends - time.monotonic(), 0))
-    late = TimeoutError(f"no answer within {deadline_seconds:g} s")
-    return [checks.get(question.name) or question.unanswered(late) for question in questions]
+    return list(checks.values())
 
 
 def what_reproduce_lacks(checks: list[Check]) -> str | None:

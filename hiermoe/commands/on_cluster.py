@@ -19,8 +19,8 @@ from hiermoe.records.project import CONF
 from hiermoe.records.store import RunStore
 from hiermoe.runs.attempts import Attempts
 from hiermoe.runs.calibration import CalibrationConfig, calibrate
-from hiermoe.runs.compose import Cell, expand, sweep_names
-from hiermoe.runs.execute import execute, execute_together, num_steps, refuse
+from hiermoe.runs.compose import expand, sweep_names
+from hiermoe.runs.execute import execute_together, num_steps, refuse
 from hiermoe.runs.measured_cells import Amount, MeasuredCell, measured_cells, measured_so_far, together
 from hiermoe.runs.run_config import RunConfig, WandbMode
 from hiermoe.runs.slurm import SlurmConfig, run_job, slurm_job_name
@@ -82,9 +82,10 @@ def measure_in_allocation(
         outcomes = [_wrong_size(cell, shape, store) for cell in others]
         for outcome in outcomes[:1]:
             say(f"{len(outcomes)} runs do not apply here: {outcome.reason}")
-        outcomes += _measure(fitting, store, attempts, crew)
+        outcomes += _measure(together(cell.measured.config for cell in fitting), store, attempts, crew)
         if crew.device == "cuda" and amount == "full":
-            outcomes += _train(training_on(cluster, ranks), store, attempts, crew)
+            alone = [[cell.config] for cell in training_on(cluster, ranks)]
+            outcomes += _measure(alone, store, attempts, crew)
         return outcomes
 
     return ranks.lead(program, check)
@@ -233,18 +234,19 @@ def _wrong_size(cell: MeasuredCell, shape: tuple[int, int], store: RunStore) -> 
     )
 
 
-def _measure(cells: Sequence[MeasuredCell], store: RunStore, attempts: Attempts, crew: Crew) -> list[Outcome]:
+def _measure(
+    groups: Sequence[Sequence[RunConfig | TrainRunConfig]], store: RunStore, attempts: Attempts, crew: Crew
+) -> list[Outcome]:
     """Run group after group; what an earlier job died in goes alone, so that only the culprit is given up."""
     outcomes: list[Outcome] = []
-    groups = together(cell.measured.config for cell in cells)
     total = sum(map(len, groups))
 
-    def tell(done: Sequence[Outcome], configs: Sequence[RunConfig]) -> None:
+    def tell(done: Sequence[Outcome], configs: Sequence[RunConfig | TrainRunConfig]) -> None:
         for outcome, config in zip(done, configs, strict=True):
             outcomes.append(outcome)
             how = "kept from before" if outcome.cached else f"{outcome.status}, {outcome.seconds:.1f} s"
-            where = f"{config.model.name}, {config.routing.name}"
-            say(f"[{len(outcomes)}/{total}] {config.system.name} ({where}): {how}. {outcome.reason}".rstrip(". "))
+            what = f"{config.model.name}, {config.routing.name if isinstance(config, RunConfig) else 'training'}"
+            say(f"[{len(outcomes)}/{total}] {config.system.name} ({what}): {how}. {outcome.reason}".rstrip(". "))
 
     for group in groups:
         done = [config for config in group if store.is_done(config.run_id)]
@@ -260,21 +262,4 @@ def _measure(cells: Sequence[MeasuredCell], store: RunStore, attempts: Attempts,
             elif configs:
                 with attempts.of(run_ids):
                     tell(execute_together(configs, store, world=crew), configs)
-    return outcomes
-
-
-def _train(cells: Sequence[Cell[TrainRunConfig]], store: RunStore, attempts: Attempts, crew: Crew) -> list[Outcome]:
-    """Train under one system after another; what earlier jobs died in twice is given up."""
-    outcomes: list[Outcome] = []
-    for number, cell in enumerate(cells, start=1):
-        config = cell.config
-        what = f"[{number}/{len(cells)}] training {config.model.name}, {config.system.name}"
-        reason = None if store.is_done(config.run_id) else attempts.reason_to_skip(config.run_id)
-        if reason is not None:
-            outcomes.append(refuse(config, "failed", reason, store))
-        else:
-            with attempts.of([config.run_id]):
-                outcomes.append(execute(config, store, world=crew))
-        last = outcomes[-1]
-        say(f"{what}: {'kept from before' if last.cached else f'{last.status}, {last.seconds:.1f} s'}. {last.reason}")
     return outcomes

@@ -24,13 +24,13 @@ from hiermoe.records.keep import Outcome
 from hiermoe.records.store import RunStore
 from hiermoe.runs.calibration import calibrate, calibration_config
 from hiermoe.runs.compose import Cell, expand, sweep_names
-from hiermoe.runs.execute import execute, execute_together, num_steps
+from hiermoe.runs.execute import execute_together, num_steps
 from hiermoe.runs.indexing import index_runs
 from hiermoe.runs.measured_cells import Amount, MeasuredCell, clusters_of, measured_cells, together
-from hiermoe.runs.run_config import WandbMode
+from hiermoe.runs.run_config import RunConfig, WandbMode
 from hiermoe.runs.sweep import run_all
 from hiermoe.runs.tracking import mirror_table
-from hiermoe.runs.training import expand_training
+from hiermoe.runs.training import TrainRunConfig, expand_training
 
 Cells = Mapping[str, Sequence[Cell]]
 
@@ -138,33 +138,24 @@ def measure_emulated(amount: Amount, session: Session) -> list[Outcome]:
                 _show(progress, task, f"calibrating {config.cluster.name}")
                 calibrate(config, session.store, lambda _, task=task: progress.advance(task))
     cells = measured_cells(amount)
-    outcomes = [*measure(cells, session), *predict(cells, session)]
-    return [*outcomes, *train_all(session)] if amount == "full" else outcomes
-
-
-def train_all(session: Session) -> list[Outcome]:
-    """Train under every system of sweeps/train/end_to_end.yaml, with one progress bar for all steps."""
-    configs = [cell.config for cell in expand_training("end_to_end")]
-    missing = [config for config in configs if not session.store.is_done(config.run_id)]
-    with _progress(session.console) as progress:
-        task = progress.add_task("training", total=sum(config.steps for config in missing))
-        outcomes = []
-        for config in configs:
-            _show(progress, task, f"training {config.model.name}, {config.system.label}")
-            outcomes.append(execute(config, session.store, lambda _: progress.advance(task)))
+    outcomes = [*measure(together(cell.measured.config for cell in cells), session), *predict(cells, session)]
+    if amount == "full":
+        outcomes += measure([[cell.config] for cell in expand_training("end_to_end")], session)
     return outcomes
 
 
-def measure(cells: Sequence[MeasuredCell], session: Session) -> list[Outcome]:
+def measure(groups: Sequence[Sequence[RunConfig | TrainRunConfig]], session: Session) -> list[Outcome]:
     """Measure what has no record, one group of systems after another and nothing beside, with one progress bar."""
-    groups = together(cell.measured.config for cell in cells)
     missing = [group for group in groups if not all(session.store.is_done(config.run_id) for config in group)]
     outcomes: list[Outcome] = []
     with _progress(session.console) as progress:
         task = progress.add_task("measuring", total=sum(num_steps(group[0]) for group in missing))
         for group in groups:
             first = group[0]
-            _show(progress, task, f"{first.model.name}, {first.routing.name}: {len(group)} systems")
+            if isinstance(first, RunConfig):
+                _show(progress, task, f"{first.model.name}, {first.routing.name}: {len(group)} systems")
+            else:
+                _show(progress, task, f"training {first.model.name}, {first.system.label}")
             outcomes += execute_together(group, session.store, lambda _: progress.advance(task))
     return outcomes
 

@@ -110,7 +110,11 @@ def training_corpus(config: TrainingConfig) -> Corpus:
         "vocabulary": vocabulary,
         "seed": config.seed,
     }
-    tokens = _tokenise(train_tokenizer(documents, vocabulary), documents, config.seed)
+    tokenizer = train_tokenizer(documents, vocabulary)
+    end = tokenizer.token_to_id(_END_OF_DOCUMENT)
+    order = np.random.default_rng(config.seed).permutation(len(documents))
+    encodings = tokenizer.encode_batch([documents[i] for i in order])
+    tokens = np.concatenate([np.asarray([*encoding.ids, end], dtype=np.uint16) for encoding in encodings])
     entry.parent.mkdir(parents=True, exist_ok=True)
     partial = entry.with_suffix(".partial.npz")
     np.savez_compressed(partial, tokens=tokens, about=json.dumps(about))
@@ -147,13 +151,6 @@ def train_tokenizer(documents: list[str], vocabulary: int) -> Tokenizer:
     if tokenizer.get_vocab_size() != vocabulary:
         raise ValueError(f"the text fills only {tokenizer.get_vocab_size()} of vocabulary={vocabulary} tokens")
     return tokenizer
-
-
-def _tokenise(tokenizer: Tokenizer, documents: list[str], seed: int) -> np.ndarray:
-    end = tokenizer.token_to_id(_END_OF_DOCUMENT)
-    order = np.random.default_rng(seed).permutation(len(documents))
-    encodings = tokenizer.encode_batch([documents[i] for i in order])
-    return np.concatenate([np.asarray([*encoding.ids, end], dtype=np.uint16) for encoding in encodings])
 
 
 def _content_key(documents: list[str], config: TrainingConfig) -> str:

@@ -2,19 +2,24 @@
 
 import platform
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import version
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hiermoe import __version__
 from hiermoe.narrow.corpus import Corpus, training_corpus
 from hiermoe.narrow.record_config import RecordConfig
-from hiermoe.narrow.record_progress import record_progress
 from hiermoe.ranks.launch import preload, run_ranks
 from hiermoe.records.project import from_root
 from hiermoe.routing.trace import RoutingTrace, TraceMetadata
+
+_LINE_EVERY = 20  # steps, where there is no terminal for a bar
 
 
 def record(config: RecordConfig, command: str) -> None:
@@ -45,10 +50,7 @@ def train_and_record(rank: int, config: RecordConfig, corpus: Corpus, command: s
     layers = config.recorded_layers
     recorded: list[np.ndarray] = []
     losses: list[float] = []
-    with (
-        RouterRecorder(trainer.model, config.num_recorded, layers) as recorder,
-        record_progress(rank, config) as show,
-    ):
+    with RouterRecorder(trainer.model, config.num_recorded, layers) as recorder, _progress(rank, config) as show:
         for step in range(config.train_steps + config.record_steps):
             started = time.perf_counter()
             loss = trainer.step(trainer.batch(corpus, step))
@@ -134,3 +136,44 @@ def _notes(config: RecordConfig, losses: list[float], loads_IL: np.ndarray) -> s
         f"{config.seq_length} tokens before the first recorded step, Adam at {config.learning_rate:g}, {config.dtype}. "
         f"Loss of the first training step {losses[0]:.3f}. {layers}."
     )
+
+
+@contextmanager
+def _progress(rank: int, config: RecordConfig) -> Iterator[Callable[[int, float, list[float], float], None]]:
+    """A progress bar on a terminal, a line every 20 steps elsewhere; nothing on ranks other than 0.
+
+    Yields:
+        Shows one finished step, given its number (from 0), the mean loss per token, the most loaded expert over the
+        mean expert of every recorded layer, and the seconds that the step took.
+    """
+    total, so_far = config.train_steps + config.record_steps, 0.0
+    console = Console(quiet=rank != 0)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=rank != 0 or not console.is_terminal,
+    )
+    task = bar.add_task("training", total=total, state="")
+
+    def update(step: int, loss: float, loads: list[float], seconds: float) -> None:
+        nonlocal so_far
+        so_far += seconds
+        phase = "training" if step < config.train_steps else "recording"
+        state = f"loss {loss:.3f}  max/mean load {' '.join(f'{load:.2f}' for load in loads)}"
+        bar.update(task, description=phase, completed=step + 1, state=state)
+        if not console.is_terminal and (step % _LINE_EVERY == 0 or step + 1 == total):
+            per_step = so_far / (step + 1)
+            left_minutes = per_step * (total - step - 1) / 60
+            console.print(
+                f"{phase} step {step + 1}/{total}  {state}  {per_step:.2f} s/step  {left_minutes:.1f} min left",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    with bar:
+        yield update

@@ -38,6 +38,10 @@ _GOING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEU
 _MANY_TIMES = 1000  # a job that its time limit ends goes back into the queue so often
 
 
+Program = Callable[..., list[Outcome] | None]
+"""Importable; what every process of a job calls. What it returns on rank 0 is the job's result."""
+
+
 class SlurmConfig(Strict):
     """What to ask Slurm for; the schema of conf/slurm.yaml."""
 
@@ -73,20 +77,18 @@ class SlurmConfig(Strict):
 class Job(Checkpointable):
     """What runs in the allocation, and the same again after a preemption: that leaves out what has a record."""
 
-    def __call__(self, function: Callable[..., list[Outcome] | None], **options: Any) -> list[Outcome] | None:
+    def __call__(self, program: Program, **options: Any) -> list[Outcome] | None:
         """On every process of the allocation."""
-        return function(**options)
+        return program(**options)
 
 
-def run_job(
-    function: Callable[..., list[Outcome] | None], options: dict[str, Any], config: SlurmConfig, console: Console
-) -> list[Outcome]:
-    """Run a function on every process of a job, and show how it goes.
+def run_job(program: Program, options: dict[str, Any], config: SlurmConfig, console: Console) -> list[Outcome]:
+    """Run a program on every process of a job, and show how it goes.
 
     Where a job for the same is under way already, that one is followed.
 
     Args:
-        function: an importable one; what it returns on rank 0 is the result.
+        program: what to run.
         options: its arguments.
         config: what to ask for.
         console: for the state and what rank 0 prints.
@@ -110,7 +112,7 @@ def run_job(
         console.print(f"job {job_id} is under way for the same: following it")
         job = submitit.SlurmJob(folder=JOBS / "%j", job_id=job_id, tasks=[0])
     else:
-        job = _submit(function, options, config)
+        job = _submit(program, options, config)
         write_whole(JOBS / job.job_id / "request.json", named.encode())
         console.print(f"job {job.job_id}: submitted, {config.nodes} nodes x {config.gpus_per_node} processes")
     try:
@@ -153,9 +155,7 @@ def _under_way(named: str) -> str | None:
     return None
 
 
-def _submit(
-    function: Callable[..., list[Outcome] | None], options: dict[str, Any], config: SlurmConfig
-) -> submitit.Job[Any]:
+def _submit(program: Program, options: dict[str, Any], config: SlurmConfig) -> submitit.Job[Any]:
     """Submit.
 
     Raises:
@@ -182,7 +182,7 @@ def _submit(
     )
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what the error says
-            return executor.submit(Job(), function, **options)
+            return executor.submit(Job(), program, **options)
     except (FailedJobError, FailedSubmissionError, OSError) as error:
         told = re.findall(r"^sbatch: (?:error: )?(.*\S)", str(error), re.MULTILINE) or str(error).strip().splitlines()
         raise ValueError(f"Slurm refused the job: {' / '.join(told)}") from error

@@ -47,7 +47,7 @@ def entered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
         content |= {"name": name, "label": LABELS[group], "entrant": True}
         content |= {"color": COLOR} if group == "system" else {}
         (conf / group / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    cached = (compose._base, style.color, style.model, style.fabric)
+    cached = (compose._base, style.color, style.placement, style.model, style.fabric)
     with pytest.MonkeyPatch.context() as patch:
         for module in ("runs.compose", "policies.system", "model", "topology.cluster_files"):
             patch.setattr(f"hiermoe.{module}.CONF", conf)

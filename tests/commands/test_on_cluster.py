@@ -16,7 +16,7 @@ from hiermoe.runs.attempts import Attempts
 from hiermoe.runs.calibration import with_measured_links
 from hiermoe.runs.execute import refuse
 from hiermoe.runs.measurable import source_of
-from hiermoe.runs.measured_cells import measured_cells
+from hiermoe.runs.measured_cells import measured_cells, together
 from hiermoe.runs.run_config import RunConfig
 from hiermoe.topology.peers import WORLD, AlphaBeta
 
@@ -113,12 +113,13 @@ def test_a_run_that_ends_every_job_is_given_up_and_the_others_are_done(
     store: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cells = measured_cells("quick", CPU, "emulated_4x2")
+    groups = together(cell.measured.config for cell in cells)
     executed: list[str] = []
     monkeypatch.setattr(on_cluster, "execute_together", _fake_execution("hd2_moe", executed))
 
     def job(number: int) -> list[Outcome]:
         crew: Any = SimpleNamespace()
-        return on_cluster._measure(cells, store, Attempts(store, f"job {number}"), crew)
+        return on_cluster._measure(groups, store, Attempts(store, f"job {number}"), crew)
 
     for number in (1, 2):
         with pytest.raises(CrewEnded):

@@ -22,7 +22,6 @@ ROUTINGS = {
     "group_limited": ("^", "group-limited routing", 0.5),
     "none": ("o", "no routing", 0.0),
 }
-LEVELS = {"node": "nodes", "half": "QPI halves", "pair": "NVLink pairs", "gpu": "GPUs"}
 INK = "#222222"
 SETTINGS: dict[Any, Any] = {
     "font.size": 12,
@@ -52,6 +51,13 @@ SETTINGS: dict[Any, Any] = {
 def color(system: str) -> str:
     """Colour of a system, as its file says: Okabe and Ito's palette, variants sharing one; their labels differ."""
     return SystemConfig.named(system).color
+
+
+@cache
+def placement(system: str) -> tuple[str, str]:
+    """Name and colour of a system's policy, where placements under one dispatch are compared."""
+    own = SystemConfig.named(system)
+    return own.placement_label or own.label, own.placement_color or own.color
 
 
 @cache

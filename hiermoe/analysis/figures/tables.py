@@ -9,7 +9,7 @@ import pandas as pd
 from hiermoe.analysis.claims import Claim
 from hiermoe.analysis.frames import Results, Run
 from hiermoe.analysis.quantities import speedup
-from hiermoe.analysis.statistics import Estimate
+from hiermoe.analysis.statistics import Estimate, ratio_of_sums
 
 BASELINE_SWEEP = "fig11"
 
@@ -36,9 +36,24 @@ def counterpart(run: Run, system: str, sweep: str, results: Results) -> Run | No
 
     Looked for in the same sweep, then among the baselines' runs (policies of one system share a baseline there).
     """
+    return next((other for other in _alike(run, sweep, results) if other.system == system), None)
+
+
+def unmoved(run: Run, sweep: str, results: Results) -> Run | None:
+    """The counterpart of the same dispatch with experts fixed."""
+    schemes = run.config.system.schemes
+    same = (other for other in _alike(run, sweep, results) if other.config.system.schemes == schemes)
+    return next((other for other in same if not other.config.system.moves), None)
+
+
+def _alike(run: Run, sweep: str, results: Results) -> list[Run]:
     keys = {key: run.value(key) for key in ("source", "model", "cluster", "routing", "num_experts", "topk")}
-    found = [*results.find(sweep, system=system, **keys), *results.find(BASELINE_SWEEP, system=system, **keys)]
-    return next((other for other in found if other.status == "ok"), None)
+    return [other for name in (sweep, BASELINE_SWEEP) for other in results.find(name, status="ok", **keys)]
+
+
+def over_fixed(rows: pd.DataFrame) -> Estimate:
+    """Speed-up over experts that stay: ``static_ms`` over ``predicted_ms``."""
+    return ratio_of_sums(rows["static_ms"].to_numpy(float), rows["predicted_ms"].to_numpy(float))
 
 
 def speedups(

@@ -54,7 +54,8 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
                 continue
             cell = cells[*row, fabric]
             dark = cell["value"] - 1 > 0.62 * (top - 1)
-            lines = [f"{cell['value']:.2f}×", f"{_short(cell)}, d* = {cell['dimension']:.0f}"]
+            name = "flat" if cell["system"] == "megatron" else cell["label"]
+            lines = [f"{cell['value']:.2f}×", f"{name}, d* = {cell['dimension']:.0f}"]
             for offset, line, size, weight in zip((-0.17, 0.2), lines, (15, 11), ("bold", "normal"), strict=True):
                 color = "white" if dark else style.INK
                 panel.text(x, y + offset, line, ha="center", va="center", fontsize=size, weight=weight, color=color)
@@ -68,10 +69,6 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
     bar.set_label("speed-up over the flat AlltoAll")
     bar.outline.set_visible(False)  # type: ignore[operator] - a patch
     return figure
-
-
-def _short(cell: pd.Series) -> str:
-    return "flat" if cell["system"] == "megatron" else cell["label"]
 
 
 def words(table: pd.DataFrame) -> Words:

@@ -10,39 +10,22 @@ from matplotlib.lines import Line2D
 from hiermoe.analysis.claims import Claim
 from hiermoe.analysis.figures import style
 from hiermoe.analysis.figures.spec import FigureSpec, Words
-from hiermoe.analysis.figures.tables import complete, counterpart, published
-from hiermoe.analysis.figures.words import ROUTING_WORDS, headline, span
+from hiermoe.analysis.figures.tables import complete, over_fixed, published, unmoved
+from hiermoe.analysis.figures.words import ROUTING_WORDS, headline, per_model, saves, span
 from hiermoe.analysis.frames import Results, Run
-from hiermoe.analysis.statistics import Estimate, ratio_of_sums
 from hiermoe.analysis.whole_step import FULL_STATE_AT_LINK
 from hiermoe.analysis.wording import with_interval
 from hiermoe.planner.bounds import any_placement_rows, busiest_rows
 
-FIXED = {  # the same dispatch with experts fixed
-    "hd_moe": "hd_moe",
-    "hd_moe_smart": "hd_moe",
-    "hiermoe": "hd_moe",
-    "hiermoe_gated": "hd_moe",
-    "hiermoe_multi": "hd_moe",
-    "hd2_moe_smart": "hd2_moe",
-    "smartmoe": "megatron",
-}
-POLICIES = {  # under HierD-AlltoAll, with the names that the lines have; variants of HierMoE in shades of its colour
-    "hd_moe": ("experts fixed", style.color("hd_moe")),
-    "hd_moe_smart": ("SmartMoE placement", style.color("smartmoe")),
-    "hiermoe": ("HierD-ES", style.color("hiermoe")),
-    "hiermoe_gated": ("HierD-ES gated", "#F5A873"),
-    "hiermoe_multi": ("HierD-ES multi", "#7A3300"),
-}
-MOVING = [name for name in POLICIES if name != "hd_moe"]
-SMART = {"smartmoe": "Megatron-LM", "hd2_moe_smart": "HD2-MoE", "hd_moe_smart": "HD-MoE"}  # under whose dispatch
+FIXED = "hd_moe"  # HierD-AlltoAll, experts fixed
+SMART = ("smartmoe", "hd2_moe_smart", "hd_moe_smart")  # one policy, each under another dispatch
 
 
 def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
     """One row per system, model, routing and iteration; rows of GPUs are per token that a GPU holds."""
     parts = []
     for run in results.find("placement", status="ok"):
-        fixed = counterpart(run, FIXED.get(run.system, ""), "placement", results)
+        fixed = unmoved(run, "placement", results)
         if fixed is not None:
             moving, still = (
                 published(claims, where="Fig. 11", system=s, model=run.config.model.name, baseline="megatron")[0]
@@ -50,7 +33,12 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
             )
             parts.append(_iterations(run, fixed, results).assign(published_gain=moving / still))
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-    return complete(table, {"hd_moe", "hiermoe"}, ["model", "routing"])
+    return complete(table, {FIXED, "hiermoe"}, ["model", "routing"])
+
+
+def _hierd(table: pd.DataFrame) -> pd.DataFrame:
+    """Placements under HierD-AlltoAll."""
+    return table[table["fixed"] == FIXED]
 
 
 def _iterations(run: Run, fixed: Run, results: Results) -> pd.DataFrame:
@@ -66,6 +54,8 @@ def _iterations(run: Run, fixed: Run, results: Results) -> pd.DataFrame:
         source=run.source,
         system=run.system,
         label=config.system.label,
+        fixed=fixed.system,
+        dispatch=fixed.config.system.label,
         model=config.model.name,
         routing=run.routing,
         router_groups=config.model.router.num_groups or 0,
@@ -90,30 +80,25 @@ def _iterations(run: Run, fixed: Run, results: Results) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
     """A column per model, on its leading routing: time, and time over that with experts fixed."""
-    models = style.models(table)
+    models = list(per_model(_hierd(table)))
     figure, panels = style.grid(title, 2, len(models), (12, 8), sharex=True)
-    for column, model in enumerate(models):
-        rows = table[(table["model"] == model) & table["system"].isin(list(POLICIES))]
-        rows = rows[rows["routing"] == headline(rows)]
-        upper, lower = panels[column], panels[len(models) + column]
+    names: dict[str, str] = {}
+    for (model, rows), upper, lower in zip(models, panels[: len(models)], panels[len(models) :], strict=True):
         window = rows.loc[rows["counted"], "iteration"]
         for panel in (upper, lower):
             panel.axvspan(window.min() - 0.5, window.max() + 0.5, color="#EFEFEF", zorder=0)
             panel.set_xlim(-1, rows["iteration"].max() + 1)
-        for system, (_, tone) in POLICIES.items():
-            line = rows[rows["system"] == system]
+        for system, line in rows.groupby("system", sort=False):
+            names[str(system)], tone = style.placement(str(system))
             look = {"color": tone, "linewidth": 2.4 if system == "hiermoe_multi" else 1.9}
             upper.plot(line["iteration"], line["predicted_ms"], **look)
             lower.plot(line["iteration"], line["predicted_ms"] / line["static_ms"], **look)
-        upper.set_title(f"{style.model(model)}, {style.ROUTINGS[rows['routing'].iloc[0]][1]}")
+        upper.set_title(f"{model}, {style.ROUTINGS[rows['routing'].iloc[0]][1]}")
         lower.set_xlabel("iteration")
     panels[0].set_ylabel("four AlltoAlls of one layer, ms\n(axis does not start at 0)")
     panels[len(models)].set_ylabel("the same over fixed experts")
-    present = set(table["system"])
     lines = [
-        Line2D([], [], color=tone, linewidth=2.4, label=name)
-        for system, (name, tone) in POLICIES.items()
-        if system in present
+        Line2D([], [], color=style.placement(system)[1], linewidth=2.4, label=name) for system, name in names.items()
     ]
     style.legend(figure, [], with_published=False, extra=lines)
     return figure
@@ -123,17 +108,15 @@ def words(table: pd.DataFrame) -> Words:
     """Who gains what on held-out tokens, for how many moves, and how far that is from the bounds."""
     held_out = table[table["counted"]]
     lead = headline(table)
-    paragraphs = [
-        " ".join(_of_model(style.model(str(model)), rows, table))
-        for model, rows in held_out.groupby("model", sort=False)
-    ]
+    paragraphs = [" ".join(_of_model(model, rows, table)) for model, rows in per_model(held_out)]
     paragraphs += [" ".join(_smart_elsewhere(held_out)), " ".join([*_on_uniform(held_out), *_certainty(table)])]
     paragraphs.append(" ".join(_bounds(held_out)))
 
     def gains(system: str) -> str:
         rows = held_out[(held_out["routing"] == lead) & (held_out["system"] == system)]
         return " and ".join(
-            f"{_gain(own).value:.3f}× ({style.model(str(model))})" for model, own in rows.groupby("model", sort=False)
+            f"{over_fixed(own).value:.3f}× ({style.model(str(model))})"
+            for model, own in rows.groupby("model", sort=False)
         )
 
     smart = f", SmartMoE placement {gains('hd_moe_smart')}" if "hd_moe_smart" in set(held_out["system"]) else ""
@@ -149,47 +132,36 @@ def words(table: pd.DataFrame) -> Words:
     )
 
 
-def _gain(rows: pd.DataFrame) -> Estimate:
-    """Speed-up over fixed experts."""
-    return ratio_of_sums(rows["static_ms"].to_numpy(float), rows["predicted_ms"].to_numpy(float))
-
-
 def _saved(rows: pd.DataFrame) -> float:
     return float((rows["static_ms"] - rows["predicted_ms"]).mean())
 
 
-def _of_model(model: str, held_out: pd.DataFrame, table: pd.DataFrame) -> Iterator[str]:
+def _of_model(model: str, rows: pd.DataFrame, table: pd.DataFrame) -> Iterator[str]:
     """What the policies gain and cost on the leading routing, beside the published gain."""
-    routing = headline(held_out)
-    rows = held_out[held_out["routing"] == routing]
-    policies = {str(s): own for s, own in rows.groupby("system", sort=False) if s in MOVING}
+    routing = rows["routing"].iloc[0]
+    policies = {str(s): own for s, own in _hierd(rows).groupby("system", sort=False) if s != FIXED}
     known = rows["published_gain"].iloc[0]
     yield (
         f"{model}, {ROUTING_WORDS[routing]} routing: HierD-ES over fixed experts is "
-        f"{with_interval(_gain(policies['hiermoe']))}, published {known:.3f} (Fig. 11)."
+        f"{with_interval(over_fixed(policies['hiermoe']))}, published {known:.3f} (Fig. 11)."
     )
-    if not any(_gain(own).low > 1 for own in policies.values()):
+    if not any(over_fixed(own).low > 1 for own in policies.values()):
         promised_ms = policies["hiermoe"]["modelled_gain_ms"].mean()
         promise = f", though a swap promised {promised_ms:.2f} ms a step on the tokens that it was chosen from"
         yield f"No policy is faster than experts left in order{promise if promised_ms > 0 else ''}."
         return
     yield "A step and layer: " + "; ".join(
-        f"{POLICIES[system][0]} {_saves(own)} and moves {own['moved_experts'].mean():.1f} experts, for "
+        f"{style.placement(system)[0]} {saves(_saved(own))} and moves {own['moved_experts'].mean():.1f} experts, for "
         f"{own['migration_ms'].mean():.2f} ms"
         for system, own in policies.items()
     ) + "."  # fmt: skip
     net = {system: _saved(own) - own["migration_ms"].mean() for system, own in policies.items()}
-    best = max(net, key=lambda system: net[system])
-    yield f"Net of migration {POLICIES[best][0]} comes out best, with {net[best]:+.2f} ms."
+    best = max(net, key=net.__getitem__)
+    yield f"Net of migration {style.placement(best)[0]} comes out best, with {net[best]:+.2f} ms."
     own = table[
         (table["system"] == "hiermoe") & (table["routing"] == routing) & (table["model"] == rows["model"].iloc[0])
     ]
     yield from _returns(own)
-
-
-def _saves(rows: pd.DataFrame) -> str:
-    saved_ms = _saved(rows)
-    return f"{'saves' if saved_ms >= 0 else 'loses'} {abs(saved_ms):.2f} ms"
 
 
 def _returns(own: pd.DataFrame) -> Iterator[str]:
@@ -208,16 +180,14 @@ def _returns(own: pd.DataFrame) -> Iterator[str]:
 
 def _smart_elsewhere(held_out: pd.DataFrame) -> Iterator[str]:
     """SmartMoE's placement under each dispatch, and what it does to what tokens need."""
-    for model, every in held_out.groupby("model", sort=False):
-        rows = every[every["routing"] == headline(every)]
+    for model, rows in per_model(held_out):
         parts = ", ".join(
-            f"{_gain(rows[rows['system'] == system]).value:.3f} under {dispatch}'s"
-            for system, dispatch in SMART.items()
-            if (rows["system"] == system).any()
+            f"{over_fixed(own).value:.3f} under {own['dispatch'].iloc[0]}'s"
+            for system in SMART
+            if len(own := rows[rows["system"] == system])
         )
         if parts:
-            name = style.model(str(model))
-            yield f"SmartMoE's placement on {name}, over fixed experts with the same dispatch: {parts}."
+            yield f"SmartMoE's placement on {model}, over fixed experts with the same dispatch: {parts}."
         needs = rows.groupby("system")["node_rows"].mean()
         if "hd_moe_smart" in needs and needs["hd_moe_smart"] > 1.01 * needs["hd_moe"]:
             why = ", since its router takes experts of few groups of neighbours, which experts in order keep together"
@@ -230,7 +200,7 @@ def _smart_elsewhere(held_out: pd.DataFrame) -> Iterator[str]:
 def _on_uniform(held_out: pd.DataFrame) -> Iterator[str]:
     rows = held_out[(held_out["routing"] == "uniform") & held_out["system"].str.startswith("hiermoe")]
     if len(rows) and headline(held_out) != "uniform":
-        gains = [_gain(own).value for _, own in rows.groupby(["model", "system"])]
+        gains = [over_fixed(own).value for _, own in rows.groupby(["model", "system"])]
         moved = rows.groupby(["model", "system"])["moved_experts"].mean()
         yield (
             f"On uniform routing there is nothing to learn: HierD-ES and its variants are {span(gains, 3)} over fixed "
@@ -255,16 +225,16 @@ def _certainty(table: pd.DataFrame) -> Iterator[str]:
 
 def _bounds(held_out: pd.DataFrame) -> Iterator[str]:
     """How far the fastest placement is from what no placement can beat."""
-    for model, rows in held_out.groupby("model", sort=False):
-        rows = rows[(rows["routing"] == headline(rows)) & rows["system"].isin(list(POLICIES))]
-        fastest = min(set(rows["system"]), key=lambda system: rows[rows["system"] == system]["predicted_ms"].mean())
-        best, fixed = (rows[rows["system"] == s].mean(numeric_only=True) for s in (fastest, "hd_moe"))
+    for model, rows in per_model(_hierd(held_out)):
+        means = {str(system): own.mean(numeric_only=True) for system, own in rows.groupby("system")}
+        fastest = min(means, key=lambda system: means[system]["predicted_ms"])
+        best, fixed = means[fastest], means[FIXED]
         text = (
-            f"{style.model(str(model))}: under the fastest placement ({POLICIES[fastest][0]}) a token needs "
+            f"{model}: under the fastest placement ({style.placement(fastest)[0]}) a token needs "
             f"{best['node_rows']:.2f} nodes, under no placement less than {best['node_rows_any_placement']:.0f} (a "
             "loose bound, for which all experts of every token are neighbours)"
         )
-        if fastest != "hd_moe":
+        if fastest != FIXED:
             text += f", with experts fixed {fixed['node_rows']:.2f}"
         between, last = (
             [x[f"busiest_{where}_rows"] / x[f"busiest_{where}_rows_even"] for x in (best, fixed)]
@@ -282,7 +252,7 @@ def _bounds(held_out: pd.DataFrame) -> Iterator[str]:
 
 def _beside_fixed(best_and_fixed: list[float], fastest: str) -> str:
     best, fixed = best_and_fixed
-    return f"{best:.3f}" if fastest == "hd_moe" else f"{best:.3f} (fixed {fixed:.3f})"
+    return f"{best:.3f}" if fastest == FIXED else f"{best:.3f} (fixed {fixed:.3f})"
 
 
 def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
@@ -293,16 +263,15 @@ def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
         "nodes a token needs (bound)",
         "busiest GPU's rows between nodes (even share)", "in the last stage (even share)",
     )  # fmt: skip
-    chosen = table[table["system"].isin(list(POLICIES))]
-    for (model, routing, system), rows in chosen.groupby(["model", "routing", "system"], sort=False):  # type: ignore[misc]
+    for (model, routing, system), rows in _hierd(table).groupby(["model", "routing", "system"], sort=False):  # type: ignore[misc]
         late = rows[rows["counted"]]
         moved, moved_late = rows["moved_experts"], late["moved_experts"]
         yield (
             style.model(str(model)),
             ROUTING_WORDS[str(routing)],
-            POLICIES[str(system)][0],
+            style.placement(str(system))[0],
             f"{late['predicted_ms'].mean():.2f}",
-            with_interval(_gain(late)) if system in MOVING else "1",
+            "1" if system == FIXED else with_interval(over_fixed(late)),
             f"{(moved > 0).sum()}, {moved.sum():.0f}",
             f"{(moved_late > 0).sum()}, {moved_late.sum():.0f}",
             _gains(rows),

@@ -1,6 +1,7 @@
 """Searched placements beside one swap a step: held-out time against updates, and what no placement can beat."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -9,21 +10,13 @@ from matplotlib.figure import Figure
 from hiermoe.analysis.claims import Claim
 from hiermoe.analysis.figures import style
 from hiermoe.analysis.figures.spec import FigureSpec, Words
-from hiermoe.analysis.figures.tables import complete
-from hiermoe.analysis.figures.words import span
+from hiermoe.analysis.figures.tables import complete, over_fixed
+from hiermoe.analysis.figures.words import per_model, saves, span
 from hiermoe.analysis.frames import Results, Run
-from hiermoe.analysis.statistics import Estimate, ratio_of_sums
 from hiermoe.analysis.whole_step import FULL_STATE_AT_LINK
 from hiermoe.analysis.wording import with_interval
 
 SWEEP, BOUND_SWEEP = "search", "search_bound"
-POLICIES = {  # from top to bottom
-    "hd_moe": ("experts fixed", style.color("hd_moe")),
-    "hd_moe_smart": ("SmartMoE placement", style.color("smartmoe")),
-    "hiermoe": ("HierD-ES", style.color("hiermoe")),
-    "hiermoe_search": ("search, once", style.color("hd2_moe_smart")),
-    "hiermoe_search_online": ("search, online", "#56B4E9"),
-}
 BOUND = "no placement beats"
 
 
@@ -70,13 +63,12 @@ def _held_out(run: Run, fixed: Run, bound: Run, results: Results) -> pd.DataFram
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
     """A column per model: time over that with experts fixed against updates; then all times from 0, with the bound."""
-    models = style.models(table)
+    models = list(per_model(table))
     figure, panels = style.grid(title, 2, len(models), (12, 8.4), height_ratios=(1, 1.05))
     upper, lower = panels[: len(models)], panels[len(models) :]
-    for model, above, below in zip(models, upper, lower, strict=True):
-        rows = table[table["model"] == model]
+    for (model, rows), above, below in zip(models, upper, lower, strict=True):
         _against_updates(above, rows)
-        above.set_title(f"{style.model(model)}, {style.ROUTINGS[rows['routing'].iloc[0]][1]}")
+        above.set_title(f"{model}, {style.ROUTINGS[rows['routing'].iloc[0]][1]}")
         _from_zero(below, rows)
     for panel in upper[1:]:
         panel.sharey(upper[0])
@@ -88,16 +80,17 @@ def _against_updates(panel: Axes, rows: pd.DataFrame) -> None:
     """A line per policy that updates again and again, a star for the one search; SmartMoE would hide them."""
     means = _means(rows[~rows["system"].isin(["hd_moe", "hd_moe_smart"])])
     means["over_fixed"] = means["predicted_ms"] / means["static_ms"]
-    panel.axhline(1, color=POLICIES["hd_moe"][1], linewidth=1.5, linestyle=(0, (4, 2)))
+    fixed, grey = style.placement("hd_moe")
+    panel.axhline(1, color=grey, linewidth=1.5, linestyle=(0, (4, 2)))
     for system, every in means.groupby("system", sort=False):
-        name, tone = POLICIES[str(system)]
+        name, tone = style.placement(str(system))
         own = every.sort_values("updates_before")
         if system == "hiermoe_search":
             panel.plot(own["updates_before"], own["over_fixed"], "*", color=tone, markersize=16, zorder=5, label=name)
         else:
             line = [0.0, *own["updates_before"]], [1.0, *own["over_fixed"]]
             panel.plot(*line, "-o", color=tone, markersize=7, zorder=4, label=name)
-    panel.plot(0, 1, "o", color=POLICIES["hd_moe"][1], markersize=9, zorder=6, label="experts fixed")
+    panel.plot(0, 1, "o", color=grey, markersize=9, zorder=6, label=fixed)
     panel.set_xlabel("updates before the held-out steps")
     panel.margins(x=0.06, y=0.12)
     if panel.get_subplotspec().is_first_col():  # type: ignore[union-attr]
@@ -105,49 +98,38 @@ def _against_updates(panel: Axes, rows: pd.DataFrame) -> None:
 
 
 def _from_zero(panel: Axes, rows: pd.DataFrame) -> None:
-    bars = []
-    for row in _means(rows).itertuples():
-        name, tone = POLICIES[str(row.system)]
-        after = f" after {row.updates_before:.0f}" if row.system == "hiermoe" else ""
-        bars.append((f"{name}{after}", float(row.predicted_ms), tone))  # type: ignore[arg-type]
-    shown = {label: (time_ms, tone) for label, time_ms, tone in reversed(bars)}  # of equal names the shortest run
-    labels = list(dict.fromkeys(label for label, *_ in bars))
-    bound_ms = float(rows["bound_ms"].mean())
-    for position, label in enumerate(labels):
-        time_ms, tone = shown[label]
-        panel.barh(position, time_ms, color=tone, height=0.66)
+    shown: dict[str, tuple[float, dict[str, Any]]] = {}
+    for row in _means(rows).to_dict("records"):
+        name, tone = style.placement(row["system"])
+        after = f" after {row['updates_before']:.0f}" if row["system"] == "hiermoe" else ""
+        shown.setdefault(name + after, (row["predicted_ms"], {"color": tone}))  # of equal names the shortest run
+    shown[BOUND] = float(rows["bound_ms"].mean()), {"color": "#DDDDDD", "hatch": "///", "edgecolor": "#888888"}
+    for position, (time_ms, look) in enumerate(shown.values()):
+        panel.barh(position, time_ms, height=0.66, **look)
         panel.text(time_ms, position, f" {time_ms:.1f}", va="center", fontsize=11.5)
-    panel.barh(len(labels), bound_ms, color="#DDDDDD", height=0.66, hatch="///", edgecolor="#888888")
-    panel.text(bound_ms, len(labels), f" {bound_ms:.1f}", va="center", fontsize=11.5)
-    panel.set_yticks(range(len(labels) + 1), [*labels, BOUND])
+    panel.set_yticks(range(len(shown)), list(shown))
     panel.invert_yaxis()
-    panel.set_xlim(0, 1.17 * max(bound_ms, *(time_ms for time_ms, _ in shown.values())))
+    panel.set_xlim(0, 1.17 * max(time_ms for time_ms, _ in shown.values()))
     panel.grid(axis="y", visible=False)
     panel.set_xlabel("four AlltoAlls of a held-out step, ms")
 
 
 def _means(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row per system and length of the run, in the order of the policies, shorter runs first."""
+    """One row per system and length of the run, in the order of the sweep, shorter runs first."""
     means = rows.groupby(["system", "iterations_before"], as_index=False).mean(numeric_only=True)
-    order = means["system"].map({system: place for place, system in enumerate(POLICIES)})
-    return means.assign(order=order).sort_values(["order", "iterations_before"])
+    order = list(rows["system"].unique())
+    return means.sort_values("system", key=lambda x: x.map(order.index), kind="stable")
 
 
 def words(table: pd.DataFrame) -> Words:
     """What search gains over one swap a step, what moving costs, and how much could be left."""
-    gains = " and ".join(
-        f"{_gain(_of(rows, 'hiermoe_search')).value:.3f}× ({style.model(str(model))})"
-        for model, rows in table.groupby("model", sort=False)
-    )
-    swaps = " and ".join(
-        f"{_gain(_of(rows, 'hiermoe', longest=True)).value:.3f}×" for _, rows in table.groupby("model", sort=False)
-    )
-    updates = span(
-        [_of(rows, "hiermoe", longest=True)["updates_before"].iloc[0] for _, rows in table.groupby("model")], 0
-    )
-    paragraphs = [
-        "".join(_of_model(style.model(str(model)), rows)) for model, rows in table.groupby("model", sort=False)
-    ]
+    models = dict(per_model(table))
+    searches = {model: over_fixed(_of(rows, "hiermoe_search")).value for model, rows in models.items()}
+    gains = " and ".join(f"{gain:.3f}× ({model})" for model, gain in searches.items())
+    longest = [_of(rows, "hiermoe", longest=True) for rows in models.values()]
+    swaps = " and ".join(f"{over_fixed(rows).value:.3f}×" for rows in longest)
+    updates = span([rows["updates_before"].iloc[0] for rows in longest], 0)
+    paragraphs = ["".join(_of_model(model, rows)) for model, rows in models.items()]
     return Words(
         f"One searched migration makes held-out AlltoAll {gains} as fast as experts left in order; HierD-ES after "
         f"{updates} swaps {swaps}",
@@ -175,24 +157,19 @@ def _of(rows: pd.DataFrame, system: str, longest: bool = False) -> pd.DataFrame:
     return own[own["iterations_before"] == length]
 
 
-def _gain(rows: pd.DataFrame) -> Estimate:
-    """Speed-up over fixed experts."""
-    return ratio_of_sums(rows["static_ms"].to_numpy(float), rows["predicted_ms"].to_numpy(float))
-
-
 def _of_model(model: str, rows: pd.DataFrame) -> Iterator[str]:
     search = _of(rows, "hiermoe_search")
     saved_ms = float((search["static_ms"] - search["predicted_ms"]).mean())
-    yield f"{model}: over fixed experts the searched placement is {with_interval(_gain(search))}"
+    yield f"{model}: over fixed experts the searched placement is {with_interval(over_fixed(search))}"
     swaps = [_of(rows, "hiermoe", longest) for longest in (False, True)]
     yield "; HierD-ES is " + " and ".join(
-        f"{_gain(own).value:.3f} after {own['updates_before'].iloc[0]:.0f} updates" for own in swaps
+        f"{over_fixed(own).value:.3f} after {own['updates_before'].iloc[0]:.0f} updates" for own in swaps
     )
     for system in ("hiermoe_search_online", "hd_moe_smart"):
         if system in set(rows["system"]):
-            yield f", {POLICIES[system][0]} {_gain(_of(rows, system)).value:.3f}"
+            yield f", {style.placement(system)[0]} {over_fixed(_of(rows, system)).value:.3f}"
     yield "."
-    if _gain(search).low <= 1:
+    if over_fixed(search).low <= 1:
         yield " That is no gain that these steps can tell from none."
     groups = rows["router_groups"].iloc[0]
     if groups and saved_ms < 0.02 * float(search["static_ms"].mean()):
@@ -201,7 +178,7 @@ def _of_model(model: str, rows: pd.DataFrame) -> Iterator[str]:
             "together already."
         )
     cost_ms, moved = search["migration_before_ms"].iloc[0], search["moved_before"].iloc[0]
-    if _gain(search).low > 1:
+    if over_fixed(search).low > 1:
         yield (
             f" The search moves {moved:.0f} experts once, {cost_ms:.0f} ms of full state at the link's rate, which "
             f"{cost_ms / saved_ms:.0f} steps pay back"
@@ -210,8 +187,7 @@ def _of_model(model: str, rows: pd.DataFrame) -> Iterator[str]:
         gain_ms = float((late["static_ms"] - late["predicted_ms"]).mean())
         yield (
             f"; HierD-ES goes on moving {late['moved_experts'].mean():.1f} experts a step for "
-            f"{late['migration_ms'].mean():.2f} ms and "
-            f"{'saves' if gain_ms >= 0 else 'loses'} {abs(gain_ms):.2f} ms of AlltoAll by it."
+            f"{late['migration_ms'].mean():.2f} ms and {saves(gain_ms)} of AlltoAll by it."
         )
     best_ms = _means(rows)["predicted_ms"].min()
     yield (
@@ -230,13 +206,13 @@ def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
         first = rows.iloc[0]
         yield (
             style.model(str(model)),
-            POLICIES[str(system)][0],
+            style.placement(str(system))[0],
             f"{length}",
             f"{first['updates_before']:.0f}",
             f"{first['moved_before']:.0f}",
             f"{first['largest_before']:.0f}",
             f"{rows['predicted_ms'].mean():.2f}",
-            "1" if system == "hd_moe" else with_interval(_gain(rows)),
+            "1" if system == "hd_moe" else with_interval(over_fixed(rows)),
             f"{first['migration_before_ms']:.0f}",
             f"{rows['migration_ms'].mean():.2f}",
             f"{rows['predicted_ms'].mean() / rows['bound_ms'].mean():.2f}",

@@ -52,54 +52,31 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
     panels[0].set_ylabel("four AlltoAlls of one layer,\nms per step (logarithmic)")
     panels[len(fabrics)].set_ylabel("speed-up over the flat AlltoAll")
     panels[len(fabrics)].set_ylim(bottom=0)
-    labels = table.drop_duplicates("system").set_index("system")["label"]
+    labels = dict(zip(table["system"], table["label"], strict=True))
+    labels["megatron"] += " (flat)"
     marks = [
-        Line2D([], [], color=style.color(system), marker=marker, markersize=7, label=_label(labels[system], system))
+        Line2D([], [], color=style.color(system), marker=marker, markersize=7, label=labels[system])
         for system, marker in markers.items()
     ]
     style.legend(figure, [], with_published=False, extra=marks)
     return figure
 
 
-def _label(label: str, system: str) -> str:
-    return f"{label} (flat)" if system == "megatron" else label
-
-
 def _lines(panel: Axes, rows: pd.DataFrame, column: str, markers: Mapping[str, str]) -> None:
     for system, marker in markers.items():
         line = rows[rows["system"] == system]
-        panel.plot(
-            line["world_size"],
-            line[column],
-            color=style.color(system),
-            marker=marker,
-            markersize=7,
-            linewidth=2.4 if system == "hiermoe" else 1.7,
-            zorder=4 if system == "hiermoe" else 3,
-        )
+        width, order = (2.4, 4) if system == "hiermoe" else (1.7, 3)
+        look = {"color": style.color(system), "marker": marker, "markersize": 7}
+        panel.plot(line["world_size"], line[column], linewidth=width, zorder=order, **look)
 
 
 def _mark_dimensions(panel: Axes, rows: pd.DataFrame) -> None:
     """d* of HD-MoE at every size, in one line along the bottom."""
     for _, row in rows[rows["system"] == "hd_moe"].iterrows():
-        panel.annotate(
-            f"{row['dimension']:.0f}",
-            (row["world_size"], 0),
-            xytext=(0, 8),
-            textcoords="offset points",
-            ha="center",
-            color=style.color("hd_moe"),
-            fontweight="bold",
-        )
-    panel.annotate(
-        "d* of HD-MoE:",
-        (0.012, 0),
-        xycoords="axes fraction",
-        xytext=(0, 24),
-        textcoords="offset points",
-        color=style.color("hd_moe"),
-        fontsize=11,
-    )
+        look = {"ha": "center", "color": style.color("hd_moe"), "fontweight": "bold"}
+        style.note(panel, f"{row['dimension']:.0f}", (row["world_size"], 0), (0, 8), **look)
+    look = {"xycoords": "axes fraction", "color": style.color("hd_moe"), "fontsize": 11}
+    style.note(panel, "d* of HD-MoE:", (0.012, 0), (0, 24), **look)
 
 
 def _mark_groups(panel: Axes, rows: pd.DataFrame) -> None:
@@ -107,26 +84,21 @@ def _mark_groups(panel: Axes, rows: pd.DataFrame) -> None:
     if (rows["ep_groups"] > 1).any():
         largest = rows["ep_size"].max()
         panel.axvspan(largest * 1.41, rows["world_size"].max() * 1.41, color="#F2F2F2", zorder=0)
-        panel.annotate(
-            f"groups of {largest:.0f}",
-            (largest * 1.55, 0.12),  # above d*, below all curves
-            xycoords=("data", "axes fraction"),
-            fontsize=11,
-        )
+        x, above_dimensions = largest * 1.55, 0.12  # and below all curves
+        across = panel.get_xaxis_transform()
+        panel.text(x, above_dimensions, f"groups of {largest:.0f}", transform=across, fontsize=11)
 
 
 def words(table: pd.DataFrame) -> Words:
     """Where hierarchy begins to pay on each fabric, how much at most, and what several groups change."""
-    text = []
-    for fabric, rows in table.groupby("fabric", sort=False):
-        text.append(_of_fabric(style.fabric(str(fabric)), rows))
+    text = [_of_fabric(style.fabric(str(fabric)), rows) for fabric, rows in table.groupby("fabric", sort=False)]
     text.append(_on_alpha(table))
     largest = table["world_size"].max()
     if (table["ep_groups"] > 1).any():
         text.append(_with_groups(table))
     else:
         text.append(f"Beyond {largest:.0f} GPUs: `{LARGE}` (minutes; the figure then has them).")
-    first = table.iloc[0]
+    first, caveat = table.iloc[0], CAVEAT if table["from_data_sheets"].any() else "calibrated constants"
     ends = [
         f"{rows['value'].max():.2f}× on {style.fabric(str(fabric)).partition(',')[0]}"
         for fabric, rows in table[table["system"] == "hiermoe"].groupby("fabric", sort=False)
@@ -134,16 +106,12 @@ def words(table: pd.DataFrame) -> Words:
     return Words(
         f"From {table['world_size'].min():.0f} to {largest:.0f} GPUs HierMoE's AlltoAlls reach up to "
         f"{' and '.join(ends)} over the flat one",
-        f"{style.model(str(first['model']))}, {ROUTINGS[str(first['routing'])]}, {_caveat(table)}. Expert parallelism "
+        f"{style.model(str(first['model']))}, {ROUTINGS[str(first['routing'])]}, {caveat}. Expert parallelism "
         "over all GPUs, but in groups of at most 256 on consecutive GPUs; such groups fill whole nodes, so they share "
         "no port, and the step waits for the slowest. Fixed two-dimensional systems split at the outermost level. "
         f"{counted(table)}",
         tuple(text),
     )
-
-
-def _caveat(table: pd.DataFrame) -> str:
-    return CAVEAT if table["from_data_sheets"].any() else "calibrated constants"
 
 
 def _of_fabric(name: str, rows: pd.DataFrame) -> str:

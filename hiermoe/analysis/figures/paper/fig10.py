@@ -11,7 +11,7 @@ from hiermoe.analysis.claims import Claim
 from hiermoe.analysis.figures import style
 from hiermoe.analysis.figures.spec import FigureSpec, Words
 from hiermoe.analysis.figures.tables import complete, counterpart, published
-from hiermoe.analysis.figures.words import capital, headline
+from hiermoe.analysis.figures.words import capital, headline, per_model
 from hiermoe.analysis.frames import Results
 from hiermoe.analysis.whole_step import FULL_STATE_AT_LINK, PUBLISHED_SHARES, share_needed, step_speedup
 
@@ -45,28 +45,21 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
     """A panel per model: speed-up of the step against AlltoAll's share of it, on the leading routing."""
-    models = style.models(table)
+    models = list(per_model(table))
     figure, panels = style.grid(title, 1, len(models), (11.5, 5.6), sharey=True)
-    for panel, model in zip(panels, models, strict=True):
-        rows = table[table["model"] == model]
-        rows = rows[rows["routing"] == headline(rows)]
+    for panel, (model, rows) in zip(panels, models, strict=True):
         low, high = rows[["published_low", "published_high"]].iloc[0]
         panel.axvspan(PUBLISHED_SHARES[0] * 100, PUBLISHED_SHARES[1] * 100, color="#F3F3F3", zorder=0)
         panel.axhspan(low, high, facecolor="none", edgecolor="black", linewidth=1.2, hatch="//", alpha=0.35, zorder=1)
-        panel.annotate("published, HierMoE", (1, high), xytext=(0, 3), textcoords="offset points", va="bottom")
+        style.note(panel, "published, HierMoE", (1, high), (0, 3), va="bottom")
         for (system, migration), line in rows.groupby(["system", "migration"], sort=False):
             dashed = migration != "none"
             if dashed and (line["communication"].iloc[0] == rows.loc[rows["system"] == system, "communication"].min()):
                 continue  # nothing moved: the same line
-            panel.plot(
-                line["alltoall_share"] * 100,
-                line["value"],
-                "--" if dashed else "-",
-                color=style.color(str(system)),
-                linewidth=WIDTHS.get(str(system), 2.0),
-            )
+            look = {"color": style.color(str(system)), "linewidth": WIDTHS.get(str(system), 2.0)}
+            panel.plot(line["alltoall_share"] * 100, line["value"], "--" if dashed else "-", **look)
         panel.axhline(1, color=style.color("megatron"), linewidth=1.2)
-        panel.set_title(f"{style.model(model)}, {style.ROUTINGS[rows['routing'].iloc[0]][1]}")
+        panel.set_title(f"{model}, {style.ROUTINGS[rows['routing'].iloc[0]][1]}")
         panel.set_xlabel("AlltoAll's share of Megatron-LM's step, %")
         panel.set_xlim(0, SHARES[-1] * 100)
     panels[0].set_ylabel("speed-up of the step over Megatron-LM")

@@ -15,20 +15,11 @@ from hiermoe.analysis.frames import Results
 
 def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
     """One row per system, routing and iteration."""
+    keys = ["source", "system", "model", "routing", "iteration", "routing_iteration", "counted"]
     parts = [
-        results.rows(run, "step", counted_only=False)[
-            [
-                "source",
-                "system",
-                "model",
-                "routing",
-                "iteration",
-                "routing_iteration",
-                "counted",
-                "dimension",
-                "predicted_ms",
-            ]
-        ].assign(label=run.config.system.label)
+        results.rows(run, "step", counted_only=False)[[*keys, "dimension", "predicted_ms"]].assign(
+            label=run.config.system.label
+        )
         for run in results.find("fig12", status="ok")
     ]
     table = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
@@ -48,12 +39,13 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
         panel.annotate("measured", (window.mean(), top * 1.1), ha="center", va="top", color="#666666")
         previous = None
         for label, line in sorted(rows.groupby("label"), key=lambda item: -item[1]["predicted_ms"].iloc[-8:].mean()):
-            panel.plot(line["iteration"], line["predicted_ms"], color=style.color(line["system"].iloc[0]))
+            tone = style.color(line["system"].iloc[0])
+            panel.plot(line["iteration"], line["predicted_ms"], color=tone)
             end = line["predicted_ms"].iloc[-8:].mean()
             position = end if previous is None else min(end, previous - top * 0.075)
-            panel.annotate(str(label), (last + 1.5, position), color=style.color(line["system"].iloc[0]), va="center")
+            panel.annotate(str(label), (last + 1.5, position), color=tone, va="center")
             previous = position
-        panel.set_title(f"{style.ROUTINGS[routing][1]}")
+        panel.set_title(style.ROUTINGS[routing][1])
         panel.set_xlabel("iteration")
         panel.set_xlim(-1, last * 1.36)
         panel.set_xticks(range(0, last + 2, 16))
@@ -64,12 +56,8 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
 
 def words(table: pd.DataFrame) -> Words:
     """Variation over the measured iterations, and how fast swaps take effect."""
-    counted = (
-        table[table["counted"]]
-        .groupby(["routing", "label", "system"], sort=False)["predicted_ms"]
-        .agg(["mean", "std", "size"])
-    )
-    cv = (counted["std"] / counted["mean"]).rename("cv").reset_index()
+    by_system = table[table["counted"]].groupby(["routing", "label", "system"], sort=False)["predicted_ms"]
+    cv, n = (by_system.std() / by_system.mean()).rename("cv").reset_index(), by_system.size().iloc[0]
     lead = headline(table)
 
     def at(routing: str, system: str) -> float:
@@ -98,9 +86,9 @@ def words(table: pd.DataFrame) -> Words:
     )
     steadier = at(lead, "hiermoe") < at(lead, "megatron")
     return Words(
-        f"In {counted['size'].iloc[0]} iterations of {lead} routing HierMoE varies {'less' if steadier else 'more'} "
+        f"In {n} iterations of {lead} routing HierMoE varies {'less' if steadier else 'more'} "
         f"than Megatron-LM (coefficient of variation {at(lead, 'hiermoe'):.1%} against {at(lead, 'megatron'):.1%})",
-        f"{style.model(table['model'].iloc[0])}, one MoE layer. Shaded: the n = {counted['size'].iloc[0]} iterations "
+        f"{style.model(table['model'].iloc[0])}, one MoE layer. Shaded: the n = {n} iterations "
         "that results count. The paper prints a curve without numbers. Simulated times.",
         tuple(text),
     )

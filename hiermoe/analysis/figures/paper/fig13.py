@@ -39,9 +39,7 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
         chosen = rows[rows["system"] == "hd_moe"]
         for _, row in chosen[chosen["routing"] == headline(chosen)].iterrows():
             note = f"d* = {row['dimension']:.0f} in {row['dimension_share']:.0%} of steps"
-            panel.annotate(
-                note, (row["value"], len(labels) - 1), xytext=(14, 0), textcoords="offset points", va="center"
-            )
+            style.note(panel, note, (row["value"], len(labels) - 1), (14, 0), va="center")
         panel.set_title(f"{rows['num_ranks'].iloc[0]} GPUs")
         panel.set_xlabel("four AlltoAlls of one layer, ms per step")
         panel.set_xlim(left=0)

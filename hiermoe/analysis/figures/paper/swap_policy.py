@@ -13,26 +13,23 @@ from hiermoe.analysis.figures.tables import published, speedups
 from hiermoe.analysis.figures.words import counted, headline, span
 from hiermoe.analysis.frames import Results, Run
 
-PANELS = {
-    "max_function": "maximum in Q",
-    "gamma": "γ of the smooth maximum",
-    "frequency": "iterations between updates",
+PANELS = {  # by sweep: what it varies, in words; its column; the condition of the published claim
+    "max_function": ("maximum in Q", "max_function", "max={}"),
+    "gamma": ("γ of the smooth maximum", "gamma", "gamma in 5..19"),
+    "frequency": ("iterations between updates", "interval", "update every {}"),
 }
-COLUMNS = {"max_function": "max_function", "gamma": "gamma", "frequency": "interval"}
-CONDITIONS = {"max_function": "max={}", "gamma": "gamma in 5..19", "frequency": "update every {}"}
-NAMES = {"plain": "plain", "smooth": "smooth", "logsumexp": "log-sum-exp"}
 
 
 def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
     """One row per setting and routing."""
     parts = []
-    for sweep, column in COLUMNS.items():
+    for sweep, (_, column, condition) in PANELS.items():
         rows = speedups(results, sweep, "hd_moe", partial(_updates, results))
         if rows.empty:
             continue
         setting = [f"{value:g}" if isinstance(value, float) else str(value) for value in rows[column]]
         known = [
-            published(claims, where="Sec. V-E", condition=CONDITIONS[sweep].format(value), baseline="hd_moe")
+            published(claims, where="Sec. V-E", condition=condition.format(value), baseline="hd_moe")
             for value in setting
         ]
         low, high = zip(*known, strict=True)
@@ -50,7 +47,7 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
     """A panel per setting."""
     figure, panels = style.grid(title, 1, len(PANELS), (12, 5), sharey=True)
     routings = style.ordered(table["routing"])
-    for panel, (sweep, label) in zip(panels, PANELS.items(), strict=True):
+    for panel, (sweep, (label, *_)) in zip(panels, PANELS.items(), strict=True):
         rows = table[table["varied"] == sweep]
         settings = list(dict.fromkeys(rows["setting"]))
         for _, row in rows.iterrows():
@@ -61,7 +58,9 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
             panel.plot([x, x], [row["published_low"], row["published_high"]], color="black", linewidth=1.6)
             style.published(panel, x, (row["published_low"] + row["published_high"]) / 2)
         panel.axhline(1, color=style.color("hd_moe"), linewidth=1.5)
-        panel.set_xticks(range(len(settings)), [NAMES.get(str(setting), str(setting)) for setting in settings])
+        panel.set_xticks(
+            range(len(settings)), ["log-sum-exp" if setting == "logsumexp" else setting for setting in settings]
+        )
         panel.set_xlabel(label)
         panel.set_xlim(-0.5, max(len(settings), 1) - 0.5)
         panel.grid(axis="x", visible=False)
@@ -77,7 +76,7 @@ def words(table: pd.DataFrame) -> Words:
     for routing in style.ordered(table["routing"]):
         rows = table[table["routing"] == routing]
         parts = "; ".join(
-            f"{PANELS[str(sweep)]} {span(part['value'], 3)}" for sweep, part in rows.groupby("varied", sort=False)
+            f"{PANELS[str(sweep)][0]} {span(part['value'], 3)}" for sweep, part in rows.groupby("varied", sort=False)
         )
         text.append(f"On {routing} routing: {parts}.")
     intervals = table[(table["varied"] == "frequency") & (table["routing"] == lead)]

@@ -20,11 +20,11 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
     """One row per routing, K and level."""
     rows = []
     for run in results.find("table2", system=SYSTEM, status="ok"):
-        hierarchy = run.config.cluster.hierarchy
-        for groups, name in zip(hierarchy.groups, hierarchy.names, strict=True):
-            low, _ = published(claims, metric="duplication_rate", condition=f"groups={groups} K={run.swept['topk']}")
+        for level in run.config.cluster.levels:
+            groups, condition = level.groups, f"groups={level.groups} K={run.swept['topk']}"
+            low, _ = published(claims, metric="duplication_rate", condition=condition)
             rate = duplication_rate(run, groups, results)
-            rows.append(row_of(run, rate, groups=groups, level=name, topk=run.swept["topk"], published=low))
+            rows.append(row_of(run, rate, groups=groups, level=level.label, topk=run.swept["topk"], published=low))
     return pd.DataFrame(rows)
 
 
@@ -44,7 +44,7 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
                 style.ours(panel, percent, row["topk"], percent["value"], vertical=True, size=8)
         for _, row in rows.drop_duplicates("topk").iterrows():
             style.published(panel, row["topk"], row["published"] * 100, size=11)
-        panel.set_title(f"{level['groups']} groups ({style.LEVELS.get(level['level'], level['level'])})")
+        panel.set_title(f"{level['groups']} groups ({level['level']})")
         panel.set_xticks(sorted(rows["topk"].unique()))
         panel.set_xlabel("experts per token, K")
     panels[0].set_ylabel("duplicates, % of token–expert pairs")
