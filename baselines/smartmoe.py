@@ -9,12 +9,12 @@ weights, so that the optimizer's masters undo the move, and it remaps dropped to
 import torch
 from torch import Tensor
 
-from hiermoe.policies.protocol import PlacementUpdate, StepContext, refuse_copies
+from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate, StepContext, refuse_copies
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
 
 
-class SmartMoEPolicy:
+class SmartMoEPolicy(PlacementPolicy):
     """Full repack by token counts every ``interval`` iterations."""
 
     def __init__(self, interval: int = 10) -> None:

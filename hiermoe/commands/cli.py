@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 
-from hiermoe.records.checked import Schema, checked
 from hiermoe.records.project import CONF
+from hiermoe.records.strict import Schema, checked
 
 USAGE = """hiermoe: does HierMoE's communication hold, and would it help your model on your cluster?
 

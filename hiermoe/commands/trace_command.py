@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hiermoe trace", description="Routing traces.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    formats = "\n".join(f"  {name:10} {importer.reads}" for name, importer in IMPORTERS.items())
+    formats = "\n".join(f"  {name:10} {str(importer.__doc__).splitlines()[0]}" for name, importer in IMPORTERS.items())
     load = commands.add_parser(
         "import",
         help="make a trace of routing that others recorded",

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -66,23 +65,6 @@ class Dispatched:
     rows_per_slot: Tensor
     weights_P: Tensor
     plan: DispatchPlan | None
-
-
-class TokenDispatcher(Protocol):
-    """All that a layer needs to know of its dispatcher."""
-
-    @property
-    def local_experts(self) -> Tensor:
-        """Logical expert in each slot of this rank: int64 [S / G]."""
-        ...
-
-    def dispatch(self, x_TM: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Dispatched:
-        """As `Dispatcher.dispatch`. *Collective.*"""
-        ...
-
-    def combine(self, y_PM: Tensor, plan: Any) -> Tensor:
-        """As `Dispatcher.combine`. *Collective.*"""
-        ...
 
 
 class Dispatcher:

@@ -16,7 +16,7 @@ def send_rows(x_TM: Tensor, plan: DispatchPlan) -> Tensor:
     *Collective.* Differentiable; its gradient is `return_rows`. One node of the graph, so that what overlaps with its
     backward begins together with it.
     """
-    return _linear(x_TM, lambda x: _out(x, plan), lambda g: _back(g, plan))
+    return _Linear.apply(x_TM, lambda x: _out(x, plan), lambda g: _back(g, plan))  # type: ignore[return-value]
 
 
 def return_rows(y_PM: Tensor, plan: DispatchPlan) -> Tensor:
@@ -24,7 +24,7 @@ def return_rows(y_PM: Tensor, plan: DispatchPlan) -> Tensor:
 
     *Collective.* Differentiable; its gradient is `send_rows`.
     """
-    return _linear(y_PM, lambda y: _back(y, plan), lambda g: _out(g, plan))
+    return _Linear.apply(y_PM, lambda y: _back(y, plan), lambda g: _out(g, plan))  # type: ignore[return-value]
 
 
 def expert_weights(weights_TK: Tensor, plan: DispatchPlan) -> Tensor:
@@ -44,7 +44,7 @@ def expert_weights(weights_TK: Tensor, plan: DispatchPlan) -> Tensor:
         flat[plan.pair_index_P] = g_P
         return flat[:-1].view_as(weights_TK)
 
-    return _linear(weights_TK, lambda _: plan.weights_P.clone(), gradient)
+    return _Linear.apply(weights_TK, lambda _: plan.weights_P.clone(), gradient)  # type: ignore[return-value]
 
 
 class _Linear(torch.autograd.Function):
@@ -58,12 +58,6 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return ctx.adjoint(gradients[0]), None, None
-
-
-def _linear(x: Tensor, run: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]) -> Tensor:
-    result = _Linear.apply(x, run, adjoint)
-    assert isinstance(result, Tensor)
-    return result
 
 
 def _out(x_RM: Tensor, plan: DispatchPlan) -> Tensor:

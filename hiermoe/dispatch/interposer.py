@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -77,11 +77,12 @@ class Interposer:
     On CUDA every recorded call is followed by a synchronisation, so that its time is its own.
 
     Attributes:
+        active: the one that is recording.
         phase: name for transfers from now on.
         stage: likewise; set by `staged`.
     """
 
-    _active: "Interposer | None" = None
+    active: ClassVar["Interposer | None"] = None
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter, repeatable: bool = False) -> None:
         """Prepare; nothing is replaced before the context is entered.
@@ -97,21 +98,16 @@ class Interposer:
         self._transfers: list[Transfer] = []
         self._originals: dict[str, Any] = {}
 
-    @classmethod
-    def active(cls) -> "Interposer | None":
-        """The one that is recording."""
-        return cls._active
-
     def __enter__(self) -> Self:
-        if Interposer._active is not None:
+        if Interposer.active is not None:
             raise RuntimeError("an Interposer is active already: transfers would be counted twice")
         group = dist.ProcessGroup
         readers: dict[str, Callable[..., Any]] = {
             **dict.fromkeys(_ALL_TO_ALL, _read_all_to_all),
             **dict.fromkeys(_ALL_GATHER, _read_all_gather),
             **{name: _reader_of(label) for name, label in _OTHERS.items()},
-            "send": _read_send,
-            "recv": _read_receive,
+            "send": _message_reader("send"),
+            "recv": _message_reader("receive"),
         }
         present = {name: reader for name, reader in readers.items() if hasattr(group, name)}
         if not (set(_ALL_TO_ALL) & set(present) and set(_ALL_GATHER) & set(present)):
@@ -120,14 +116,14 @@ class Interposer:
             # What the class holds, and not what getattr() makes of it: that would no longer bind its group.
             self._originals[name] = inspect.getattr_static(group, name)
             setattr(group, name, self._recording(getattr(group, name), reader))
-        Interposer._active = self
+        Interposer.active = self
         return self
 
     def __exit__(self, *_exception: object) -> None:
         for name, original in self._originals.items():
             setattr(dist.ProcessGroup, name, original)
         self._originals = {}
-        Interposer._active = None
+        Interposer.active = None
 
     def drain(self) -> list[Transfer]:
         """Hand over what was recorded since the last call, in order, and forget it."""
@@ -137,13 +133,13 @@ class Interposer:
     def _recording(self, original: Callable[..., Any], read: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
             operation, tensor, sent, received = read(group, *args, **kwargs)
-            _synchronise(tensor)
+            synchronise(tensor.device)
             started = self._clock()
             work = original(group, *args, **kwargs)
             asynchronous = operation in ("send", "receive") or any(getattr(x, "asyncOp", False) for x in args)
             if work is not None and not asynchronous:
                 work.wait()
-                _synchronise(tensor)
+                synchronise(tensor.device)
             elapsed_ms = (self._clock() - started) * 1e3
             kind: Kind = "payload" if tensor.is_floating_point() and tensor.dim() == 2 else "metadata"
             members = tuple(dist.get_process_group_ranks(group))
@@ -152,7 +148,7 @@ class Interposer:
                 again = original(group, *args, **kwargs)
                 if again is not None:
                     again.wait()
-                _synchronise(tensor)
+                synchronise(tensor.device)
 
             kept = repeat if self._repeatable else None
             self._transfers.append(
@@ -166,7 +162,7 @@ class Interposer:
 @contextmanager
 def staged(stage: str) -> Iterator[None]:
     """Names the stage of the transfers inside; does nothing while no `Interposer` is active."""
-    interposer = Interposer.active()
+    interposer = Interposer.active
     if interposer is None:
         yield
         return
@@ -177,9 +173,10 @@ def staged(stage: str) -> Iterator[None]:
         interposer.stage = previous
 
 
-def _synchronise(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU is through."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _num_bytes(tensor: Tensor) -> int:
@@ -196,13 +193,8 @@ def _split_bytes(tensor: Tensor, splits: Sequence[int], size: int) -> tuple[int,
 def _read_all_to_all(
     group: dist.ProcessGroup, output: Tensor, source: Tensor, output_splits: Any, input_splits: Any, *_rest: Any
 ) -> Any:
-    size = group.size()
-    return (
-        "all_to_all",
-        source,
-        _split_bytes(source, input_splits, size),
-        _split_bytes(output, output_splits, size),
-    )
+    sent, received = _split_bytes(source, input_splits, group.size()), _split_bytes(output, output_splits, group.size())
+    return "all_to_all", source, sent, received
 
 
 def _read_all_gather(group: dist.ProcessGroup, output: Tensor, source: Tensor, *_rest: Any) -> Any:
@@ -228,13 +220,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _read_send(group: dist.ProcessGroup, tensors: list[Tensor], peer: int, *_rest: Any) -> Any:
-    amount = [0] * group.size()
-    amount[peer] = _num_bytes(tensors[0])
-    return "send", tensors[0], tuple(amount), (0,) * group.size()
+def _message_reader(operation: str) -> Callable[..., Any]:
+    def read(group: dist.ProcessGroup, tensors: list[Tensor], peer: int, *_rest: Any) -> Any:
+        moved = tuple(_num_bytes(tensors[0]) if member == peer else 0 for member in range(group.size()))
+        nothing = (0,) * group.size()
+        return operation, tensors[0], *((moved, nothing) if operation == "send" else (nothing, moved))
 
-
-def _read_receive(group: dist.ProcessGroup, tensors: list[Tensor], peer: int, *_rest: Any) -> Any:
-    amount = [0] * group.size()
-    amount[peer] = _num_bytes(tensors[0])
-    return "receive", tensors[0], (0,) * group.size(), tuple(amount)
+    return read

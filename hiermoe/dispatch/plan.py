@@ -12,7 +12,7 @@ from hiermoe.dispatch.interposer import staged
 from hiermoe.dispatch.rows import RowCopies
 from hiermoe.planner.cost import choose_scheme
 from hiermoe.planner.counts import RoutingCounts
-from hiermoe.planner.scheme import DispatchScheme, Stage
+from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.planner.traffic import Traffic, expert_capacity, pair_traffic
 from hiermoe.routing.step import experts_per_rank
 from hiermoe.topology.cluster import Cluster
@@ -148,7 +148,10 @@ def make_plan(
             me, members = communicators.rank, communicator.members
             peer_P = stage.peers.position(pairs.slot_P // per_rank, hierarchy)
             order_P = torch.argsort(peer_P, stable=True)
-            is_first_P = _starts_row(stage, pairs.row_P, peer_P)[order_P]
+            starts_P = torch.ones_like(order_P, dtype=torch.bool)
+            if stage.rows == "token":  # else every pair is a row of its own
+                starts_P[1:] = (pairs.row_P[1:] != pairs.row_P[:-1]) | (peer_P[1:] != peer_P[:-1])
+            is_first_P = starts_P[order_P]
             source_R = pairs.row_P[order_P][is_first_P]
             padded = scheme.padding is not None and index == 0
             plan = StagePlan(
@@ -240,14 +243,6 @@ def _padded(pairs: _Pairs, index_P: Tensor, num_slots: int, capacity: int, no_pa
     row_P[target], weight_P[target], index[target] = pairs.row_P[kept], pairs.weight_P[kept], index_P[kept]
     slot_P = torch.arange(num_slots, device=row_P.device).repeat_interleave(capacity)
     return _Pairs(row_P, slot_P, weight_P, num_tokens), index
-
-
-def _starts_row(stage: Stage, row_P: Tensor, peer_P: Tensor) -> Tensor:
-    """Which pairs start a row of the stage: bool [P]; all of them where every pair is a row of its own."""
-    starts = torch.ones_like(row_P, dtype=torch.bool)
-    if stage.rows == "token":
-        starts[1:] = (row_P[1:] != row_P[:-1]) | (peer_P[1:] != peer_P[:-1])
-    return starts
 
 
 def _exchange_pairs(pairs: _Pairs, order_P: Tensor, is_first_P: Tensor, plan: StagePlan) -> _Pairs:

@@ -1,5 +1,6 @@
-"""A dispatcher and a placement without a model around them, for runs that bring their own routing."""
+"""A dispatcher and a placement without a model around them, and questions to them that have a known answer."""
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from hiermoe.dispatch.dispatcher import Dispatched, dispatch_context
-from hiermoe.measure.replay_job import ReplayJob
+from hiermoe.measure.replay_job import FACTORS, WEIGHTS, ReplayJob
 from hiermoe.megatron.adapter import StagedTokenDispatcher
 from hiermoe.megatron.attach import new_dispatcher
 from hiermoe.megatron.expert_placement import ExpertPlacement, LayerPlacement
@@ -24,7 +25,7 @@ from hiermoe.topology.placement import Placement
 
 
 class BenchDispatcher:
-    """Any dispatcher of Megatron's kind as a `TokenDispatcher`.
+    """Any dispatcher of Megatron's kind, to be called as a `Dispatcher` is.
 
     All systems, the suite's own too, get the routing map that a router of Megatron's would give them, so what each
     makes of it belongs to its time.
@@ -75,35 +76,35 @@ def bench_layer(
     """
     if job.device == "cpu":
         cpu.install()
-    ep_size = job.cluster.hierarchy.num_ranks
+    sizes, ep_size = job.sizes, job.cluster.hierarchy.num_ranks
     config = TransformerConfig(
         num_layers=1,
-        hidden_size=job.hidden_size,
+        hidden_size=sizes.hidden_size,
         num_attention_heads=1,
-        num_moe_experts=job.num_experts,
-        moe_router_topk=job.topk,
+        num_moe_experts=sizes.num_experts,
+        moe_router_topk=sizes.topk,
         moe_token_dispatcher_type="alltoall",
         expert_model_parallel_size=ep_size,
         add_bias_linear=False,
         moe_grouped_gemm=False,
     )
     groups = _groups()
-    per_rank = job.num_experts // ep_size
+    per_rank = sizes.num_experts // ep_size
     first = groups.ep.rank() * per_rank
     stock = MoEAlltoAllTokenDispatcher(per_rank, list(range(first, first + per_rank)), config, groups)
     context = dispatch_context(system, job.cluster, groups.ep, job.timeout)
     dispatcher = new_dispatcher(system, stock, config, groups, context)
-    start = start or Start(0, Placement.identity(job.num_experts))
+    start = start or Start(0, Placement.identity(sizes.num_experts))
     policy, moving = system.build_policy(), []
     if isinstance(dispatcher, StagedTokenDispatcher) and not isinstance(policy, StaticPolicy):
         dispatcher.dispatcher.placement = start.placement
         policy.load_state_dict(start.policy)
-        state_bytes = STATE_BYTES_PER_PARAMETER * job.expert_parameters
+        state_bytes = STATE_BYTES_PER_PARAMETER * sizes.expert_parameters
         states = [torch.zeros(state_bytes, dtype=torch.uint8) for _ in range(per_rank)]
         parameters = [[torch.nn.Parameter(state.to(job.device), requires_grad=False)] for state in states]
-        moving = [LayerPlacement(job.layer, dispatcher.dispatcher, policy, parameters, job.expert_parameters)]
+        moving = [LayerPlacement(job.layer, dispatcher.dispatcher, policy, parameters, sizes.expert_parameters)]
     metered = MeteredDispatcher(dispatcher, job.layer, meter)
-    return BenchDispatcher(metered, job.num_experts), ExpertPlacement(moving, groups.ep, start.iteration)
+    return BenchDispatcher(metered, sizes.num_experts), ExpertPlacement(moving, groups.ep, start.iteration)
 
 
 @cache
@@ -119,3 +120,63 @@ def _groups() -> ProcessGroupCollection:
     groups.ep = groups.tp_ep = world
     groups.tp = groups.cp = groups.expt_tp = groups.expt_dp = groups.tp_cp = groups.tp_dp_cp = alone
     return groups
+
+
+@dataclass(frozen=True)
+class Question:
+    """One rank's inputs of one iteration, whose answer is known.
+
+    Attributes:
+        ids_TK: int64 [T, K], experts of its tokens.
+        x_TM: hidden states.
+        weight_TK: routing weights, float32.
+        gradient_TM: of the output.
+    """
+
+    ids_TK: Tensor
+    x_TM: Tensor
+    weight_TK: Tensor
+    gradient_TM: Tensor
+
+    @classmethod
+    def draw(cls, ids_TK: Tensor, job: ReplayJob, generator: torch.Generator) -> "Question":
+        """Random integers."""
+
+        def integers(low: int, high: int, *shape: int) -> Tensor:
+            return torch.randint(low, high + 1, shape, generator=generator, dtype=torch.int8).to(job.device)
+
+        shape_TM = len(ids_TK), job.sizes.hidden_size
+        return cls(
+            ids_TK=ids_TK.to(job.device),
+            x_TM=integers(-1, 1, *shape_TM).to(job.dtype),
+            weight_TK=integers(1, WEIGHTS, *ids_TK.shape).float(),
+            gradient_TM=integers(-1, 1, *shape_TM).to(job.dtype),
+        )
+
+    def ask(self, dispatcher: BenchDispatcher, job: ReplayJob) -> int:
+        """Dispatch, let experts multiply, combine, and go backward. *Collective.*
+
+        Returns:
+            Elements of the output, of the inputs' gradient and of the routing weights' gradient that are wrong.
+        """
+        x_TM, weight_TK = self.x_TM.detach().requires_grad_(), self.weight_TK.detach().requires_grad_()
+        arrived = dispatcher.dispatch(x_TM, self.ids_TK, weight_TK)
+        factor_P = factor_of(dispatcher.local_experts).repeat_interleave(arrived.rows_per_slot).to(job.device)
+        y_PM = (arrived.rows_PM * (arrived.weights_P * factor_P)[:, None]).to(arrived.rows_PM.dtype)
+        output_TM = dispatcher.combine(y_PM, arrived.plan)
+        output_TM.backward(self.gradient_TM)
+        assert x_TM.grad is not None and weight_TK.grad is not None
+        factor_TK = factor_of(self.ids_TK)
+        if arrived.plan is not None:
+            factor_TK *= arrived.plan.kept_TK  # a lossy scheme drops pairs
+        scale_T1 = (self.weight_TK * factor_TK).sum(1, keepdim=True)
+        alignment_T1 = (self.gradient_TM.float() * self.x_TM.float()).sum(1, keepdim=True)
+        wrong = output_TM.detach().float().ne(self.x_TM.float() * scale_T1).sum()
+        wrong += x_TM.grad.float().ne(self.gradient_TM.float() * scale_T1).sum()
+        wrong += weight_TK.grad.ne(alignment_T1 * factor_TK).sum()
+        return int(wrong)
+
+
+def factor_of(expert_ids: Tensor) -> Tensor:
+    """What an expert multiplies by: float32 in the shape of the ids."""
+    return (1 + expert_ids % FACTORS).float()

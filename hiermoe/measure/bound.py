@@ -1,25 +1,12 @@
 """No system at all: the time that no placement of experts can beat, for the same routing and schemes."""
 
-from collections.abc import Sequence
-
 import pandas as pd
 
-from hiermoe.measure.workload import OfWorkloads, Workload
+from hiermoe.measure.workload import Workload
 from hiermoe.planner.bounds import MateBound, least_traffic
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP
 from hiermoe.planner.token_sets import TokenSets
 from hiermoe.ranks.world import Progress, no_progress
-from hiermoe.routing.step import first_measured, iteration_schedule
-
-
-class Bound(OfWorkloads):
-    """For every counted step what no placement goes below."""
-
-    source = "simulated"
-
-    def measure(self, jobs: Sequence[Workload], world: None, progress: Progress) -> list[pd.DataFrame]:
-        """One after another."""
-        return [bound_times(workload, progress) for workload in jobs]
 
 
 def bound_times(workload: Workload, progress: Progress = no_progress) -> pd.DataFrame:
@@ -36,21 +23,20 @@ def bound_times(workload: Workload, progress: Progress = no_progress) -> pd.Data
     Raises:
         ValueError: a scheme that does not deduplicate.
     """
-    hierarchy, routing = workload.cluster.hierarchy, workload.routing
+    hierarchy = workload.cluster.hierarchy
     bounds = [MateBound(workload.sizes.num_experts, hierarchy, level) for level in range(1, hierarchy.depth + 1)]
     rows = []
-    for iteration, routing_iteration in enumerate(iteration_schedule(workload.iterations, routing.num_distinct)):
-        if iteration < first_measured(workload.iterations, routing.num_distinct):
-            continue
-        sets = TokenSets.of(routing.step(routing_iteration).expert_ids_NK, workload.sizes.num_experts).merged()
+    for iteration in range(workload.measured_from, workload.iterations):
+        routing_iteration = workload.schedule[iteration]
+        expert_ids_NK = workload.routing.step(routing_iteration).expert_ids_NK
+        sets = TokenSets.of(expert_ids_NK, workload.sizes.num_experts).merged()
         least = least_traffic(sets, bounds, workload.schemes, workload.cluster, workload.sizes.row_bytes)
-        pairs = sets.tokens * workload.sizes.topk
         keys = {
             "iteration": iteration,
             "routing_iteration": routing_iteration,
             "counted": True,
             "layer": workload.layer,
-            "pairs": pairs,
+            "pairs": sets.tokens * workload.sizes.topk,
         }
         rows += [
             keys | {"phase": "routing", "stage": name, "dimension": level, "rows": distinct}

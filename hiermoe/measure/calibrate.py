@@ -1,8 +1,7 @@
 """Times the AlltoAll of every kind of peers of a cluster, over message sizes: what alpha and beta are fitted to."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,16 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.distributed as dist
+from pydantic import Field
 
 from hiermoe.dispatch.communicators import Communicators
+from hiermoe.dispatch.interposer import synchronise
 from hiermoe.measure.measurement import Measurement
-from hiermoe.planner.fit import fit_exchanges
+from hiermoe.planner.fit import SMALLEST_FITTED_BYTES, fit_exchanges
 from hiermoe.planner.scheme import every_dimension
 from hiermoe.ranks.streams import RowStream
 from hiermoe.ranks.world import Device, Progress, World
+from hiermoe.records.strict import Strict
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.peers import Peers
 
@@ -25,8 +27,7 @@ _SETTLE_SECONDS = 0.03
 _MOST_TURNS = 4  # of all repeats
 
 
-@dataclass(frozen=True)
-class CalibrationJob:
+class CalibrationJob(Strict):
     """What every rank must know.
 
     Attributes:
@@ -39,11 +40,11 @@ class CalibrationJob:
     """
 
     cluster: Cluster
-    smallest_pair_bytes: int
-    largest_pair_bytes: int
-    largest_bytes: int
-    warm_ups: int
-    repeats: int
+    smallest_pair_bytes: int = Field(ge=1)
+    largest_pair_bytes: int = Field(ge=1)
+    largest_bytes: int = Field(gt=SMALLEST_FITTED_BYTES)
+    warm_ups: int = Field(ge=0)
+    repeats: int = Field(ge=1)
 
     def pair_bytes(self, exchange: Peers) -> list[int]:
         """Sizes for one kind of peers, ascending; at least two."""
@@ -70,21 +71,14 @@ class Calibrate(Measurement):
 
     def prepare(self, config: Any) -> CalibrationJob:
         """The job of `hiermoe calibrate`'s configuration."""
-        return CalibrationJob(
-            cluster=config.cluster,
-            smallest_pair_bytes=config.smallest_pair_bytes,
-            largest_pair_bytes=config.largest_pair_bytes,
-            largest_bytes=config.largest_bytes,
-            warm_ups=config.warm_ups,
-            repeats=config.repeats,
-        )
+        return CalibrationJob(**{name: getattr(config, name) for name in CalibrationJob.model_fields})
 
     def num_steps(self, job: CalibrationJob) -> int:
         """One a measurement."""
         return sum(1 for _ in job.measurements())
 
-    def measure(self, jobs: Sequence[CalibrationJob], world: World, progress: Progress) -> list[pd.DataFrame]:
-        """One after another, on one rank for every GPU of a job's cluster.
+    def measure_one(self, job: CalibrationJob, world: World, progress: Progress) -> pd.DataFrame:
+        """On one rank for every GPU of the job's cluster.
 
         On a cluster, whose links' rates follow from it, all is done again where other work hides that more bytes take
         longer.
@@ -92,25 +86,20 @@ class Calibrate(Measurement):
         Raises:
             ValueError: it still does.
         """
-        how = _until_sloped if world.source == "cluster" else _once
-        return [how(job, world, progress) for job in jobs]
-
-
-def _once(job: CalibrationJob, world: World, progress: Progress) -> pd.DataFrame:
-    return world.run(calibrate, (job, world.timeout, world.device), progress)
-
-
-def _until_sloped(job: CalibrationJob, world: World, progress: Progress) -> pd.DataFrame:
-    parts, flat = [], []
-    for turn in range(_MOST_TURNS):
-        rows = _once(job, world, progress)
-        parts.append(rows.assign(iteration=rows["iteration"] + turn * job.repeats))
-        found = pd.concat(parts, ignore_index=True)
-        flat = [str(peers) for peers, fit in fit_exchanges(found, job.cluster).items() if fit.beta_ms_per_byte <= 0]
-        if not flat:
-            return found
-    repeats = _MOST_TURNS * job.repeats
-    raise ValueError(f"{', '.join(flat)}: more bytes took no longer in {repeats} repeats; calibrate on an idle machine")
+        parts, flat = [], []
+        for turn in range(_MOST_TURNS):
+            rows = world.run(calibrate, (job, world.timeout, world.device), progress)
+            if world.source != "cluster":
+                return rows
+            parts.append(rows.assign(iteration=rows["iteration"] + turn * job.repeats))
+            found = pd.concat(parts, ignore_index=True)
+            flat = [str(peers) for peers, fit in fit_exchanges(found, job.cluster).items() if fit.beta_ms_per_byte <= 0]
+            if not flat:
+                return found
+        repeats = _MOST_TURNS * job.repeats
+        raise ValueError(
+            f"{', '.join(flat)}: more bytes took no longer in {repeats} repeats; calibrate on an idle machine"
+        )
 
 
 def calibrate(rank: int, job: CalibrationJob, timeout: timedelta, device: Device, folder: Path) -> None:
@@ -138,11 +127,11 @@ def calibrate(rank: int, job: CalibrationJob, timeout: timedelta, device: Device
             num_bytes = pair_bytes * exchange.size(hierarchy)
             group = communicators.of(exchange).group
             dist.barrier()
-            _synchronise(target)
+            synchronise(target.device)
             time.sleep(_SETTLE_SECONDS)
             started = time.perf_counter()
             dist.all_to_all_single(target[:num_bytes], source[:num_bytes], group=group)
-            _synchronise(target)
+            synchronise(target.device)
             elapsed_ms = (time.perf_counter() - started) * 1e3
             row = {
                 "phase": "calibration",
@@ -156,8 +145,3 @@ def calibrate(rank: int, job: CalibrationJob, timeout: timedelta, device: Device
                 "wire_ms": elapsed_ms,
             }
             stream.write([row] if repeat >= 0 else [])
-
-
-def _synchronise(tensor: torch.Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)

@@ -19,7 +19,7 @@ class Measurement:
     """
 
     command: ClassVar[str] = "run"
-    source: ClassVar[Source | None] = None
+    source: Source | None = None
     needs_ranks: ClassVar[bool] = False
     needs_system: ClassVar[bool] = True
 
@@ -46,7 +46,7 @@ class Measurement:
         return {}
 
     def measure(self, jobs: Sequence[Any], world: Any, progress: Progress) -> list[pd.DataFrame]:
-        """Measure.
+        """Measure, one job after another where the measurement says nothing else.
 
         Args:
             jobs: one, or several that differ in their system alone, to be measured together on the same ranks.
@@ -61,6 +61,10 @@ class Measurement:
             ValueError: a job that cannot be done.
             RunDied: a rank failed; the rows of all jobs have a column ``of``, the job's place in the list.
         """
+        return [self.measure_one(job, world, progress) for job in jobs]
+
+    def measure_one(self, job: Any, world: Any, progress: Progress) -> pd.DataFrame:
+        """As `measure`, a single job."""
         raise NotImplementedError
 
 

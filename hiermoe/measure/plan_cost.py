@@ -1,28 +1,17 @@
 """What a placement policy itself costs: its time on this machine, and the bytes that ranks sum for it."""
 
 import time
-from collections.abc import Sequence
 
 import pandas as pd
 
-from hiermoe.measure.workload import OfWorkloads, Workload
-from hiermoe.planner.cost import choose_scheme
+from hiermoe.measure.walk import priced
+from hiermoe.measure.workload import Workload
 from hiermoe.policies.protocol import StepContext
-from hiermoe.ranks.world import Progress
+from hiermoe.ranks.world import Progress, no_progress
 from hiermoe.topology.placement import Placement
 
 
-class PlanCost(OfWorkloads):
-    """No exchange at all, but times of this machine."""
-
-    source = "local"
-
-    def measure(self, jobs: Sequence[Workload], world: None, progress: Progress) -> list[pd.DataFrame]:
-        """One after another."""
-        return [planning_cost(workload) for workload in jobs]
-
-
-def planning_cost(workload: Workload) -> pd.DataFrame:
+def planning_cost(workload: Workload, progress: Progress = no_progress) -> pd.DataFrame:
     """Time the policy of a workload, once a rank and iteration, as in training: each rank measures its own tokens.
 
     The policy decides from the sum over all ranks, which is not timed; its size is recorded. The first iteration, in
@@ -34,8 +23,7 @@ def planning_cost(workload: Workload) -> pd.DataFrame:
     """
     cluster, placement = workload.cluster, Placement.identity(workload.sizes.num_experts)
     step = workload.routing.step(0)
-    counts = workload.routing.counts(0, placement, cluster.hierarchy)
-    scheme = choose_scheme(workload.schemes, counts, cluster, workload.sizes.row_bytes).scheme
+    scheme = priced(workload, 0, placement).scheme
     own_N = step.source_N == 0
     own_TK, own_T = step.expert_ids_NK[own_N], step.source_N[own_N]
     policy = workload.new_policy()
@@ -59,4 +47,5 @@ def planning_cost(workload: Workload) -> pd.DataFrame:
         summed_bytes = 0 if measured is None else measured.nbytes
         rows.append(keys | {"stage": "measure", "planning_ms": (between - started) * 1e3, "bytes": summed_bytes})
         rows.append(keys | {"stage": "decide", "planning_ms": (ended - between) * 1e3})
+        progress(iteration)
     return pd.DataFrame(rows)

@@ -1,36 +1,22 @@
 """No network: walk through the routing as training would, count the exact traffic of every step, and price it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
 
-from hiermoe.measure.walk import walk
-from hiermoe.measure.workload import OfWorkloads, Workload
+from hiermoe.measure.walk import realised_gains, walk
+from hiermoe.measure.workload import Workload
 from hiermoe.planner.bounds import fixed_placement_rows
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP, Price, time_by_groups
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.links import link_ms
-from hiermoe.planner.realised import realised_gains
-from hiermoe.planner.scheme import Stage
 from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, price_migration
 from hiermoe.policies.protocol import PlacementUpdate, StepContext
 from hiermoe.ranks.world import Progress, no_progress
-from hiermoe.routing.step import first_measured, iteration_schedule
-from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
 
 Row = dict[str, Any]
-
-
-class Predict(OfWorkloads):
-    """What the cost model says."""
-
-    source = "simulated"
-
-    def measure(self, jobs: Sequence[Workload], world: None, progress: Progress) -> list[pd.DataFrame]:
-        """One after another."""
-        return [simulate(workload, progress) for workload in jobs]
 
 
 def simulate(workload: Workload, progress: Progress = no_progress) -> pd.DataFrame:
@@ -51,16 +37,13 @@ def simulate(workload: Workload, progress: Progress = no_progress) -> pd.DataFra
     """
     rows: list[Row] = []
     placements: list[Placement] = []
-    cluster, routing = workload.cluster, workload.routing
-    measured_from = first_measured(workload.iterations, routing.num_distinct)
-    schedule = iteration_schedule(workload.iterations, routing.num_distinct)
     for visit in walk(workload, workload.new_policy()):
         iteration, placement, update = visit.iteration, visit.placement, visit.update
         placements.append(placement)
         keys = {
             "iteration": iteration,
-            "routing_iteration": schedule[iteration],
-            "counted": iteration >= measured_from,
+            "routing_iteration": workload.schedule[iteration],
+            "counted": iteration >= workload.measured_from,
             "layer": workload.layer,
         }
         rows += [keys | row for row in _dispatch_rows(visit.chosen, visit.counts, workload)]
@@ -69,22 +52,16 @@ def simulate(workload: Workload, progress: Progress = no_progress) -> pd.DataFra
         if (
             update is not None
             and update.modelled_gain_ms is not None
-            and _exchanges_several(placement, update.placement)
-            and routing.ep_groups == 1
+            and len(placement.changed_slots(update.placement)) > 2  # several swaps: modelled from a bound
+            and workload.routing.ep_groups == 1
         ):
-            after = routing.counts(schedule[iteration], update.placement, cluster.hierarchy)
+            after = workload.routing.counts(workload.schedule[iteration], update.placement, workload.cluster.hierarchy)
             saved_ms = _q_ms(visit.counts, visit.context) - _q_ms(after, visit.context)
             rows[-1]["recounted_gain_ms"] = ALLTOALLS_PER_STEP * saved_ms
         progress(iteration)
-    if routing.ep_groups > 1:
+    if workload.routing.ep_groups > 1:
         return pd.DataFrame(rows)  # what an update saved is not recounted group by group
-    gains = realised_gains(
-        placements,
-        lambda iteration, placement: routing.counts(schedule[iteration], placement, cluster.hierarchy),
-        workload.schemes,
-        cluster,
-        workload.sizes.row_bytes,
-    )
+    gains = realised_gains(workload, placements)
     for row in rows:
         if row["phase"] == "step" and row["iteration"] in gains:
             row["realised_gain_ms"] = gains[row["iteration"]]
@@ -98,6 +75,9 @@ def _dispatch_rows(chosen: Price, counts: RoutingCounts, workload: Workload) -> 
     crossing = chosen.traffic.crossing_rows().tolist()
     busiest = chosen.traffic.busiest_rows().tolist()
     for index, (name, stage) in enumerate(zip(chosen.scheme.stage_names, chosen.scheme.stages, strict=True)):
+        level, group_rows = stage.level(hierarchy), float("nan")
+        if stage.rows == "token":  # of the busiest group, by its GPUs, as Q counts them
+            group_rows = int(counts.needed(level).max()) / hierarchy.lanes(level)
         yield {
             "phase": "dispatch",
             "stage": name,
@@ -105,18 +85,10 @@ def _dispatch_rows(chosen: Price, counts: RoutingCounts, workload: Workload) -> 
             "predicted_ms": chosen.stage_ms[index],
             "link_ms": links[index],
             "rows": busiest[index],
-            "group_rows": _group_rows(stage, counts, hierarchy),
+            "group_rows": group_rows,
             "bytes": chosen.stage_bytes[index],
             "crossing_rows": crossing[index],
         }
-
-
-def _group_rows(stage: Stage, counts: RoutingCounts, hierarchy: Hierarchy) -> float:
-    """Rows of the busiest group divided by its GPUs, as Q counts them; NaN where the stage does not deduplicate."""
-    if stage.rows != "token":
-        return float("nan")
-    level = stage.level(hierarchy)
-    return int(counts.needed(level).max()) / hierarchy.lanes(level)
 
 
 def _routing_rows(counts: RoutingCounts, workload: Workload) -> Iterator[Row]:
@@ -140,11 +112,6 @@ def _step_row(chosen: Price, counts: RoutingCounts) -> Row:
         "expert_rows_max": int(expert_rows_G.max()),
         "expert_rows_mean": float(expert_rows_G.double().mean()),
     }
-
-
-def _exchanges_several(old: Placement, new: Placement) -> bool:
-    """More than one swap: what it saves is modelled from a bound (:meth:`SwapStatistics.swapped`)."""
-    return len(old.changed_slots(new)) > 2
 
 
 def _q_ms(counts: RoutingCounts, context: StepContext) -> float:

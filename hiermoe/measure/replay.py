@@ -13,23 +13,21 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
-from hiermoe.measure.measurement import by_job
-from hiermoe.measure.memory import PeakMemory
-from hiermoe.measure.replay_job import Question, ReplayJob
-from hiermoe.measure.walk import start_at
-from hiermoe.measure.workload import OfWorkloads, Workload
-from hiermoe.planner.realised import realised_gains
+from hiermoe.measure.measurement import Measurement, by_job
+from hiermoe.measure.replay_job import ReplayJob
+from hiermoe.measure.walk import realised_gains, start_at
+from hiermoe.measure.workload import Workload, open_workload
 from hiermoe.policies.protocol import Start
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.streams import RowStream, shared_folder
-from hiermoe.ranks.world import Progress, World, no_progress
+from hiermoe.ranks.world import Progress, World
 from hiermoe.records.schema import CALLS
-from hiermoe.routing.step import first_measured, iteration_schedule
 from hiermoe.topology.placement import Placement
 
 Row = dict[str, Any]
 
 _WARM_UPS = 2  # iterations before those that count
+_CLEAR_PEAK = "5"  # man 5 proc: /proc/pid/clear_refs
 
 
 def replay(rank: int, job: ReplayJob, systems: Sequence[tuple[SystemConfig, Start]], folder: Path) -> None:
@@ -50,12 +48,11 @@ def replay(rank: int, job: ReplayJob, systems: Sequence[tuple[SystemConfig, Star
 
     if job.device == "cpu":
         cpu.expect_fallbacks()
-    from hiermoe.measure.bench_layer import bench_layer
+    from hiermoe.measure.bench_layer import Question, bench_layer
     from hiermoe.megatron.meter import Meter
 
     meter = Meter(align=dist.barrier, repeatable=True)
     layers = [bench_layer(system, job, meter, start) for system, start in systems]
-    memory = PeakMemory(job.device)
     with RowStream(folder, rank) as stream, meter:
         for iteration in range(job.first, len(job.routing_iterations)):
             routing_iteration = job.routing_iterations[iteration]
@@ -66,7 +63,7 @@ def replay(rank: int, job: ReplayJob, systems: Sequence[tuple[SystemConfig, Star
             for turn in range(len(layers)):
                 of = (iteration + turn) % len(layers)
                 dispatcher, placement = layers[of]
-                memory.reset()
+                _forget_peak(job.device)
                 keys = {
                     "of": of,
                     "iteration": iteration,
@@ -78,79 +75,62 @@ def replay(rank: int, job: ReplayJob, systems: Sequence[tuple[SystemConfig, Star
                 }
                 calls = meter.drain()
                 alone_ms = _repeat_rows(calls[0], job)
-                step = _step_row(calls, memory) | _update_columns(placement)
+                step = _step_row(calls, job.device) | _update_columns(placement)
                 rows += [keys | row for row in (*_call_rows(calls, rank, job, alone_ms), step)]
             stream.write(rows)
 
 
-class Replay(OfWorkloads):
-    """Measures systems together, interleaved."""
+class Replay(Measurement):
+    """Measures systems together, interleaved.
+
+    Of the iterations before those that count only the last few are replayed, to warm up. What policies learn from the
+    others, and where that puts experts, is found by walking through them, as the simulation does.
+    """
 
     needs_ranks = True
+
+    def prepare(self, config: Any) -> Workload:
+        """Everything built and open."""
+        return open_workload(config)
 
     def num_steps(self, job: Workload) -> int:
         """Iterations that are replayed."""
         return job.iterations - _first_replayed(job)
 
     def measure(self, jobs: Sequence[Workload], world: World, progress: Progress) -> list[pd.DataFrame]:
-        """Rows of the phases start, dispatch, combine, their backward, and step, of every rank."""
-        return replay_together(jobs, world, progress)
+        """Rows of the phases start, dispatch, combine, their backward, and step, of every rank.
 
-
-def replay_together(
-    workloads: Sequence[Workload], world: World, progress: Progress = no_progress
-) -> list[pd.DataFrame]:
-    """Replay the same routing of one layer under several systems, interleaved.
-
-    Of the iterations before those that count only the last few are replayed, to warm up. What policies learn from the
-    others, and where that puts experts, is found by walking through them, as the simulation does.
-
-    Args:
-        workloads: of one routing, cluster and size; they differ in their systems.
-        world: the ranks.
-        progress: called with the number of every finished iteration.
-
-    Returns:
-        The rows of each workload, without the run's own keys.
-
-    Raises:
-        ValueError: results would not be exact in this dtype.
-        RunDied: a rank failed; has the rows of all systems, with a column ``of``.
-    """
-    first = workloads[0]
-    schedule = iteration_schedule(first.iterations, first.routing.num_distinct)
-    measured_from = first_measured(first.iterations, first.routing.num_distinct)
-    begin = _first_replayed(first)
-    starts = [start_at(workload, begin) for workload in workloads]
-    with shared_folder() as folder:
-        job = ReplayJob(
-            cluster=first.cluster,
-            num_experts=first.sizes.num_experts,
-            topk=first.sizes.topk,
-            hidden_size=first.sizes.hidden_size,
-            element_bytes=first.sizes.element_bytes,
-            expert_parameters=first.sizes.expert_parameters,
-            layer=first.layer,
-            counted=tuple(iteration >= measured_from for iteration in range(first.iterations)),
-            routing_iterations=tuple(schedule),
-            first=begin,
-            routing=folder,
-            timeout=world.timeout,
-            device=world.device,
-            one_machine=world.source != "cluster",
-        )
-        job.check()
-        for iteration in sorted(set(schedule[begin:])):
-            job.save(iteration, first.routing.step(iteration))
-        systems = tuple((workload.system, start) for workload, start in zip(workloads, starts, strict=True))
-        rows = world.run(replay, (job, systems), progress)
-    parts = by_job(rows, len(workloads))
-    return [_with_moves(*each) for each in zip(parts, workloads, starts, strict=True)]
+        Raises:
+            ValueError: results would not be exact in this dtype.
+            RunDied: a rank failed; has the rows of all systems, with a column ``of``.
+        """
+        first = jobs[0]
+        begin = _first_replayed(first)
+        starts = [start_at(workload, begin) for workload in jobs]
+        with shared_folder() as folder:
+            job = ReplayJob(
+                cluster=first.cluster,
+                sizes=first.sizes,
+                layer=first.layer,
+                counted=tuple(iteration >= first.measured_from for iteration in range(first.iterations)),
+                routing_iterations=tuple(first.schedule),
+                first=begin,
+                routing=folder,
+                timeout=world.timeout,
+                device=world.device,
+                one_machine=world.source != "cluster",
+            )
+            for iteration in sorted(set(first.schedule[begin:])):
+                job.save(iteration, first.routing.step(iteration))
+            systems = tuple((workload.system, start) for workload, start in zip(jobs, starts, strict=True))
+            rows = world.run(replay, (job, systems), progress)
+        parts = by_job(rows, len(jobs))
+        return [_with_moves(*each) for each in zip(parts, jobs, starts, strict=True)]
 
 
 def _first_replayed(workload: Workload) -> int:
     """First iteration of a run that is replayed; those before it are only walked through."""
-    return max(0, first_measured(workload.iterations, workload.routing.num_distinct) - _WARM_UPS)
+    return max(0, workload.measured_from - _WARM_UPS)
 
 
 def _with_moves(rows: pd.DataFrame, workload: Workload, start: Start) -> pd.DataFrame:
@@ -158,20 +138,12 @@ def _with_moves(rows: pd.DataFrame, workload: Workload, start: Start) -> pd.Data
 
     The latter follows from the moves that rank 0 recorded.
     """
-    hierarchy, routing = workload.cluster.hierarchy, workload.routing
-    schedule = iteration_schedule(workload.iterations, routing.num_distinct)
     moves = rows[(rows["phase"] == "step") & (rows["rank"] == 0)].sort_values("iteration")["moves"]
     placements = [start.placement]
-    for text in moves:
+    for text in moves[:-1]:
         placements.append(placements[-1].after(text) if text else placements[-1])
-    gains = realised_gains(
-        placements[: len(schedule) - start.iteration],
-        lambda index, placement: routing.counts(schedule[start.iteration + index], placement, hierarchy),
-        workload.schemes,
-        workload.cluster,
-        workload.sizes.row_bytes,
-    )
-    gained = (rows["iteration"] - start.iteration).map(gains).where(rows["phase"] == "step")
+    gains = realised_gains(workload, placements, start.iteration)
+    gained = rows["iteration"].map(gains).where(rows["phase"] == "step")
     rows = rows.assign(realised_gain_ms=gained.astype(float))
     home = Placement.identity(workload.sizes.num_experts)
     before = {"phase": "start", "stage": "all", "layer": workload.layer, "moves": home.moves_to(start.placement)}
@@ -216,34 +188,25 @@ def _repeat_rows(dispatch: Any, job: ReplayJob) -> dict[str, float]:
 
 def _call_rows(calls: list[Any], rank: int, job: ReplayJob, alone_ms: Mapping[str, float]) -> Iterator[Row]:
     """For every call one row a stage and one for the whole."""
-    row_bytes = job.hidden_size * job.element_bytes
+    row_bytes = job.sizes.row_bytes
     for call in calls:
         incoming = call.phase in ("dispatch", "combine_backward")  # towards the experts; else what is sent counts
-        dimension = len({t.stage for t in call.transfers if t.kind == "payload"})
-        total = {"phase": call.phase, "dimension": dimension}
-        stages = dict.fromkeys(t.stage for t in call.transfers)
-        for stage in stages:
-            transfers = [t for t in call.transfers if t.stage == stage]
-            payload = [t for t in transfers if t.kind == "payload"]
-            moved = [t.received_bytes if incoming else t.sent_bytes for t in payload]
-            num_bytes = sum(map(sum, moved))
-            own = sum(
-                n for t, bytes_ in zip(payload, moved, strict=True) for m, n in _by_member(t, bytes_) if m == rank
-            )
-            metadata = [t.received_bytes if incoming else t.sent_bytes for t in transfers if t.kind == "metadata"]
-            again = {"alone_ms": alone_ms[stage]} if call is calls[0] and stage in alone_ms else {}
-            yield (
-                total
-                | again
-                | {
-                    "stage": stage,
-                    "wire_ms": sum(t.wire_ms for t in transfers),
-                    "rows": num_bytes // row_bytes,
-                    "bytes": num_bytes,
-                    "crossing_rows": (num_bytes - own) // row_bytes,
-                    "metadata_bytes": sum(map(sum, metadata)),
-                }
-            )
+        moved = [(t, t.received_bytes if incoming else t.sent_bytes) for t in call.transfers]
+        payload = [(t, amounts) for t, amounts in moved if t.kind == "payload"]
+        total = {"phase": call.phase, "dimension": len({t.stage for t, _ in payload})}
+        for stage in dict.fromkeys(t.stage for t in call.transfers):
+            num_bytes = sum(sum(amounts) for t, amounts in payload if t.stage == stage)
+            own_bytes = sum(amounts[t.members.index(rank)] for t, amounts in payload if t.stage == stage)
+            all_bytes = sum(sum(amounts) for t, amounts in moved if t.stage == stage)
+            row = {
+                "stage": stage,
+                "wire_ms": sum(t.wire_ms for t in call.transfers if t.stage == stage),
+                "rows": num_bytes // row_bytes,
+                "bytes": num_bytes,
+                "crossing_rows": (num_bytes - own_bytes) // row_bytes,
+                "metadata_bytes": all_bytes - num_bytes,
+            }
+            yield total | row | ({"alone_ms": alone_ms[stage]} if call is calls[0] and stage in alone_ms else {})
         yield total | {
             "stage": "all",
             "wire_ms": call.wire_ms,
@@ -252,11 +215,7 @@ def _call_rows(calls: list[Any], rank: int, job: ReplayJob, alone_ms: Mapping[st
         }
 
 
-def _by_member(transfer: Any, amounts: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    return zip(transfer.members, amounts, strict=True)
-
-
-def _step_row(calls: list[Any], memory: PeakMemory) -> Row:
+def _step_row(calls: list[Any], device: str) -> Row:
     """The four calls together."""
     assert [call.phase for call in calls] == list(CALLS), f"calls of an iteration: {[call.phase for call in calls]}"
     plan = calls[0].plan
@@ -268,5 +227,21 @@ def _step_row(calls: list[Any], memory: PeakMemory) -> Row:
         "dispatch_ms": total_ms,
         "wire_ms": wire_ms,
         "local_ms": total_ms - wire_ms,
-        "peak_memory_bytes": memory.peak_bytes(),
+        "peak_memory_bytes": _peak_bytes(device),
     }
+
+
+def _forget_peak(device: str) -> None:
+    """Begin anew to watch how much memory is used."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text(_CLEAR_PEAK)
+
+
+def _peak_bytes(device: str) -> int:
+    """Largest use since then: of CUDA's allocator, or of the process (resident set; each rank counts shared pages)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024

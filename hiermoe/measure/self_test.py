@@ -1,6 +1,5 @@
 """Timings that a calibration would see if the cluster obeyed its own alpha and beta, with noise: a self-test."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,9 @@ class SelfTest(Measurement):
     source = "simulated"
     needs_system = False
 
-    def measure(self, jobs: Sequence[Any], world: None, progress: Progress) -> list[pd.DataFrame]:
-        """One after another."""
-        return [synthetic_timings(job.cluster, job.seed) for job in jobs]
+    def measure_one(self, job: Any, world: None, progress: Progress) -> pd.DataFrame:
+        """At once."""
+        return synthetic_timings(job.cluster, job.seed)
 
 
 def synthetic_timings(cluster: Cluster, seed: int) -> pd.DataFrame:
@@ -37,19 +36,17 @@ def synthetic_timings(cluster: Cluster, seed: int) -> pd.DataFrame:
         Rows of the phase calibration: one per AlltoAll, size and repeat.
     """
     rng = np.random.default_rng(seed)
-    rows = []
-    for exchange in cluster.exchanges:
-        constants = cluster.constants(exchange)
-        for repeat in range(REPEATS):
-            for size in SIZES_BYTES:
-                time_ms = constants.ms(size)
-                rows.append(
-                    {
-                        "phase": "calibration",
-                        "stage": str(exchange),
-                        "iteration": repeat,
-                        "bytes": size,
-                        "predicted_ms": time_ms * (1 + NOISE * rng.standard_normal()),
-                    }
-                )
-    return pd.DataFrame(rows).assign(routing_iteration=-1, counted=True, layer=-1)
+    rows = [
+        {
+            "stage": str(exchange),
+            "iteration": repeat,
+            "bytes": size,
+            "predicted_ms": cluster.constants(exchange).ms(size),
+        }
+        for exchange in cluster.exchanges
+        for repeat in range(REPEATS)
+        for size in SIZES_BYTES
+    ]
+    timings = pd.DataFrame(rows).assign(phase="calibration", routing_iteration=-1, counted=True, layer=-1)
+    timings["predicted_ms"] *= 1 + NOISE * rng.standard_normal(len(rows))
+    return timings

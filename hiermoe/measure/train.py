@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -75,13 +74,7 @@ class Train(Measurement):
         """
         config.system.build_schemes(config.cluster.hierarchy)
         config.system.build_policy()  # bad arguments end the run here, not on the ranks
-        return TrainingJob(
-            training=config,
-            system=config.system,
-            cluster=config.cluster,
-            steps=config.steps,
-            checkpoints=config.checkpoints(),
-        )
+        return TrainingJob(config, config.system, config.cluster, config.steps, config.checkpoints())
 
     def num_steps(self, job: TrainingJob) -> int:
         """Of the optimizer."""
@@ -92,22 +85,18 @@ class Train(Measurement):
         start = job.checkpoints.start
         return {} if start is None else {"resumed_from": to_root(start)}
 
-    def measure(self, jobs: Sequence[TrainingJob], world: World, progress: Progress) -> list[pd.DataFrame]:
-        """One after another.
+    def measure_one(self, job: TrainingJob, world: World, progress: Progress) -> pd.DataFrame:
+        """Rows of the phase train.
 
         Raises:
             ValueError: a text too short for the vocabulary.
             RunDied: a rank failed.
         """
-        return [_run(job, world, progress) for job in jobs]
-
-
-def _run(job: TrainingJob, world: World, progress: Progress) -> pd.DataFrame:
-    saved = job.checkpoints
-    if saved.start is None or saved.start.parent != saved.folder:  # what an earlier attempt left is not this run's
-        shutil.rmtree(saved.folder, ignore_errors=True)
-    corpus = training_corpus(job.training)
-    return world.run(train, (job, corpus, world.timeout, world.device), progress, saved.rows)
+        saved = job.checkpoints
+        if saved.start is None or saved.start.parent != saved.folder:  # what an earlier attempt left is not this run's
+            shutil.rmtree(saved.folder, ignore_errors=True)
+        corpus = training_corpus(job.training)
+        return world.run(train, (job, corpus, world.timeout, world.device), progress, saved.rows)
 
 
 def train(rank: int, job: TrainingJob, corpus: Corpus, timeout: timedelta, device: Device, folder: Path) -> None:

@@ -1,18 +1,17 @@
 """Walks through a run's routing as training would, one layer, without moving anything."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 
 from torch import Tensor
 
 from hiermoe.measure.workload import Workload
-from hiermoe.planner.cost import Price, choose_scheme
+from hiermoe.planner.cost import ALLTOALLS_PER_STEP, Price, choose_scheme
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate, Start, StaticPolicy, StepContext
-from hiermoe.routing.step import iteration_schedule
 from hiermoe.topology.placement import Placement
 
 
@@ -54,46 +53,61 @@ def walk(workload: Workload, policy: PlacementPolicy) -> Iterator[Visit]:
         policy: of the layer; measures and decides in every iteration.
     """
     placement = Placement.identity(workload.sizes.num_experts)
-    cluster, routing = workload.cluster, workload.routing
-    schedule = iteration_schedule(workload.iterations, routing.num_distinct)
-    for iteration, routing_iteration in enumerate(schedule):
-        slowest, chosen, most_used = _priced(workload, routing_iteration, placement)
-        counts = routing.counts(routing_iteration, placement, cluster.hierarchy, slowest)
-        context = _context(workload, iteration, most_used)
-        update = policy.decide(_measured(policy, workload, iteration, routing_iteration, placement), placement, context)
+    # The policy's counts are sums over the groups: Q prices a row at its share of one.
+    row_bytes = max(workload.sizes.row_bytes // workload.routing.ep_groups, 1)
+    for iteration, routing_iteration in enumerate(workload.schedule):
+        slowest, chosen, most_used = _slowest_group(workload, routing_iteration, placement)
+        counts = workload.routing.counts(routing_iteration, placement, workload.cluster.hierarchy, slowest)
+        context = StepContext(iteration, workload.cluster, most_used, row_bytes, workload.sizes.expert_parameters)
+        update = policy.decide(_measured(policy, workload, iteration, placement), placement, context)
         yield Visit(iteration, placement, counts, chosen, context, update)
         placement = placement if update is None else update.placement
 
 
-def _priced(workload: Workload, routing_iteration: int, placement: Placement) -> tuple[int, Price, DispatchScheme]:
+def priced(workload: Workload, routing_iteration: int, placement: Placement, group: int = 0) -> Price:
+    """The scheme that an expert-parallel group uses for one iteration of the routing (Algorithm 1), and its price."""
+    counts = workload.routing.counts(routing_iteration, placement, workload.cluster.hierarchy, group)
+    return choose_scheme(workload.schemes, counts, workload.cluster, workload.sizes.row_bytes)
+
+
+def realised_gains(workload: Workload, placements: Sequence[Placement], first: int = 0) -> dict[int, float]:
+    """Exact gains of all updates of a run, on tokens that the update was not decided from.
+
+    Args:
+        workload: what was run.
+        placements: in force in every iteration from ``first`` on.
+        first: iteration.
+
+    Returns:
+        For every iteration that ended with an update, but not the last: ms that the four AlltoAlls of the next step
+        take less than they would have taken without it.
+    """
+    gains = {}
+    for iteration, (old, new) in enumerate(pairwise(placements), start=first):
+        if old is not new:
+            after = workload.schedule[iteration + 1]
+            saved_ms = priced(workload, after, old).alltoall_ms - priced(workload, after, new).alltoall_ms
+            gains[iteration] = ALLTOALLS_PER_STEP * saved_ms
+    return gains
+
+
+def _slowest_group(
+    workload: Workload, routing_iteration: int, placement: Placement
+) -> tuple[int, Price, DispatchScheme]:
     """The group that takes longest, the first on ties, its price, and the scheme that most groups chose."""
-    routing, cluster = workload.routing, workload.cluster
-    slowest, longest, votes = 0, None, Counter[DispatchScheme]()
-    for group in range(routing.ep_groups):
-        counts = routing.counts(routing_iteration, placement, cluster.hierarchy, group)
-        chosen = choose_scheme(workload.schemes, counts, cluster, workload.sizes.row_bytes)
-        votes[chosen.scheme] += 1
-        if longest is None or chosen.alltoall_ms > longest.alltoall_ms:
-            slowest, longest = group, chosen
-    assert longest is not None
-    return slowest, longest, max(workload.schemes, key=lambda scheme: votes[scheme])
+    prices = [priced(workload, routing_iteration, placement, group) for group in range(workload.routing.ep_groups)]
+    slowest = max(range(len(prices)), key=lambda group: prices[group].alltoall_ms)
+    votes = Counter(price.scheme for price in prices)
+    return slowest, prices[slowest], max(workload.schemes, key=lambda scheme: votes[scheme])
 
 
-def _context(workload: Workload, iteration: int, scheme: DispatchScheme) -> StepContext:
-    """What the policy decides with. Its counts are sums over the groups: Q prices a row at its share of one."""
-    row_bytes = max(workload.sizes.row_bytes // workload.routing.ep_groups, 1)
-    return StepContext(iteration, workload.cluster, scheme, row_bytes, workload.sizes.expert_parameters)
-
-
-def _measured(
-    policy: PlacementPolicy, workload: Workload, iteration: int, routing_iteration: int, placement: Placement
-) -> Tensor | None:
+def _measured(policy: PlacementPolicy, workload: Workload, iteration: int, placement: Placement) -> Tensor | None:
     """What the policy measures, summed over the groups; experts that stay need no tokens."""
     if isinstance(policy, StaticPolicy):
         return None
     summed = None
     for group in range(workload.routing.ep_groups):
-        step = workload.routing.step(routing_iteration, group)
+        step = workload.routing.step(workload.schedule[iteration], group)
         measured = policy.measure(step.expert_ids_NK, step.source_N, placement, workload.cluster.hierarchy, iteration)
         if measured is None:
             return None

@@ -4,8 +4,10 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Generic, Protocol, TypeVar
+from functools import cached_property, lru_cache
+from typing import Any, Generic, TypeVar
+
+import pandas as pd
 
 from hiermoe.measure.measurement import Measurement
 from hiermoe.model import LayerSizes
@@ -13,9 +15,17 @@ from hiermoe.planner.counts import RoutingCounts, count_routing
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.policies.protocol import PlacementPolicy
 from hiermoe.policies.system import SystemConfig, build
+from hiermoe.ranks.world import Progress, Source
 from hiermoe.records.status import NotApplicable
 from hiermoe.routing.resampled import Resampled
-from hiermoe.routing.step import RoutingRequest, RoutingSource, RoutingStep, experts_per_rank
+from hiermoe.routing.step import (
+    RoutingRequest,
+    RoutingSource,
+    RoutingStep,
+    experts_per_rank,
+    first_measured,
+    iteration_schedule,
+)
 from hiermoe.routing.trace import RecordedRouting
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
@@ -26,45 +36,6 @@ V = TypeVar("V")
 
 KEPT_STEP_BYTES = 2**28
 KEPT_COUNT_BYTES = 2**30  # all iterations of 16 groups of 256 GPUs
-
-
-class WorkloadConfig(Protocol):
-    """What a configuration says of a workload."""
-
-    @property
-    def system(self) -> SystemConfig:
-        """What runs."""
-        ...
-
-    @property
-    def sizes(self) -> LayerSizes:
-        """Of the model's layer."""
-        ...
-
-    @property
-    def cluster(self) -> Cluster:
-        """Hierarchy and constants."""
-        ...
-
-    @property
-    def routing_source(self) -> dict[str, Any]:
-        """What makes the routing, in ``_target_``, and its arguments."""
-        ...
-
-    @property
-    def request(self) -> RoutingRequest:
-        """What is asked of the routing."""
-        ...
-
-    @property
-    def ep_groups(self) -> int:
-        """Expert-parallel groups, each with a copy of all experts."""
-        ...
-
-    @property
-    def iterations(self) -> int:
-        """To walk through."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -91,9 +62,19 @@ class Workload:
     sizes: LayerSizes
     iterations: int
 
+    @cached_property
+    def schedule(self) -> list[int]:
+        """The routing's iteration for every iteration of the run."""
+        return iteration_schedule(self.iterations, self.routing.num_distinct)
 
-def open_workload(config: WorkloadConfig) -> Workload:
-    """Build what a configuration names, and open its routing.
+    @cached_property
+    def measured_from(self) -> int:
+        """First iteration that counts."""
+        return first_measured(self.iterations, self.routing.num_distinct)
+
+
+def open_workload(config: Any) -> Workload:
+    """Build what the configuration of a run names, and open its routing.
 
     Raises:
         NotApplicable: the combination has no meaning or no data.
@@ -116,11 +97,24 @@ def open_workload(config: WorkloadConfig) -> Workload:
 
 
 class OfWorkloads(Measurement):
-    """A measurement that walks through workloads."""
+    """A function that measures a workload, without any ranks."""
 
-    def prepare(self, config: WorkloadConfig) -> Workload:
+    def __init__(self, function: Callable[[Workload, Progress], pd.DataFrame], source: Source) -> None:
+        """Take the function, and what records say of how its numbers came to be."""
+        self._function, self.source = function, source
+
+    @property
+    def module(self) -> str:
+        """The function's."""
+        return self._function.__module__
+
+    def prepare(self, config: Any) -> Workload:
         """Everything built and open."""
         return open_workload(config)
+
+    def measure_one(self, job: Workload, world: None, progress: Progress) -> pd.DataFrame:
+        """Call it."""
+        return self._function(job, progress)
 
 
 @lru_cache(maxsize=2)  # runs come grouped by routing; two keep a model's E and K neighbours without filling memory

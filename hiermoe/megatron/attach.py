@@ -6,10 +6,14 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe import fused_a2a
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAlltoAllTokenDispatcher,
+    MoEFlexTokenDispatcher,
+    MoETokenDispatcher,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hiermoe.dispatch.dispatcher import Dispatcher, dispatch_context
@@ -17,14 +21,15 @@ from hiermoe.dispatch.plan import DispatchContext
 from hiermoe.megatron.adapter import StagedTokenDispatcher
 from hiermoe.megatron.delegating import ReorderedTokenDispatcher
 from hiermoe.megatron.expert_placement import ExpertPlacement, LayerPlacement
-from hiermoe.megatron.flex import flex_dispatcher
-from hiermoe.megatron.logical_names import name_experts_by_slot, name_experts_logically
+from hiermoe.megatron.logical_names import name_experts_logically
 from hiermoe.megatron.meter import Meter, MeteredDispatcher
 from hiermoe.megatron.migration import expert_parameters
 from hiermoe.policies.protocol import PlacementPolicy, StaticPolicy
 from hiermoe.policies.system import SystemConfig
+from hiermoe.records.status import NotApplicable
 from hiermoe.topology.cluster import Cluster
 
+_FLEX_BACKENDS = {"deepep": "HAVE_DEEP_EP", "hybridep": "HAVE_HYBRIDEP"}  # flag in Megatron: whether it is installed
 _BEFORE = "_before_attach"  # on a layer: its own dispatcher, and the placement that it has meanwhile
 
 
@@ -94,7 +99,7 @@ def detach(model: torch.nn.Module | list[torch.nn.Module]) -> None:
             original, placement = getattr(layer, _BEFORE)
             if placement is not None:
                 placement.release()
-                name_experts_by_slot(layer)
+                vars(layer.experts).pop("sharded_state_dict")  # the class's own names experts by slot
             layer.token_dispatcher = original
             delattr(layer, _BEFORE)
 
@@ -122,7 +127,6 @@ def with_system(spec: Any, system: SystemConfig | str, cluster: Cluster | str, *
     for mlp in found:
         mlp.module = DispatchedMoELayer
         mlp.params = {**(mlp.params or {}), "system": system, "cluster": cluster, "meter": meter}
-    assert isinstance(spec, ModuleSpec) or hasattr(spec, "layer_specs")
     return spec
 
 
@@ -130,18 +134,10 @@ class DispatchedMoELayer(MoELayer):
     """Megatron's MoE layer with the dispatcher of a system."""
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        submodules: MoESubmodules | None = None,
-        layer_number: int | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-        *,
-        system: SystemConfig | str,
-        cluster: Cluster | str,
-        meter: Meter | None = None,
+        self, *stock: Any, system: SystemConfig | str, cluster: Cluster | str, meter: Meter | None = None, **more: Any
     ) -> None:
         """Build the stock layer, then attach."""
-        super().__init__(config, submodules, layer_number, pg_collection)
+        super().__init__(*stock, **more)
         attach(self, system, cluster, meter=meter)
 
 
@@ -206,10 +202,18 @@ def new_dispatcher(
     """
     if system.executor == "staged":
         return StagedTokenDispatcher(config, pg_collection, context)
-    if system.executor == "flex":
-        return flex_dispatcher(stock, config, pg_collection)
     assert isinstance(stock, MoEAlltoAllTokenDispatcher)
-    return ReorderedTokenDispatcher(stock) if system.executor == "reordered" else stock
+    if system.executor != "flex":
+        return ReorderedTokenDispatcher(stock) if system.executor == "reordered" else stock
+    # Its own kernels move the bytes, so none are counted.
+    installed = [name for name, flag in _FLEX_BACKENDS.items() if getattr(fused_a2a, flag, False)]
+    if not installed:
+        known = " or ".join(_FLEX_BACKENDS)
+        raise NotApplicable(f"Megatron's flex dispatcher needs a GPU and {known}; none is installed")
+    config = copy.copy(config)
+    config.moe_token_dispatcher_type = "flex"
+    config.moe_flex_dispatcher_backend = installed[0]  # type: ignore[assignment]
+    return MoEFlexTokenDispatcher(stock.num_local_experts, stock.local_expert_indices, config, pg_collection)
 
 
 def _place_experts(layer: MoELayer, dispatcher: Dispatcher, policy: PlacementPolicy) -> LayerPlacement:

@@ -35,7 +35,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hiermoe.megatron.checkpoint_folder import checkpoint_path, partial_path, remove_old, remove_partial
+from hiermoe.megatron.checkpoint_folder import checkpoint_path, remove_old, remove_partial
 from hiermoe.megatron.expert_placement import ExpertPlacement
 from hiermoe.megatron.standins import cpu
 
@@ -69,7 +69,7 @@ def save_checkpoint(
             raises, others wait for it, so it must end.
     """
     final = checkpoint_path(folder, step)
-    partial = partial_path(final)
+    partial = final.with_name(f".{final.name}")
     _on_first_rank(lambda: _start(partial))
     with cpu.cuda_means_cpu(), _writers_allowed():
         state = _sharded(model, optimizer, is_loading=False)
@@ -107,7 +107,8 @@ def load_checkpoint(
         placement.load_state_dict(common.get("placement") or {"iteration": step, "layers": []})
     with cpu.cuda_means_cpu():
         state: Any = dist_checkpointing.load(_sharded(model, optimizer, is_loading=True), str(checkpoint))
-    _unwrapped(model).load_state_dict(state["model"])
+    unwrapped: Any = unwrap_model(model)
+    unwrapped.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.num_steps = 0  # to which Megatron adds the stored number
     schedule.load_state_dict(common["opt_param_scheduler"])
@@ -115,12 +116,9 @@ def load_checkpoint(
 
 
 def _sharded(model: torch.nn.Module, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
-    shards = _unwrapped(model).sharded_state_dict()
+    unwrapped: Any = unwrap_model(model)
+    shards = unwrapped.sharded_state_dict()
     return {"model": shards, "optimizer": optimizer.sharded_state_dict(shards, is_loading=is_loading)}
-
-
-def _unwrapped(model: torch.nn.Module) -> Any:
-    return unwrap_model(model)
 
 
 def _start(partial: Path) -> None:

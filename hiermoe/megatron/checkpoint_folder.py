@@ -12,11 +12,6 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"{_PREFIX}{step:08d}"
 
 
-def partial_path(checkpoint: Path) -> Path:
-    """What a checkpoint is called before it is whole."""
-    return checkpoint.with_name(f".{checkpoint.name}")
-
-
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint; None if there is none."""
     return max(folder.glob(_PATTERN), default=None)

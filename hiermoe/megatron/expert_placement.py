@@ -41,7 +41,6 @@ class LayerUpdate:
         placement: the new one.
         moves: what it changed, as in `Placement.moves_to`.
         modelled_gain_ms: as in `PlacementUpdate`.
-        moved_experts: experts that changed their slot.
         sent_bytes: by this rank.
         migration_ms: of this rank, its waiting included.
     """
@@ -50,9 +49,13 @@ class LayerUpdate:
     placement: Placement
     moves: str
     modelled_gain_ms: float | None
-    moved_experts: int
     sent_bytes: int
     migration_ms: float
+
+    @property
+    def moved_experts(self) -> int:
+        """Experts that changed their slot."""
+        return len(self.moves.split())
 
 
 class LayerPlacement:
@@ -258,17 +261,15 @@ class ExpertPlacement:
         dispatcher = layer.dispatcher
         old = dispatcher.placement
         with dispatcher.moving():  # a rank that dies leaves the layer unusable on all others
-            migrated = migrate(
-                layer.parameters, optimizer, old, update.placement, dispatcher.context.communicators.ep_group
-            )
+            group = dispatcher.context.communicators.ep_group
+            sent_bytes = migrate(layer.parameters, optimizer, old, update.placement, group)
             dispatcher.placement = update.placement
         return LayerUpdate(
             layer=layer.number,
             placement=update.placement,
             moves=old.moves_to(update.placement),
             modelled_gain_ms=update.modelled_gain_ms,
-            moved_experts=migrated.moved_experts,
-            sent_bytes=migrated.sent_bytes,
+            sent_bytes=sent_bytes,
             migration_ms=(time.perf_counter() - started) * 1e3,
         )
 

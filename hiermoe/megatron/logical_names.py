@@ -10,7 +10,7 @@ from hiermoe.dispatch.dispatcher import Dispatcher
 
 
 def name_experts_logically(layer: MoELayer, dispatcher: Dispatcher) -> None:
-    """Replace the sharded state dict of a layer's experts.
+    """Replace the sharded state dict of a layer's experts, until the attribute is deleted.
 
     Raises:
         ValueError: experts of a kind whose checkpoints could not be named so.
@@ -35,9 +35,3 @@ def name_experts_logically(layer: MoELayer, dispatcher: Dispatcher) -> None:
         return result
 
     experts.sharded_state_dict = sharded_state_dict  # type: ignore[method-assign]
-
-
-def name_experts_by_slot(layer: MoELayer) -> None:
-    """Stock behaviour again."""
-    assert layer.experts is not None
-    vars(layer.experts).pop("sharded_state_dict", None)

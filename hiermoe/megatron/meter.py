@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from hiermoe.dispatch.interposer import Interposer, Transfer
+from hiermoe.dispatch.interposer import Interposer, Transfer, synchronise
 from hiermoe.dispatch.plan import DispatchPlan
 from hiermoe.megatron.delegating import DelegatingDispatcher
 
@@ -87,14 +87,14 @@ class Meter:
         """A call begins; what is sent from now on belongs to it."""
         self._interposer.drain()
         self._interposer.phase = phase
-        _synchronise(device)
+        synchronise(device)
         if self._align is not None:
             self._align()
         self._started = self._clock()
 
     def stop(self, layer: int, phase: str, plan: DispatchPlan | None, device: torch.device) -> None:
         """The call ends."""
-        _synchronise(device)
+        synchronise(device)
         if self._started is None or self._interposer.phase != phase:
             raise RuntimeError(f"{phase} of layer {layer} ends, but {self._interposer.phase or 'nothing'} had begun")
         total_ms = (self._clock() - self._started) * 1e3
@@ -185,8 +185,3 @@ class _Mark(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         ctx.notify(gradients[0].device)
         return None, *gradients
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,7 +1,6 @@
 """Moves experts between ranks: weights, fp32 masters and optimizer moments, in place, between two steps."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,19 +16,6 @@ from hiermoe.routing.step import experts_per_rank
 from hiermoe.topology.placement import Placement
 
 BUFFER_BYTES = 2**25  # at most so much leaves a rank at once, and as much arrives
-
-
-@dataclass(frozen=True)
-class Migrated:
-    """What one rank did for one layer.
-
-    Attributes:
-        sent_bytes: over the wire.
-        moved_experts: of all ranks; those that changed only their slot included.
-    """
-
-    sent_bytes: int
-    moved_experts: int
 
 
 def expert_parameters(experts: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
@@ -95,7 +81,7 @@ def migrate(
     old: Placement,
     new: Placement,
     group: dist.ProcessGroup,
-) -> Migrated:
+) -> int:
     """Bring every expert of one layer from its old slot to its new one, in place.
 
     *Collective: every rank of the group must call it.* Experts move piece by piece, the same piece of all of them at
@@ -108,6 +94,9 @@ def migrate(
         new: placement to reach.
         group: expert-parallel group.
 
+    Returns:
+        Bytes that this rank sent over the wire.
+
     Raises:
         ValueError: state that cannot be moved; nothing has been then.
     """
@@ -115,7 +104,7 @@ def migrate(
     per_rank = experts_per_rank(old.num_experts, size)
     moved = (old.slot_E != new.slot_E).nonzero().view(-1)
     if not len(moved):
-        return Migrated(0, 0)
+        return 0
     from_slot, to_slot = old.slot_E[moved], new.slot_E[moved]
     leaving: dict[int, list[int]] = {}  # local slots by peer, experts by number: the order in which they travel
     arriving: dict[int, list[int]] = {}
@@ -135,7 +124,7 @@ def migrate(
         for start in range(0, len(tensor), piece):
             pieces = [expert[number][start : start + piece] for expert in states]
             sent_bytes += _exchange(pieces, leaving, arriving, rank, group)
-    return Migrated(sent_bytes, len(moved))
+    return sent_bytes
 
 
 def _exchange(

@@ -10,15 +10,12 @@ after the step, to write 140 kB.
 
 import warnings
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.router import TopKRouter
 
-from hiermoe.megatron.recorder import RouterRecorder
+from hiermoe.megatron.recorder import RouterRecorder, find_routers
 
 _LINE_BYTES = 160  # of a line, without its experts
 
@@ -63,27 +60,16 @@ class RankTrace:
         """
         if steps < 1 or max_bytes < 1:
             raise ValueError(f"steps={steps} and max_bytes={max_bytes} must be at least 1")
-        chunks = model if isinstance(model, list) else [model]
-        routers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, TopKRouter)]
-        if not routers:
-            raise ValueError("the model has no TopKRouter to record")
         self.steps = steps
         self._first, self._done, self._max_bytes = first_step, 0, max_bytes
-        self._topk, self._expert_bytes = routers[0].topk, len(str(routers[0].weight.shape[0] - 1)) + 2
-        self._rank, alone = _data_rank(bool(routers[0].config.sequence_parallel))
+        router = next(iter(find_routers(model).values()))
+        self._topk, self._expert_bytes = router.topk, len(str(router.weight.shape[0] - 1)) + 2
+        self._rank, alone = _data_rank(bool(router.config.sequence_parallel))
         self.path = Path(folder) / f"router_trace_rank{dist.get_rank()}.jsonl" if alone else None
-        self._recorder = RouterRecorder(chunks, self._topk, layers)
+        self._recorder = RouterRecorder(model, self._topk, layers)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("", encoding="utf-8")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def step(self) -> None:
         """Write what the routers chose since the last call. Call it after every training step.

@@ -45,7 +45,7 @@ class RouterRecorder:
         Raises:
             ValueError: No such router, or a router whose choice is not the best experts under a score.
         """
-        routers = _find_routers(model if isinstance(model, list) else [model])
+        routers = find_routers(model)
         missing = sorted(set(layers or []) - routers.keys())
         if missing:
             raise ValueError(f"layers={missing} have no router; MoE layers are {sorted(routers)}")
@@ -194,9 +194,14 @@ def gather_ranks(ids_TK: torch.Tensor, group: dist.ProcessGroup | None = None) -
     return torch.stack(parts) if parts is not None else None
 
 
-def _find_routers(chunks: list[torch.nn.Module]) -> dict[int, TopKRouter]:
+def find_routers(model: torch.nn.Module | list[torch.nn.Module]) -> dict[int, TopKRouter]:
+    """The routers of a model's decoder, or of the list of its chunks, by Megatron's layer number.
+
+    Raises:
+        ValueError: There is none, or their layers are not numbered.
+    """
     routers: dict[int, TopKRouter] = {}
-    for chunk in chunks:
+    for chunk in model if isinstance(model, list) else [model]:
         for name, module in chunk.named_modules():
             # Layers of multi-token prediction are numbered from 1 again and are no part of the decoder.
             if not isinstance(module, TopKRouter) or "mtp" in name.split("."):

@@ -1,7 +1,7 @@
 """What a search knows of the routing: expert sets of tokens, equal ones merged, by training step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -83,22 +83,16 @@ class TokenSets:
         """Each step alone; undoes :meth:`joined`."""
         parts = []
         for step in range(self.num_steps):
-            of = self.step_N == step
-            zeros = torch.zeros(int(of.sum()), dtype=torch.int64)
-            tokens = self.tokens_S[step : step + 1]
-            parts.append(TokenSets(self.ids_NK[of], self.weight_N[of], zeros, tokens, self.num_experts))
+            of = self._chosen(self.step_N == step)
+            parts.append(replace(of, step_N=torch.zeros_like(of.step_N), tokens_S=self.tokens_S[step : step + 1]))
         return parts
 
     def sample(self, count: int, generator: torch.Generator) -> "TokenSets":
         """About so many sets, from every step the same share, equal ones of a step merged."""
         size = len(self.step_N)
-        chosen = self
-        if size > count:
-            keep = torch.randperm(size, generator=generator)[:count].sort().values
-            chosen = TokenSets(
-                self.ids_NK[keep], self.weight_N[keep], self.step_N[keep], self.tokens_S, self.num_experts
-            )
-        return chosen.merged()
+        if size <= count:
+            return self.merged()
+        return self._chosen(torch.randperm(size, generator=generator)[:count].sort().values).merged()
 
     def merged(self) -> "TokenSets":
         """Equal sets of the same step as one."""
@@ -106,21 +100,16 @@ class TokenSets:
         key = np.ascontiguousarray(rows).view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).ravel()
         _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
         weight = np.bincount(inverse, weights=self.weight_N.numpy(), minlength=len(first))
-        kept = torch.from_numpy(first)
-        return TokenSets(
-            self.ids_NK[kept],
-            torch.from_numpy(weight).int(),
-            self.step_N[kept],
-            self.tokens_S,
-            self.num_experts,
-        )
+        return replace(self._chosen(torch.from_numpy(first)), weight_N=torch.from_numpy(weight).int())
 
     def pooled(self) -> "TokenSets":
         """All of them as tokens of a single step of mean size."""
         mean = (self.tokens_S.sum() + self.num_steps // 2) // self.num_steps
-        return TokenSets(
-            self.ids_NK, self.weight_N, torch.zeros_like(self.step_N), mean.reshape(1), self.num_experts
-        ).merged()
+        return replace(self, step_N=torch.zeros_like(self.step_N), tokens_S=mean.reshape(1)).merged()
+
+    def _chosen(self, which: Tensor) -> "TokenSets":
+        """Some sets alone, by number or by mask."""
+        return replace(self, ids_NK=self.ids_NK[which], weight_N=self.weight_N[which], step_N=self.step_N[which])
 
     def coactivation(self) -> Tensor:
         """Tokens that select both of two experts: int64 [E, E], zero on the diagonal."""

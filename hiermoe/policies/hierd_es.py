@@ -5,7 +5,7 @@ from torch import Tensor
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP
 from hiermoe.planner.maxima import MaxFunction
 from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, price_migration
-from hiermoe.policies.protocol import Memoryless, PlacementUpdate, StepContext, refuse_copies
+from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate, StepContext, refuse_copies
 from hiermoe.policies.swap import SwapStatistics, measure_swaps, swap_times, time_of_groups
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
@@ -13,7 +13,7 @@ from hiermoe.topology.placement import Placement
 PLAIN = MaxFunction("plain")
 
 
-class HierDESPolicy(Memoryless):
+class HierDESPolicy(PlacementPolicy):
     """HierD-ES: per update the one swap of two experts that minimises the modelled AlltoAll time (paper, Sec. IV).
 
     With ``max_swaps`` above 1 further swaps follow in the same update, each the best one after those before it. What

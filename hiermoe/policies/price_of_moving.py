@@ -51,12 +51,13 @@ def price_migration(old: Placement, new: Placement, cluster: Cluster, expert_byt
     link_ms = 0.0
     for i, spec in enumerate(cluster.levels, start=1):
         crossing = level <= i  # leaves its group of level i
-        busiest = max(_largest_count(ends[crossing] // hierarchy.lanes(i), hierarchy.U[i]) for ends in (source, target))
+        ends = [end[crossing] // hierarchy.lanes(i) for end in (source, target)]
+        busiest = max(int(torch.bincount(groups, minlength=hierarchy.U[i]).max()) for groups in ends)
         link_ms = max(link_ms, busiest * expert_bytes / (spec.link_gb_per_s * 1e6))
     siblings = [cluster.constants(Peers.of_siblings(i, hierarchy)) for i in range(1, hierarchy.depth + 1)]
     beta = torch.tensor([constants.beta_ms_per_byte for constants in siblings], dtype=torch.float64)
     weight = beta[level - 1] * expert_bytes
-    busiest_ms = max(_largest_sum(ends, weight, hierarchy.num_ranks) for ends in (source, target))
+    busiest_ms = max(float(torch.bincount(ends, weight, ranks).max()) for ends in (source, target))
     count = len(expert)
     return Migration(count, count * expert_bytes, link_ms, busiest_ms)
 
@@ -66,11 +67,3 @@ def _held(placement: Placement, num_ranks: int) -> Tensor:
     held_GE = torch.zeros(num_ranks, placement.num_experts, dtype=torch.bool)
     held_GE[torch.arange(placement.num_slots) // placement.per_rank(num_ranks), placement.expert_at_S] = True
     return held_GE
-
-
-def _largest_count(index: Tensor, size: int) -> int:
-    return int(torch.bincount(index, minlength=size).max())
-
-
-def _largest_sum(index: Tensor, weight: Tensor, size: int) -> float:
-    return float(torch.zeros(size, dtype=torch.float64).index_add_(0, index, weight).max())

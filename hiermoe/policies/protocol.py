@@ -1,7 +1,6 @@
 """Placement policies: who decides where experts sit, from what."""
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from torch import Tensor
 
@@ -60,8 +59,8 @@ class Start:
     policy: dict[str, Tensor] = field(default_factory=dict)
 
 
-class PlacementPolicy(Protocol):
-    """One layer's policy. The same sums give the same decision on every rank."""
+class PlacementPolicy:
+    """One layer's policy. The same sums give the same decision on every rank. This one lets experts stay for ever."""
 
     def measure(
         self, expert_ids_NK: Tensor, source_N: Tensor, placement: Placement, hierarchy: Hierarchy, iteration: int
@@ -78,19 +77,28 @@ class PlacementPolicy(Protocol):
         Raises:
             NotApplicable: experts have copies, and the policy cannot handle them.
         """
-        ...
+        return None
 
     def decide(self, summed: Tensor | None, placement: Placement, context: StepContext) -> PlacementUpdate | None:
         """Decide on the placement of the next step from the summed measurements; None: stay."""
-        ...
+        return None
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the policy remembers from one iteration to the next, the same on every rank; for checkpoints."""
-        ...
+        return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from what :meth:`state_dict` returned."""
-        ...
+        """Go on from what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: the state of another policy.
+        """
+        if state:
+            raise ValueError(f"{type(self).__name__} remembers nothing, the state has {', '.join(state)}")
+
+
+class StaticPolicy(PlacementPolicy):
+    """Experts stay where they are."""
 
 
 def refuse_copies(policy: PlacementPolicy, placement: Placement) -> None:
@@ -104,34 +112,3 @@ def refuse_copies(policy: PlacementPolicy, placement: Placement) -> None:
             f"{type(policy).__name__} gives every expert one slot, but {placement.num_experts} experts have "
             f"{placement.num_slots} slots"
         )
-
-
-class Memoryless:
-    """The state of a policy that remembers nothing."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Nothing to load.
-
-        Raises:
-            ValueError: the state of another policy.
-        """
-        if state:
-            raise ValueError(f"{type(self).__name__} remembers nothing, the state has {', '.join(state)}")
-
-
-class StaticPolicy(Memoryless):
-    """Experts stay where they are."""
-
-    def measure(
-        self, expert_ids_NK: Tensor, source_N: Tensor, placement: Placement, hierarchy: Hierarchy, iteration: int
-    ) -> Tensor | None:
-        """Nothing."""
-        return None
-
-    def decide(self, summed: Tensor | None, placement: Placement, context: StepContext) -> PlacementUpdate | None:
-        """Stay."""
-        return None

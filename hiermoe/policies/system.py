@@ -8,9 +8,8 @@ from pydantic import Field
 
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.policies.protocol import PlacementPolicy, StaticPolicy
-from hiermoe.records.checked import checked
 from hiermoe.records.project import CONF
-from hiermoe.records.strict import Strict
+from hiermoe.records.strict import Strict, checked
 from hiermoe.topology.hierarchy import Hierarchy
 
 Executor = Literal["staged", "stock", "reordered", "flex"]

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from pydantic import model_validator
 
-from hiermoe.records.checked import checked
 from hiermoe.records.project import from_root, to_root
 from hiermoe.records.status import NotApplicable
 from hiermoe.records.store import write_whole
-from hiermoe.records.strict import Strict
+from hiermoe.records.strict import Strict, checked
 from hiermoe.routing.step import RoutingRequest, RoutingStep, make_step
 
 FORMAT = 1

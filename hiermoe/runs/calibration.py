@@ -9,14 +9,14 @@ import yaml
 from pydantic import Field, model_validator
 from rich.table import Table
 
+from hiermoe.measure.calibrate import CalibrationJob
 from hiermoe.measure.measurement import Measurement
 from hiermoe.measure.registry import MEASUREMENTS
-from hiermoe.planner.fit import CALIBRATED, SMALLEST_FITTED_BYTES, fit_exchanges, timings
+from hiermoe.planner.fit import CALIBRATED, fit_exchanges, timings
 from hiermoe.ranks.places import PLACES, RanksConfig
 from hiermoe.ranks.world import Progress, World, no_progress
 from hiermoe.records.project import CLUSTERS
 from hiermoe.records.store import RunStore, write_whole
-from hiermoe.records.strict import Strict
 from hiermoe.runs.compose import compose
 from hiermoe.runs.execute import execute
 from hiermoe.runs.measurable import keys_of, name_run
@@ -28,22 +28,15 @@ from hiermoe.topology.peers import WORLD, AlphaBeta, Peers
 GOOD_R2 = 0.98
 
 
-class CalibrationConfig(Strict):
+class CalibrationConfig(CalibrationJob):
     """One calibration; the schema of conf/calibrate.yaml.
 
     Attributes:
-        cluster: what to measure, cut down to the ranks.
-        ranks: where.
+        ranks: where; the cluster is cut down to them.
         name: of the cluster's file.
     """
 
-    cluster: Cluster
     ranks: RanksConfig
-    smallest_pair_bytes: int = Field(ge=1)
-    largest_pair_bytes: int = Field(ge=1)
-    largest_bytes: int = Field(gt=SMALLEST_FITTED_BYTES)
-    warm_ups: int = Field(ge=0)
-    repeats: int = Field(ge=1)
     name: str = Field(pattern=r"^[\w.-]+$")
 
     @model_validator(mode="before")

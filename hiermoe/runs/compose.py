@@ -26,8 +26,8 @@ from pydantic import BaseModel
 from typing_extensions import TypeVar
 from yaml import YAMLError
 
-from hiermoe.records.checked import checked
 from hiermoe.records.project import CONF, SWEEPS, to_root
+from hiermoe.records.strict import checked
 from hiermoe.runs.run_config import RunConfig
 from hiermoe.topology.cluster_files import cluster_file, cluster_names
 

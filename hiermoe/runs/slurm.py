@@ -21,11 +21,10 @@ from rich.console import Console
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import Checkpointable
 
-from hiermoe.records.checked import checked
 from hiermoe.records.keep import Outcome
 from hiermoe.records.project import CONF, PROJECT_ROOT, to_root
 from hiermoe.records.store import write_whole
-from hiermoe.records.strict import Strict
+from hiermoe.records.strict import Strict, checked
 
 JOBS = PROJECT_ROOT / "results" / "jobs"
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from hiermoe.dispatch.communicators import played_hosts
-from hiermoe.measure.replay_job import Question, ReplayJob
+from hiermoe.measure.replay_job import ReplayJob
+from hiermoe.model import LayerSizes
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.launch import run_ranks
 from hiermoe.topology.cluster import Cluster
@@ -29,11 +30,7 @@ CALLS = {"dispatch": ("dispatch", "combine_backward"), "combine": ("combine", "d
 def job() -> ReplayJob:
     return ReplayJob(
         cluster=Cluster.named("a6000_4x8").reduced(RANKS),
-        num_experts=EXPERTS,
-        topk=TOPK,
-        hidden_size=HIDDEN,
-        element_bytes=2,
-        expert_parameters=1,
+        sizes=LayerSizes(EXPERTS, TOPK, HIDDEN, element_bytes=2, expert_parameters=1),
         layer=1,
         counted=(),
         routing_iterations=(),
@@ -45,7 +42,7 @@ def job() -> ReplayJob:
 
 def local_work(rank: int) -> dict[str, dict[str, list[float]]]:
     """CPU milliseconds of this rank's local work: by system and call, one a round."""
-    from hiermoe.measure.bench_layer import bench_layer
+    from hiermoe.measure.bench_layer import Question, bench_layer
     from hiermoe.megatron.meter import Meter
 
     meter = Meter(time.thread_time)

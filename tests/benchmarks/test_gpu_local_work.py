@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hiermoe.measure.replay_job import Question, ReplayJob
+from hiermoe.measure.replay_job import ReplayJob
+from hiermoe.model import LayerSizes
 from hiermoe.policies.system import SystemConfig
 from hiermoe.topology.cluster import Cluster, Level
 from hiermoe.topology.peers import AlphaBeta
@@ -31,7 +32,7 @@ ONE_GPU = Cluster(
 
 def local_work(device: str, backend: str, tokens: int, hidden: int, experts: int, topk: int, folder: Path) -> Any:
     """Milliseconds of dispatch and combine, forward, by system: {system: {phase: [ms, ...]}}."""
-    from hiermoe.measure.bench_layer import bench_layer
+    from hiermoe.measure.bench_layer import Question, bench_layer
     from hiermoe.megatron.meter import Meter
 
     timeout = timedelta(minutes=2)
@@ -42,11 +43,7 @@ def local_work(device: str, backend: str, tokens: int, hidden: int, experts: int
         for name in SYSTEMS:
             job = ReplayJob(
                 cluster=ONE_GPU,
-                num_experts=experts,
-                topk=topk,
-                hidden_size=hidden,
-                element_bytes=2,
-                expert_parameters=1,
+                sizes=LayerSizes(experts, topk, hidden, element_bytes=2, expert_parameters=1),
                 layer=1,
                 counted=(),
                 routing_iterations=(),

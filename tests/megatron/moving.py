@@ -11,7 +11,7 @@ from torch import Tensor
 from hiermoe.dispatch.communicators import played_hosts
 from hiermoe.narrow.corpus import Corpus
 from hiermoe.narrow.training_config import TrainingConfig
-from hiermoe.policies.protocol import Memoryless, PlacementUpdate, StepContext
+from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate, StepContext
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.launch import run_ranks
 from hiermoe.topology.cluster import Cluster
@@ -25,7 +25,7 @@ DEADLINE = timedelta(minutes=14)  # of a launch; pytest's own limit is 15
 BOTH = ("qwen3_30b_a3b", "deepseek_v3")
 
 
-class Shuffle(Memoryless):
+class Shuffle(PlacementPolicy):
     """Every expert goes to a random slot after every step."""
 
     def measure(

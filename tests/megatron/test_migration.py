@@ -58,7 +58,7 @@ def move_at_random(rank: int, config: TrainingConfig, corpus: Corpus, buffers: l
         old = layer.dispatcher.placement
         new = random_placement(old, round_)
         with Interposer() as interposer:
-            moved = migration.migrate(layer.parameters, run.trainer.optimizer, old, new, group)
+            sent_bytes = migration.migrate(layer.parameters, run.trainer.optimizer, old, new, group)
             transfers = interposer.drain()
         layer.dispatcher.placement = new
         expert_bytes = sum(
@@ -67,14 +67,14 @@ def move_at_random(rank: int, config: TrainingConfig, corpus: Corpus, buffers: l
         was, now = old.rank_of(config.ep_size), new.rank_of(config.ep_size)
         seen.append(
             {
-                "sent_bytes": moved.sent_bytes,
+                "sent_bytes": sent_bytes,
                 "wire_bytes": sum(sum(x.sent_bytes) for x in transfers),
                 "received_bytes": sum(sum(x.received_bytes) for x in transfers),
                 "left_bytes": int(((was == rank) & (now != rank)).sum()) * expert_bytes,
                 "operations": {x.operation for x in transfers},
                 "largest_batch": largest_batch([sum(x.sent_bytes) for x in transfers]),
                 "buffer": migration.BUFFER_BYTES,
-                "moved_experts": moved.moved_experts,
+                "moved_experts": len(old.moves_to(new).split()),
                 "changed": int((old.slot_E != new.slot_E).sum()),
                 "priced_bytes": price_migration(old, new, cluster, expert_bytes).moved_bytes,
                 "expert_bytes": expert_bytes,

@@ -5,10 +5,9 @@ from torch import Tensor
 
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP
 from hiermoe.planner.token_sets import TokenSets
-from hiermoe.policies.protocol import PlacementUpdate, StepContext, refuse_copies
+from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate, StepContext, refuse_copies
 from hiermoe.policies.search.align import aligned
-from hiermoe.policies.search.approach import approach
-from hiermoe.policies.search.descent import Budget, SwapTable
+from hiermoe.policies.search.descent import Budget, SwapTable, approach
 from hiermoe.policies.search.objective import Objective
 from hiermoe.policies.search.search import MAXIMUM, search
 from hiermoe.policies.search.sketch import Sketch
@@ -16,9 +15,10 @@ from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
 
 WEIGHED_SETS = 16384  # that bounded moves are ordered by
+_TENSORS = ("ids_NK", "weight_N", "step_N", "tokens_S")  # of remembered sets
 
 
-class SearchPolicy:
+class SearchPolicy(PlacementPolicy):
     """Remember a sample of the last steps' expert sets, search on it, and move towards what was found.
 
     With neither ``interval`` nor ``max_moved`` it is the offline search: one search, one migration. With both it
@@ -85,7 +85,8 @@ class SearchPolicy:
             return None
         objective = Objective(context.cluster, (context.scheme,), context.row_bytes)
         sets = TokenSets.joined(self._remembered)
-        if self._is_time(context.iteration + 1):
+        since = context.iteration + 1 - self.first_search
+        if since == 0 or (since > 0 and self.interval is not None and since % self.interval == 0):
             found = search(sets, objective, Budget(None, self.steps), self.seed, self._target or placement)
             better = found.modelled_ms < objective.step_ms(sets, placement)
             self._target = aligned(found.placement, placement, context.cluster.hierarchy) if better else None
@@ -93,10 +94,6 @@ class SearchPolicy:
         if self.interval is None and self._target is None and context.iteration + 1 >= self.first_search:
             self._remembered = []
         return update
-
-    def _is_time(self, iterations: int) -> bool:
-        since = iterations - self.first_search
-        return since == 0 if self.interval is None else since >= 0 and since % self.interval == 0
 
     def _towards_target(self, sets: TokenSets, objective: Objective, placement: Placement) -> PlacementUpdate | None:
         """The next part of the way."""
@@ -106,24 +103,17 @@ class SearchPolicy:
         if self.max_moved is None:
             new, gain_ms = target, objective.step_ms(sets, placement) - objective.step_ms(sets, target)
         else:
-            new, gain_ms = self._part_of_the_way(sets, objective, placement, target)
+            generator = torch.Generator().manual_seed(self.seed)
+            table = SwapTable(sets.sample(WEIGHED_SETS, generator).pooled(), placement, objective.cluster)
+            priced = objective.schemes[0], objective.row_bytes
+            before_ms = table.now_ms(*priced)
+            new = approach(table, target, self.max_moved, *priced, MAXIMUM)
+            gain_ms = ALLTOALLS_PER_STEP * (before_ms - table.now_ms(*priced))
         if torch.equal(new.rank_of(ranks), target.rank_of(ranks)):
             self._target = None
         if torch.equal(new.rank_of(ranks), placement.rank_of(ranks)):
             return None
         return PlacementUpdate(new, gain_ms)
-
-    def _part_of_the_way(
-        self, sets: TokenSets, objective: Objective, placement: Placement, target: Placement
-    ) -> tuple[Placement, float]:
-        """The placement after as many moves as are allowed, and what that saves."""
-        assert self.max_moved is not None
-        generator = torch.Generator().manual_seed(self.seed)
-        table = SwapTable(sets.sample(WEIGHED_SETS, generator).pooled(), placement, objective.cluster)
-        priced = objective.schemes[0], objective.row_bytes
-        before_ms = table.now_ms(*priced)
-        approach(table, target, self.max_moved, *priced, MAXIMUM)
-        return table.placement, ALLTOALLS_PER_STEP * (before_ms - table.now_ms(*priced))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Remembered sets, the target, and the sketch's size."""
@@ -132,13 +122,7 @@ class SearchPolicy:
             state["target_E"] = self._target.slot_E
         if self._remembered:
             sets = TokenSets.joined(self._remembered)
-            state |= {
-                "ids_NK": sets.ids_NK,
-                "weight_N": sets.weight_N,
-                "step_N": sets.step_N,
-                "tokens_S": sets.tokens_S,
-                "num_experts": torch.tensor(sets.num_experts),
-            }
+            state |= {name: getattr(sets, name) for name in _TENSORS} | {"num_experts": torch.tensor(sets.num_experts)}
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -147,14 +131,13 @@ class SearchPolicy:
         Raises:
             ValueError: the state of another policy.
         """
-        known = {"zero_bits", "target_E", "ids_NK", "weight_N", "step_N", "tokens_S", "num_experts"}
+        known = {"zero_bits", "target_E", "num_experts", *_TENSORS}
         if state.keys() - known or "zero_bits" not in state:
             raise ValueError(f"SearchPolicy remembers {', '.join(sorted(known))}; the state has {', '.join(state)}")
         self._sketch = Sketch(self._sketch.cells, int(state["zero_bits"]))
         self._target = Placement.of_slots(state["target_E"]) if "target_E" in state else None
         self._remembered = []
         if "ids_NK" in state:
-            sets = TokenSets(
-                state["ids_NK"], state["weight_N"], state["step_N"], state["tokens_S"], int(state["num_experts"])
-            )
+            tensors = {name: state[name] for name in _TENSORS}
+            sets = TokenSets(**tensors, num_experts=int(state["num_experts"]))
             self._remembered = sets.by_step()

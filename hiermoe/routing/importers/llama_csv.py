@@ -1,4 +1,4 @@
-"""CSV of `layer,expert`, as llama.cpp's moe-trace example writes it.
+"""CSV of `layer,expert`, K rows a token, as llama.cpp's moe-trace example writes it.
 
 A row is one routed activation: one expert that one token chose in one layer. Tokens have no number, so they are
 recovered by counting: the rows of a layer, taken by themselves and in the order of the file, are K to a token, best

@@ -1,4 +1,4 @@
-"""Megatron-LM's router trace: JSON lines {step, layer, rank, num_tokens, topk, top_indices}, a file a rank.
+"""Megatron-LM's router trace, .jsonl: {step, layer, rank, num_tokens, topk, top_indices} a line, a file a rank.
 
 A line is what one rank's router of one layer chose in one forward: ``top_indices`` is a list of ``num_tokens`` lists of
 ``topk`` expert ids. Give one file, or the folder of all ranks' files (``*.jsonl``). Further keys are ignored, but lines
@@ -67,13 +67,12 @@ def read(source: Source) -> Recording:
     if not kept:
         raise ValueError(f"{source.path}: it has no lines of the decoder's layers")
     num_tokens, steps, order = _grid(source, {layer: pieces[layer] for layer in kept})
-    places = {layer: [piece for key in order for piece in pieces[layer][key]] for layer in kept}
-    del pieces
     ids, lengths = {}, {}
     for layer in kept:
-        ids[layer] = np.concatenate([piece[0] for piece in places[layer]])
-        # The arrays themselves are no longer needed, only where they came from.
-        lengths[layer] = [(len(rows), line) for rows, line in places.pop(layer)]
+        of_layer = pieces.pop(layer)  # once they are joined, what is needed of the pieces is where they came from
+        ordered = [piece for key in order for piece in of_layer[key]]
+        ids[layer] = np.concatenate([rows for rows, _ in ordered])
+        lengths[layer] = [(len(rows), line) for rows, line in ordered]
 
     def where(layer: int, row: int) -> str:
         for length, line in lengths[layer]:

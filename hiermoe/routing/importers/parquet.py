@@ -1,4 +1,4 @@
-"""Parquet with a row a token: a column `indices`, a list of K expert ids, best first. As FLAME-MoE's traces.
+"""Parquet with a list column `indices`, a row a token: K expert ids, best first, as in FLAME-MoE's traces.
 
 FLAME-MoE has a folder for every training iteration with a file ``layer_NN.parquet`` for every layer: give the folder,
 and layers are numbered by their files. A single file may instead have a column `layer` (integer); without, it is one
@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hiermoe.routing.importers.recording import CHUNK_TOKENS, Recording, Source, from_lists
+from hiermoe.routing.importers.recording import CHUNK_TOKENS, Recording, Source, first_true, from_lists
 
 _INDICES, _LAYER, _STEP, _TOKEN = "indices", "layer", "step", "token"
 _ORDER = "A token's experts are in the order of the list. Scores, where the file has them, were left out."
@@ -107,7 +107,12 @@ def _parts(path: Path, source: Source) -> Iterator[tuple[int, np.ndarray | None,
             batch = batch.slice(0, limit - start)
             ids_RK = from_lists(batch.column(_INDICES), topk, lambda row, at=start: f"{path}: row {at + row}")
             topk = ids_RK.shape[1]
-            others = {name: _integers(path, start, batch, name) for name in columns if name != _INDICES}
+            others = {}
+            for name in columns[1:]:
+                column = batch.column(name)
+                if column.null_count:
+                    raise ValueError(f"{path}: row {start + first_true(column.is_null())} has no {name}")
+                others[name] = column.to_numpy(zero_copy_only=False).astype(np.int64)
             zeros = np.zeros(len(ids_RK), np.int64)
             keys_R2 = np.stack([others.get(_STEP, zeros), others.get(_TOKEN, zeros - 1)], axis=1)
             yield start, others.get(_LAYER), keys_R2, ids_RK
@@ -116,14 +121,6 @@ def _parts(path: Path, source: Source) -> Iterator[tuple[int, np.ndarray | None,
                 return
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: damaged after row {start}: {str(error).splitlines()[0]}") from error
-
-
-def _integers(path: Path, start: int, batch: pa.RecordBatch, name: str) -> np.ndarray:
-    column = batch.column(name)
-    if column.null_count:
-        row = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
-        raise ValueError(f"{path}: row {start + row} has no {name}")
-    return column.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _ordered(

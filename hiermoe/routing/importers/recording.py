@@ -106,7 +106,7 @@ def from_lists(lists: pa.Array, topk: int | None, where: Callable[[int], str]) -
         ValueError: a row or an expert is null, a row has another length, or an id that no model has.
     """
     if lists.null_count:
-        raise ValueError(f"{where(_first(lists.is_null()))} has no indices")
+        raise ValueError(f"{where(first_true(lists.is_null()))} has no indices")
     lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
     topk = topk or int(lengths[0])
     if topk == 0 or (lengths != topk).any():
@@ -114,11 +114,12 @@ def from_lists(lists: pa.Array, topk: int | None, where: Callable[[int], str]) -
         raise ValueError(f"{where(row)} has {int(lengths[row])} experts, topk={topk}")
     values = lists.flatten()
     if values.null_count:
-        raise ValueError(f"{where(_first(values.is_null()) // topk)} has an expert that is null")
+        raise ValueError(f"{where(first_true(values.is_null()) // topk)} has an expert that is null")
     return narrowed(values.to_numpy(zero_copy_only=False).reshape(-1, topk), where)
 
 
-def _first(mask: pa.Array) -> int:
+def first_true(mask: pa.Array) -> int:
+    """Place of the first true entry."""
     return int(np.argmax(mask.to_numpy(zero_copy_only=False)))
 
 
@@ -198,7 +199,7 @@ def to_trace(
     """
     if not recording.ids or not all(len(ids) for ids in recording.ids.values()):
         raise ValueError(f"{source.path}: it has no tokens")
-    num_tokens, laid_out = _layout(recording, source)
+    num_tokens = _layout(recording, source)
     iterations, ranks = num_tokens.shape
     experts = known_experts(recording, num_experts, ranks)
     check_experts(recording, experts)
@@ -207,7 +208,11 @@ def to_trace(
     dtype = np.min_scalar_type(experts - 1)
     expert_ids = np.zeros((iterations, len(layers), ranks, int(num_tokens.max()), topk), dtype)
     for position, layer in enumerate(layers):
-        laid_out(recording.ids[layer], expert_ids[:, position])
+        out_IRTK, ids_NK = expert_ids[:, position], recording.ids[layer]
+        if ids_NK.size == out_IRTK.size:
+            out_IRTK[:] = ids_NK.reshape(out_IRTK.shape)
+        else:
+            out_IRTK[np.arange(out_IRTK.shape[2]) < num_tokens[:, :, None]] = ids_NK
     inferred = "" if isinstance(num_experts, int) else f" num_experts={experts} was inferred from the largest id."
     unsaid = "" if recording.steps is not None else " training_step counts iterations of the import, not of a training."
     return RoutingTrace(
@@ -235,8 +240,8 @@ def to_trace(
     )
 
 
-def _layout(recording: Recording, source: Source) -> tuple[np.ndarray, Callable[[np.ndarray, np.ndarray], None]]:
-    """Tokens of every (iteration, rank), and what copies ids [N, K] to [iteration, rank, T, K]."""
+def _layout(recording: Recording, source: Source) -> np.ndarray:
+    """Tokens of every (iteration, rank)."""
     count = len(next(iter(recording.ids.values())))
     if recording.num_tokens is not None:
         given = recording.num_tokens
@@ -247,12 +252,7 @@ def _layout(recording: Recording, source: Source) -> tuple[np.ndarray, Callable[
             )
         if source.tokens_per_rank is not None or source.max_tokens is not None:
             raise ValueError(f"{source.path}: it says who held which token; leave tokens and tokens_per_rank out")
-        filled = np.arange(int(given.max()))[None, None, :] < given[:, :, None]
-
-        def scatter(ids: np.ndarray, out: np.ndarray) -> None:
-            out[filled] = ids
-
-        return given, scatter
+        return given
     ranks = source.ranks or 1
     tokens = source.tokens_per_rank or count // ranks
     per_iteration = ranks * tokens
@@ -261,12 +261,7 @@ def _layout(recording: Recording, source: Source) -> tuple[np.ndarray, Callable[
         unit = per_iteration if source.tokens_per_rank else ranks
         hint = f"; give --tokens {count // unit * unit} to leave the rest out" if count >= unit else ""
         raise ValueError(f"{source.path}: {count} tokens do not divide over {rule}{hint}")
-    iterations = count // per_iteration
-
-    def reshape(ids: np.ndarray, out: np.ndarray) -> None:
-        out[:] = ids.reshape(iterations, ranks, tokens, -1)
-
-    return np.full((iterations, ranks), tokens), reshape
+    return np.full((count // per_iteration, ranks), tokens)
 
 
 def _named(files: tuple[Path, ...]) -> str:
