@@ -114,9 +114,8 @@ def _for_fewer(constants: AlphaBeta | None, groups: int, of: int) -> AlphaBeta |
     if constants is None:
         return None
     share = Fraction(of * (groups - 1), groups * (of - 1))
-    source = f"{constants.source}, beta x {share}"
-    beta = constants.beta_ms_per_byte * float(share)
-    return constants.model_copy(update={"beta_ms_per_byte": beta, "source": source, "published": False})
+    changed = {"source": f"{constants.source}, beta x {share}", "published": False}
+    return constants.times(1.0, float(share)).model_copy(update=changed)
 
 
 def _filled(cluster: Cluster, rooms: Sequence[int], num_ranks: int) -> list[int]:
