@@ -26,4 +26,4 @@ def test_a_run_of_bounds_is_stored_and_shown(hiermoe: Command) -> None:
         "wandb.mode=disabled",
     )  # fmt: skip
     assert code == 0, errors
-    assert "AlltoAll per step and layer" in output and "nan" not in output
+    assert "the four AlltoAlls of a step and layer" in output and "nan" not in output
