@@ -34,6 +34,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.parent.name, len(places)))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Make sure that groups count: else every worker would make for itself what takes long to make."""
+    if getattr(session.config.option, "loadgroup", False) and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError("this pytest-xdist ignores the groups of this pytest; constraints.txt has two that fit")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     """What runs use too; sums do not depend on how many cores there are."""
