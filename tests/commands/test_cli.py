@@ -12,7 +12,7 @@ SMALL = ["routing=uniform", "iterations=4", "tokens_per_rank=64", "wandb.mode=di
 def test_run_prints_a_summary_and_writes_a_record(hiermoe: Command, store: RunStore) -> None:
     code, out, _ = hiermoe("run", "system=hiermoe", "model=deepseek_v3", "cluster=a6000_4x8", *SMALL)
     assert code == 0
-    assert "HierMoE" in out and "AlltoAll per step" in out
+    assert "HierMoE" in out and "the four AlltoAlls of a step" in out
     (run,) = store.folder.iterdir()
     assert {path.name for path in run.iterdir()} == {"config.yaml", "provenance.json", "records.parquet"}
     _, again, _ = hiermoe("run", "system=hiermoe", "model=deepseek_v3", "cluster=a6000_4x8", *SMALL)
