@@ -60,7 +60,7 @@ results/traces/large/deepseek_v3_e256.trace:
 # Two workers, so that what waits runs beside what computes; tests/conftest.py says which tests stay together.
 PYTEST := $(BIN)/pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --ignore=tests/benchmarks
 
-test: setup ## tests, at most 6 minutes on two cores
+test: setup ## the tests, a quarter of an hour on two cores
 	@$(PYTEST) -m 'not slow and not slurm'
 
 test-slow: setup ## the slower checks

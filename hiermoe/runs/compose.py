@@ -122,11 +122,17 @@ def _base(config_name: str) -> dict[str, Any]:
     base = _composed(config_name)
     if "${" in OmegaConf.to_yaml(base):
         raise ValueError(f"conf/{config_name}.yaml: only Hydra composes interpolations")
-    defaults: Any = OmegaConf.to_container(_load(CONF / f"{config_name}.yaml"))["defaults"]  # type: ignore[index]
+    defaults = _own(config_name)["defaults"]
     without = {
         group: name for entry in defaults if isinstance(entry, dict) for group, name in entry.items() if name is None
     }
     return {**without, **plain(base)}
+
+
+@cache
+def _own(config_name: str) -> dict[str, Any]:
+    """What the primary file itself says; it comes after its groups (``_self_``), and is stronger."""
+    return OmegaConf.to_container(_load(CONF / f"{config_name}.yaml"))  # type: ignore[return-value] - a mapping
 
 
 def sweep_names() -> list[str]:
@@ -165,14 +171,14 @@ def expand_file(
     Raises:
         ValueError: a configuration that breaks a rule, a name that no file has, or what only Hydra can compose.
     """
-    base, read = _base(config_name), cache(_read_choice)
+    base, own, read = _base(config_name), _own(config_name), cache(_read_choice)
     cells = []
     try:
         params = {**swept(path), **(instead or {})}
         for texts in product(*(_choices(key, value) for key, value in params.items())):
             changes = dict(zip(params, texts, strict=True))
             overrides = tuple(f"{key}={text}" for key, text in changes.items())
-            cells.append(Cell(overrides, checked(_laid_on(base, changes, read), schema)))
+            cells.append(Cell(overrides, checked(_laid_on(base, own, changes, read), schema)))
     except ValueError as error:
         raise ValueError(f"{to_root(path)}: {error}") from error
     return cells
@@ -241,12 +247,16 @@ def _read_choice(group: str, name: str) -> _Choice:
 
 
 def _laid_on(
-    base: Mapping[str, Any], changes: Mapping[str, str], read: Callable[[str, str], _Choice]
+    base: Mapping[str, Any],
+    own: Mapping[str, Any],
+    changes: Mapping[str, str],
+    read: Callable[[str, str], _Choice],
 ) -> dict[str, Any]:
     """A configuration with some changes.
 
     Args:
         base: plain values.
+        own: what the primary file itself says, of groups too.
         changes: texts by key: another file of a group that the base has, with ``+`` a file of a group that it has not,
             a value for a key that it has, with ``+`` for a key that it has not.
         read: what reads a file of a group.
@@ -266,6 +276,7 @@ def _laid_on(
     for group, name in groups.items():
         if name is not None and not (file := read(group, name)).everywhere:
             config[group] = copy.deepcopy(file.content)
+            _merge(config, copy.deepcopy({group: own.get(group, {})}))
     for file in roots:
         _merge(config, file.content)
     for key, text in changes.items():
