@@ -100,9 +100,9 @@ PLANS: Mapping[str, str] = {
     "default": "simulation of the paper's figures and a first report, then on 32 emulated ranks calibration and Fig. "
     "11 of one model, then what lies beyond the paper: 25 minutes on two cores (QUICK=1: 5, FULL=1: 70). Stop and go "
     "on as you like",
-    "full": "simulation of the paper's figures and a first report, then on 32 emulated ranks calibration, Fig. 11 of both models, Fig. 13, "
-    "Table IV (K), update frequency, searched placements, and whole training steps: 70 minutes on two cores. Stop and "
-    "go on as you like",
+    "full": "simulation of the paper's figures and a first report, then on 32 emulated ranks calibration, Fig. 11 of "
+    "both models, Fig. 13, Table IV (K), update frequency, searched placements, and whole training steps, then what "
+    "lies beyond the paper: 70 minutes on two cores. Stop and go on as you like",
 }
 
 
