@@ -144,4 +144,5 @@ def test_report_judges_measured_runs_apart_from_predicted_ones(
     assert judged.loc["A-e2e", "verdict"] == "not testable" and "no compute time" in str(judged.loc["A-e2e", "reason"])
     assert (tmp_path / "figures" / "measured_emulated.png").exists()
     text = page.with_suffix(".md").read_text()
+    assert f"Measured on an emulated cluster: {whole_calls:.2f} times as fast for Qwen3-30B-A3B" in text.splitlines()[2]
     assert "| emulated, uniform |" in text and "| claim | published |" in text
