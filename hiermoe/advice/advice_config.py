@@ -40,6 +40,8 @@ class AdviceConfig(Strict):
     @model_validator(mode="before")
     @classmethod
     def _cluster_is_given(cls, values: Any) -> Any:
+        if values.get("across") and values.get("ep_size") is None:
+            raise ValueError("across=true says how a group of ep_size= GPUs lies in the cluster; state that")
         if values.get("cluster") is None:
             raise ValueError(f"cluster=... is missing; choose from {', '.join(cluster_names())}")
         return values

@@ -61,6 +61,8 @@ class RunConfig(Strict):
         fewer GPUs or experts.
         """
         world_size, largest = (None if values.get(k) is None else int(values[k]) for k in ("world_size", "max_ep_size"))
+        if values.get("across") and (largest is None or values.get("ranks") is not None):
+            raise ValueError("across=true says how a simulated group of max_ep_size= GPUs lies; state that")
         if world_size is None and largest is None:
             return values
         cluster = Cluster.model_validate(values["cluster"])

@@ -46,6 +46,12 @@ def test_both_see_the_same_cluster_or_refuse_the_same_sizes(name: str, across: b
         assert cluster_or_reason(advised, name, ep_size, across) == cluster_or_reason(run, name, ep_size, across)
 
 
+@pytest.mark.parametrize(("config", "schema"), [("config", RunConfig), ("advise", AdviceConfig)])
+def test_a_group_of_no_stated_size_cannot_lie_across(config: str, schema: Any) -> None:
+    with pytest.raises(ValueError, match="across=true says how"):
+        compose(config, ["cluster=a6000_4x8", "across=true"], schema)
+
+
 @pytest.mark.parametrize(("name", "ep_size"), [("gb200_nvl72_ib400", 64), ("h100_ib400", 8), ("h100_ib400", 32)])
 def test_both_answer_to_the_digit(name: str, ep_size: int) -> None:
     case = advised(name, ep_size, False)
