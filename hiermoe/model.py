@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from hiermoe.records.project import CONF
-from hiermoe.records.strict import Strict
+from hiermoe.records.choices import unknown
+from hiermoe.records.project import CONF, to_root
+from hiermoe.records.strict import Strict, checked
 
 
 class RouterConfig(Strict):
@@ -229,8 +230,7 @@ class ModelConfig(Strict):
         """
         path = CONF / "model" / f"{name}.yaml"
         if not path.is_file():
-            names = ", ".join(sorted(known.stem for known in path.parent.glob("*.yaml")))
-            raise ValueError(f"model={name} is unknown; choose from {names}")
+            raise unknown("model", name, sorted(known.stem for known in path.parent.glob("*.yaml")))
         return cls.from_yaml(path)
 
     @classmethod
@@ -240,7 +240,4 @@ class ModelConfig(Strict):
         Raises:
             ValueError: The file does not hold one mapping, or a value breaks a rule.
         """
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} holds a {type(content).__name__}, not a mapping of model settings")
-        return cls.model_validate(content)
+        return checked(yaml.safe_load(Path(path).read_text(encoding="utf-8")), cls, to_root(Path(path)))

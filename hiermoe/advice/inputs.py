@@ -9,18 +9,17 @@ from hiermoe.advice.advice_config import AdviceConfig
 from hiermoe.measure.workload import CachedRouting
 from hiermoe.model import LayerSizes, ModelConfig
 from hiermoe.policies.system import build
-from hiermoe.records.project import CONF, PROJECT_ROOT
+from hiermoe.records.project import CONF
 from hiermoe.records.status import NotApplicable
 from hiermoe.routing.loads import IndependentLoads, read_loads
 from hiermoe.routing.step import RoutingRequest, RoutingSource
-from hiermoe.routing.trace import RecordedRouting, RoutingTrace, TraceMetadata, recorded_path
+from hiermoe.routing.trace import RecordedRouting, RoutingTrace, TraceMetadata, recorded_path, trace_file
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.placement import Placement
 from hiermoe.topology.scaling import laid_out
 
 Kind = Literal["recorded", "loads", "synthetic"]
 
-TRACES = PROJECT_ROOT / "results" / "traces"
 DEFAULT_ELEMENT_BYTES = 2  # bf16
 # Tokens to walk through where the number of iterations is left open: some 20 s for all systems on one core.
 WALKED_TOKENS = 64 * 32 * 1024
@@ -171,13 +170,7 @@ def _trace_file(config: AdviceConfig, cluster: Cluster) -> Path:
             raise ValueError(f"model=... is missing: routing={config.routing.name} is that of a model")
         request = _request(config, config.model.num_experts, config.model.topk, cluster)
         return recorded_path(config.routing.source["path"], request)
-    shipped = TRACES / f"{config.trace}.trace"
-    if shipped.is_file():
-        return shipped
-    if not Path(config.trace).is_file():
-        names = ", ".join(sorted(path.stem for path in TRACES.glob("*.trace")))
-        raise ValueError(f"trace={config.trace} is neither a file nor one of results/traces/: {names}")
-    return Path(config.trace)
+    return trace_file(config.trace)
 
 
 def _recorded(

@@ -10,8 +10,8 @@ import pandas as pd
 import yaml
 from pydantic import Field
 
-from hiermoe.records.project import PUBLISHED, REPORTS
-from hiermoe.records.strict import Strict
+from hiermoe.records.project import PUBLISHED, REPORTS, to_root
+from hiermoe.records.strict import Strict, checked
 
 TESTBED_RANKS = 32  # claims are about the paper's testbed unless their condition says otherwise
 BEST_OF = "best of "
@@ -133,4 +133,4 @@ def load_rules(path: Path = REPORTS / "claims.yaml") -> Rules:
     Raises:
         pydantic.ValidationError: the file breaks the schema.
     """
-    return Rules.model_validate(yaml.safe_load(path.read_text()))
+    return checked(yaml.safe_load(path.read_text()), Rules, to_root(path))

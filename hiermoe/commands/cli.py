@@ -1,18 +1,21 @@
 """The ``hiermoe`` command: run, calibrate, train, record, reproduce, report."""
 
-import argparse
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 
+from hiermoe.commands.arguments import Parser
+from hiermoe.records.choices import unknown
 from hiermoe.records.project import CONF
-from hiermoe.records.strict import Schema, checked
+from hiermoe.records.strict import BrokenRules, Schema, checked
 
 USAGE = """hiermoe: does HierMoE's communication hold, and would it help your model on your cluster?
 
@@ -47,18 +50,23 @@ def main() -> None:
         sys.exit(0 if len(sys.argv) > 1 else 2)
     command = sys.argv.pop(1)
     if command not in commands:
-        _fail(f"command {command!r} is unknown; choose from {', '.join(commands)}")
+        _fail(unknown("command", command, commands))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as on Ctrl-C
     try:
         commands[command]()
     except (ValueError, OSError) as error:
-        _fail(str(error))
+        _fail(error)
     except KeyboardInterrupt:
         _fail("interrupted; finished runs are kept, the same command goes on with the rest", code=130)
 
 
-def _fail(message: str, code: int = 2) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(message.splitlines()[0])}")
+def _fail(error: object, code: int = 2) -> NoReturn:
+    """Say what is wrong in one line, or where several values break rules in one for each, and end."""
+    lines = [str(error).splitlines()[0]]
+    if isinstance(error, BrokenRules) and len(error.lines) > 1:
+        of = f" of {error.origin}" if error.origin else ""
+        lines = [f"{len(error.lines)} values{of} break a rule:", *(f"  {line}" for line in error.lines)]
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(chr(10).join(lines))}")
     sys.exit(code)
 
 
@@ -96,25 +104,30 @@ def _advise() -> None:
 def _composed(config_name: str, schema: type[Schema], run: Callable[[Schema], object]) -> None:
     """Let Hydra compose what the command line says, and run it; under ``-m`` several."""
     from hiermoe.ranks.launch import RankFailedError
-    from hiermoe.runs.compose import plain, register
+    from hiermoe.runs.compose import REFUSED, plain, refusal, register
 
     register(sys.argv[1:])
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises what it refuses, and prints nothing of its own
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     def task(composed: DictConfig) -> None:
         try:
             run(checked(plain(composed), schema))
         except (ValueError, OSError, RankFailedError) as error:  # of which Hydra would print a traceback
-            _fail(str(error))
+            _fail(error)
 
-    task()
+    try:
+        task()
+    except REFUSED as error:
+        overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+        raise refusal(config_name, overrides, error) from error
 
 
 def _reproduce() -> None:
     from hiermoe.commands.reproduce_command import reproduce
     from hiermoe.runs.compose import sweep_names
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hiermoe reproduce",
         description="All sweeps of the paper, measured runs where there can be any, report.",
     )
@@ -163,7 +176,7 @@ def _report() -> None:
     from hiermoe.records.store import RunStore
     from hiermoe.runs.indexing import index_runs
 
-    parser = argparse.ArgumentParser(prog="hiermoe report", description="The report from the records there are.")
+    parser = Parser(prog="hiermoe report", description="The report from the records there are.")
     parser.add_argument("--reference", action="store_true", help="also the small copy that is committed")
     arguments = parser.parse_args()
     store = RunStore()
@@ -181,6 +194,6 @@ def _trace() -> None:
 def _doctor() -> None:
     from hiermoe.commands.doctor_command import examine_and_print
 
-    parser = argparse.ArgumentParser(prog="hiermoe doctor", description="What this machine can run.")
+    parser = Parser(prog="hiermoe doctor", description="What this machine can run.")
     parser.add_argument("--json", action="store_true", help="print the same as JSON")
     sys.exit(examine_and_print(parser.parse_args().json))

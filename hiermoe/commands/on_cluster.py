@@ -17,6 +17,7 @@ from hiermoe.ranks.places import RanksConfig
 from hiermoe.records.keep import Outcome, kept
 from hiermoe.records.project import CONF
 from hiermoe.records.store import RunStore
+from hiermoe.records.strict import checked
 from hiermoe.runs.attempts import Attempts
 from hiermoe.runs.calibration import CalibrationConfig, calibrate
 from hiermoe.runs.compose import expand, sweep_names
@@ -185,7 +186,7 @@ def calibration_of(
         parts += ["cpu" if ranks.device == "cpu" else None, "quick" if amount == "quick" else None]
         name = "_".join(part for part in parts if part)
     cluster = uncalibrated(name, f"{nodes} nodes x {gpus} {ranks.device} ranks", levels)
-    return CalibrationConfig.model_validate(values | {"cluster": cluster, "ranks": ranks, "name": name})
+    return checked(values | {"cluster": cluster, "ranks": ranks, "name": name}, CalibrationConfig)
 
 
 def uncalibrated(name: str, description: str, groups: dict[str, int]) -> Cluster:

@@ -7,9 +7,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from hiermoe.commands.arguments import Parser
 from hiermoe.routing.importers import IMPORTERS
 from hiermoe.routing.importers.recording import Source, to_trace
-from hiermoe.routing.trace import RoutingTrace
+from hiermoe.routing.trace import RoutingTrace, trace_file
+
+_TRACE = "a .trace file, or the name of one in results/traces/"
 
 
 def main(arguments: list[str]) -> None:
@@ -23,8 +26,8 @@ def main(arguments: list[str]) -> None:
     chosen.run(chosen)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hiermoe trace", description="Routing traces.")
+def _parser() -> Parser:
+    parser = Parser(prog="hiermoe trace", description="Routing traces.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     formats = "\n".join(f"  {name:10} {str(importer.__doc__).splitlines()[0]}" for name, importer in IMPORTERS.items())
@@ -48,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     load.set_defaults(run=_import)
 
     show = commands.add_parser("show", help="shape, loads, and duplication at every level of a cluster")
-    show.add_argument("trace", type=Path)
+    show.add_argument("trace", help=_TRACE)
     show.add_argument("--cluster", default="a6000_4x8", help="whose levels (default: a6000_4x8)")
     show.set_defaults(run=_show)
 
@@ -58,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Bytes from every GPU to every other in the dispatch of one step, experts in their first places, "
         "for NCCL_TESTS_ALLTOALLV_MATRIX_FILE of nccl-tests' alltoallv_perf: a line a sender, a column a receiver.",
     )
-    export.add_argument("trace", type=Path)
+    export.add_argument("trace", help=_TRACE)
     export.add_argument("--cluster", required=True)
     export.add_argument("--system", required=True, help="whose scheme moves the tokens, megatron for instance")
     export.add_argument("--row-bytes", type=int, required=True, help="of a token: hidden size x bytes of an element")
@@ -107,7 +110,7 @@ def _show(chosen: argparse.Namespace) -> None:
     from hiermoe.commands.trace_views import show
     from hiermoe.topology.cluster import Cluster
 
-    for table in show(RoutingTrace.load(chosen.trace), Cluster.named(chosen.cluster)):
+    for table in show(RoutingTrace.load(trace_file(chosen.trace)), Cluster.named(chosen.cluster)):
         Console().print(table)
 
 
@@ -117,7 +120,7 @@ def _export(chosen: argparse.Namespace) -> None:
     from hiermoe.topology.cluster import Cluster
 
     matrices = traffic_matrices(
-        RoutingTrace.load(chosen.trace),
+        RoutingTrace.load(trace_file(chosen.trace)),
         Cluster.named(chosen.cluster),
         SystemConfig.named(chosen.system),
         row_bytes=chosen.row_bytes,

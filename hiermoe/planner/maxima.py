@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hiermoe.records.choices import unknown
+
 MAX_FUNCTIONS = ("plain", "smooth", "logsumexp")
 
 
@@ -24,7 +26,7 @@ class MaxFunction:
 
     def __post_init__(self) -> None:
         if self.kind not in MAX_FUNCTIONS:
-            raise ValueError(f"max function {self.kind!r} is unknown; choose from {', '.join(MAX_FUNCTIONS)}")
+            raise unknown("max_function", self.kind, MAX_FUNCTIONS)
         if not 0 < self.gamma < math.inf:
             raise ValueError(f"gamma={self.gamma} is not a positive number")
 

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.policies.protocol import PlacementPolicy, StaticPolicy
-from hiermoe.records.project import CONF
+from hiermoe.records.choices import unknown
+from hiermoe.records.project import CONF, to_root
 from hiermoe.records.strict import Strict, checked
 from hiermoe.topology.hierarchy import Hierarchy
 
@@ -73,9 +74,8 @@ class SystemConfig(Strict):
         """
         path = CONF / "system" / f"{name}.yaml"
         if not path.exists():
-            names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
-            raise ValueError(f"system={name} is unknown; choose from {names}")
-        return checked(yaml.safe_load(path.read_text(encoding="utf-8")), cls, path)
+            raise unknown("system", name, sorted(p.stem for p in path.parent.glob("*.yaml")))
+        return checked(yaml.safe_load(path.read_text(encoding="utf-8")), cls, to_root(path))
 
 
 def build(spec: dict[str, Any], **context: Any) -> Any:

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from pydantic import model_validator
 
-from hiermoe.records.project import from_root, to_root
+from hiermoe.records.choices import or_else, unknown
+from hiermoe.records.project import PROJECT_ROOT, from_root, to_root
 from hiermoe.records.status import NotApplicable
 from hiermoe.records.store import write_whole
 from hiermoe.records.strict import Strict, checked
 from hiermoe.routing.step import RoutingRequest, RoutingStep, make_step
 
 FORMAT = 1
+TRACES = PROJECT_ROOT / "results" / "traces"
 
 
 class TraceMetadata(Strict):
@@ -247,13 +249,30 @@ def load_recorded(request: RoutingRequest, path: str) -> RoutingTrace:
     """
     file = recorded_path(path, request)
     if not file.exists():
-        raise NotApplicable(f"no trace was recorded at {to_root(file)} (results/traces/README.md: how to record one)")
+        meant = or_else(file.stem, sorted(path.stem for path in file.parent.glob("*.trace")))
+        raise NotApplicable(
+            f"no trace was recorded at {to_root(file)} (results/traces/README.md: how to record one); {meant}"
+        )
     trace = RoutingTrace.load(file)
     if trace.metadata.num_experts != request.num_experts:
         raise ValueError(
             f"{file} was recorded with num_experts={trace.metadata.num_experts}, the model has {request.num_experts}"
         )
     return trace
+
+
+def trace_file(name: str) -> Path:
+    """The file of a trace: one in results/traces/ by its name, else any by its path.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    shipped = TRACES / f"{name}.trace"
+    if shipped.is_file():
+        return shipped
+    if not Path(name).is_file():
+        raise unknown("trace", name, sorted(path.stem for path in TRACES.glob("*.trace")), ", or name a file")
+    return Path(name)
 
 
 def recorded_path(path: str, request: RoutingRequest) -> Path:

@@ -17,6 +17,7 @@ from hiermoe.ranks.places import PLACES, RanksConfig
 from hiermoe.ranks.world import Progress, World, no_progress
 from hiermoe.records.project import CLUSTERS
 from hiermoe.records.store import RunStore, write_whole
+from hiermoe.records.strict import is_valid
 from hiermoe.runs.compose import compose
 from hiermoe.runs.execute import execute
 from hiermoe.runs.measurable import keys_of, name_run
@@ -47,6 +48,8 @@ class CalibrationConfig(CalibrationJob):
         world_size = values.pop("world_size")
         if values.get("ranks") is None:
             raise ValueError(f"a calibration needs ranks; choose ranks= from {', '.join(PLACES)}")
+        if not (is_valid(values["ranks"], RanksConfig) and is_valid(values["cluster"], Cluster)):
+            return {**values, "name": values["name"] or "unnamed"}  # the fields themselves say what is wrong
         ranks = RanksConfig.model_validate(values["ranks"])
         cluster = Cluster.model_validate(values["cluster"])
         if world_size is not None:

@@ -26,12 +26,17 @@ from pydantic import BaseModel
 from typing_extensions import TypeVar
 from yaml import YAMLError
 
+from hiermoe.records.choices import or_else, unknown
 from hiermoe.records.project import CONF, SWEEPS, to_root
-from hiermoe.records.strict import checked
+from hiermoe.records.strict import BrokenRules, checked
+from hiermoe.runs.command_line import choices_of, mistakes
 from hiermoe.runs.run_config import RunConfig
 from hiermoe.topology.cluster_files import cluster_file, cluster_names
 
 C = TypeVar("C", bound=BaseModel, default=RunConfig)
+
+REFUSED = (HydraException, OmegaConfBaseException)
+"""What Hydra raises where it cannot compose what a command line says."""
 
 _EVERYWHERE = "# @package _global_"  # the first line of a file whose keys start at the configuration's root
 
@@ -105,16 +110,27 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def _composed(config_name: str, overrides: Sequence[str] = ()) -> DictConfig:
+    try:
+        return _by_hydra(config_name, overrides)
+    except REFUSED as error:
+        raise refusal(config_name, overrides, error) from error
+
+
+def _by_hydra(config_name: str, overrides: Sequence[str]) -> DictConfig:
     register(overrides)
     previous = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3", job_name="hiermoe"):
             return hydra.compose(config_name, list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(" ".join(str(error).split())) from error
     finally:
         GlobalHydra.instance().hydra = previous
+
+
+def refusal(config_name: str, overrides: Sequence[str], error: Exception) -> ValueError:
+    """What Hydra refused, in our words: all that is wrong with the overrides, else its own message in one line."""
+    lines = mistakes(overrides, lambda some: plain(_by_hydra(config_name, some)))
+    return BrokenRules(lines or [" ".join(str(error).split())])
 
 
 @cache
@@ -153,7 +169,7 @@ def expand(name: str) -> list[Cell]:
     """
     path = SWEEPS / f"{name}.yaml"
     if not path.exists():
-        raise ValueError(f"sweep {name!r} is unknown; choose from {', '.join([*sweep_names(), *large_sweep_names()])}")
+        raise unknown("sweep", name, [*sweep_names(), *large_sweep_names()])
     return expand_file(path, "config", RunConfig)
 
 
@@ -179,6 +195,8 @@ def expand_file(
             changes = dict(zip(params, texts, strict=True))
             overrides = tuple(f"{key}={text}" for key, text in changes.items())
             cells.append(Cell(overrides, checked(_laid_on(base, own, changes, read), schema)))
+    except BrokenRules as error:
+        raise BrokenRules(error.lines, to_root(path)) from error
     except ValueError as error:
         raise ValueError(f"{to_root(path)}: {error}") from error
     return cells
@@ -231,7 +249,7 @@ def _file(group: str, name: str) -> Path | None:
 def _read_choice(group: str, name: str) -> _Choice:
     path = _file(group, name)
     if path is None:
-        raise ValueError(f"{group}={name} is unknown")
+        raise unknown(group, name, choices_of(group))
     text = path.read_text(encoding="utf-8")
     everywhere = text.startswith(_EVERYWHERE)
     content: Any = OmegaConf.to_container(_load(path))
@@ -302,7 +320,8 @@ def _set(config: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(node, dict):
             raise ValueError(f"{key}: this configuration has no {part} with keys of its own")
     if (last in node) == adds:
-        raise ValueError(f"{key}: this configuration has {'such a key already' if adds else 'no such key'}")
+        wrong = "such a key already" if adds else f"no such key; {or_else(last, node)}"
+        raise ValueError(f"{key}: this configuration has {wrong}")
     node[last] = value
 
 

@@ -9,7 +9,8 @@ from hiermoe.measure.registry import MEASUREMENTS
 from hiermoe.model import LayerSizes, ModelConfig
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.places import PLACES, RanksConfig
-from hiermoe.records.strict import Strict
+from hiermoe.records.choices import unknown
+from hiermoe.records.strict import Strict, is_valid
 from hiermoe.routing.routing_config import RoutingConfig
 from hiermoe.routing.step import RoutingRequest
 from hiermoe.routing.trace import recorded_path
@@ -60,10 +61,16 @@ class RunConfig(Strict):
         cluster of that size, of which an expert-parallel group takes ``max_ep_size`` GPUs, or fewer where there are
         fewer GPUs or experts.
         """
-        world_size, largest = (None if values.get(k) is None else int(values[k]) for k in ("world_size", "max_ep_size"))
+        world_size, largest = values.get("world_size"), values.get("max_ep_size")
+        given = [size for size in (world_size, largest) if size is not None]
+        whole = is_valid(values.get("cluster"), Cluster) and (
+            largest is None or is_valid(values.get("model"), ModelConfig)
+        )
+        if not whole or any(not isinstance(size, int) or size < 1 for size in given):
+            return values  # the fields themselves say what is wrong
         if values.get("across") and (largest is None or values.get("ranks") is not None):
             raise ValueError("across=true says how a simulated group of max_ep_size= GPUs lies; state that")
-        if world_size is None and largest is None:
+        if not given:
             return values
         cluster = Cluster.model_validate(values["cluster"])
         if values.get("ranks") is not None:
@@ -83,7 +90,7 @@ class RunConfig(Strict):
         """Everything that the measurement needs, and nothing else."""
         measurements = {name: one for name, one in MEASUREMENTS.items() if one.command == "run"}
         if self.measure not in measurements:
-            raise ValueError(f"measure={self.measure} is unknown; choose from {', '.join(measurements)}")
+            raise unknown("measure", self.measure, measurements)
         needs = self.measurement
         if needs.needs_ranks and self.ranks is None:
             raise ValueError(f"measure={self.measure} needs ranks; choose ranks= from {', '.join(PLACES)}")

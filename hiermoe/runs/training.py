@@ -17,6 +17,7 @@ from hiermoe.ranks.places import RanksConfig
 from hiermoe.ranks.streams import has_iterations
 from hiermoe.records.project import SWEEPS, from_root
 from hiermoe.records.store import RunStore
+from hiermoe.records.strict import is_valid
 from hiermoe.runs.compose import Cell, expand_file
 from hiermoe.runs.measurable import keys_of, name_run
 from hiermoe.runs.measured_cells import allocations_so_far
@@ -63,6 +64,8 @@ class TrainRunConfig(TrainingConfig):
         if world_size < 1 or groups < 1 or world_size % groups:
             raise ValueError(f"world_size={world_size} does not split into data_parallel={groups} replicas")
         ep_size = world_size // groups
+        if not is_valid(values["cluster"], Cluster):
+            return values | {"ep_size": ep_size}  # the field itself says what is wrong
         return values | {"ep_size": ep_size, "cluster": Cluster.model_validate(values["cluster"]).reduced(ep_size)}
 
     @property

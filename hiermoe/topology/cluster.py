@@ -8,7 +8,9 @@ from typing import Any
 import yaml
 from pydantic import Field, model_validator
 
-from hiermoe.records.strict import Strict
+from hiermoe.records.choices import unknown
+from hiermoe.records.project import to_root
+from hiermoe.records.strict import Strict, checked, is_valid
 from hiermoe.topology.cluster_files import cluster_file, cluster_names
 from hiermoe.topology.data_sheet import Port, derived
 from hiermoe.topology.hierarchy import Hierarchy
@@ -39,7 +41,8 @@ class Level(Strict):
             return values
         values = {"label": f"{values.get('name')}s", **values}
         if values.get("port") and "link_gb_per_s" not in values:
-            values["link_gb_per_s"] = Port.model_validate(values["port"]).gb_per_s
+            known = is_valid(values["port"], Port)  # else the port's own errors say it
+            values["link_gb_per_s"] = Port.model_validate(values["port"]).gb_per_s if known else 1.0
         return values
 
 
@@ -203,7 +206,5 @@ class Cluster(Strict):
         """
         path = cluster_file(name)
         if path is None:
-            raise ValueError(
-                f"cluster={name} is unknown; choose from {', '.join(cluster_names())}, or name a .yaml file"
-            )
-        return cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+            raise unknown("cluster", name, cluster_names(), ", or name a .yaml file")
+        return checked(yaml.safe_load(path.read_text(encoding="utf-8")), cls, to_root(path))

@@ -1,0 +1,27 @@
+"""Command lines that are none of Hydra's: what is wrong in one line, as everywhere else."""
+
+import argparse
+import re
+from typing import NoReturn
+
+from hiermoe.records.choices import or_else
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises where another prints its usage and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what may have been meant.
+
+        Raises:
+            ValueError: always.
+        """
+        if choice := re.fullmatch(r"(?:argument )?(.*?): invalid choice: (.*) \(choose from (.*)\)", message):
+            argument, given, known = choice.groups()
+            names = [name.strip("' ") for name in known.split(",")]
+            message = f"{argument.lower()}={given.strip(chr(39))} is unknown; {or_else(given, names)}"
+        elif extra := re.fullmatch("unrecognized arguments: (.*)", message):
+            options = [option for option in self._option_string_actions if option.startswith("--")]
+            first = extra.group(1).split()[0]
+            message = f"{extra.group(1)}: no such option; {or_else(first.partition('=')[0], options)}"
+        raise ValueError(f"{self.prog}: {message}")

@@ -1,0 +1,73 @@
+"""What is wrong with a command line that Hydra refuses: every mistake in it, and what may have been meant."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override
+from hydra.errors import OverrideParseException
+
+from hiermoe.records.choices import or_else, unknown
+from hiermoe.records.project import CONF, SWEEPS
+from hiermoe.topology.cluster_files import cluster_names
+
+
+def choices_of(group: str) -> list[str]:
+    """Names of the files of a group of Hydra's, in alphabetical order; none where there is no such group."""
+    if group == "cluster":
+        return cluster_names()
+    folder = SWEEPS.parent / group if group.split("/")[0] == SWEEPS.name else CONF / group
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def mistakes(overrides: Sequence[str], compose: Callable[[list[str]], Mapping[str, Any]]) -> list[str]:
+    """A line for every override that cannot be read, names a file that is not there, or a key that is not there.
+
+    Args:
+        overrides: of the command line.
+        compose: makes a configuration of some of them.
+    """
+    parser, lines, chosen, keys = OverridesParser.create(), [], [], []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except OverrideParseException as error:
+            lines.append(f"{text}: {' '.join(str(error.message).split())}")
+            continue
+        group = override.key_or_group
+        if known := choices_of(group):
+            wrong = [name for name in _names(override) if name not in known and not Path(name).is_file()]
+            more = ", or name a .yaml file" if group == "cluster" else ""
+            lines += [str(unknown(group, name, known, more)) for name in wrong]
+            if not wrong and not isinstance(override.value(), ChoiceSweep):
+                chosen.append(text)
+        elif not (override.is_add() or override.is_force_add() or override.is_delete() or override.is_hydra_override()):
+            keys.append(group)
+    config = compose(chosen)
+    return [*lines, *(line for key in keys for line in _no_such_key(key, config))]
+
+
+def _names(override: Override) -> list[str]:
+    """Files of a group that an override chooses."""
+    value = override.value()
+    elements = value.list if isinstance(value, ChoiceSweep) else [value]
+    return [str(getattr(element, "text", element)) for element in elements if element is not None]
+
+
+def _no_such_key(key: str, config: Mapping[str, Any]) -> Iterator[str]:
+    """A line, where a configuration has no such key."""
+    node: Any = config
+    for depth, part in enumerate(key.split(".")):
+        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, Mapping) and part in node:
+            node = node[part]
+        elif depth == 0 and key != part and choices_of(part):
+            yield f"{key}: there is no {part} yet; choose {part}= too"
+            return
+        else:
+            groups = [path.name for path in CONF.iterdir() if path.is_dir()] if depth == 0 else []
+            known = [*node, *groups] if isinstance(node, Mapping) else []
+            yield f"{key}: no such key; {or_else(part, dict.fromkeys(known))}"
+            return
