@@ -22,10 +22,10 @@ def test_every_model_file_is_valid_and_named_like_its_model(path: Path) -> None:
     assert ModelConfig.from_yaml(path).name == path.stem
 
 
-def test_qwen3_is_the_published_model_with_the_papers_depth() -> None:
+def test_qwen3_is_the_published_model() -> None:
     model = load("qwen3_30b_a3b")
     assert (model.hidden_size, model.moe_ffn_hidden_size, model.num_experts, model.topk) == (2048, 768, 128, 8)
-    assert (model.num_layers, model.num_dense_layers, model.num_shared_experts) == (32, 0, 0)
+    assert (model.num_layers, model.num_dense_layers, model.num_shared_experts) == (48, 0, 0)
     assert model.vocab_size == 151936
     assert (model.router.score_function, model.router.num_groups, model.router.expert_bias) == ("softmax", None, False)
     attention = model.attention
@@ -33,10 +33,11 @@ def test_qwen3_is_the_published_model_with_the_papers_depth() -> None:
     assert (attention.num_heads, attention.num_query_groups, attention.head_dim) == (32, 4, 128)
 
 
-def test_deepseek_v3_is_the_published_model_halved_to_six_layers() -> None:
+def test_deepseek_v3_is_the_published_model() -> None:
     model = load("deepseek_v3")
-    assert (model.hidden_size, model.moe_ffn_hidden_size, model.num_experts, model.topk) == (3584, 1024, 256, 8)
-    assert (model.num_layers, model.num_dense_layers, model.num_shared_experts) == (6, 3, 1)
+    assert (model.hidden_size, model.moe_ffn_hidden_size, model.num_experts, model.topk) == (7168, 2048, 256, 8)
+    assert (model.num_layers, model.num_dense_layers, model.num_shared_experts) == (61, 3, 1)
+    assert model.num_moe_layers == 58 and model.ffn_hidden_size == 18432
     assert model.vocab_size == 129280
     router = model.router
     assert (router.score_function, router.expert_bias, router.scaling_factor) == ("sigmoid", True, 2.5)
@@ -45,6 +46,20 @@ def test_deepseek_v3_is_the_published_model_halved_to_six_layers() -> None:
     assert isinstance(attention, LatentAttention)
     assert (attention.q_lora_rank, attention.kv_lora_rank, attention.num_heads) == (1536, 512, 128)
     assert (attention.qk_head_dim, attention.qk_pos_emb_head_dim, attention.v_head_dim) == (128, 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("qwen3_30b_a3b", {"num_layers": 32}),
+        ("deepseek_v3", {"num_layers": 6, "hidden_size": 3584, "ffn_hidden_size": 9216, "moe_ffn_hidden_size": 1024}),
+    ],
+)
+def test_the_papers_model_says_so_and_differs_in_what_the_paper_cut_alone(name: str, changed: dict[str, int]) -> None:
+    real, papers = load(name), load(f"{name}_paper")
+    assert papers.label.startswith(f"{real.label} (paper's, ")
+    named = {"name": papers.name, "label": papers.label, "source": papers.source}
+    assert papers == real.model_copy(update=changed | named)
 
 
 @pytest.mark.parametrize("name", ["qwen3_30b_a3b", "deepseek_v3"])
@@ -68,14 +83,14 @@ def test_group_limit_bounds_the_experts_of_a_token() -> None:
 
 
 def test_moe_layers_are_counted_from_one_after_the_dense_layers() -> None:
-    assert load("deepseek_v3").moe_layers == [4, 5, 6]
+    assert load("deepseek_v3_paper").moe_layers == [4, 5, 6]
 
 
 @pytest.mark.parametrize(
     ("name", "path", "value", "message"),
     [
         ("qwen3_30b_a3b", "topk", 129, "topk=129 exceeds num_experts=128"),
-        ("qwen3_30b_a3b", "num_dense_layers", 32, "num_dense_layers=32 leaves no MoE layer of num_layers=32"),
+        ("qwen3_30b_a3b", "num_dense_layers", 48, "num_dense_layers=48 leaves no MoE layer of num_layers=48"),
         ("qwen3_30b_a3b", "router.num_groups", 8, "num_groups=8 and group_topk=None must be given together"),
         ("qwen3_30b_a3b", "router.expert_bias", True, "expert_bias=True needs score_function=sigmoid, not softmax"),
         ("qwen3_30b_a3b", "router.aux_loss_coeff", 0.0, "aux_loss_coeff=0.0 does not fit aux_loss_type=global"),

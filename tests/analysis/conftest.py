@@ -224,7 +224,7 @@ def filled(cells: dict[str, list[Cell]], tmp_path_factory: pytest.TempPathFactor
             write(store, config, records_of(config))
             continue
         recorded = config.routing.name == "recorded"
-        if recorded and config.model.name == "deepseek_v3":
+        if recorded and config.model.name == "deepseek_v3_paper":
             write(store, config, not_run(), "not_applicable", "no trace was recorded")
         elif config.routing.name == "group_limited" and config.model.router.num_groups is None:
             write(store, config, not_run(), "not_applicable", "the model's router has no group limit")

@@ -49,13 +49,13 @@ def found(name: str, results: Results) -> list:
 def test_claim_of_both_models_has_a_case_for_each_model_and_routing(results: Results) -> None:
     keys = [(case.model, case.routing) for case in found("F11-hiermoe-hd2smart", results)]
     assert sorted(keys) == [
-        ("deepseek_v3", "group_limited"), ("deepseek_v3", "recorded"), ("deepseek_v3", "uniform"),
-        ("qwen3_30b_a3b", "recorded"), ("qwen3_30b_a3b", "uniform"),
+        ("deepseek_v3_paper", "group_limited"), ("deepseek_v3_paper", "recorded"), ("deepseek_v3_paper", "uniform"),
+        ("qwen3_30b_a3b_paper", "recorded"), ("qwen3_30b_a3b_paper", "uniform"),
     ]  # fmt: skip
 
 
 def test_claim_over_several_baselines_has_a_case_for_each(results: Results) -> None:
-    of_one = [case for case in found("A-a2a", results) if (case.model, case.routing) == ("qwen3_30b_a3b", "uniform")]
+    of_one = [case for case in found("A-a2a", results) if (case.model, case.routing) == ("qwen3_30b_a3b_paper", "uniform")]
     assert [case.baseline for case in of_one] == ["hd2_moe_smart", "megatron", "tutel_2dh"]
 
 

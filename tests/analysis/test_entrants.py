@@ -22,7 +22,7 @@ from hiermoe.runs.run_config import RunConfig
 from tests.analysis.conftest import MemoryStore, records_of, write
 
 COLOR = "#12ab34"
-NEW = {"system": ("hd_moe", "aurora"), "model": ("deepseek_v3", "borealis"), "cluster": ("h100_ib400", "caldera")}
+NEW = {"system": ("hd_moe", "aurora"), "model": ("deepseek_v3_paper", "borealis"), "cluster": ("h100_ib400", "caldera")}
 LABELS = {"system": "Aurora dispatch", "model": "Borealis-9T", "cluster": "8×Caldera, 1 Tb/s a GPU"}
 SWEEPS = ("fig10", "fig11", "fig12", "table4", "scaling", "heat_map")
 
@@ -32,7 +32,7 @@ def kept(config: RunConfig) -> bool:
     return (
         config.routing.name in ("uniform", "resampled")
         and config.cluster.name.partition("@")[0] in ("a6000_4x8", "a6000_2x8", "a6000_1x8", "h100_ib400", "caldera")
-        and config.model.name in ("qwen3_30b_a3b", "deepseek_v3", "borealis")
+        and config.model.name in ("qwen3_30b_a3b_paper", "deepseek_v3_paper", "borealis")
         and config.world_size in (None, 8, 64)
     )
 

@@ -115,7 +115,7 @@ def test_half_a_sweep_is_drawn_or_left_out_but_never_crashes(
     }
     for config in {c.config.run_id: c.config for sweep in some.values() for c in sweep}.values():
         if config.system is None or (
-            config.system.name in present and config.model.name == "qwen3_30b_a3b" and config.model.num_experts == 128
+            config.system.name in present and config.model.name == "qwen3_30b_a3b_paper" and config.model.num_experts == 128
         ):
             write(small_store, config, records_of(config))
     results = load(indexed(some), small_store)
@@ -131,8 +131,8 @@ def test_figures_leave_models_without_the_leading_routing_on_their_own(results: 
     spec = next(spec for spec in FIGURES if spec.name == "fig10")
     figure = spec.draw(spec.table(results, load_claims()), "a title")
     assert [panel.get_title() or panel.get_title("left") for panel in figure.axes] == [
-        "Qwen3-30B-A3B, recorded routing",
-        "DeepSeek-V3, uniform routing",
+        "Qwen3-30B-A3B (paper's, 32 layers), recorded routing",
+        "DeepSeek-V3 (paper's, half width), uniform routing",
     ]
 
 

@@ -30,7 +30,7 @@ hydra:
       tokens_per_rank: 32
       narrowed: 16
       iterations: 160
-      model: qwen3_30b_a3b
+      model: qwen3_30b_a3b_paper
       routing: recorded,uniform
       system: megatron,hd2_moe,hiermoe
 """
