@@ -198,8 +198,9 @@ def _levels(case: Case, held_out: Sequence[int]) -> pd.DataFrame:
     rows = []
     for level, (name, groups) in enumerate(zip(hierarchy.names, hierarchy.groups, strict=True), start=1):
         distinct = float(np.mean([int(x.tokens[level - 1].sum()) for x in counts]))
-        size, topk = case.sizes.num_experts // groups, case.sizes.topk
-        missed = math.comb(case.sizes.num_experts - size, topk) / math.comb(case.sizes.num_experts, topk)
+        experts, topk = case.sizes.num_experts, case.sizes.topk
+        held = (case.first_places.expert_at_S.view(groups, -1) < experts).sum(1).tolist()  # of each group
+        reached = sum(1 - math.comb(experts - size, topk) / math.comb(experts, topk) for size in held)
         rows.append(
             {
                 "level": level,
@@ -208,9 +209,9 @@ def _levels(case: Case, held_out: Sequence[int]) -> pd.DataFrame:
                 "pairs": pairs,
                 "distinct": distinct,
                 "duplication": 1 - distinct / pairs,
-                "independent": 1 - groups * (1 - missed) / topk,
+                "independent": 1 - reached / topk,
                 "lowest": 1 - min(groups, topk) / topk,
-                "highest": 1 - math.ceil(topk / size) / topk,
+                "highest": 1 - math.ceil(topk / max(held)) / topk,
             }
         )
     return pd.DataFrame(rows)

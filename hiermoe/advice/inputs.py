@@ -12,7 +12,7 @@ from hiermoe.policies.system import build
 from hiermoe.records.project import CONF
 from hiermoe.records.status import NotApplicable
 from hiermoe.routing.loads import IndependentLoads, read_loads
-from hiermoe.routing.step import RoutingRequest, RoutingSource
+from hiermoe.routing.step import RoutingRequest, RoutingSource, num_slots
 from hiermoe.routing.trace import RecordedRouting, RoutingTrace, TraceMetadata, recorded_path, trace_file
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.placement import Placement
@@ -60,8 +60,8 @@ class Case:
 
     @property
     def first_places(self) -> Placement:
-        """Experts in their order."""
-        return Placement.identity(self.sizes.num_experts)
+        """Experts before any has moved."""
+        return Placement.first(self.sizes.num_experts, self.cluster.hierarchy.num_ranks)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def resolve(config: AdviceConfig) -> tuple[Case, Path | None]:
         tokens_per_rank=config.tokens_per_rank,
         iterations=config.iterations or min(max(iterations, FEWEST_ITERATIONS), MOST_ITERATIONS),
         share=config.share,
-        notes=(*opened.notes, *_left_aside(config, opened.kind, model, cluster)),
+        notes=(*opened.notes, *_left_aside(config, opened.kind, model, cluster, opened.num_experts)),
     )
     return case, path
 
@@ -138,13 +138,22 @@ def _whose_sizes(config: AdviceConfig, model: ModelConfig | None) -> str:
     return f"sizes of {model.name}" + (f", {' and '.join(stated)} as stated" if stated else "")
 
 
-def _left_aside(config: AdviceConfig, kind: Kind, model: ModelConfig | None, cluster: Cluster) -> Iterator[str]:
+def _left_aside(
+    config: AdviceConfig, kind: Kind, model: ModelConfig | None, cluster: Cluster, num_experts: int
+) -> Iterator[str]:
     """What the user's cluster and the model's router have that the case has not."""
     if cluster is not config.cluster:
         yield (
             f"{cluster.hierarchy.num_ranks} of the {config.cluster.hierarchy.num_ranks} GPUs of {config.cluster.name} "
             f"({' x '.join(map(str, cluster.hierarchy.groups))} groups); constants are those of the whole cluster, "
             "which have more of the traffic leave a group."
+        )
+    experts, ranks = num_experts, cluster.hierarchy.num_ranks
+    if experts % ranks:
+        fewest, with_more = divmod(experts, ranks)
+        yield (
+            f"{experts} experts on {ranks} GPUs: {fewest + 1} on {with_more} of them, {fewest} and an empty slot on "
+            "the others; what moves experts may fill it."
         )
     obeyed = kind == "recorded" or (config.routing is not None and config.routing.name == "group_limited")
     if model is not None and model.router.num_groups is not None and not obeyed:
@@ -186,7 +195,7 @@ def _recorded(
                 f"the trace has {key}={mine}, model {model.name} has {theirs}: name the trace's model, or state "
                 f"{key}={mine} to use the sizes of {model.name} alone"
             )
-    _check_divides(meta.num_experts, cluster)
+    num_slots(meta.num_experts, cluster.hierarchy.num_ranks)  # or some GPUs have no expert
     ranks, tokens = trace.expert_ids.shape[2:4]
     regrouped = trace.reshard(cluster.hierarchy.num_ranks, config.tokens_per_rank)
     source = RecordedRouting(regrouped, config.layer, config.topk or meta.topk)
@@ -244,7 +253,7 @@ def _synthetic(config: AdviceConfig, cluster: Cluster) -> _Opened:
 
 
 def _request(config: AdviceConfig, num_experts: int, topk: int, cluster: Cluster) -> RoutingRequest:
-    _check_divides(num_experts, cluster)
+    num_slots(num_experts, cluster.hierarchy.num_ranks)  # or some GPUs have no expert
     router = config.model.router if config.model else None
     return RoutingRequest(
         trace=config.model.trace if config.model else "",
@@ -256,12 +265,3 @@ def _request(config: AdviceConfig, num_experts: int, topk: int, cluster: Cluster
         num_groups=router and router.num_groups,
         group_topk=router and router.group_topk,
     )
-
-
-def _check_divides(num_experts: int, cluster: Cluster) -> None:
-    ranks = cluster.hierarchy.num_ranks
-    if num_experts % ranks:
-        raise ValueError(
-            f"num_experts={num_experts} is not divisible by ep_size={ranks}, the GPUs of {cluster.name}; a smaller "
-            "ep_size= takes a part of the cluster"
-        )

@@ -20,7 +20,7 @@ from hiermoe.records.strict import BrokenRules, Schema, checked
 USAGE = """hiermoe: does HierMoE's communication hold, and would it help your model on your cluster?
 
   hiermoe run         one system on one cluster with one model's routing (hiermoe run --help lists the choices)
-  hiermoe run -m ...  several: hiermoe run -m +sweeps=fig11, or system=megatron,hiermoe model=qwen3_30b_a3b_paper,deepseek_v3_paper
+  hiermoe run -m ...  several: hiermoe run -m +sweeps=fig11, or system=megatron,hiermoe model=qwen3_30b_a3b,deepseek_v3
   hiermoe calibrate   measure what an AlltoAll costs among all groups of a cluster, and write the cluster's file
   hiermoe train       train a narrow model under one system on this machine's ranks; -m as above
   hiermoe reproduce   all sweeps of the paper on all cores, then the report; what is done is skipped

@@ -19,7 +19,7 @@ def show(trace: RoutingTrace, cluster: Cluster) -> list[Table]:
     """Tables of what a trace holds, and of its loads and duplication in every layer.
 
     Raises:
-        ValueError: E is not divisible by the GPUs of the cluster.
+        ValueError: fewer experts than GPUs.
     """
     meta, shape = trace.metadata, trace.expert_ids.shape
     about = Table(title=meta.model, title_justify="left", show_header=False)
@@ -54,12 +54,12 @@ def show(trace: RoutingTrace, cluster: Cluster) -> list[Table]:
 def _of_layer(trace: RoutingTrace, position: int, hierarchy: Hierarchy) -> list[str]:
     routing, first_places = (
         RecordedRouting(trace, position, trace.metadata.topk),
-        Placement.identity(trace.metadata.num_experts),
+        Placement.first(trace.metadata.num_experts, hierarchy.num_ranks),
     )
     loads_IE, distinct_D = [], np.zeros(hierarchy.depth)
     for iteration in range(routing.num_distinct):
         ids_NK = routing.step(iteration).expert_ids_NK
-        loads_IE.append(torch.bincount(ids_NK.flatten(), minlength=first_places.num_experts).numpy())
+        loads_IE.append(torch.bincount(ids_NK.flatten(), minlength=trace.metadata.num_experts).numpy())
         whole_step = torch.zeros(len(ids_NK), dtype=torch.int64)
         needed = sort_choices(ids_NK, first_places, hierarchy).distinct(whole_step, 1, hierarchy)
         distinct_D += [int(tokens.sum()) for tokens in needed]
@@ -108,7 +108,11 @@ def traffic_matrices(
     routing = RecordedRouting(regrouped, layer, topk or trace.metadata.topk)
     if not 0 <= iteration < routing.num_distinct:
         raise ValueError(f"iteration={iteration} is outside 0..{routing.num_distinct - 1}")
-    counts = count_routing(routing.step(iteration), Placement.identity(trace.metadata.num_experts), hierarchy)
+    counts = count_routing(
+        routing.step(iteration).over_slots(),
+        Placement.first(trace.metadata.num_experts, hierarchy.num_ranks),
+        hierarchy,
+    )
     price = choose_scheme(system.build_schemes(hierarchy), counts, cluster, row_bytes)
     return [stage.numpy() * row_bytes for stage in price.traffic.rows_SGG]
 

@@ -24,12 +24,13 @@ def bound_times(workload: Workload, progress: Progress = no_progress) -> pd.Data
         ValueError: a scheme that does not deduplicate.
     """
     hierarchy = workload.cluster.hierarchy
-    bounds = [MateBound(workload.sizes.num_experts, hierarchy, level) for level in range(1, hierarchy.depth + 1)]
+    slots = workload.first_places.num_slots
+    bounds = [MateBound(slots, hierarchy, level) for level in range(1, hierarchy.depth + 1)]
     rows = []
     for iteration in range(workload.measured_from, workload.iterations):
         routing_iteration = workload.schedule[iteration]
         expert_ids_NK = workload.routing.step(routing_iteration).expert_ids_NK
-        sets = TokenSets.of(expert_ids_NK, workload.sizes.num_experts).merged()
+        sets = TokenSets.of(expert_ids_NK, slots).merged()
         least = least_traffic(sets, bounds, workload.schemes, workload.cluster, workload.sizes.row_bytes)
         keys = {
             "iteration": iteration,

@@ -8,7 +8,6 @@ from hiermoe.measure.walk import priced
 from hiermoe.measure.workload import Workload
 from hiermoe.policies.protocol import StepContext
 from hiermoe.ranks.world import Progress, no_progress
-from hiermoe.topology.placement import Placement
 
 
 def planning_cost(workload: Workload, progress: Progress = no_progress) -> pd.DataFrame:
@@ -21,7 +20,7 @@ def planning_cost(workload: Workload, progress: Progress = no_progress) -> pd.Da
         Rows of the phase planning: for every iteration one of the stage measure, with the bytes that are summed, and
         one of the stage decide.
     """
-    cluster, placement = workload.cluster, Placement.identity(workload.sizes.num_experts)
+    cluster, placement = workload.cluster, workload.first_places
     step = workload.routing.step(0)
     scheme = priced(workload, 0, placement).scheme
     own_N = step.source_N == 0
@@ -30,7 +29,8 @@ def planning_cost(workload: Workload, progress: Progress = no_progress) -> pd.Da
     summed = policy.measure(step.expert_ids_NK, step.source_N, placement, cluster.hierarchy, 0)
     rows = []
     for iteration in range(workload.iterations):
-        context = StepContext(iteration, cluster, scheme, workload.sizes.row_bytes, workload.sizes.expert_parameters)
+        sizes = workload.sizes
+        context = StepContext(iteration, cluster, scheme, sizes.row_bytes, sizes.expert_parameters, sizes.num_experts)
         started = time.perf_counter()
         measured = policy.measure(own_TK, own_T, placement, cluster.hierarchy, iteration)
         between = time.perf_counter()

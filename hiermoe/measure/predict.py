@@ -126,7 +126,7 @@ def _update_columns(update: PlacementUpdate | None, placement: Placement, worklo
     if update is None:
         return {"moved_experts": 0, "migration_bytes": 0, "migration_link_ms": 0.0, "migration_alltoall_ms": 0.0}
     expert_bytes = STATE_BYTES_PER_PARAMETER * workload.sizes.expert_parameters
-    migration = price_migration(placement, update.placement, workload.cluster, expert_bytes)
+    migration = price_migration(placement, update.placement, workload.cluster, expert_bytes, workload.sizes.num_experts)
     return {
         "moved_experts": migration.moved_experts,
         "moves": placement.moves_to(update.placement),

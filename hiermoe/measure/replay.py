@@ -22,7 +22,7 @@ from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.streams import RowStream, shared_folder
 from hiermoe.ranks.world import Progress, World
 from hiermoe.records.schema import CALLS
-from hiermoe.topology.placement import Placement
+from hiermoe.routing.step import experts_per_rank
 
 Row = dict[str, Any]
 
@@ -90,7 +90,12 @@ class Replay(Measurement):
     needs_ranks = True
 
     def prepare(self, config: Any) -> Workload:
-        """Everything built and open."""
+        """Everything built and open.
+
+        Raises:
+            ValueError: the ranks would not hold equally many experts; only simulation has empty slots.
+        """
+        experts_per_rank(config.sizes.num_experts, config.cluster.hierarchy.num_ranks)
         return open_workload(config)
 
     def num_steps(self, job: Workload) -> int:
@@ -145,8 +150,8 @@ def _with_moves(rows: pd.DataFrame, workload: Workload, start: Start) -> pd.Data
     gains = realised_gains(workload, placements, start.iteration)
     gained = rows["iteration"].map(gains).where(rows["phase"] == "step")
     rows = rows.assign(realised_gain_ms=gained.astype(float))
-    home = Placement.identity(workload.sizes.num_experts)
-    before = {"phase": "start", "stage": "all", "layer": workload.layer, "moves": home.moves_to(start.placement)}
+    moves = workload.first_places.moves_to(start.placement)
+    before = {"phase": "start", "stage": "all", "layer": workload.layer, "moves": moves}
     before |= {"iteration": -1, "routing_iteration": -1, "counted": False, "rank": -1}
     return pd.concat([pd.DataFrame([before]), rows], ignore_index=True)
 

@@ -38,7 +38,7 @@ class Visit:
 
 def start_at(workload: Workload, iteration: int) -> Start:
     """What a run's policy does in the iterations before ``iteration``, found by walking through them."""
-    policy, placement = workload.new_policy(), Placement.identity(workload.sizes.num_experts)
+    policy, placement = workload.new_policy(), workload.first_places
     for visit in islice(walk(workload, policy), iteration):
         if visit.update is not None:
             placement = visit.update.placement
@@ -52,13 +52,15 @@ def walk(workload: Workload, policy: PlacementPolicy) -> Iterator[Visit]:
         workload: what to run.
         policy: of the layer; measures and decides in every iteration.
     """
-    placement = Placement.identity(workload.sizes.num_experts)
+    placement, sizes = workload.first_places, workload.sizes
     # The policy's counts are sums over the groups: Q prices a row at its share of one.
-    row_bytes = max(workload.sizes.row_bytes // workload.routing.ep_groups, 1)
+    row_bytes = max(sizes.row_bytes // workload.routing.ep_groups, 1)
     for iteration, routing_iteration in enumerate(workload.schedule):
         slowest, chosen, most_used = _slowest_group(workload, routing_iteration, placement)
         counts = workload.routing.counts(routing_iteration, placement, workload.cluster.hierarchy, slowest)
-        context = StepContext(iteration, workload.cluster, most_used, row_bytes, workload.sizes.expert_parameters)
+        context = StepContext(
+            iteration, workload.cluster, most_used, row_bytes, sizes.expert_parameters, sizes.num_experts
+        )
         update = policy.decide(_measured(policy, workload, iteration, placement), placement, context)
         yield Visit(iteration, placement, counts, chosen, context, update)
         placement = placement if update is None else update.placement

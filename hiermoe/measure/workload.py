@@ -22,9 +22,9 @@ from hiermoe.routing.step import (
     RoutingRequest,
     RoutingSource,
     RoutingStep,
-    experts_per_rank,
     first_measured,
     iteration_schedule,
+    num_slots,
 )
 from hiermoe.routing.trace import RecordedRouting
 from hiermoe.topology.cluster import Cluster
@@ -62,6 +62,11 @@ class Workload:
     sizes: LayerSizes
     iterations: int
 
+    @property
+    def first_places(self) -> Placement:
+        """Experts before any has moved."""
+        return Placement.first(self.sizes.num_experts, self.cluster.hierarchy.num_ranks)
+
     @cached_property
     def schedule(self) -> list[int]:
         """The routing's iteration for every iteration of the run."""
@@ -80,7 +85,7 @@ def open_workload(config: Any) -> Workload:
         NotApplicable: the combination has no meaning or no data.
         ValueError: sizes that do not fit.
     """
-    experts_per_rank(config.sizes.num_experts, config.cluster.hierarchy.num_ranks)
+    num_slots(config.sizes.num_experts, config.cluster.hierarchy.num_ranks)  # or some GPUs have no expert
     schemes = config.system.build_schemes(config.cluster.hierarchy)
     routing, layer = _open_routing(json.dumps(config.routing_source), config.request, config.ep_groups)
     config.system.build_policy()  # bad arguments end the run here, not in its middle
@@ -158,7 +163,7 @@ class CachedRouting:
     def step(self, iteration: int, group: int = 0) -> RoutingStep:
         """Routing of one group in one iteration."""
         index = iteration * self.ep_groups + group
-        return self._steps.get(index, lambda: self._source.step(index))
+        return self._steps.get(index, lambda: self._source.step(index).over_slots())
 
     def counts(self, iteration: int, placement: Placement, hierarchy: Hierarchy, group: int = 0) -> RoutingCounts:
         """Counts of a step under a placement."""

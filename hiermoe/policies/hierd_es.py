@@ -88,4 +88,5 @@ class HierDESPolicy(PlacementPolicy):
         Each swap is priced alone: moved together they would share links, and take no longer than one after the other.
         """
         expert_bytes = STATE_BYTES_PER_PARAMETER * context.expert_parameters
-        return gain_ms * self.horizon > price_migration(old, new, context.cluster, expert_bytes).link_ms
+        migration = price_migration(old, new, context.cluster, expert_bytes, context.num_experts)
+        return gain_ms * self.horizon > migration.link_ms

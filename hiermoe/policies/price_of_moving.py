@@ -31,7 +31,9 @@ class Migration:
     alltoall_ms: float
 
 
-def price_migration(old: Placement, new: Placement, cluster: Cluster, expert_bytes: int) -> Migration:
+def price_migration(
+    old: Placement, new: Placement, cluster: Cluster, expert_bytes: int, num_experts: int | None = None
+) -> Migration:
     """Price the move of the experts that come to a GPU that did not have them, all at once.
 
     A copy comes from the one that the GPU's tokens used before. Without copies these are the experts that change GPU.
@@ -41,11 +43,12 @@ def price_migration(old: Placement, new: Placement, cluster: Cluster, expert_byt
         new: placement after.
         cluster: links and betas.
         expert_bytes: what moves with one expert.
+        num_experts: E; the placements' numbers from there on are empty slots. None: there are none.
     """
     hierarchy = cluster.hierarchy
     ranks = hierarchy.num_ranks
     had_GE, has_GE = _held(old, ranks), _held(new, ranks)
-    expert, target = (has_GE & ~had_GE).T.nonzero(as_tuple=True)  # by expert
+    expert, target = (has_GE & ~had_GE)[:, :num_experts].T.nonzero(as_tuple=True)  # by expert
     source = old.slots_of(expert[:, None], target)[:, 0] // old.per_rank(ranks)
     level = separating_level(hierarchy)[source, target]  # 1..D
     link_ms = 0.0

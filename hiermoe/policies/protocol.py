@@ -21,6 +21,7 @@ class StepContext:
         scheme: what the step was dispatched with (HDd*).
         row_bytes: M * v.
         expert_parameters: of one expert.
+        num_experts: E, where placements have empty slots with numbers from there on; None: they have none.
     """
 
     iteration: int
@@ -28,6 +29,7 @@ class StepContext:
     scheme: DispatchScheme
     row_bytes: int
     expert_parameters: int
+    num_experts: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """One training step's routing of one MoE layer, and where such steps come from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -15,13 +15,18 @@ class RoutingStep:
         expert_ids_NK: int64 [N, K], logical experts, each token's by falling router score, all distinct.
         source_N: int64 [N], rank that holds the token; tokens stand in rank order.
         num_ranks: G.
-        num_experts: E.
+        num_experts: E; or S, where slots stay empty and count as experts that nobody chooses.
     """
 
     expert_ids_NK: Tensor
     source_N: Tensor
     num_ranks: int
     num_experts: int
+
+    def over_slots(self) -> "RoutingStep":
+        """The same step for a placement in which the numbers from E on are empty slots."""
+        slots = num_slots(self.num_experts, self.num_ranks)
+        return self if slots == self.num_experts else replace(self, num_experts=slots)
 
     @property
     def topk(self) -> int:
@@ -47,6 +52,17 @@ def make_step(expert_ids_GTK: Tensor, num_tokens_G: Tensor, num_experts: int) ->
     else:
         ids_NK = expert_ids_GTK[torch.arange(tokens)[None, :] < num_tokens_G[:, None]]
     return RoutingStep(ids_NK.long(), source_N, num_ranks, num_experts)
+
+
+def num_slots(num_experts: int, num_ranks: int) -> int:
+    """S: as many slots as give every GPU equally many, and every expert one; some stay empty where G does not divide E.
+
+    Raises:
+        ValueError: E is smaller than G.
+    """
+    if num_experts < num_ranks:
+        raise ValueError(f"num_experts={num_experts} is smaller than ep_size={num_ranks}: GPUs would have no expert")
+    return -(-num_experts // num_ranks) * num_ranks
 
 
 def experts_per_rank(num_experts: int, num_ranks: int, name: str = "num_experts") -> int:

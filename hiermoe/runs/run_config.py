@@ -28,6 +28,20 @@ class WandbConfig(Strict):
     project: str
 
 
+def _sizes_that_work(cluster: Cluster, world_size: int, ep_size: int, across: bool) -> str:
+    """Group sizes near a size, smaller and larger, that divide the world and lie in the cluster."""
+
+    def works(size: int) -> bool:
+        try:
+            return world_size % size == 0 and laid_out(cluster, size, across).hierarchy.num_ranks == size
+        except ValueError:
+            return False
+
+    smaller = next((n for n in range(ep_size - 1, 0, -1) if works(n)), None)
+    larger = next((n for n in range(ep_size + 1, world_size + 1) if works(n)), None)
+    return "take max_ep_size=" + " or ".join(str(size) for size in (smaller, larger) if size is not None)
+
+
 class RunConfig(Strict):
     """One run: the schema of conf/config.yaml.
 
@@ -82,7 +96,10 @@ class RunConfig(Strict):
         if largest is not None:
             ep_size = min(world_size, largest, ModelConfig.model_validate(values["model"]).num_experts)
         if world_size % ep_size:
-            raise ValueError(f"world_size={world_size} is not divisible into groups of ep_size={ep_size}")
+            raise ValueError(
+                f"world_size={world_size} is not divisible into groups of ep_size={ep_size}; "
+                f"{_sizes_that_work(cluster, world_size, ep_size, bool(values.get('across')))}"
+            )
         return {**values, "world_size": world_size, "cluster": laid_out(cluster, ep_size, bool(values.get("across")))}
 
     @model_validator(mode="after")

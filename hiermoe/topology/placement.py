@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hiermoe.routing.step import experts_per_rank
+from hiermoe.routing.step import experts_per_rank, num_slots
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,26 @@ class Placement:
     def identity(cls, num_experts: int) -> "Placement":
         """Expert e in slot e."""
         return cls(torch.arange(num_experts))
+
+    @classmethod
+    def first(cls, num_experts: int, num_ranks: int) -> "Placement":
+        """Experts in their order, spread evenly: where G does not divide E, some GPUs have one more than others.
+
+        A GPU that has one fewer keeps its last slot empty. The numbers from E on stand for empty slots: no token
+        chooses them, and nothing moves with them.
+
+        Raises:
+            ValueError: E is smaller than G.
+        """
+        slots = num_slots(num_experts, num_ranks)
+        if slots == num_experts:
+            return cls.identity(num_experts)
+        rank_E = torch.arange(num_experts) * num_ranks // num_experts
+        first_G = torch.searchsorted(rank_E, torch.arange(num_ranks))
+        slot_E = rank_E * (slots // num_ranks) + torch.arange(num_experts) - first_G[rank_E]
+        is_empty = torch.ones(slots, dtype=torch.bool)
+        is_empty[slot_E] = False
+        return cls.of_slots(torch.cat([slot_E, is_empty.nonzero().flatten()]))
 
     @classmethod
     def of_slots(cls, slot_E: Tensor) -> "Placement":

@@ -55,7 +55,9 @@ def test_claim_of_both_models_has_a_case_for_each_model_and_routing(results: Res
 
 
 def test_claim_over_several_baselines_has_a_case_for_each(results: Results) -> None:
-    of_one = [case for case in found("A-a2a", results) if (case.model, case.routing) == ("qwen3_30b_a3b_paper", "uniform")]
+    of_one = [
+        case for case in found("A-a2a", results) if (case.model, case.routing) == ("qwen3_30b_a3b_paper", "uniform")
+    ]
     assert [case.baseline for case in of_one] == ["hd2_moe_smart", "megatron", "tutel_2dh"]
 
 

@@ -119,7 +119,11 @@ def test_clusters_have_panels_of_their_own_and_the_largest_the_title(table: pd.D
     assert words.title == FIGURE.words(table).title and "9.00" not in words.title
     assert words.caption.startswith("32 or 8 gloo ranks.")
     named = [row[0] for row in words.rows[1:]]
-    assert named == ["Qwen3-30B-A3B (paper's, 32 layers), K=8, 32 ranks"] * 3 + ["Qwen3-30B-A3B (paper's, 32 layers), K=8, 8 ranks"] * 3
+    assert (
+        named
+        == ["Qwen3-30B-A3B (paper's, 32 layers), K=8, 32 ranks"] * 3
+        + ["Qwen3-30B-A3B (paper's, 32 layers), K=8, 8 ranks"] * 3
+    )
     panels = [panel for panel in FIGURE.draw(both, words.title).axes if panel.get_visible()]
     assert [len(panel.get_yticklabels()) for panel in panels] == [3, 3]
 
@@ -144,5 +148,8 @@ def test_report_judges_measured_runs_apart_from_predicted_ones(
     assert judged.loc["A-e2e", "verdict"] == "not testable" and "no compute time" in str(judged.loc["A-e2e", "reason"])
     assert (tmp_path / "figures" / "measured_emulated.png").exists()
     text = page.with_suffix(".md").read_text()
-    assert f"Measured on an emulated cluster: {whole_calls:.2f} times as fast for Qwen3-30B-A3B (paper's, 32 layers)" in text.splitlines()[2]
+    assert (
+        f"Measured on an emulated cluster: {whole_calls:.2f} times as fast for Qwen3-30B-A3B (paper's, 32 layers)"
+        in text.splitlines()[2]
+    )
     assert "| emulated, uniform |" in text and "| claim | published |" in text

@@ -115,7 +115,9 @@ def test_half_a_sweep_is_drawn_or_left_out_but_never_crashes(
     }
     for config in {c.config.run_id: c.config for sweep in some.values() for c in sweep}.values():
         if config.system is None or (
-            config.system.name in present and config.model.name == "qwen3_30b_a3b_paper" and config.model.num_experts == 128
+            config.system.name in present
+            and config.model.name == "qwen3_30b_a3b_paper"
+            and config.model.num_experts == 128
         ):
             write(small_store, config, records_of(config))
     results = load(indexed(some), small_store)

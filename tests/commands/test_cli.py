@@ -29,14 +29,14 @@ def test_multirun_goes_on_where_a_combination_has_no_meaning(hiermoe: Command, s
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fly"], "command 'fly' is unknown; choose from run"),
-        (["run", "model.num_experts=130", *SMALL], "num_experts=130 is not divisible by ep_size=32"),
+        (["fly"], "command=fly is unknown; choose from run"),
+        (["run", "model.num_experts=30", *SMALL], "num_experts=30 is smaller than ep_size=32"),
         (["run", "model.topk=999"], "topk=999 exceeds num_experts=128"),
         (["run", "system=h4", "cluster=a6000_1x8", *SMALL], "dimension=4 is outside 1..3"),
         (["run", "cluster.world.beta_ms_per_byte=-1"], "beta_ms_per_byte=-1"),
         (["run", "system=nothing"], "hd2_moe_smart"),
         (["run", "colour=red"], "colour"),
-        (["reproduce", "--sweeps", "fig99"], "sweep 'fig99' is unknown; choose from"),
+        (["reproduce", "--sweeps", "fig99"], "sweep=fig99 is unknown; did you mean fig9"),
     ],
 )
 def test_bad_input_ends_with_one_clear_message(arguments: list[str], message: str, hiermoe: Command) -> None:

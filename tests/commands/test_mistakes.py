@@ -44,7 +44,7 @@ levels:
         ("reproduce --on slurmm", "--on=slurmm is unknown; did you mean slurm?"),
         ("report --referense", "--referense: no such option; did you mean --reference?"),
         ("doctor --jsn", "--jsn: no such option; did you mean --json?"),
-        ("advise trace=qwen3_30b_a3b_e12 cluster=a6000_1x8", f"trace=qwen3_30b_a3b_e12 is unknown; did you mean {TRACE}"),
+        ("advise trace=qwen3_30b_e128 cluster=a6000_1x8", f"trace=qwen3_30b_e128 is unknown; did you mean {TRACE}"),
         (f"advise trace={TRACE} cluster=a6000_1x8 shar=0.4", "shar: no such key; did you mean share?"),
         (f"advise trace={TRACE} cluster=a6000_1x8 systems=[hd22]", "system=hd22 is unknown; did you mean hd2"),
         ("trace shw", "command=shw is unknown; did you mean show?"),

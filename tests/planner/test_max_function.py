@@ -99,5 +99,5 @@ def test_gamma_must_be_a_positive_number(gamma: float) -> None:
 
 
 def test_unknown_function_is_refused() -> None:
-    with pytest.raises(ValueError, match="'median' is unknown; choose from plain, smooth, logsumexp"):
+    with pytest.raises(ValueError, match="max_function=median is unknown; choose from plain, smooth, logsumexp"):
         MaxFunction("median")  # type: ignore[arg-type]
