@@ -91,7 +91,7 @@ def test_value_that_does_not_fit_is_refused_by_name(
 
 
 def test_unknown_choice_lists_what_there_is(composed: Composer) -> None:
-    with pytest.raises(ValueError, match="system=nothing is unknown; choose from .*hd2_moe_smart"):
+    with pytest.raises(ValueError, match=r"system=nothing is unknown; choose from .*hd2_moe_smart"):
         composed("system=nothing")
 
 
