@@ -121,11 +121,14 @@ class LayerSizes:
 class ModelConfig(Strict):
     """A mixture-of-experts transformer.
 
+    Simulation and advice need E, K, and the widths of a token and of an expert; what only a training needs may be left
+    out, and so may what has a default.
+
     Attributes:
         name: Name of the model; also the stem of its file in conf/model/.
         label: In figures and tables; the name where it is left out.
         entrant: Whether it joins every sweep that compares models.
-        trace: Stem of the file in results/traces/ that holds routing for this model.
+        trace: Stem of the file in results/traces/ that holds routing for this model; the name where it is left out.
         num_layers: Decoder layers, of which the first `num_dense_layers` have no experts.
         hidden_size: Width of a token, the paper's M.
         ffn_hidden_size: Inner width of the dense layers.
@@ -140,31 +143,32 @@ class ModelConfig(Strict):
     name: str
     label: str = ""
     entrant: bool = False
-    trace: str
-    num_layers: PositiveInt
-    num_dense_layers: NonNegativeInt
+    trace: str = ""
+    num_layers: PositiveInt = None  # type: ignore[assignment] - as the others, asked for where it is trained
+    num_dense_layers: NonNegativeInt = 0
     hidden_size: PositiveInt
-    ffn_hidden_size: PositiveInt
+    ffn_hidden_size: PositiveInt = None  # type: ignore[assignment]
     moe_ffn_hidden_size: PositiveInt
     num_experts: PositiveInt
     topk: PositiveInt
-    num_shared_experts: NonNegativeInt
-    element_bytes: PositiveInt
-    vocab_size: PositiveInt
-    router: RouterConfig
-    attention: Annotated[GroupedQueryAttention | LatentAttention, Field(discriminator="kind")]
-    source: str
+    num_shared_experts: NonNegativeInt = 0
+    element_bytes: PositiveInt = 2
+    vocab_size: PositiveInt = None  # type: ignore[assignment]
+    router: RouterConfig = RouterConfig(score_function="softmax")
+    attention: Annotated[GroupedQueryAttention | LatentAttention, Field(discriminator="kind")] | None = None
+    source: str = "as stated"
 
     @model_validator(mode="before")
     @classmethod
-    def _has_a_label(cls, values: Any) -> Any:
-        return {"label": values.get("name"), **values} if isinstance(values, dict) else values
+    def _called_by_its_name(cls, values: Any) -> Any:
+        name = values.get("name") if isinstance(values, dict) else None
+        return values if name is None else {"label": name, "trace": name, **values}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.topk > self.num_experts:
             raise ValueError(f"topk={self.topk} exceeds num_experts={self.num_experts}")
-        if self.num_dense_layers >= self.num_layers:
+        if self.num_layers is not None and self.num_dense_layers >= self.num_layers:
             raise ValueError(
                 f"num_dense_layers={self.num_dense_layers} leaves no MoE layer of num_layers={self.num_layers}"
             )
@@ -183,6 +187,13 @@ class ModelConfig(Strict):
                 f"is not between 1 and the group size {self.num_experts // num_groups}"
             )
         return self
+
+    @property
+    def lacking(self) -> list[str]:
+        """What a training needs, and this model does not say."""
+        return [
+            key for key in ("num_layers", "ffn_hidden_size", "vocab_size", "attention") if getattr(self, key) is None
+        ]
 
     @property
     def expert_parameters(self) -> int:

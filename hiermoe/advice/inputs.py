@@ -11,6 +11,7 @@ from hiermoe.model import LayerSizes, ModelConfig
 from hiermoe.policies.system import build
 from hiermoe.records.project import CONF
 from hiermoe.records.status import NotApplicable
+from hiermoe.records.strict import BrokenRules
 from hiermoe.routing.loads import IndependentLoads, read_loads
 from hiermoe.routing.step import RoutingRequest, RoutingSource, num_slots
 from hiermoe.routing.trace import RecordedRouting, RoutingTrace, TraceMetadata, recorded_path, trace_file
@@ -21,6 +22,13 @@ from hiermoe.topology.scaling import laid_out
 Kind = Literal["recorded", "loads", "synthetic"]
 
 DEFAULT_ELEMENT_BYTES = 2  # bf16
+SIZES = {
+    "num_experts": "E, experts of a layer",
+    "topk": "K, experts of a token",
+    "hidden_size": "M, width of a token",
+    "moe_ffn_hidden_size": "inner width of an expert",
+}
+"""What an answer needs, of routing or of the model; everything else has a default."""
 # Tokens to walk through where the number of iterations is left open: some 20 s for all systems on one core.
 WALKED_TOKENS = 64 * 32 * 1024
 FEWEST_ITERATIONS, MOST_ITERATIONS = 16, 128
@@ -97,14 +105,7 @@ def resolve(config: AdviceConfig) -> tuple[Case, Path | None]:
         trace = RoutingTrace.load(path)
         model = model or model_of(trace.metadata)
         opened = _recorded(config, path, trace, model, cluster)
-    hidden, ffn = (_value(config, model, key) for key in ("hidden_size", "moe_ffn_hidden_size"))
-    if hidden is None or ffn is None:
-        names = ", ".join(sorted(file.stem for file in (CONF / "model").glob("*.yaml")))
-        lacking = "names no model of conf/model/" if opened.kind == "recorded" else "has no sizes"
-        raise ValueError(
-            f"model=... is missing: {opened.words} {lacking}; choose from {names}, or state hidden_size=... and "
-            "moe_ffn_hidden_size=..."
-        )
+    hidden, ffn = _sizes(config, model, opened.words, "hidden_size", "moe_ffn_hidden_size")
     element_bytes = _value(config, model, "element_bytes") or DEFAULT_ELEMENT_BYTES
     iterations = WALKED_TOKENS // (cluster.hierarchy.num_ranks * config.tokens_per_rank)
     case = Case(
@@ -129,6 +130,21 @@ def _value(config: AdviceConfig, model: ModelConfig | None, key: str) -> int | N
     return getattr(config, key) or (model and getattr(model, key))
 
 
+def _sizes(config: AdviceConfig, model: ModelConfig | None, whose: str, *keys: str) -> list[int]:
+    """Sizes that neither the routing nor a default has: as stated, else the model's.
+
+    Raises:
+        BrokenRules: all that are missing.
+    """
+    found = [_value(config, model, key) for key in keys]
+    missing = [key for key, value in zip(keys, found, strict=True) if value is None]
+    if missing:
+        raise BrokenRules(
+            [f"{key}=... (or model=...) is missing, {SIZES[key]}: {whose} does not say it" for key in missing]
+        )
+    return [value for value in found if value is not None]
+
+
 def _whose_sizes(config: AdviceConfig, model: ModelConfig | None) -> str:
     if model is None:
         return "sizes as stated"
@@ -141,7 +157,13 @@ def _whose_sizes(config: AdviceConfig, model: ModelConfig | None) -> str:
 def _left_aside(
     config: AdviceConfig, kind: Kind, model: ModelConfig | None, cluster: Cluster, num_experts: int
 ) -> Iterator[str]:
-    """What the user's cluster and the model's router have that the case has not."""
+    """What is taken for granted, and what the user's cluster and the model's router have that the case has not."""
+    assumed = [f"{config.tokens_per_rank} tokens a GPU (tokens_per_rank)"]
+    if _value(config, model, "element_bytes") is None:
+        assumed.append(f"{DEFAULT_ELEMENT_BYTES} bytes an element (element_bytes)")
+    if config.ep_size is None:
+        assumed.append(f"one expert-parallel group of all {cluster.hierarchy.num_ranks} GPUs (ep_size)")
+    yield f"Unless you say otherwise: {', '.join(assumed)}."
     if cluster is not config.cluster:
         yield (
             f"{cluster.hierarchy.num_ranks} of the {config.cluster.hierarchy.num_ranks} GPUs of {config.cluster.name} "
@@ -226,9 +248,8 @@ def _recorded(
 
 def _from_loads(config: AdviceConfig, path: Path, cluster: Cluster) -> _Opened:
     load_E = read_loads(path)
-    stated, topk = (_value(config, config.model, key) for key in ("num_experts", "topk"))
-    if topk is None:
-        raise ValueError("topk=... (or model=...) is missing: loads do not say how many experts a token has")
+    stated = _value(config, config.model, "num_experts")
+    topk, *_ = _sizes(config, config.model, f"loads of {path.name}", "topk", "hidden_size", "moe_ffn_hidden_size")
     if stated not in (None, len(load_E)):
         raise ValueError(f"{path} has {len(load_E)} experts, not {stated}: state num_experts={len(load_E)} if meant")
     source = IndependentLoads(_request(config, len(load_E), topk, cluster), load_E)
@@ -239,10 +260,7 @@ def _from_loads(config: AdviceConfig, path: Path, cluster: Cluster) -> _Opened:
 def _synthetic(config: AdviceConfig, cluster: Cluster) -> _Opened:
     routing = config.routing
     assert routing is not None
-    num_experts, topk = (_value(config, config.model, key) for key in ("num_experts", "topk"))
-    if num_experts is None or topk is None:
-        missing = "num_experts" if num_experts is None else "topk"
-        raise ValueError(f"{missing}=... (or model=...) is missing: routing={routing.name} does not say it")
+    num_experts, topk, *_ = _sizes(config, config.model, f"routing={routing.name}", *SIZES)
     request = _request(config, num_experts, topk, cluster)
     try:
         source = build(routing.source, request=request)

@@ -41,6 +41,10 @@ class TrainingConfig(Strict):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
+        if self.model.lacking:
+            raise ValueError(
+                f"model {self.model.name} does not say {', '.join(self.model.lacking)}: a training needs that"
+            )
         if self.model.num_experts % self.ep_size:
             raise ValueError(f"num_experts={self.model.num_experts} is not divisible by ep_size={self.ep_size}")
         if self.sequences_per_step % self.world_size:

@@ -13,7 +13,8 @@ def or_else(name: str, known: Iterable[str], more: str = "") -> str:
         more: what else may be written, after these.
     """
     names = list(dict.fromkeys(known))
-    if near := get_close_matches(name.lower(), names, n=3, cutoff=0.7):
+    parts = [one for one in names if len(name) > 2 and name.lower() in one]
+    if near := list(dict.fromkeys([*get_close_matches(name.lower(), names, n=3, cutoff=0.7), *parts]))[:3]:
         return f"did you mean {' or '.join(near)}?"
     return f"choose from {', '.join(names)}{more}" if names else f"there is none{more}"
 

@@ -47,7 +47,11 @@ def checked(values: Any, schema: type[Schema], origin: object = None) -> Schema:
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise BrokenRules(list(dict.fromkeys(_line(one, schema) for one in error.errors())), origin) from None
+        found = error.errors()
+    # a list that is too short without its broken items is not too short
+    inside = {one["loc"][:depth] for one in found for depth in range(len(one["loc"]))}
+    lines = [_line(one, schema) for one in found if one["type"] != "too_short" or one["loc"] not in inside]
+    raise BrokenRules(list(dict.fromkeys(lines)), origin)
 
 
 def is_valid(values: Any, schema: type[BaseModel]) -> bool:

@@ -12,6 +12,8 @@ from hiermoe.records.choices import or_else, unknown
 from hiermoe.records.project import CONF, SWEEPS
 from hiermoe.topology.cluster_files import cluster_names
 
+BY_PATH = ("cluster", "model")  # groups of which a command line may name any file
+
 
 def choices_of(group: str) -> list[str]:
     """Names of the files of a group of Hydra's, in alphabetical order; none where there is no such group."""
@@ -38,7 +40,7 @@ def mistakes(overrides: Sequence[str], compose: Callable[[list[str]], Mapping[st
         group = override.key_or_group
         if known := choices_of(group):
             wrong = [name for name in _names(override) if name not in known and not Path(name).is_file()]
-            more = ", or name a .yaml file" if group == "cluster" else ""
+            more = ", or name a .yaml file" if group in BY_PATH else ""
             lines += [str(unknown(group, name, known, more)) for name in wrong]
             if not wrong and not isinstance(override.value(), ChoiceSweep):
                 chosen.append(text)
@@ -64,7 +66,8 @@ def _no_such_key(key: str, config: Mapping[str, Any]) -> Iterator[str]:
         elif isinstance(node, Mapping) and part in node:
             node = node[part]
         elif depth == 0 and key != part and choices_of(part):
-            yield f"{key}: there is no {part} yet; choose {part}= too"
+            last = key.rpartition(".")[2]
+            yield f"{key}: there is no {part} yet; choose {part}= too" + f", or say {last}=" * (last in config)
             return
         else:
             groups = [path.name for path in CONF.iterdir() if path.is_dir()] if depth == 0 else []

@@ -29,7 +29,7 @@ from yaml import YAMLError
 from hiermoe.records.choices import or_else, unknown
 from hiermoe.records.project import CONF, SWEEPS, to_root
 from hiermoe.records.strict import BrokenRules, checked
-from hiermoe.runs.command_line import choices_of, mistakes
+from hiermoe.runs.command_line import BY_PATH, choices_of, mistakes
 from hiermoe.runs.run_config import RunConfig
 from hiermoe.topology.cluster_files import cluster_file, cluster_names
 
@@ -52,8 +52,8 @@ class Cell(Generic[C]):
 def register(arguments: Sequence[str] = ()) -> None:
     """Tell Hydra what is not in conf/; to be called before it composes.
 
-    These are sweeps/, as the group ``sweeps``, and among the choices of ``cluster`` the calibrated ones and those that
-    the command line names by path.
+    These are sweeps/, as the group ``sweeps``, among the choices of ``cluster`` the calibrated ones, and clusters and
+    models that the command line names by path; a file that says no name is called by its own.
 
     Args:
         arguments: of the command line.
@@ -69,10 +69,12 @@ def register(arguments: Sequence[str] = ()) -> None:
         path = _file("cluster", name)
         if path is not None and not path.is_relative_to(CONF):
             store.store(group="cluster", name=name, node=_load(path))
-    named = (argument.removeprefix("cluster=") for argument in arguments if argument.startswith("cluster="))
-    for path in (path for paths in named for path in paths.split(",") if path.endswith(".yaml")):
-        *folders, _ = filter(None, path.split("/"))
-        store.store(group="/".join(["cluster", *folders]), name=Path(path).stem, node=_load(Path(path)))
+    for group, _, paths in (argument.partition("=") for argument in arguments):
+        for path in paths.split(",") if group in BY_PATH else ():
+            if path.endswith(".yaml") and Path(path).is_file():
+                *folders, _ = filter(None, path.split("/"))
+                node = OmegaConf.merge({"name": Path(path).stem}, _load(Path(path)))
+                store.store(group="/".join([group, *folders]), name=Path(path).stem, node=node)
 
 
 def with_entrants(group: str, *listed: str) -> str:

@@ -161,7 +161,7 @@ def test_new_policy_appears_by_its_file_alone(
         (["routing=uniform", *NODE, *SIZES, "topk=2"], "num_experts=... (or model=...) is missing"),
         (["routing=group_limited", *NODE, "model=qwen3_30b_a3b"], "router has no group limit"),
         (["routing=recorded", *NODE], "model=... is missing: routing=recorded is that of a model"),
-        (["routing=uniform", *NODE, "num_experts=16", "topk=2"], "synthetic routing: uniform has no sizes"),
+        (["routing=uniform", *NODE, "num_experts=16", "topk=2"], "hidden_size=... (or model=...) is missing"),
     ],
 )
 def test_bad_input_ends_with_one_clear_message(
@@ -189,3 +189,31 @@ def test_trace_of_a_known_model_needs_no_model(tmp_path: Path, hiermoe: Command)
     sizes = ["num_experts=32", "topk=4"]
     code, _, _ = hiermoe("advise", f"trace={path}", *NODE, *sizes, "systems=[hd2]", f"output={tmp_path}")
     assert code == 0 and "sizes of qwen3_30b_a3b" in (tmp_path / "advice.md").read_text()
+
+
+FOUR = {"num_experts": 40, "topk": 3, "hidden_size": 512, "moe_ffn_hidden_size": 192}
+
+
+@pytest.mark.parametrize("spelled", ["options", "file"])
+def test_four_sizes_are_enough(spelled: str, tmp_path: Path, hiermoe: Command) -> None:
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(FOUR))
+    sizes = [f"{key}={size}" for key, size in FOUR.items()]
+    given = sizes if spelled == "options" else [f"model={tmp_path / 'mine.yaml'}"]
+    code, out, err = hiermoe("advise", "routing=topic", "cluster=a6000_1x8", FEW, *given, f"output={tmp_path}")
+    assert code == 0, err
+    text = (tmp_path / "advice.md").read_text()
+    assert "E = 40, K = 3" in text and "M = 512, expert FFN 192" in text
+    said = "1024 tokens a GPU (tokens_per_rank)", "one expert-parallel group of all 8 GPUs (ep_size)"
+    assert all(assumed in plain(out) and assumed in text for assumed in said)
+
+
+def test_all_sizes_that_are_missing_are_said_at_once(hiermoe: Command) -> None:
+    code, _, err = hiermoe("advise", "routing=topic", "cluster=a6000_1x8")
+    assert code != 0
+    assert [line.split("=")[0].strip() for line in err.splitlines()[1:]] == list(FOUR)
+
+
+def test_what_only_training_needs_is_asked_for_where_a_model_is_trained(tmp_path: Path, hiermoe: Command) -> None:
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(FOUR))
+    code, _, err = hiermoe("train", f"model={tmp_path / 'mine.yaml'}")
+    assert code != 0 and "model mine does not say num_layers, ffn_hidden_size, vocab_size, attention" in err
