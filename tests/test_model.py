@@ -70,6 +70,7 @@ def test_narrow_sibling_keeps_what_decides_the_routing(name: str) -> None:
         assert getattr(narrow, setting) == getattr(full, setting)
     for setting in ("score_function", "num_groups", "group_topk", "scaling_factor", "expert_bias", "aux_loss_type"):
         assert getattr(narrow.router, setting) == getattr(full.router, setting)
+    assert full.attention is not None and narrow.attention is not None
     assert (narrow.attention.kind, narrow.attention.qk_norm) == (full.attention.kind, full.attention.qk_norm)
 
 

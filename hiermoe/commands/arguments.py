@@ -17,9 +17,9 @@ class Parser(argparse.ArgumentParser):
             ValueError: always.
         """
         if choice := re.fullmatch(r"(?:argument )?(.*?): invalid choice: (.*) \(choose from (.*)\)", message):
-            argument, given, known = choice.groups()
+            argument, given, known = choice.group(1), choice.group(2).strip("'"), choice.group(3)
             names = [name.strip("' ") for name in known.split(",")]
-            message = f"{argument.lower()}={given.strip(chr(39))} is unknown; {or_else(given, names)}"
+            message = f"{argument.lower()}={given} is unknown; {or_else(given, names)}"
         elif extra := re.fullmatch("unrecognized arguments: (.*)", message):
             options = [option for option in self._option_string_actions if option.startswith("--")]
             first = extra.group(1).split()[0]

@@ -71,7 +71,7 @@ def _line(error: ErrorDetails, schema: type[BaseModel]) -> str:
     if error["type"] == "missing":
         return f"{where}: is missing"
     if error["type"] == "extra_forbidden":
-        return f"{where}: no such key; {or_else(str(error['loc'][-1]), _siblings(schema, error['loc'][:-1]))}"
+        return f"{where}{given}: no such key; {or_else(str(error['loc'][-1]), _siblings(schema, error['loc'][:-1]))}"
     return f"{where}{given}: {message}" if where else message
 
 
