@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from hiermoe.commands.arguments import Parser
+from hiermoe.commands.help_text import help_text
 from hiermoe.records.choices import unknown
 from hiermoe.records.project import CONF
 from hiermoe.records.strict import BrokenRules, Schema, checked
@@ -106,6 +107,9 @@ def _composed(config_name: str, schema: type[Schema], run: Callable[[Schema], ob
     from hiermoe.ranks.launch import RankFailedError
     from hiermoe.runs.compose import REFUSED, plain, refusal, register
 
+    if {"-h", "--help"} & set(sys.argv):
+        print(help_text(config_name))
+        return
     register(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises what it refuses, and prints nothing of its own
 

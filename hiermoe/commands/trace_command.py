@@ -38,7 +38,7 @@ def _parser() -> Parser:
         epilog="What one row means in each format: the head of its file in hiermoe/routing/importers/.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    load.add_argument("format", choices=sorted(IMPORTERS))
+    load.add_argument("format", choices=sorted(IMPORTERS), help="of the file: see above")
     load.add_argument("path", type=Path, help="a file; for megatron and parquet also a folder of them")
     load.add_argument("--output", type=Path, required=True, help="the trace to write")
     load.add_argument("--num-experts", type=_experts, help="E; or infer: the largest id + 1, up to a multiple of ranks")
@@ -62,12 +62,12 @@ def _parser() -> Parser:
         "for NCCL_TESTS_ALLTOALLV_MATRIX_FILE of nccl-tests' alltoallv_perf: a line a sender, a column a receiver.",
     )
     export.add_argument("trace", help=_TRACE)
-    export.add_argument("--cluster", required=True)
+    export.add_argument("--cluster", required=True, help="whose GPUs send, and what a choice of schemes goes by")
     export.add_argument("--system", required=True, help="whose scheme moves the tokens, megatron for instance")
     export.add_argument("--row-bytes", type=int, required=True, help="of a token: hidden size x bytes of an element")
     export.add_argument("--output", type=Path, required=True, help="one file a stage: .stage1, .stage2 if several")
     export.add_argument("--tokens-per-rank", type=int, default=1024, help="T of the step (default: 1024)")
-    export.add_argument("--iteration", type=int, default=0)
+    export.add_argument("--iteration", type=int, default=0, help="of the regrouped trace (default: 0)")
     export.add_argument("--layer", type=int, default=0, help="position of the layer in the trace (default: 0)")
     export.add_argument("--topk", type=int, help="K (default: the router's)")
     export.set_defaults(run=_export)
