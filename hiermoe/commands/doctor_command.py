@@ -1,7 +1,7 @@
 """`hiermoe doctor`: what this machine can run, and what each missing thing would take.
 
-A check of `machine` that itself fails, or does not end in time, is shown as failed: never as ok, and never as missing
-either.
+A check of `machine` that itself fails is shown as failed, and one that does not end in time as slow: never as ok, and
+never as missing either. A slow machine lacks nothing.
 """
 
 import json
@@ -17,9 +17,12 @@ from rich.table import Table
 
 from hiermoe.commands import machine
 
-_COLOURS = {"ok": "green", "limited": "yellow", "missing": "red", "failed": "magenta"}
+_COLOURS = {"ok": "green", "limited": "yellow", "missing": "red", "failed": "magenta", "slow": "blue"}
 
-DEADLINE_SECONDS = 11.0
+DEADLINE_SECONDS = 60.0
+
+
+State = machine.State | Literal["failed", "slow"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Check:
 
     Attributes:
         name: what was looked at.
-        state: as `machine.Answer` has it; ``failed`` is a check that could not be made.
+        state: as `machine.Answer` has it; ``failed`` is a check that could not be made, ``slow`` one that this machine
+            had no time for.
         found: what is there.
         enables: what needs it.
         takes: what would make it ok; empty where nothing is needed.
@@ -36,7 +40,7 @@ class Check:
     """
 
     name: str
-    state: machine.State | Literal["failed"]
+    state: State
     found: str
     enables: str
     takes: str = ""
@@ -52,15 +56,17 @@ class Question:
     look: Callable[[], machine.Answer]
     required: bool = False
 
-    def row(self, state: machine.State | Literal["failed"], found: str, takes: str) -> Check:
+    def row(self, state: State, found: str, takes: str) -> Check:
         """The row for an answer."""
         return Check(self.name, state, found, self.enables, takes, self.required)
 
     def failed(self, error: BaseException) -> Check:
         """The row for a check that itself failed."""
         first_line, *_ = str(error).split("\n")
+        if isinstance(error, TimeoutError):
+            return self.row("slow", f"not known: {first_line}", "an idle machine to look at it; run it again")
         found = f"the check itself failed: {type(error).__name__}: {first_line}"
-        return self.row("failed", found, "look at what it says; run it again on an idle machine if it was too slow")
+        return self.row("failed", found, "look at what it says")
 
 
 QUESTIONS = (
@@ -82,7 +88,7 @@ def examine(questions: tuple[Question, ...] = QUESTIONS, deadline_seconds: float
 
     Args:
         questions: what to check.
-        deadline_seconds: what has not ended by then counts as failed. It is left behind: its thread is a daemon, and
+        deadline_seconds: what has not ended by then counts as slow. It is left behind: its thread is a daemon, and
             the commands that it may wait for have limits of their own.
 
     Returns:

@@ -20,19 +20,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
+import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from hiermoe.records.project import CLUSTERS, PROJECT_ROOT, RUNS
+from hiermoe.model import ModelConfig
+from hiermoe.ranks.memory import OWN_BYTES, SHARED_BYTES, bytes_of_rank, cores, free_bytes, ranks_that_fit
+from hiermoe.records.project import CLUSTERS, CONF, PROJECT_ROOT, RUNS
 
-COMMAND_SECONDS = 5.0
-IMPORT_SECONDS = 10.0
+COMMAND_SECONDS = 20.0
+IMPORT_SECONDS = 55.0  # 3 on an idle machine
 
-# Resident size of one of four gloo ranks from the fork server after its first collective, torch 2.13 and Megatron-Core
-# 0.16.1 on CPU: 333 MB. All but 10 MB of it is shared with the others until a rank works on tensors of its own, so this
-# assumption is on the safe side for small replays and about right for training a narrow model.
-RANK_BYTES = 335 * 10**6
 # Largest resident size of `hiermoe run measure=predict` on recorded routing, 32 GPUs: 491 MB.
 SIMULATION_BYTES = 500 * 10**6
 # All runs of a whole reproduction take under 20 MB, its report 30 MB; the rest is room for recorded traces.
@@ -49,7 +47,6 @@ BACK_ENDS = {
     "flash-attn": "flash_attn",
 }
 
-_CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")
 _IMPORT_MEGATRON = (
     "import warnings; warnings.simplefilter('ignore'); "
     "from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher"
@@ -129,24 +126,32 @@ def _compare_checksums(path: Path) -> None:
 
 
 def size() -> Answer:
-    """What the scheduler of this machine lets the process use; a container's memory limit counts."""
-    free = psutil.virtual_memory().available
-    if _CGROUP_MEMORY.exists() and (limit := _CGROUP_MEMORY.read_text().strip()) != "max":
-        free = min(free, int(limit))
-    return judge_size(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, free)
+    """What the scheduler of this machine lets the process use, and what ranks of a run as it is by default take."""
+    content = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))
+    (name,) = (entry["model"] for entry in content["defaults"] if "model" in entry)
+    model, tokens = ModelConfig.named(name), content["tokens_per_rank"]
+    return judge_size(cores(), free_bytes(), bytes_of_rank(tokens, model.topk, model.token_bytes))
 
 
-def judge_size(cores: int, free_bytes: int) -> Answer:
-    """How many ranks fit in memory; more ranks than cores only wait for each other."""
-    ranks = free_bytes // RANK_BYTES
+def judge_size(cores: int, free: int, each: int) -> Answer:
+    """How many ranks fit in memory; more ranks than cores only wait for each other.
+
+    Args:
+        cores: that this process may use.
+        free: memory, bytes.
+        each: what a rank at full width has for itself.
+    """
+    full, narrow = ranks_that_fit(free, each), ranks_that_fit(free, OWN_BYTES)
     found = (
-        f"{cores} cores, {free_bytes / 1e9:.1f} GB free: {ranks} ranks fit at {RANK_BYTES // 10**6} MB "
-        f"each (measured, shared pages counted), {min(ranks, cores)} with a core of their own"
+        f"{cores} cores, {free / 1e9:.1f} GB free: {full} ranks fit at full width ({each / 1e6:.0f} MB each, and "
+        f"{SHARED_BYTES / 1e6:.0f} MB that they share), {narrow} narrow ones; "
+        f"{min(narrow, cores)} with a core of their own"
     )
-    if free_bytes < SIMULATION_BYTES:
+    if free < SIMULATION_BYTES:
         return "missing", found, f"{SIMULATION_BYTES / 1e9:g} GB of free memory for one simulation"
-    if ranks < 8:
-        return "limited", found, f"{8 * RANK_BYTES / 1e9:.1f} GB of free memory for world_size=8"
+    if full < 8:
+        needed = SHARED_BYTES + 8 * each
+        return "limited", found, f"{needed / 1e9:.1f} GB of free memory for world_size=8 at full width"
     return "ok", found, ""
 
 

@@ -19,6 +19,7 @@ from hiermoe.measure.walk import realised_gains, start_at
 from hiermoe.measure.workload import Workload, open_workload
 from hiermoe.policies.protocol import Start
 from hiermoe.policies.system import SystemConfig
+from hiermoe.ranks.memory import bytes_of_rank, check_memory
 from hiermoe.ranks.streams import RowStream, shared_folder
 from hiermoe.ranks.world import Progress, World
 from hiermoe.records.schema import CALLS
@@ -93,9 +94,14 @@ class Replay(Measurement):
         """Everything built and open.
 
         Raises:
-            ValueError: the ranks would not hold equally many experts; only simulation has empty slots.
+            ValueError: the ranks would not hold equally many experts (only simulation has empty slots), or this machine
+                has too little memory for them.
         """
-        experts_per_rank(config.sizes.num_experts, config.cluster.hierarchy.num_ranks)
+        num_ranks, sizes = config.cluster.hierarchy.num_ranks, config.sizes
+        experts_per_rank(sizes.num_experts, num_ranks)
+        if config.ranks.on_this_host:
+            each = bytes_of_rank(config.tokens_per_rank, sizes.topk, sizes.row_bytes)
+            check_memory(num_ranks, each, "take a smaller world_size=, fewer tokens_per_rank=, or narrowed= rows")
         return open_workload(config)
 
     def num_steps(self, job: Workload) -> int:

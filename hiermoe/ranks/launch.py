@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from hiermoe.dispatch.communicators import HOST_VARIABLE
 from hiermoe.ranks.emulated.namespaces import enter
+from hiermoe.ranks.memory import OWN_BYTES, check_memory, kills_for_memory
 from hiermoe.records.status import NotApplicable
 
 # What the fork server imports once, for all that comes from it: the caller's main module, and what `preload` adds.
@@ -91,7 +92,8 @@ def run_ranks(
         if given is not None and len(given) != world_size:
             raise ValueError(f"{name} names {len(given)} {name} for world_size={world_size} ranks")
     ends = None if deadline is None else time.monotonic() + deadline.total_seconds()
-    context = fork_server()
+    check_memory(world_size, OWN_BYTES, "start fewer")
+    context, killed_before = fork_server(), kills_for_memory()
     with tempfile.TemporaryDirectory(prefix="hiermoe-ranks-") as name:
         folder = Path(name)
         # Written once and not sent to each process, which would also share the memory of tensors among them.
@@ -101,7 +103,7 @@ def run_ranks(
         try:
             for process in ranks:
                 process.start()
-            _wait(ranks, folder, ends, deadline)
+            _wait(ranks, folder, ends, deadline, killed_before)
         finally:
             _end(ranks)
         return [torch.load(_result_path(folder, rank), weights_only=False) for rank in range(world_size)]
@@ -119,7 +121,13 @@ def end_with_parent() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _wait(ranks: Sequence[BaseProcess], folder: Path, ends: float | None, deadline: timedelta | None) -> None:
+def _wait(
+    ranks: Sequence[BaseProcess],
+    folder: Path,
+    ends: float | None,
+    deadline: timedelta | None,
+    killed_before: int | None,
+) -> None:
     """Return once every rank has left its result.
 
     Raises:
@@ -140,7 +148,7 @@ def _wait(ranks: Sequence[BaseProcess], folder: Path, ends: float | None, deadli
                 if not all(_succeeded(ranks[rank], folder, rank) or _saw_a_peer_go(folder, rank) for rank in ended):
                     break
                 ended.extend(running.pop(sentinel) for sentinel in connection.wait(list(running), left))
-            raise _first_failure(ranks, folder, ended)
+            raise _first_failure(ranks, folder, ended, killed_before)
 
 
 def _succeeded(process: BaseProcess, folder: Path, rank: int) -> bool:
@@ -152,7 +160,9 @@ def _saw_a_peer_go(folder: Path, rank: int) -> bool:
     return path.exists() and _PEER_GONE.search(path.read_text(encoding="utf-8")) is not None
 
 
-def _first_failure(ranks: Sequence[BaseProcess], folder: Path, ended: list[int]) -> Exception:
+def _first_failure(
+    ranks: Sequence[BaseProcess], folder: Path, ended: list[int], killed_before: int | None
+) -> Exception:
     """Says who failed first and why, the traceback below.
 
     A rank that was killed left no report and no time. Nobody but this process kills ranks, and that is after this, so
@@ -165,8 +175,10 @@ def _first_failure(ranks: Sequence[BaseProcess], folder: Path, ended: list[int])
         path = _report_path(folder, rank)
         if not path.exists():
             code = ranks[rank].exitcode or 0
-            reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            return RankFailedError(f"rank {rank} of {len(ranks)} died by {reason}")
+            reason = f"died by signal {signal.Signals(-code).name}" if code < 0 else f"died by exit code {code}"
+            if code == -signal.SIGKILL and kills_for_memory() != killed_before:
+                reason = "was killed for memory by the kernel: start fewer ranks, or narrower ones"
+            return RankFailedError(f"rank {rank} of {len(ranks)} {reason}")
         reports.append(json.loads(path.read_text(encoding="utf-8")) | {"rank": rank})
     first = min(reports, key=lambda report: report["monotonic_ns"])
     if first["not_applicable"] is not None:

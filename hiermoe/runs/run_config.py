@@ -10,6 +10,7 @@ from hiermoe.measure.measurement import Measurement
 from hiermoe.measure.registry import MEASUREMENTS
 from hiermoe.model import LayerSizes, ModelConfig
 from hiermoe.policies.system import SystemConfig
+from hiermoe.ranks.memory import RANKS_PER_CORE, bytes_of_rank, cores, free_bytes, ranks_that_fit
 from hiermoe.ranks.places import PLACES, RanksConfig
 from hiermoe.records.choices import unknown
 from hiermoe.records.strict import Strict, checked, is_valid
@@ -44,6 +45,32 @@ def _sizes_that_work(cluster: Cluster, world_size: int, ep_size: int, across: bo
     return "take max_ep_size=" + " or ".join(str(size) for size in (smaller, larger) if size is not None)
 
 
+def _on_this_machine(values: dict[str, Any]) -> bool:
+    """Whether local ranks replay something, and all that says how much memory they take is as it should be."""
+    ranks, tokens = values.get("ranks"), values.get("tokens_per_rank")
+    local = is_valid(ranks, RanksConfig) and RanksConfig.model_validate(ranks).name == "local"
+    narrowed = values.get("narrowed", 1)
+    whole = all(isinstance(size, int) and size > 0 for size in (tokens, narrowed))
+    return local and whole and is_valid(values.get("model"), ModelConfig)
+
+
+def _fitting(values: dict[str, Any]) -> int:
+    """As many ranks of the cluster as this machine has memory and cores for; the fewest there can be, if for none."""
+    cluster, sizes = Cluster.model_validate(values["cluster"]), ModelConfig.model_validate(values["model"]).sizes()
+    each = bytes_of_rank(values["tokens_per_rank"], sizes.topk, sizes.row_bytes // values.get("narrowed", 1))
+    most = min(ranks_that_fit(free_bytes(), each), RANKS_PER_CORE * cores())
+    possible = [n for n in range(2, cluster.hierarchy.num_ranks + 1) if _can_be_cut_to(cluster, n)]
+    return max([n for n in possible if n <= most], default=min(possible, default=cluster.hierarchy.num_ranks))
+
+
+def _can_be_cut_to(cluster: Cluster, num_ranks: int) -> bool:
+    try:
+        cluster.reduced(num_ranks)
+    except ValueError:
+        return False
+    return True
+
+
 class RunConfig(Strict):
     """One run: the schema of conf/config.yaml.
 
@@ -73,7 +100,8 @@ class RunConfig(Strict):
     def _cut_cluster(cls, values: Any) -> Any:
         """The cluster of as many GPUs as exchange with each other.
 
-        Where there are ranks, ``world_size`` may ask for fewer than the cluster has GPUs. Elsewhere it asks for a
+        Where there are ranks, ``world_size`` may ask for fewer than the cluster has GPUs; local ones are by default as
+        many as fit this machine. Elsewhere it asks for a
         cluster of that size, of which an expert-parallel group takes ``max_ep_size`` GPUs, or fewer where there are
         fewer GPUs or experts.
         """
@@ -84,6 +112,9 @@ class RunConfig(Strict):
         )
         if not whole or any(not isinstance(size, int) or size < 1 for size in given):
             return values  # the fields themselves say what is wrong
+        if world_size is None and _on_this_machine(values):
+            values = {**values, "world_size": (world_size := _fitting(values))}
+            given = [world_size, *given]
         if values.get("across") and (largest is None or values.get("ranks") is not None):
             raise ValueError("across=true says how a simulated group of max_ep_size= GPUs lies; state that")
         if not given:

@@ -15,6 +15,7 @@ from hiermoe.commands import doctor_command as doctor
 from hiermoe.commands import machine
 from hiermoe.commands.doctor_command import Check, Question, examine, what_reproduce_lacks
 from hiermoe.commands.machine import Answer, State
+from hiermoe.ranks import memory
 from hiermoe.ranks.emulated import requirements
 from hiermoe.records.project import CONF
 from tests.routing.worlds import a_trace
@@ -25,7 +26,7 @@ INSTALLED = {"torch": "2.13.0+cpu", "pandera": "0.35.0"}
 H100 = ("H100", "H100")
 COMMANDS = ("sbatch", "sinfo", "squeue")
 PARTITIONS = ("gpu* up 4 nodes 64 cores gpu:8",)
-RANK = machine.RANK_BYTES
+RANK, SHARED = 10**9, memory.SHARED_BYTES
 MEMORY = machine.SIMULATION_BYTES
 ROOM = machine.RESULTS_BYTES
 
@@ -52,9 +53,9 @@ def packages(python: str = "3.12.1", installed: Mapping[str, str | None] = INSTA
         ),
         (machine.judge_megatron(None, "it is not installed", ()), "missing", "not installed"),
         (machine.judge_megatron("0.16.1", "ImportError: libcudart", ("apex",)), "missing", "libcudart"),
-        (machine.judge_size(2, 8 * RANK), "ok", "8 ranks fit"),
-        (machine.judge_size(16, 8 * RANK - 1), "limited", "7 ranks fit"),
-        (machine.judge_size(2, MEMORY - 1), "missing", "0.5 GB of free memory"),
+        (machine.judge_size(2, SHARED + 8 * RANK, RANK), "ok", "8 ranks fit at full width (1000 MB each"),
+        (machine.judge_size(16, SHARED + 8 * RANK - 1, RANK), "limited", "7 ranks fit"),
+        (machine.judge_size(2, MEMORY - 1, RANK), "missing", "0.5 GB of free memory"),
         (machine.judge_link(1000, 1000), "ok", "a link of 0.001 MB/s was made"),
         (machine.judge_link(1000, 0), "limited", "asked for 1000 B/s has 0 B/s"),
         (
@@ -109,7 +110,7 @@ def test_calibrated_clusters_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert state == "limited" and found.startswith("old: ") and takes
 
 
-def test_a_check_that_raises_or_hangs_is_shown_as_failed() -> None:
+def test_a_check_that_raises_is_shown_as_failed_and_one_that_hangs_as_slow() -> None:
     release = threading.Event()
 
     def raises() -> Answer:
@@ -136,14 +137,18 @@ def test_a_check_that_raises_or_hangs_is_shown_as_failed() -> None:
     )
     assert not release.is_set()  # nobody waited for the one that hangs
     release.set()
-    assert [check.state for check in checks] == ["failed", "failed", "failed", "ok"]
+    assert [check.state for check in checks] == ["failed", "failed", "slow", "ok"]
     assert checks[0].found == "the check itself failed: RuntimeError: the driver"
     assert "no answer within 1 s" in checks[2].found
-    assert what_reproduce_lacks(checks) == "make reproduce cannot run here: see c"
+    assert what_reproduce_lacks(checks) is None  # a slow machine lacks nothing
+    failed = Check("a", "failed", "", "", required=True)
+    assert what_reproduce_lacks([*checks, failed]) == "make reproduce cannot run here: see a"
 
 
-@pytest.mark.parametrize(("state", "lacking"), [("ok", False), ("limited", False), ("missing", True), ("failed", True)])
-def test_only_required_checks_decide_whether_reproduce_can_run(state: State, lacking: bool) -> None:
+@pytest.mark.parametrize(
+    ("state", "lacking"), [("ok", False), ("limited", False), ("missing", True), ("failed", True), ("slow", False)]
+)
+def test_only_required_checks_decide_whether_reproduce_can_run(state: doctor.State, lacking: bool) -> None:
     checks = [Check("needed", state, "", "", required=True), Check("not needed", "missing", "", "")]
     assert (what_reproduce_lacks(checks) is not None) == lacking
 
@@ -181,6 +186,6 @@ def test_command_reports_on_this_machine_in_json_and_ends() -> None:
     states = {check["name"]: check["state"] for check in report["checks"]}
     assert states["disk for results/"] == "ok"
     required = [check["state"] for check in report["checks"] if check["required"]]
-    assert report["reproduce"] == all(state in ("ok", "limited") for state in required)
+    assert report["reproduce"] == all(state in ("ok", "limited", "slow") for state in required)
     assert done.returncode == (0 if report["reproduce"] else 1)
     assert bool(done.stderr) == (not report["reproduce"])
