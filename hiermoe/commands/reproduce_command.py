@@ -195,9 +195,10 @@ def write(session: Session, cells: Cells, what: str) -> pd.DataFrame:
         The verdicts.
     """
     with session.console.status("drawing figures and writing the report"):
-        report, verdicts = write_report(index_runs(session.store, cells), session.store)
-    session.console.print(f"{what}: [bold]{report}[/bold] ({session.seconds:.0f} s since the start)")
-    return verdicts
+        report = write_report(index_runs(session.store, cells), session.store)
+    what = what if report.is_new else f"{what}, of before, as nothing in it has changed"
+    session.console.print(f"{what}: [bold]{report.page}[/bold] ({session.seconds:.0f} s since the start)")
+    return report.verdicts
 
 
 def _show(progress: Progress, task: TaskID, what: str) -> None:

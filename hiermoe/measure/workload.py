@@ -8,6 +8,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Generic, TypeVar
 
 import pandas as pd
+from torch import Tensor
 
 from hiermoe.measure.measurement import Measurement
 from hiermoe.model import LayerSizes
@@ -36,6 +37,7 @@ V = TypeVar("V")
 
 KEPT_STEP_BYTES = 2**28
 KEPT_COUNT_BYTES = 2**30  # all iterations of 16 groups of 256 GPUs
+KEPT_MEASURED_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,8 @@ class CachedRouting:
     """A routing source that keeps what it made: many systems walk through the same steps.
 
     Where expert-parallel groups hold all experts each, group r of iteration i takes step i * ep_groups + r of the
-    source. Counts are kept too: systems with fixed experts share them, and what an update saved needs them again.
+    source. Counts are kept too: systems with fixed experts share them, and what an update saved needs them again. So is
+    what policies measure that differ only in how they decide: they go the same way for many steps.
 
     Attributes:
         ep_groups: expert-parallel groups.
@@ -154,6 +157,10 @@ class CachedRouting:
             lambda counts: sum(x.nbytes for x in (*counts.tokens, counts.pairs_GS, counts.tokens_G)),
             KEPT_COUNT_BYTES,
         )
+        self._measured = Kept[tuple[int, bytes, Hierarchy, type], Tensor | None](
+            lambda measured: 0 if measured is None else measured.nbytes, KEPT_MEASURED_BYTES
+        )
+        self._measured = Kept[tuple[int, bytes, Hierarchy, type], Tensor](lambda x: x.nbytes, KEPT_MEASURED_BYTES)
 
     def step(self, iteration: int, group: int = 0) -> RoutingStep:
         """Routing of one group in one iteration."""
@@ -165,6 +172,25 @@ class CachedRouting:
         key = (iteration * self.ep_groups + group, placement.key, hierarchy)
         return self._counts.get(key, lambda: count_routing(self.step(iteration, group), placement, hierarchy))
 
+    def measured(
+        self,
+        policy: PlacementPolicy,
+        run_iteration: int,
+        iteration: int,
+        placement: Placement,
+        hierarchy: Hierarchy,
+        group: int = 0,
+    ) -> Tensor | None:
+        """What a policy measures of a step under a placement, in an iteration of its run."""
+
+        def measure() -> Tensor | None:
+            step = self.step(iteration, group)
+            return policy.measure(step.expert_ids_NK, step.source_N, placement, hierarchy, run_iteration)
+
+        if not policy.measures_alike:
+            return measure()
+        return self._measured.get((iteration * self.ep_groups + group, placement.key, hierarchy, type(policy)), measure)
+
 
 class Kept(Generic[K, V]):
     """The values that were asked for last, within a budget of bytes; always at least the last one."""
@@ -175,11 +201,14 @@ class Kept(Generic[K, V]):
         self._values: OrderedDict[K, V] = OrderedDict()
 
     def get(self, key: K, make: Callable[[], V]) -> V:
-        """The value of a key, made if it is not there (any longer)."""
+        """The value of a key, made if it is not there (any longer); None is not kept."""
         if key in self._values:
             self._values.move_to_end(key)
             return self._values[key]
-        value = self._values[key] = make()
+        value = make()
+        if value is None:
+            return value  # another time there may be one
+        self._values[key] = value
         self._left -= self._size(value)
         while self._left < 0 and len(self._values) > 1:
             self._left += self._size(self._values.popitem(last=False)[1])

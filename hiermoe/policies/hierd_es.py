@@ -22,6 +22,8 @@ class HierDESPolicy(PlacementPolicy):
     saves at least what it says.
     """
 
+    measures_alike = True
+
     def __init__(
         self,
         interval: int = 1,

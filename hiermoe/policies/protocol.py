@@ -1,6 +1,7 @@
 """Placement policies: who decides where experts sit, from what."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -60,7 +61,14 @@ class Start:
 
 
 class PlacementPolicy:
-    """One layer's policy. The same sums give the same decision on every rank. This one lets experts stay for ever."""
+    """One layer's policy. The same sums give the same decision on every rank. This one lets experts stay for ever.
+
+    Attributes:
+        measures_alike: whether all policies of this class measure the same of the same tokens and placement, wherever
+            they measure anything, so that simulated runs may share it.
+    """
+
+    measures_alike: ClassVar[bool] = False
 
     def measure(
         self, expert_ids_NK: Tensor, source_N: Tensor, placement: Placement, hierarchy: Hierarchy, iteration: int
