@@ -84,7 +84,7 @@ def open_workload(config: Any) -> Workload:
     """
     experts_per_rank(config.sizes.num_experts, config.cluster.hierarchy.num_ranks)
     schemes = config.system.build_schemes(config.cluster.hierarchy)
-    routing, layer = _open_routing(json.dumps(config.routing_source), config.request, config.ep_groups)
+    routing, layer = open_routing(json.dumps(config.routing_source), config.request, config.ep_groups)
     config.system.build_policy()  # bad arguments end the run here, not in its middle
     return Workload(
         system=config.system,
@@ -120,7 +120,7 @@ class OfWorkloads(Measurement):
 
 
 @lru_cache(maxsize=2)  # runs come grouped by routing; two keep a model's E and K neighbours without filling memory
-def _open_routing(source: str, request: RoutingRequest, ep_groups: int) -> tuple["CachedRouting", int]:
+def open_routing(source: str, request: RoutingRequest, ep_groups: int) -> tuple["CachedRouting", int]:
     """The routing source and the model layer that it stands for (0 for synthetic routing)."""
     opened = build(json.loads(source), request=request)
     layer = opened.trace.metadata.layers[opened.layer] if isinstance(opened, RecordedRouting | Resampled) else 0
@@ -157,10 +157,9 @@ class CachedRouting:
             lambda counts: sum(x.nbytes for x in (*counts.tokens, counts.pairs_GS, counts.tokens_G)),
             KEPT_COUNT_BYTES,
         )
-        self._measured = Kept[tuple[int, bytes, Hierarchy, type], Tensor | None](
+        self._measured = Kept[Hashable, Tensor | None](
             lambda measured: 0 if measured is None else measured.nbytes, KEPT_MEASURED_BYTES
         )
-        self._measured = Kept[tuple[int, bytes, Hierarchy, type], Tensor](lambda x: x.nbytes, KEPT_MEASURED_BYTES)
 
     def step(self, iteration: int, group: int = 0) -> RoutingStep:
         """Routing of one group in one iteration."""
@@ -187,9 +186,10 @@ class CachedRouting:
             step = self.step(iteration, group)
             return policy.measure(step.expert_ids_NK, step.source_N, placement, hierarchy, run_iteration)
 
-        if not policy.measures_alike:
+        if policy.measures_alike is None:
             return measure()
-        return self._measured.get((iteration * self.ep_groups + group, placement.key, hierarchy, type(policy)), measure)
+        where = (run_iteration, iteration * self.ep_groups + group, placement.key, hierarchy)
+        return self._measured.get((policy.measures_alike, where), measure)
 
 
 class Kept(Generic[K, V]):
@@ -201,14 +201,11 @@ class Kept(Generic[K, V]):
         self._values: OrderedDict[K, V] = OrderedDict()
 
     def get(self, key: K, make: Callable[[], V]) -> V:
-        """The value of a key, made if it is not there (any longer); None is not kept."""
+        """The value of a key, made if it is not there (any longer)."""
         if key in self._values:
             self._values.move_to_end(key)
             return self._values[key]
-        value = make()
-        if value is None:
-            return value  # another time there may be one
-        self._values[key] = value
+        value = self._values[key] = make()
         self._left -= self._size(value)
         while self._left < 0 and len(self._values) > 1:
             self._left += self._size(self._values.popitem(last=False)[1])
