@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with PYTHON=..."; exit 1; }
 	@echo "setting up $(VENV): torch and the rest, a minute or two on the first run"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # Variables of reproduce, each an option of `hiermoe reproduce`: QUICK=1 or FULL=1; for a cluster ON=slurm, NODES=,
@@ -69,8 +69,9 @@ test-slow: setup ## the slower checks
 test-slurm: setup slurm ## measured runs under a real Slurm of four nodes on this machine (root; installs slurm-wlm and munge)
 	@$(BIN)/pytest -q -m slurm tests/slurm
 
-test-all: setup slurm ## all of these together, and which of them took longest
-	@$(PYTEST) --durations=40
+test-all: setup slurm ## all of these, and which of them took longest
+	@$(PYTEST) -m 'not slurm' --durations=40
+	@$(BIN)/pytest -q -m slurm tests/slurm
 
 slurm:
 	@command -v slurmctld slurmd munged >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge; } >/dev/null
