@@ -34,6 +34,7 @@ UNSAID |= {"num_experts": 0, "topk": 0, "tokens_per_rank": 0, "row_bytes": 0}
 
 ADDED = {"across": False}  # keys of the new house, with what they are where the old one had none
 DISPLAYED = {"label", "color", "entrant", "description", "placement_label", "placement_color"}
+KEYS = {"seed", "tokens_per_rank"}  # options that columns of all records have always had
 WHERE = {"backend", "measure", "ranks"}  # read by _measure
 
 
@@ -161,6 +162,7 @@ def _compare_run(old: Path, new: Path, measure: str, differences: list[str]) -> 
     before, after = before.rename(columns=COLUMNS), after.rename(columns=COLUMNS)
     if measure in NEEDS_CLUSTER_ALONE:
         before = before.assign(**{column: value for column, value in UNSAID.items() if column in before})
+    before, after = _measurements(before, old), _measurements(after, new)
     where = f"{old.name} and {new.name}"
     differences += [
         f"{where}: column {column} stands only in the {'old' if column in before else 'new'} store"
@@ -177,6 +179,13 @@ def _compare_run(old: Path, new: Path, measure: str, differences: list[str]) -> 
             pairs = ", ".join(f"row {row}: {_shown(was[row])} -> {_shown(now[row])}" for row in rows[:3])
             differences.append(f"{where}: {column}, {len(rows)} of {len(was)} rows: {pairs}")
     return len(before) * len(shared)
+
+
+def _measurements(rows: pd.DataFrame, run: Path) -> pd.DataFrame:
+    """Rows without the columns of options, which are compared by what they mean."""
+    config = yaml.safe_load((run / "config.yaml").read_bytes())
+    named = {"measure", *(key for key, value in config.items() if not isinstance(value, dict))} - KEYS
+    return rows.drop(columns=[name for name in rows if "." in str(name) or name in named])
 
 
 def _shown(value: Any) -> str:

@@ -48,6 +48,7 @@ def main() -> None:
     command = sys.argv.pop(1)
     if command not in commands:
         _fail(f"command {command!r} is unknown; choose from {', '.join(commands)}")
+    sys.argv[0] = f"hiermoe {command}"  # in provenance, of worker processes too
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as on Ctrl-C
     try:
         commands[command]()

@@ -24,4 +24,17 @@ class IndexedRun:
     swept: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Renewal:
+    """What renews records that other code has made.
+
+    Attributes:
+        command: of the shell.
+        run_ids: names of these records.
+    """
+
+    command: str
+    run_ids: tuple[str, ...]
+
+
 Index = Mapping[str, Sequence[IndexedRun]]  # by sweep, in the sweep's order

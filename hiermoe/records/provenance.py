@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ def collect() -> dict[str, Any]:
     """Time, command, commit, versions and machine, as JSON-ready values."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        "command": f"{sys.argv[0]} {shlex.join(sys.argv[1:])}".strip(),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},

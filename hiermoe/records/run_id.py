@@ -1,4 +1,4 @@
-"""A run is named by its content: its resolved configuration and what the code that produces its numbers says.
+"""A run is named by its content: its options and what the code that produces its numbers says.
 
 Code counts by its syntax tree, without docstrings, comments and formatting, and wherever its files lie: a module counts
 under its last name, which no two have in common. Only the modules count that a run can reach by imports from where it
@@ -8,16 +8,15 @@ begins, what its configuration names in ``_target_`` among them.
 import ast
 import hashlib
 import json
-import socket
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from hiermoe.records.options import options
 from hiermoe.records.project import PROJECT_ROOT
 
 _PACKAGES = ("hiermoe", "baselines")
-_LOOKS = {"label", "color", "placement_label", "placement_color", "entrant"}  # how things are shown, and where
 _SCHEMA = "hiermoe.records.schema"  # old columns must not be read as new ones
 
 
@@ -26,28 +25,28 @@ def run_id(
     modules: Sequence[str],
     inputs: tuple[Path, ...] = (),
     *,
-    on_this_host: bool = False,
+    host: str | None = None,
 ) -> str:
     """Name of a run.
 
     Args:
-        config: the resolved configuration, without what does not change numbers (logging).
+        config: the resolved configuration, without what does not change numbers (logging); its options count.
         modules: dotted names of those that the run begins in.
         inputs: files that the run reads; their content counts, not their path. A missing file counts as missing.
-        on_this_host: whether its numbers are this machine's, so that the host counts too. The nodes of a cluster are as
-            good as each other; its constants count, in ``config``.
+        host: where its numbers are measured, if they are that machine's. The nodes of a cluster are as good as each
+            other; its constants count, in ``config``.
 
     Returns:
         ``<system>-<model>-<16 hexadecimal digits>``; without a system ``<measure>-<cluster>-...``.
     """
     targets = sorted({target.rpartition(".")[0] for target in _targets(config)})
     content = {
-        "config": _anywhere(config),
+        "config": options(config),
         "code": code_digest((_SCHEMA, *modules, *targets)),
-        "inputs": [_file_digest(path, path.stat().st_mtime_ns) if path.exists() else None for path in inputs],
+        "inputs": [file_digest(path) for path in inputs],
     }
-    if on_this_host:
-        content["host"] = socket.gethostname()
+    if host is not None:
+        content["host"] = host
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     if config.get("system") is None:
         return f"{config['measure']}-{config['cluster']['name']}-{digest}"
@@ -147,15 +146,9 @@ def _targets(value: Any) -> Iterator[str]:
             yield from _targets(item)
 
 
-def _anywhere(value: Any) -> Any:
-    """A configuration without looks, whose targets are named by module and function, wherever the module lies."""
-    if isinstance(value, dict):
-        return {
-            key: ".".join(str(item).split(".")[-2:]) if key == "_target_" else _anywhere(item)
-            for key, item in value.items()
-            if key not in _LOOKS
-        }
-    return [_anywhere(item) for item in value] if isinstance(value, list) else value
+def file_digest(path: Path) -> str | None:
+    """Of what a file says; None of one that is not there."""
+    return _file_digest(path, path.stat().st_mtime_ns) if path.exists() else None
 
 
 @lru_cache(maxsize=256)

@@ -9,8 +9,9 @@ import pandas as pd
 import yaml
 from pyarrow.parquet import ParquetFile
 
+from hiermoe.records.options import option_columns
 from hiermoe.records.project import RUNS
-from hiermoe.records.schema import validate
+from hiermoe.records.schema import RECORDS, validate
 from hiermoe.records.status import Status
 
 
@@ -27,6 +28,10 @@ class RunStore:
     def path(self, run_id: str) -> Path:
         """Folder of a run."""
         return self.folder / run_id
+
+    def run_ids(self) -> list[str]:
+        """Names of all complete runs, in alphabetical order."""
+        return sorted(path.parent.name for path in self.folder.glob("*/records.parquet"))
 
     def ended(self, run_id: str) -> tuple[Status, str] | None:
         """How a complete run ended: status and reason; None where there is no record."""
@@ -54,28 +59,30 @@ class RunStore:
     def write(
         self, run_id: str, config: dict[str, Any], provenance: dict[str, Any], records: pd.DataFrame
     ) -> pd.DataFrame:
-        """Check and store a run.
+        """Check and store a run. Its file has a column for each of its options too.
 
         Returns:
-            The records as stored.
+            The records as :meth:`read` gives them.
 
         Raises:
+            ValueError: a column contradicts the option that it has the value of.
             OSError: the disk is full or not writable; an earlier record of the run is left as it was.
         """
         frame = validate(records)
+        stored = with_options(frame, config)
         folder = self.path(run_id)
         write_whole(folder / "config.yaml", yaml.dump(config, Dumper=yaml.CSafeDumper, sort_keys=False).encode())
         write_whole(folder / "provenance.json", json.dumps(provenance, indent=1).encode())
-        write_whole(folder / "records.parquet", frame.to_parquet(index=False))
+        write_whole(folder / "records.parquet", stored.to_parquet(index=False))
         return frame
 
     def read(self, run_id: str) -> pd.DataFrame:
-        """Records of a run.
+        """Records of a run, without its options.
 
         Raises:
             FileNotFoundError: the run has no record.
         """
-        return pd.read_parquet(self.path(run_id) / "records.parquet")
+        return pd.read_parquet(self.path(run_id) / "records.parquet", columns=list(RECORDS.columns))
 
     def provenance(self, run_id: str) -> dict[str, Any]:
         """What made the record of a run.
@@ -84,6 +91,20 @@ class RunStore:
             FileNotFoundError: the run has no record.
         """
         return json.loads((self.path(run_id) / "provenance.json").read_bytes())
+
+
+def with_options(rows: pd.DataFrame, config: dict[str, Any]) -> pd.DataFrame:
+    """Rows of a run with a column for each of its options.
+
+    Raises:
+        ValueError: a column contradicts the option that it has the value of.
+    """
+    columns = option_columns(config)
+    for name in [name for name in columns if name in rows]:
+        value = columns.pop(name)
+        if (rows[name] != value).any():
+            raise ValueError(f"{name}={rows[name].iloc[0]} in a record whose run has {name}={value}")
+    return pd.concat([rows, pd.DataFrame(columns, index=rows.index)], axis=1)
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -1,8 +1,9 @@
 """`hiermoe calibrate`: measure every AlltoAll of a cluster, fit its constants, and write the cluster's file."""
 
 import socket
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 import yaml
@@ -17,6 +18,7 @@ from hiermoe.ranks.places import PLACES, RanksConfig
 from hiermoe.ranks.world import Progress, World, no_progress
 from hiermoe.records.project import CLUSTERS
 from hiermoe.records.store import RunStore, write_whole
+from hiermoe.records.strict import checked
 from hiermoe.runs.compose import compose
 from hiermoe.runs.execute import execute
 from hiermoe.runs.measurable import keys_of, name_run
@@ -43,7 +45,7 @@ class CalibrationConfig(CalibrationJob):
     @classmethod
     def _cut_cluster(cls, values: dict[str, Any]) -> dict[str, Any]:
         """As many GPUs as ``world_size`` asks for, and a name."""
-        values = dict(values)
+        values = {key: value for key, value in values.items() if key != "measure"}  # of a stored one's content
         world_size = values.pop("world_size")
         if values.get("ranks") is None:
             raise ValueError(f"a calibration needs ranks; choose ranks= from {', '.join(PLACES)}")
@@ -80,6 +82,19 @@ class CalibrationConfig(CalibrationJob):
     def run_id(self) -> str:
         """The name of the run, by its content."""
         return name_run(self)
+
+    def named_on(self, host: str | None, _content: Mapping[str, Any]) -> str:
+        """The name that the present code gives the run, measured on a machine, whose stored content this is."""
+        return name_run(self, host=host)
+
+    @classmethod
+    def of_content(cls, content: Mapping[str, Any]) -> Self:
+        """The calibration whose content this is, as the present schema has it.
+
+        Raises:
+            ValueError: it breaks a rule.
+        """
+        return checked({**content, "world_size": None, "name": None}, cls)
 
     @property
     def keys(self) -> dict[str, Any]:

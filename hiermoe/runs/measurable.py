@@ -1,5 +1,6 @@
 """What a configuration that leaves a record says of itself, whichever command it belongs to."""
 
+import socket
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,14 +60,22 @@ def source_of(config: Measurable) -> str:
     return config.ranks.source
 
 
-def name_run(config: Measurable, inputs: tuple[Path, ...] = ()) -> str:
+def name_run(config: Measurable, inputs: tuple[Path, ...] = (), host: str | None = None, start: Any = None) -> str:
     """The name of a run, by its content, by the code that makes its numbers, and by files that it reads.
 
-    Numbers of this machine are told from another's by its name. The nodes of a cluster are as good as each other.
+    Numbers of one machine are told from another's by its name. The nodes of a cluster are as good as each other.
+
+    Args:
+        config: of the run.
+        inputs: files that it reads.
+        host: the machine; None for this one.
+        start: of a training, what its stored content says of the checkpoint that it began from; None for what the
+            configuration says.
     """
     places = () if config.ranks is None else (type(config.ranks).__module__,)
-    on_this_host = source_of(config) not in ("simulated", "cluster")
-    return run_id(config.content, (config.measurement.module, *places), inputs, on_this_host=on_this_host)
+    host = None if source_of(config) in ("simulated", "cluster") else host or socket.gethostname()
+    content = config.content if start is None else config.content | {"start": start}
+    return run_id(content, (config.measurement.module, *places), inputs, host=host)
 
 
 def keys_of(

@@ -1,5 +1,7 @@
 """The configuration of a run: its schema."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,7 +11,7 @@ from hiermoe.measure.registry import MEASUREMENTS
 from hiermoe.model import LayerSizes, ModelConfig
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.places import PLACES, RanksConfig
-from hiermoe.records.strict import Strict
+from hiermoe.records.strict import Strict, checked
 from hiermoe.routing.routing_config import RoutingConfig
 from hiermoe.routing.step import RoutingRequest
 from hiermoe.routing.trace import recorded_path
@@ -105,6 +107,16 @@ class RunConfig(Strict):
             raise ValueError(f"narrowed={self.narrowed} does not divide hidden_size={self.model.hidden_size}")
         return self
 
+    @classmethod
+    def of_content(cls, content: dict[str, Any]) -> Self:
+        """The run whose content this is, as the present schema has it.
+
+        Raises:
+            ValueError: it breaks a rule.
+        """
+        wandb = {"mode": "disabled", "project": "hiermoe"}
+        return checked({key: value for key, value in content.items() if value is not None} | {"wandb": wandb}, cls)
+
     @property
     def measurement(self) -> Measurement:
         """What is measured."""
@@ -152,14 +164,23 @@ class RunConfig(Strict):
     @property
     def run_id(self) -> str:
         """The name of the run, by its content."""
+        return name_run(self, self._inputs)
+
+    def named_on(self, host: str | None, _content: Mapping[str, Any]) -> str:
+        """The name that the present code gives the run, measured on a machine, whose stored content this is."""
+        return name_run(self, self._inputs, host)
+
+    @property
+    def _inputs(self) -> tuple[Path, ...]:
+        """Files that it reads."""
         path = None if self.routing is None else self.routing.source.get("path")
-        return name_run(self, () if path is None else (recorded_path(path, self.request),))
+        return () if path is None else (recorded_path(path, self.request),)
 
     @property
     def keys(self) -> dict[str, Any]:
         """Columns that all rows of the record share."""
         if self.system is None:
-            return keys_of(self, seed=self.seed)
+            return keys_of(self, seed=self.seed, tokens_per_rank=self.tokens_per_rank)
         return keys_of(
             self,
             self.system,

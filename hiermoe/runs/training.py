@@ -1,5 +1,6 @@
 """`hiermoe train`: train a model under one system, as a record."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +17,9 @@ from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.places import RanksConfig
 from hiermoe.ranks.streams import has_iterations
 from hiermoe.records.project import SWEEPS, from_root
+from hiermoe.records.run_id import file_digest
 from hiermoe.records.store import RunStore
+from hiermoe.records.strict import checked
 from hiermoe.runs.compose import Cell, expand_file
 from hiermoe.runs.measurable import keys_of, name_run
 from hiermoe.runs.measured_cells import allocations_so_far
@@ -68,7 +71,23 @@ class TrainRunConfig(TrainingConfig):
     @property
     def content(self) -> dict[str, Any]:
         """Everything that may change a number, as JSON-ready values."""
-        return self.model_dump(mode="json", exclude=_NO_CONTENT) | {"corpus": corpus_key(self)}
+        start = self.given_checkpoint
+        files = [] if start is None else [path for path in sorted(start.rglob("*")) if path.is_file()]
+        values = self.model_dump(mode="json", exclude=_NO_CONTENT)
+        return values | {"measure": "train", "corpus": corpus_key(self), "start": [file_digest(path) for path in files]}
+
+    @classmethod
+    def of_content(cls, content: Mapping[str, Any]) -> Self:
+        """The training whose content this is, as the present schema has it; one from the beginning.
+
+        Raises:
+            ValueError: it breaks a rule.
+        """
+        values = {key: value for key, value in content.items() if key not in ("measure", "corpus", "start")}
+        unsaid = dict.fromkeys(("checkpoint_every", "checkpoint_keep", "resume"))
+        unsaid |= {"cache_dir": "", "checkpoint_dir": "", "wandb": {"mode": "disabled", "project": "hiermoe"}}
+        world_size = int(content["ep_size"]) * int(content["data_parallel"])
+        return checked(values | unsaid | {"world_size": world_size}, cls)
 
     @property
     def measurement(self) -> Measurement:
@@ -82,11 +101,12 @@ class TrainRunConfig(TrainingConfig):
 
     @property
     def run_id(self) -> str:
-        """The name of the run, by its content and, if it starts from a checkpoint of another run, by that."""
-        given = self.given_checkpoint
-        return name_run(
-            self, () if given is None else tuple(path for path in sorted(given.rglob("*")) if path.is_file())
-        )
+        """The name of the run, by its content; a checkpoint of another run that it starts from is part of that."""
+        return name_run(self)
+
+    def named_on(self, host: str | None, content: Mapping[str, Any]) -> str:
+        """The name that the present code gives the run, measured on a machine, whose stored content this is."""
+        return name_run(self, host=host, start=content["start"])
 
     @property
     def keys(self) -> dict[str, Any]:

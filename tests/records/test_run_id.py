@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from hiermoe.records.run_id import code_digest, reachable, run_id
+from tests.conftest import Composer
 
 PRICE = '''"""What a row costs."""
 
@@ -92,15 +93,20 @@ def test_targets_count_by_their_code_and_wherever_they_lie(monkeypatch: pytest.M
     assert named("elsewhere.smartmoe.SmartMoEPolicy") == without_code != named("baselines.smartmoe.SmartMoEPolicy")
 
 
-def test_the_host_counts_where_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_counts_where_it_measures() -> None:
     config = {"system": {"name": "s"}, "model": {"name": "m"}}
+    assert len({run_id(config, (), host=host) for host in (None, "here", "there")}) == 3
+
+
+def test_only_what_this_machine_measures_is_named_by_it(composed: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = ((), ("measure=replay", "ranks=local", "world_size=8"))
     ids = []
     for host in ("here", "there"):
         monkeypatch.setattr("socket.gethostname", lambda host=host: host)
-        ids.append((run_id(config, ()), run_id(config, (), on_this_host=True)))
-    (anywhere, here), (anywhere_again, there) = ids
-    assert anywhere == anywhere_again
-    assert len({anywhere, here, there}) == 3
+        ids.append([composed(*kind).run_id for kind in kinds])
+    (simulated, here), (simulated_again, there) = ids
+    assert simulated == simulated_again and here != there
+    assert composed(*kinds[1]).named_on("here", {}) == here
 
 
 def test_how_a_thing_is_shown_changes_no_id() -> None:
