@@ -131,7 +131,10 @@ def test_new_policy_appears_by_its_file_alone(
         (["trace={trace}"], "cluster=... is missing; choose from a"),
         (["trace={trace}", "cluster=moon"], "moon"),
         (["trace=nowhere", *NODE], "trace=nowhere is unknown; choose from deepseek_v3_e256"),
-        (["trace={trace}", *NODE], "is missing, M, width of a token: recorded routing of tiny, layer 1 does not say it"),
+        (
+            ["trace={trace}", *NODE],
+            "is missing, M, width of a token: recorded routing of tiny, layer 1 does not say it",
+        ),
         (["trace={trace}", *NODE, "model=qwen3_30b_a3b"], "the trace has num_experts=32, model qwen3_30b_a3b has 128"),
         (["trace={trace}", *NODE, "model=qwen3_30b_a3b", "num_experts=32"], "the trace has topk=4, model"),
         (["trace={trace}", *NODE, *SIZES, "num_experts=64"], "num_experts=64: the trace has num_experts=32"),
