@@ -1,7 +1,6 @@
 """Records of many runs as one table, for pandas: every column of every row, options included."""
 
 from collections.abc import Collection, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from hiermoe.records.choices import or_else
 from hiermoe.records.options import KEYS
 from hiermoe.records.schema import RECORDS
 from hiermoe.records.store import RunStore
@@ -53,10 +53,8 @@ def read_records(
             frames.append(_rows(path, schema, wanted))
     for name in wanted:
         if name not in known:
-            near = get_close_matches(name, known, 1)
             raise ValueError(
-                f"records have no column {name!r}{f', did you mean {near[0]!r}?' if near else ''}; "
-                "`hiermoe records --columns` lists them"
+                f"records have no column {name}; {or_else(name, known)} (`hiermoe records --columns` lists them)"
             )
     frames = [frame for frame in frames if len(frame)]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(RECORDS.columns))

@@ -112,7 +112,7 @@ def test_speedups_are_of_whole_steps_and_of_alltoall(table: pd.DataFrame) -> Non
 def test_drawing_and_words_come_from_the_table(table: pd.DataFrame) -> None:
     source = table["source"].iloc[0]
     words = FIGURE.words(table)
-    assert "Qwen3-30B-A3B (paper's, 32 layers) 1.43× with HierMoE" in words.title
+    assert "Qwen3-30B-A3B 1.43× with HierMoE" in words.title
     assert "2 layers, 1 of them dense, width 64, vocabulary 8192, 1 x 32 tokens a rank" in words.caption
     where = {"emulated": ("the emulated cluster", "2 gloo ranks"), "cluster": ("a cluster", "2 GPUs over NCCL")}
     assert where[source][0] in words.title and where[source][1] in words.caption

@@ -144,7 +144,7 @@ def test_filtering_by_four_names_cannot_hide_what_else_differs(composed: Compose
     for number, config in enumerate(runs):
         keys = {"run_id": config.run_id, **config.keys, "predicted_ms": 10.0 + number}
         store.write(config.run_id, config.content, {}, rows(**keys))
-    four = {"system": "hiermoe", "model": "qwen3_30b_a3b", "cluster": "a6000_4x8", "routing": "uniform"}
+    four = {"system": "hiermoe", "model": "qwen3_30b_a3b_paper", "cluster": "a6000_4x8", "routing": "uniform"}
     mixed = read_records(four, store)
     assert mixed["run_id"].nunique() == len(runs)
     columns = differing(mixed)
@@ -171,7 +171,7 @@ def test_empty_cells_can_be_asked_for(composed: Composer, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({"tokens_per_rnk": 64}, "records have no column 'tokens_per_rnk', did you mean 'tokens_per_rank'"),
+        ({"tokens_per_rnk": 64}, "records have no column tokens_per_rnk; did you mean tokens_per_rank"),
         ({"topk": "many"}, "topk=many: this column holds a number"),
         ({"counted": "yes"}, "counted=yes: this column holds true or false"),
     ],
