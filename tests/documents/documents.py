@@ -9,7 +9,7 @@ from pathlib import Path
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from hiermoe.records.project import PROJECT_ROOT
+from hiermoe.records.project import CODE
 
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "baselines/README.md", "results/traces/README.md")
 PROGRAMS = ("hiermoe", "make", "python", "pytest", "srun", "torchrun")
@@ -17,8 +17,8 @@ PROGRAMS = ("hiermoe", "make", "python", "pytest", "srun", "torchrun")
 
 def blocks() -> Iterator[tuple[str, Token]]:
     """Page and token of every block of code and every piece of code in a line."""
-    for path in sorted(path for pattern in PAGES for path in PROJECT_ROOT.glob(pattern)):
-        page = path.relative_to(PROJECT_ROOT).as_posix()
+    for path in sorted(path for pattern in PAGES for path in CODE.glob(pattern)):
+        page = path.relative_to(CODE).as_posix()
         for token in MarkdownIt("commonmark").enable("table").parse(path.read_text(encoding="utf-8")):
             yield from ((page, each) for each in (token, *(token.children or ())))
 
@@ -47,14 +47,14 @@ def copy_project(folder: Path) -> None:
     """Copy what git knows, but tests and the reference report, so that results are the copy's own."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=PROJECT_ROOT,
+        cwd=CODE,
         capture_output=True,
         check=True,
     )
     for name in filter(None, listed.stdout.decode().split("\0")):
-        if (PROJECT_ROOT / name).is_file() and not name.startswith(("tests/", "reports/reference/")):
+        if (CODE / name).is_file() and not name.startswith(("tests/", "reports/reference/")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(PROJECT_ROOT / name, folder / name)
+            shutil.copy2(CODE / name, folder / name)
 
 
 def words(command: str) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from hiermoe.records.project import PROJECT_ROOT
+from hiermoe.records.project import CODE
 from tests.documents.documents import copy_project
 from tests.slurm.cluster import SlurmCluster
 
@@ -62,7 +62,7 @@ class Project:
 
     def start(self, *variables: str) -> "subprocess.Popen[str]":
         """`make reproduce` with the virtual environment of the tests."""
-        venv = PROJECT_ROOT / ".venv"
+        venv = CODE / ".venv"
         # Loopback: all nodes are here. PYTHONPATH: the copy, and not what the environment has installed.
         environment = {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(self.folder), "WANDB_MODE": "disabled"}
         command = ["make", f"VENV={venv}", "-o", f"{venv}/.installed", "reproduce", *variables]
