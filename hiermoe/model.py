@@ -8,7 +8,7 @@ import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from hiermoe.records.choices import unknown
-from hiermoe.records.project import CONF, to_root
+from hiermoe.records.project import CONF, shown
 from hiermoe.records.strict import Strict, checked
 
 
@@ -251,4 +251,4 @@ class ModelConfig(Strict):
         Raises:
             ValueError: The file does not hold one mapping, or a value breaks a rule.
         """
-        return checked(yaml.safe_load(Path(path).read_text(encoding="utf-8")), cls, to_root(Path(path)))
+        return checked(yaml.safe_load(Path(path).read_text(encoding="utf-8")), cls, shown(Path(path)))

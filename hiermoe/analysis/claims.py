@@ -10,7 +10,7 @@ import pandas as pd
 import yaml
 from pydantic import Field
 
-from hiermoe.records.project import PUBLISHED, REPORTS, to_root
+from hiermoe.records.project import PUBLISHED, RULES, shown
 from hiermoe.records.strict import Strict, checked
 
 TESTBED_RANKS = 32  # claims are about the paper's testbed unless their condition says otherwise
@@ -127,10 +127,10 @@ def load_claims(path: Path = PUBLISHED) -> list[Claim]:
     return [Claim(**row) for row in table.to_dict("records")]  # type: ignore[arg-type] - columns are the fields
 
 
-def load_rules(path: Path = REPORTS / "claims.yaml") -> Rules:
+def load_rules(path: Path = RULES) -> Rules:
     """The rules.
 
     Raises:
         pydantic.ValidationError: the file breaks the schema.
     """
-    return checked(yaml.safe_load(path.read_text()), Rules, to_root(path))
+    return checked(yaml.safe_load(path.read_text()), Rules, shown(path))

@@ -9,7 +9,7 @@ from pydantic import Field
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.policies.protocol import PlacementPolicy, StaticPolicy
 from hiermoe.records.choices import unknown
-from hiermoe.records.project import CONF, to_root
+from hiermoe.records.project import CONF, shown
 from hiermoe.records.strict import Strict, checked
 from hiermoe.topology.hierarchy import Hierarchy
 
@@ -75,7 +75,7 @@ class SystemConfig(Strict):
         path = CONF / "system" / f"{name}.yaml"
         if not path.exists():
             raise unknown("system", name, sorted(p.stem for p in path.parent.glob("*.yaml")))
-        return checked(yaml.safe_load(path.read_text(encoding="utf-8")), cls, to_root(path))
+        return checked(yaml.safe_load(path.read_text(encoding="utf-8")), cls, shown(path))
 
 
 def build(spec: dict[str, Any], **context: Any) -> Any:

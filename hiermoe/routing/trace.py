@@ -12,14 +12,13 @@ import torch
 from pydantic import model_validator
 
 from hiermoe.records.choices import or_else, unknown
-from hiermoe.records.project import PROJECT_ROOT, from_root, to_root
+from hiermoe.records.project import TRACES, found, shown
 from hiermoe.records.status import NotApplicable
 from hiermoe.records.store import write_whole
 from hiermoe.records.strict import Strict, checked
 from hiermoe.routing.step import RoutingRequest, RoutingStep, make_step
 
 FORMAT = 1
-TRACES = PROJECT_ROOT / "results" / "traces"
 
 
 class TraceMetadata(Strict):
@@ -251,7 +250,7 @@ def load_recorded(request: RoutingRequest, path: str) -> RoutingTrace:
     if not file.exists():
         meant = or_else(file.stem, sorted(path.stem for path in file.parent.glob("*.trace")))
         raise NotApplicable(
-            f"no trace was recorded at {to_root(file)} (results/traces/README.md: how to record one); {meant}"
+            f"no trace was recorded at {shown(file)} (results/traces/README.md: how to record one); {meant}"
         )
     trace = RoutingTrace.load(file)
     if trace.metadata.num_experts != request.num_experts:
@@ -276,8 +275,8 @@ def trace_file(name: str) -> Path:
 
 
 def recorded_path(path: str, request: RoutingRequest) -> Path:
-    """The file that a configured path stands for; relative paths start at the project's root."""
-    return from_root(path.format(trace=request.trace, num_experts=request.num_experts))
+    """The file that a configured path stands for; ``{trace}`` and ``{num_experts}`` are the model's."""
+    return found(path.replace("{trace}", str(request.trace)).replace("{num_experts}", str(request.num_experts)))
 
 
 def has_twice(expert_ids: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from hiermoe.records.choices import unknown
-from hiermoe.records.project import to_root
+from hiermoe.records.project import shown
 from hiermoe.records.strict import Strict, checked, is_valid
 from hiermoe.topology.cluster_files import cluster_file, cluster_names
 from hiermoe.topology.data_sheet import Port, derived
@@ -207,4 +207,4 @@ class Cluster(Strict):
         path = cluster_file(name)
         if path is None:
             raise unknown("cluster", name, cluster_names(), ", or name a .yaml file")
-        return checked(yaml.safe_load(path.read_text(encoding="utf-8")), cls, to_root(path))
+        return checked(yaml.safe_load(path.read_text(encoding="utf-8")), cls, shown(path))

@@ -18,6 +18,7 @@ from hiermoe.measure.predict import simulate
 from hiermoe.measure.workload import open_workload
 from hiermoe.planner.counts import count_routing
 from hiermoe.policies.price_of_moving import price_migration
+from hiermoe.records.project import CONF
 from hiermoe.runs.compose import compose
 from hiermoe.runs.run_config import RunConfig
 from hiermoe.topology.cluster import Cluster
@@ -35,7 +36,7 @@ def clusters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("clusters")
     names = {"72": "gb200_nvl72_rack"}
     for name, (nodes, gpus) in SHAPES.items():
-        source = yaml.safe_load(Path("conf/cluster/h100_ib400.yaml").read_text())
+        source = yaml.safe_load((CONF / "cluster" / "h100_ib400.yaml").read_text())
         source["name"] = f"nodes_{name}"
         source["levels"][0]["groups"], source["levels"][1]["groups"] = nodes, nodes * gpus
         path = folder / f"nodes_{name}.yaml"
