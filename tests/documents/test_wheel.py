@@ -50,7 +50,7 @@ def test_commands_work_from_an_empty_folder_and_leave_their_results_there(python
     done = use(python, tmp_path, "run", "system=hiermoe", "routing=recorded", *SMALL)
     assert done.returncode == 0, done.stderr
     (record,) = (tmp_path / "results" / "runs").glob("*/records.parquet")
-    assert record.parent.name.startswith("hiermoe-qwen3_30b_a3b-")
+    assert record.parent.name.startswith("hiermoe-qwen3_30b_a3b_paper-")
     done = use(
         python, tmp_path, "advise", "routing=uniform", "model=qwen3_30b_a3b", "cluster=a6000_4x8", "iterations=8"
     )

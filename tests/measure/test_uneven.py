@@ -1,7 +1,6 @@
 """GPUs that hold unequally many experts, on clusters whose sizes are no powers of two."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
