@@ -88,7 +88,7 @@ def test_what_a_rank_takes_is_what_doctor_and_refusals_count(composed: Composer,
         assert outcome.status == "ok", outcome.reason
         peaks[tokens] = store.read(outcome.run_id)["peak_memory_bytes"].max()
     grown, counted = peaks[512] - peaks[16], bytes_of_rank(512, 8, 4096) - bytes_of_rank(16, 8, 4096)
-    assert 0.5 * counted < grown < 1.1 * counted
+    assert 0.35 * counted < grown < counted  # a long run takes more than these four iterations
 
 
 def kill_rank_one(rank: int) -> None:
