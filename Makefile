@@ -5,7 +5,7 @@ PYTHON ?= python3
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce report losses traces test test-slow test-slurm test-all slurm bench lint format reference clean
+.PHONY: help setup reproduce report losses traces test test-slow test-browser test-slurm test-all debian bench lint format reference clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with PYTHON=..."; exit 1; }
 	@echo "setting up $(VENV): torch and the rest, a minute or two on the first run"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # Variables of reproduce, each an option of `hiermoe reproduce`: QUICK=1 or FULL=1; for a cluster ON=slurm, NODES=,
@@ -36,8 +36,9 @@ losses: setup ## loss curves of real training under every system, for the report
 	@$(BIN)/hiermoe train -m +sweeps/train=losses
 	@$(BIN)/hiermoe report
 
-reference: reproduce losses ## the small copy of the report that is committed: reports/reference
+reference: reproduce losses debian ## the small copy of the report that is committed: reports/reference
 	@$(BIN)/hiermoe report --reference
+	@$(BIN)/python -m tests.analysis.browser reports/report.html reports/reference
 	@$(BIN)/hiermoe advise trace=qwen3_30b_a3b_e128 cluster=a6000_4x8 share=0.4 \
 	  picture=reports/reference/figures/advice_qwen3_a6000.png
 
@@ -61,19 +62,24 @@ results/traces/large/deepseek_v3_e256.trace:
 PYTEST := $(BIN)/pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --ignore=tests/benchmarks
 
 test: setup ## the tests, a quarter of an hour on two cores
-	@$(PYTEST) -m 'not slow and not slurm'
+	@$(PYTEST) -m 'not slow and not slurm and not browser'
 
 test-slow: setup ## the slower checks
-	@$(PYTEST) -m 'slow and not slurm'
+	@$(PYTEST) -m 'slow and not slurm and not browser'
 
-test-slurm: setup slurm ## measured runs under a real Slurm of four nodes on this machine (root; installs slurm-wlm and munge)
+test-browser: setup debian ## the report in a real browser, on a desk and on a phone (root; installs chromium)
+	@$(BIN)/pytest -q -m browser tests/analysis
+
+test-slurm: setup debian ## measured runs under a real Slurm of four nodes on this machine (root; installs slurm-wlm and munge)
 	@$(BIN)/pytest -q -m slurm tests/slurm
 
-test-all: setup slurm ## all of these together, and which of them took longest
-	@$(PYTEST) --durations=40
+test-all: setup debian ## all of these, and which of them took longest
+	@$(PYTEST) -m 'not slurm' --durations=40
+	@$(BIN)/pytest -q -m slurm tests/slurm
 
-slurm:
-	@command -v slurmctld slurmd munged >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge; } >/dev/null
+debian: # what tests need beside Python
+	@command -v slurmctld slurmd munged chromium chromedriver >/dev/null || { apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends slurm-wlm munge chromium chromium-driver; } >/dev/null
 
 bench: setup ## planner speed, as ratios against references in the same run
 	@$(BIN)/pytest tests/benchmarks --benchmark-only -q

@@ -141,7 +141,7 @@ def load(index: Index, store: RunStore | None = None) -> Results:
     """
     store = store or RunStore()
     entries = {entry.run_id: entry for sweep in index.values() for entry in sweep}
-    frames = {run_id: store.read(run_id) for run_id in entries if store.status(run_id) is not None}
+    frames = {run_id: store.read(run_id) for run_id in entries if store.has(run_id)}
     runs = {name: [_run(entry, frames.get(entry.run_id)) for entry in sweep] for name, sweep in index.items()}
     ok = [frame for frame in frames.values() if frame["status"].iloc[0] == "ok"]
     empty = pd.DataFrame(columns=["run_id", "phase", "counted"])

@@ -26,13 +26,14 @@ def environment() -> Environment:
     )
 
 
-def to_html(markdown: str, title: str, folder: Path) -> str:
+def to_html(markdown: str, title: str, folder: Path, made_from: str = "") -> str:
     """A page with its style and images inside.
 
     Args:
         markdown: the report; images are linked relative to ``folder``.
         title: of the page.
         folder: where the images are.
+        made_from: name of all that it shows, for who asks whether it is still true.
 
     Raises:
         FileNotFoundError: an image that the text links to is missing.
@@ -49,7 +50,7 @@ def to_html(markdown: str, title: str, folder: Path) -> str:
         body = body.replace(f"<h2>{heading}</h2>", f'<h2 id="{anchor}">{heading}</h2>', 1)
     style = (TEMPLATES / "style.css").read_text()
     page = environment().get_template("page.html.j2")
-    return page.render(title=html.escape(title), style=style, body=body, contents=contents)
+    return page.render(title=html.escape(title), made_from=made_from, style=style, body=body, contents=contents)
 
 
 def _data_uri(image: Path) -> str:

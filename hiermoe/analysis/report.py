@@ -11,6 +11,7 @@ import pandas as pd
 from PIL import Image
 
 from hiermoe.analysis.claims import Claim, Rules, load_claims, load_rules
+from hiermoe.analysis.current import is_current, made_from
 from hiermoe.analysis.figures import FIGURES
 from hiermoe.analysis.figures.spec import FigureSpec, Words, render
 from hiermoe.analysis.findings import findings
@@ -46,23 +47,40 @@ class Section:
     left_out: tuple[str, ...]
 
 
-def write_report(index: Index, store: RunStore | None = None, folder: Path = REPORTS) -> tuple[Path, pd.DataFrame]:
-    """Write report.html, report.md, verdicts.csv and figures/ from the records that are there.
+@dataclass(frozen=True)
+class Report:
+    """What has been written.
+
+    Attributes:
+        page: report.html.
+        verdicts: as a table.
+        is_new: False where a report of the same records was there already.
+    """
+
+    page: Path
+    verdicts: pd.DataFrame
+    is_new: bool
+
+
+def write_report(index: Index, store: RunStore | None = None, folder: Path = REPORTS) -> Report:
+    """Write report.html, report.md, verdicts.csv and figures/ from the records that are there, unless that is done.
 
     Args:
         index: runs by sweep.
         store: where their records are.
         folder: where to write.
-
-    Returns:
-        The page, and the verdicts as a table.
     """
+    store = store or RunStore()
+    page, table = folder / "report.html", folder / "verdicts.csv"
+    made = made_from(index, store)
+    if is_current(page, made):
+        return Report(page, pd.read_csv(table, keep_default_na=False, na_values=[""]), is_new=False)
     results = load(index, store)
     claims, rules = load_claims(), load_rules()
     judged = judge_all(claims, rules, results)
     verdicts = to_frame(judged)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    verdicts.to_csv(folder / "verdicts.csv", index=False)
+    verdicts.to_csv(table, index=False)
     of_source = {source: results.of_source(source) for source in SOURCES}
     sections = [
         _section(spec, source, claims, of_source[source], folder) for spec in FIGURES for source in spec.sources
@@ -85,9 +103,8 @@ def write_report(index: Index, store: RunStore | None = None, folder: Path = REP
         )
     )
     (folder / "report.md").write_text(text)
-    page = folder / "report.html"
-    page.write_text(to_html(text, TITLE, folder))
-    return page, verdicts
+    page.write_text(to_html(text, TITLE, folder, made))
+    return Report(page, verdicts, is_new=True)
 
 
 def write_reference(folder: Path = REPORTS / "reference", report: Path = REPORTS) -> Path:

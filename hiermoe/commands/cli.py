@@ -170,7 +170,8 @@ def _report() -> None:
     parser.add_argument("--reference", action="store_true", help="also the small copy that is committed")
     arguments = parser.parse_args()
     store = RunStore()
-    print(write_report(index_runs(store), store)[0])
+    report = write_report(index_runs(store), store)
+    print(f"{report.page}{'' if report.is_new else ' is current: nothing it shows has changed'}")
     if arguments.reference:
         print(write_reference())
 

@@ -19,7 +19,7 @@ from hiermoe.records.project import CONF
 from hiermoe.records.store import RunStore
 from hiermoe.runs.attempts import Attempts
 from hiermoe.runs.calibration import CalibrationConfig, calibrate
-from hiermoe.runs.compose import expand, sweep_names
+from hiermoe.runs.compose import expand
 from hiermoe.runs.execute import execute_together, num_steps, refuse
 from hiermoe.runs.measured_cells import Amount, MeasuredCell, measured_cells, measured_so_far, together
 from hiermoe.runs.run_config import RunConfig, WandbMode
@@ -127,11 +127,11 @@ def reproduce_on_cluster(
             return
         outcomes = measured
     # Figures take seconds to import, and are not for every rank.
-    from hiermoe.commands.reproduce_command import Session, finish, predict, simulate_all
+    from hiermoe.commands.reproduce_command import Session, finish, predict, simulate_all, simulated_sweeps
 
     session = Session(RunStore(), console, workers or os.cpu_count() or 1, started)
     outcomes = outcomes + predict(measured_so_far(session.store), session)
-    cells = {name: expand(name) for name in sweep_names()}
+    cells = {name: expand(name) for name in simulated_sweeps(amount)}
     if amount != "quick":
         outcomes += simulate_all(cells, session)
     finish(outcomes, session, wandb_mode, cells)

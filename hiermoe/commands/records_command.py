@@ -55,13 +55,13 @@ def main(arguments: list[str]) -> None:
     target = None if "to" not in wanted else Path(",".join(wanted.pop("to")))
     if target is not None and target.suffix not in (".csv", ".parquet"):
         raise ValueError(f"to={target}: a file ends in .csv or .parquet")
-    want_stale = {("false",): False, ("true",): True}.get(tuple(wanted.pop("stale", ["false"])))
-    if want_stale is None:
-        raise ValueError("stale= is true or false")
+    asked = ",".join(wanted.pop("stale", ["false"]))
+    if asked not in ("true", "false"):
+        raise ValueError(f"stale={asked}: true or false")
     store = RunStore()
     stale = stale_runs(store)
     old = {run.run_id for run in stale}
-    shown = [run_id for run_id in store.run_ids() if (run_id in old) == want_stale]
+    shown = [run_id for run_id in store.run_ids() if (run_id in old) == (asked == "true")]
     rows = read_records(wanted, store, shown)
     if target is not None:
         _export(rows, target)

@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from hiermoe.analysis.claims import load_rules
 from hiermoe.analysis.report import write_report
 from hiermoe.analysis.verdicts import verdict_summary
 from hiermoe.ranks.emulated.requirements import missing_requirement
@@ -71,17 +72,16 @@ def reproduce(
     session = Session(RunStore(), Console(), workers or os.cpu_count() or 1, time.perf_counter())
     console = session.console
     with console.status("reading conf/ and sweeps/"):
-        simulated = sweeps or [name for name in sweep_names() if amount != "quick" or name not in _BEYOND]
-        cells = {name: expand(name) for name in simulated}
+        cells = {name: expand(name) for name in sweeps or simulated_sweeps(amount)}
     if sweeps is not None:
         finish(simulate_all(cells, session), session, wandb_mode, cells)
         return
     lacking = missing_requirement()
     console.print(PLANS["simulated" if lacking else amount])
-    first = {name: sweep for name, sweep in cells.items() if name not in _BEYOND}
-    outcomes = simulate_all(first, session)
+    judged = simulated_sweeps("default")
+    outcomes = simulate_all({name: sweep for name, sweep in cells.items() if name in judged}, session)
     if any(not outcome.cached for outcome in outcomes):
-        write(session, cells, "first report, simulated numbers of the paper's figures")
+        write(session, cells, "first report, all simulated verdicts")
     if lacking is None:
         outcomes += measure_emulated(amount, session)
     else:
@@ -89,7 +89,7 @@ def reproduce(
             f"[yellow]left out[/yellow]: measured runs on an emulated cluster. {lacking}\n"
             "  as root: [bold]make reproduce[/bold]; what is done is kept"
         )
-    outcomes += simulate_all({name: sweep for name, sweep in cells.items() if name in _BEYOND}, session)
+    outcomes += simulate_all({name: sweep for name, sweep in cells.items() if name not in judged}, session)
     finish(outcomes, session, wandb_mode, cells)
 
 
@@ -106,8 +106,12 @@ PLANS: Mapping[str, str] = {
 }
 
 
-# What lies beyond the paper; a first look leaves it out.
-_BEYOND = ("heat_map", "planner_cost", "scaling", "search", "search_bound")
+def simulated_sweeps(amount: Amount) -> list[str]:
+    """Names of an amount's sweeps: those of the paper's figures and tables, of all its claims, or all there are."""
+    if amount == "full":
+        return sweep_names()
+    places = load_rules().sweeps.items()
+    return sorted({name for place, name in places if amount == "default" or place.startswith(("Fig.", "Table"))})
 
 
 def simulate_all(cells: Cells, session: Session) -> list[Outcome]:
@@ -195,9 +199,10 @@ def write(session: Session, cells: Cells, what: str) -> pd.DataFrame:
         The verdicts.
     """
     with session.console.status("drawing figures and writing the report"):
-        report, verdicts = write_report(index_runs(session.store, cells), session.store)
-    session.console.print(f"{what}: [bold]{report}[/bold] ({session.seconds:.0f} s since the start)")
-    return verdicts
+        report = write_report(index_runs(session.store, cells), session.store)
+    what = what if report.is_new else f"{what}, of before, as nothing in it has changed"
+    session.console.print(f"{what}: [bold]{report.page}[/bold] ({session.seconds:.0f} s since the start)")
+    return report.verdicts
 
 
 def _show(progress: Progress, task: TaskID, what: str) -> None:

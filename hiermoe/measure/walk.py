@@ -107,8 +107,9 @@ def _measured(policy: PlacementPolicy, workload: Workload, iteration: int, place
         return None
     summed = None
     for group in range(workload.routing.ep_groups):
-        step = workload.routing.step(workload.schedule[iteration], group)
-        measured = policy.measure(step.expert_ids_NK, step.source_N, placement, workload.cluster.hierarchy, iteration)
+        measured = workload.routing.measured(
+            policy, iteration, workload.schedule[iteration], placement, workload.cluster.hierarchy, group
+        )
         if measured is None:
             return None
         summed = measured if summed is None else summed + measured

@@ -8,6 +8,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Generic, TypeVar
 
 import pandas as pd
+from torch import Tensor
 
 from hiermoe.measure.measurement import Measurement
 from hiermoe.model import LayerSizes
@@ -36,6 +37,7 @@ V = TypeVar("V")
 
 KEPT_STEP_BYTES = 2**28
 KEPT_COUNT_BYTES = 2**30  # all iterations of 16 groups of 256 GPUs
+KEPT_MEASURED_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def open_workload(config: Any) -> Workload:
     """
     experts_per_rank(config.sizes.num_experts, config.cluster.hierarchy.num_ranks)
     schemes = config.system.build_schemes(config.cluster.hierarchy)
-    routing, layer = _open_routing(json.dumps(config.routing_source), config.request, config.ep_groups)
+    routing, layer = open_routing(json.dumps(config.routing_source), config.request, config.ep_groups)
     config.system.build_policy()  # bad arguments end the run here, not in its middle
     return Workload(
         system=config.system,
@@ -118,7 +120,7 @@ class OfWorkloads(Measurement):
 
 
 @lru_cache(maxsize=2)  # runs come grouped by routing; two keep a model's E and K neighbours without filling memory
-def _open_routing(source: str, request: RoutingRequest, ep_groups: int) -> tuple["CachedRouting", int]:
+def open_routing(source: str, request: RoutingRequest, ep_groups: int) -> tuple["CachedRouting", int]:
     """The routing source and the model layer that it stands for (0 for synthetic routing)."""
     opened = build(json.loads(source), request=request)
     layer = opened.trace.metadata.layers[opened.layer] if isinstance(opened, RecordedRouting | Resampled) else 0
@@ -135,7 +137,8 @@ class CachedRouting:
     """A routing source that keeps what it made: many systems walk through the same steps.
 
     Where expert-parallel groups hold all experts each, group r of iteration i takes step i * ep_groups + r of the
-    source. Counts are kept too: systems with fixed experts share them, and what an update saved needs them again.
+    source. Counts are kept too: systems with fixed experts share them, and what an update saved needs them again. So is
+    what policies measure that differ only in how they decide: they go the same way for many steps.
 
     Attributes:
         ep_groups: expert-parallel groups.
@@ -154,6 +157,9 @@ class CachedRouting:
             lambda counts: sum(x.nbytes for x in (*counts.tokens, counts.pairs_GS, counts.tokens_G)),
             KEPT_COUNT_BYTES,
         )
+        self._measured = Kept[Hashable, Tensor | None](
+            lambda measured: 0 if measured is None else measured.nbytes, KEPT_MEASURED_BYTES
+        )
 
     def step(self, iteration: int, group: int = 0) -> RoutingStep:
         """Routing of one group in one iteration."""
@@ -164,6 +170,26 @@ class CachedRouting:
         """Counts of a step under a placement."""
         key = (iteration * self.ep_groups + group, placement.key, hierarchy)
         return self._counts.get(key, lambda: count_routing(self.step(iteration, group), placement, hierarchy))
+
+    def measured(
+        self,
+        policy: PlacementPolicy,
+        run_iteration: int,
+        iteration: int,
+        placement: Placement,
+        hierarchy: Hierarchy,
+        group: int = 0,
+    ) -> Tensor | None:
+        """What a policy measures of a step under a placement, in an iteration of its run."""
+
+        def measure() -> Tensor | None:
+            step = self.step(iteration, group)
+            return policy.measure(step.expert_ids_NK, step.source_N, placement, hierarchy, run_iteration)
+
+        if policy.measures_alike is None:
+            return measure()
+        where = (run_iteration, iteration * self.ep_groups + group, placement.key, hierarchy)
+        return self._measured.get((policy.measures_alike, where), measure)
 
 
 class Kept(Generic[K, V]):

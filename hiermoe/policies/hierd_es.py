@@ -48,6 +48,7 @@ class HierDESPolicy(PlacementPolicy):
         if min(interval, horizon, max_swaps) < 1:
             raise ValueError(f"interval={interval}, horizon={horizon}, max_swaps={max_swaps}: all must be at least 1")
         self.interval, self.gated, self.horizon, self.max_swaps = interval, gated, horizon, max_swaps
+        self.measures_alike = (HierDESPolicy, interval)
         self.max_function = MaxFunction(max_function, gamma)  # type: ignore[arg-type] - checked by MaxFunction
 
     def measure(

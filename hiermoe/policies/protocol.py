@@ -1,5 +1,6 @@
 """Placement policies: who decides where experts sit, from what."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -60,7 +61,14 @@ class Start:
 
 
 class PlacementPolicy:
-    """One layer's policy. The same sums give the same decision on every rank. This one lets experts stay for ever."""
+    """One layer's policy. The same sums give the same decision on every rank. This one lets experts stay for ever.
+
+    Attributes:
+        measures_alike: policies with equal ones measure the same in the same iteration, of the same tokens under the
+            same placement, so that simulated runs may share it; None: it depends on more than that.
+    """
+
+    measures_alike: Hashable = None
 
     def measure(
         self, expert_ids_NK: Tensor, source_N: Tensor, placement: Placement, hierarchy: Hierarchy, iteration: int

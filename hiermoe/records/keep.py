@@ -67,10 +67,10 @@ class Entry:
 def kept(run_id: str, store: RunStore) -> Outcome | None:
     """The outcome of a run that need not be run again; None of one that must be."""
     started = time.perf_counter()
-    if not store.is_done(run_id):
+    ended = store.ended(run_id)
+    if ended is None or ended[0] == "failed":
         return None
-    first = store.read(run_id).iloc[0]
-    return Outcome(run_id, first["status"], first["reason"], True, time.perf_counter() - started)
+    return Outcome(run_id, *ended, True, time.perf_counter() - started)
 
 
 class Attempt:

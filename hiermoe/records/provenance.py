@@ -69,6 +69,7 @@ def _nccl_version() -> str:
     return ".".join(map(str, torch.cuda.nccl.version()))
 
 
+@lru_cache(maxsize=4)  # what a process has loaded stays what it runs
 def _git(*arguments: str) -> str | None:
     try:
         command = ["git", "-C", str(PROJECT_ROOT), *arguments]

@@ -36,7 +36,9 @@ def column_meanings() -> dict[str, str]:
             found |= dict(_arguments(group, part))
     left_out = NO_CONTENT | {"name"}  # where files are kept, and what a calibration's is called
     kept = {name: text for name, text in found.items() if name.partition(".")[0] not in left_out and name not in KEYS}
-    return {name: f"{text[:1].upper()}{text[1:]}" for name, text in kept.items()} | _OTHERS
+    for name in kept.keys() - MEANINGS.keys():
+        kept[name] = f"{kept[name][:1].upper()}{kept[name][1:]}"
+    return {**kept, **_OTHERS}
 
 
 def meaning_of(column: str) -> str:

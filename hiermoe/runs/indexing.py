@@ -30,7 +30,7 @@ def index_runs(store: RunStore, expanded: Mapping[str, Sequence[Cell]] | None = 
     # Large sweeps go on from the sweep of their name.
     long = {name.removeprefix("large/"): expand(name) for name in large_sweep_names()} | trainings(store)
     for name, sweep in long.items():
-        done = [cell for cell in sweep if store.status(cell.config.run_id) is not None]
+        done = [cell for cell in sweep if store.has(cell.config.run_id)]
         cells.setdefault(name, []).extend(done)
     return indexed(cells)
 

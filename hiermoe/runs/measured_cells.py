@@ -96,7 +96,7 @@ def measured_so_far(store: RunStore) -> list[MeasuredCell]:
         except ValueError:  # a cluster that nobody has calibrated here, so nothing was measured on it
             continue
         for cell in cells:
-            if store.status(cell.measured.config.run_id) is not None:
+            if store.has(cell.measured.config.run_id):
                 found.setdefault((cell.sweep, cell.measured.config.run_id), cell)
     return list(found.values())
 

@@ -9,7 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 import torch
 
 from hiermoe.ranks.launch import end_with_parent, fork_server, preload
-from hiermoe.records.keep import Outcome
+from hiermoe.records.keep import Outcome, kept
 from hiermoe.records.store import RunStore
 from hiermoe.runs.execute import execute
 from hiermoe.runs.run_config import RunConfig
@@ -47,9 +47,9 @@ def run_all(
     groups: dict[str, list[RunConfig]] = {}
     outcomes = []
     for run_id, config in unique.items():
-        if store.is_done(run_id):
-            outcomes.append(execute(config, store))
-            finished(outcomes[-1])
+        if (outcome := kept(run_id, store)) is not None:
+            outcomes.append(outcome)
+            finished(outcome)
         else:
             groups.setdefault(config.routing_key, []).append(config)
     if not groups:

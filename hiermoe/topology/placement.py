@@ -117,7 +117,7 @@ class Placement:
             ValueError: experts have copies, and nobody says who asks.
         """
         if self.copy_GE is None or source_N is None:
-            return self.slot_E[expert_ids_NK]
+            return self.slot_E.index_select(0, expert_ids_NK.reshape(-1)).view(expert_ids_NK.shape)
         return self.copy_GE[source_N[:, None], expert_ids_NK]
 
     def rank_of(self, num_ranks: int) -> Tensor:

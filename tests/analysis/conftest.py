@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from hiermoe.analysis.frames import Results, load
 from hiermoe.records.project import CONF, SWEEPS
 from hiermoe.records.schema import DEFAULTS, RECORDS, validate
+from hiermoe.records.status import Status
 from hiermoe.records.store import RunStore
 from hiermoe.routing.step import first_measured
 from hiermoe.runs.compose import Cell, sweep_names
@@ -184,9 +185,16 @@ class MemoryStore(RunStore):
         self.provenances[run_id] = provenance
         return self.records[run_id]
 
-    def status(self, run_id: str) -> str | None:
+    def ended(self, run_id: str) -> tuple[Status, str] | None:
         """Of a run that was kept."""
-        return str(self.records[run_id]["status"].iloc[0]) if run_id in self.records else None
+        if run_id not in self.records:
+            return None
+        first = self.records[run_id].iloc[0]
+        return first["status"], first["reason"]
+
+    def written_ns(self, run_id: str) -> int | None:
+        """Another number for whatever was kept."""
+        return id(self.records[run_id]) if run_id in self.records else None
 
     def read(self, run_id: str) -> pd.DataFrame:
         """As it was kept."""

@@ -137,7 +137,8 @@ def test_report_judges_measured_runs_apart_from_predicted_ones(
     ]
     twins = [Cell((), run.config) for run in results.runs[PREDICTIONS]]
     index = indexed(cells | {"fig11": [*cells["fig11"], *measured], PREDICTIONS: twins})
-    page, verdicts = write_report(index, results.store, tmp_path)
+    report = write_report(index, results.store, tmp_path)
+    page, verdicts = report.page, report.verdicts
     judged = verdicts[verdicts["source"] == "emulated"].set_index("claim")
     whole_calls = (1.5 * 80 * 1.055 + 10) / (1.5 * 40 * 1.055 + 10)
     assert judged.loc["F11-hiermoe-qwen3", "ours"] == pytest.approx(whole_calls)

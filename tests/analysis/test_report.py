@@ -12,6 +12,7 @@ from hiermoe.analysis.figures import FIGURES
 from hiermoe.analysis.figures.spec import FigureSpec, render
 from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.report import write_reference, write_report
+from hiermoe.records.project import REPORTS
 from hiermoe.records.store import RunStore
 from hiermoe.runs.compose import Cell
 from hiermoe.runs.indexing import indexed
@@ -25,8 +26,8 @@ DRAWN = ["main", *(spec.name for spec in SIMULATED), "planner_cost_local"]
 def written(
     cells: dict[str, list[Cell]], filled: RunStore, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, pd.DataFrame]:
-    page, verdicts = write_report(indexed(cells), filled, tmp_path_factory.mktemp("report"))
-    return page.parent, verdicts
+    report = write_report(indexed(cells), filled, tmp_path_factory.mktemp("report"))
+    return report.page.parent, report.verdicts
 
 
 @pytest.mark.parametrize("spec", SIMULATED, ids=lambda spec: spec.name)
@@ -93,10 +94,34 @@ def test_reference_is_small_and_complete(written: tuple[Path, pd.DataFrame], tmp
     assert sum(path.stat().st_size for path in files) < 2e6
 
 
+def test_report_is_written_again_only_where_something_in_it_has_changed(
+    cells: dict[str, list[Cell]], small_store: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {name: cells[name][:8] for name in ("fig11", "fig9")}
+    configs = [one.config for sweep in few.values() for one in sweep]
+
+    def written() -> bool:
+        report = write_report(indexed(few), small_store, tmp_path)
+        pd.testing.assert_frame_equal(report.verdicts, pd.read_csv(tmp_path / "verdicts.csv"), check_dtype=False)
+        return report.is_new
+
+    for config in configs:
+        write(small_store, config, records_of(config))
+    assert written() and not written()
+    write(small_store, configs[0], records_of(configs[0]))  # another record of the same run
+    assert written() and not written()
+    (tmp_path / "figures" / "main.png").unlink()
+    assert written() and not written()
+    rules = tmp_path / "claims.yaml"
+    rules.write_text((REPORTS / "claims.yaml").read_text() + "# another\n")
+    monkeypatch.setattr("hiermoe.analysis.current.REPORTS", tmp_path)
+    assert written() and not written()
+
+
 def test_report_without_records_says_so(cells: dict[str, list[Cell]], tmp_path: Path) -> None:
-    page, verdicts = write_report(indexed(cells), RunStore(tmp_path / "none"), tmp_path)
-    assert set(verdicts["verdict"]) == {"not testable"}
-    text = (page.parent / "report.md").read_text()
+    report = write_report(indexed(cells), RunStore(tmp_path / "none"), tmp_path)
+    assert set(report.verdicts["verdict"]) == {"not testable"}
+    text = (report.page.parent / "report.md").read_text()
     # Beside them loss curves, and whole steps and measured runs of two kinds each.
     absent = text.split("## Not in this report")[1].split("\n## ")[0]
     assert absent.count("\n- ") == len(DRAWN) - 1 + 5

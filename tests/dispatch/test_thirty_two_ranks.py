@@ -14,6 +14,7 @@ from tests.dispatch.worlds import DEADLINE, NEEDS_GPU, TIMEOUT, TRANSPORTS, Worl
 
 WORLD = World((4, 8, 16, 32))
 CASES = ("zipf",)  # with 64 experts
+pytestmark = pytest.mark.slow
 Results = list[dict[Any, Any]]
 
 

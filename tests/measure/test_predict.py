@@ -1,14 +1,16 @@
 """A prediction walks through routing as training would."""
 
+import pandas as pd
 import pytest
 import torch
 
 from hiermoe.measure.predict import simulate
-from hiermoe.measure.workload import open_workload
+from hiermoe.measure.workload import open_routing, open_workload
 from hiermoe.planner.cost import choose_scheme, price
 from hiermoe.planner.counts import count_routing
-from hiermoe.policies.protocol import PlacementUpdate
+from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate
 from hiermoe.records.status import NotApplicable
+from hiermoe.runs.run_config import RunConfig
 from hiermoe.topology.placement import Placement
 from tests.conftest import Composer
 from tests.planner import reference
@@ -20,7 +22,7 @@ def test_decision_of_an_iteration_acts_from_the_next_one_on(
 ) -> None:
     seen: list[list[int]] = []
 
-    class Rotate:
+    class Rotate(PlacementPolicy):
         """Moves every expert to the next slot, every iteration."""
 
         def measure(self, expert_ids_NK, source_N, placement, hierarchy, iteration):
@@ -41,11 +43,29 @@ def test_decision_of_an_iteration_acts_from_the_next_one_on(
         assert counts.pairs_GG.sum(0).max() == busiest
 
 
+def test_a_run_gives_the_same_whatever_ran_before_it_in_the_same_process(composed: Composer) -> None:
+    runs = [
+        composed("system=hiermoe", "iterations=6", "routing=stress_hot_rank", *changes)
+        for changes in ([], ["system.policy.interval=3"], ["system.policy.gamma=3.0"], ["seed=1"])
+    ]
+
+    def alone(config: RunConfig) -> pd.DataFrame:
+        open_routing.cache_clear()
+        return simulate(open_workload(config))
+
+    expected = [alone(config) for config in runs]
+    assert any((frame["moved_experts"] > 0).any() for frame in expected)
+    open_routing.cache_clear()
+    for order in (1, -1):
+        for config, frame in [*zip(runs, expected, strict=True)][::order]:
+            pd.testing.assert_frame_equal(simulate(open_workload(config)), frame)
+
+
 def test_policy_that_makes_copies_is_walked_through_and_its_traffic_is_that_of_every_token(composed: Composer) -> None:
     generator = torch.Generator().manual_seed(0)
     placements = [Placement.identity(128), *(random_copies(128, 128 + 32, 32, generator) for _ in range(2))]
 
-    class Copy:
+    class Copy(PlacementPolicy):
         """Other copies of experts in every iteration, and other choices among them."""
 
         def measure(self, expert_ids_NK, source_N, placement, hierarchy, iteration):

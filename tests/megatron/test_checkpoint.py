@@ -60,7 +60,7 @@ def stop_and_go_on(rank: int, config: TrainingConfig, corpus: Corpus, folder: Pa
     return seen
 
 
-@pytest.fixture(scope="module", params=["fp64", "bf16"])
+@pytest.fixture(scope="module", params=["fp64", pytest.param("bf16", marks=pytest.mark.slow)])
 def ranks(request: pytest.FixtureRequest, cache_dir: str, tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
     config = small("deepseek_v3", cache_dir, dtype=request.param, lr_warmup_steps=8)
     folder = tmp_path_factory.mktemp("checkpoints")
@@ -173,7 +173,9 @@ def killed_in_the_third_save(rank: int, config: TrainingConfig, corpus: Corpus, 
         save(run, folder, keep=2)
 
 
-@pytest.mark.parametrize("where", ["moved", "begun", "written"])
+@pytest.mark.parametrize(
+    "where", [*(pytest.param(where, marks=pytest.mark.slow) for where in ("moved", "begun")), "written"]
+)
 def test_a_run_killed_before_its_checkpoint_is_whole_goes_on_from_the_one_before(
     where: str, cache_dir: str, tmp_path: Path
 ) -> None:

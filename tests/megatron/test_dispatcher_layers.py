@@ -40,10 +40,10 @@ Seen = dict[Any, Any]
 Tensors = dict[str, Tensor]
 
 
-def observe(rank: int) -> Seen:
+def observe(rank: int, kind: str) -> Seen:
     start_megatron(WORLD.num_ranks)
     seen: Seen = {}
-    layers = {(kind, precision): layer for kind in models.KINDS for precision, layer in _same_weights(kind).items()}
+    layers = {(kind, precision): layer for precision, layer in _same_weights(kind).items()}
     stock = {key: _run(layer, rank) for key, layer in layers.items()}
     amplitude = {key: _amplitude(layer, rank) for key, layer in layers.items()}
     for kind, precision in layers:
@@ -161,12 +161,16 @@ def _bias_chooses(layer: Any, rank: int) -> bool:
     return not torch.equal(with_bias, without)
 
 
+@pytest.fixture(scope="module", params=["deepseek_v3", pytest.param("qwen3_30b_a3b", marks=pytest.mark.slow)])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def seen() -> list[Seen]:
-    return run_ranks(observe, WORLD.num_ranks, (), TIMEOUT, deadline=DEADLINE, hosts=WORLD.hosts)
+def seen(kind: str) -> list[Seen]:
+    return run_ranks(observe, WORLD.num_ranks, (kind,), TIMEOUT, deadline=DEADLINE, hosts=WORLD.hosts)
 
 
-of_both_kinds = pytest.mark.parametrize("kind", models.KINDS)
 under_every_system = pytest.mark.parametrize("system", RUNNING)
 
 
@@ -175,7 +179,6 @@ def norms(seen: list[Seen], *key: str) -> dict[str, float]:
     return {part: sum(result[key][part] for result in seen) ** 0.5 for part in seen[0][key]}
 
 
-@of_both_kinds
 def test_the_layers_are_what_they_are_meant_to_be(seen: list[Seen], kind: str) -> None:
     parts = {"output", "input gradient", "router gradient", "experts gradient"}
     shared = kind == "deepseek_v3"
@@ -190,14 +193,12 @@ def test_the_layers_are_what_they_are_meant_to_be(seen: list[Seen], kind: str) -
         assert all(error > 0 for error in norms(seen, "error", kind, precision, STOCK).values())
 
 
-@of_both_kinds
 @under_every_system
 def test_in_fp64_output_and_all_gradients_equal_the_stock_dispatchers(seen: list[Seen], kind: str, system: str) -> None:
     size, error = norms(seen, "size", kind, "fp64"), norms(seen, "error", kind, "fp64", same_transport(system))
     assert all(error[part] <= 1e-12 * size[part] for part in size), error
 
 
-@of_both_kinds
 @under_every_system
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_rounding_errors_are_at_most_twice_the_stock_dispatchers(
@@ -209,7 +210,6 @@ def test_rounding_errors_are_at_most_twice_the_stock_dispatchers(
     assert all(ratio <= 2 for ratio in ratios.values()), ratios
 
 
-@of_both_kinds
 @under_every_system
 @pytest.mark.parametrize("precision", DTYPES)
 def test_outputs_differ_by_the_rounding_of_a_sum_of_k_products(
@@ -223,7 +223,6 @@ def test_outputs_differ_by_the_rounding_of_a_sum_of_k_products(
     assert beyond <= bound
 
 
-@of_both_kinds
 @under_every_system
 @pytest.mark.parametrize("precision", DTYPES)
 def test_choices_balancing_loss_and_expert_loads_are_the_same_and_nothing_is_dropped(

@@ -17,7 +17,6 @@ from hiermoe.policies.system import SystemConfig  # noqa: E402
 from hiermoe.records.project import CONF  # noqa: E402
 from hiermoe.topology.placement import Placement  # noqa: E402
 from tests.megatron.moving import (  # noqa: E402
-    BOTH,
     DEADLINE,
     HIERMOE,
     REPACKED,
@@ -42,7 +41,7 @@ SYSTEMS = {
     "reordered": SystemConfig.named("megatron_reordered"),
 }
 Seen = dict[Any, Any]
-both = pytest.mark.parametrize("model", BOTH)
+both = pytest.mark.parametrize("model", [pytest.param("qwen3_30b_a3b", marks=pytest.mark.slow), "deepseek_v3"])
 
 
 def train(rank: int, config: TrainingConfig, corpus: Corpus, systems: list[str], steps: int, clip: bool) -> Seen:

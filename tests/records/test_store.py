@@ -53,7 +53,7 @@ def test_nan_stays_nan_and_is_not_read_as_zero(tmp_path: Path) -> None:
 def test_failed_run_keeps_a_row_and_is_tried_again(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     store.write("r", {}, {}, rows(phase="run", status="failed", reason="because"))
-    assert store.status("r") == "failed" and not store.is_done("r")
+    assert store.ended("r") == ("failed", "because") and not store.is_done("r")
     assert store.read("r")["reason"].tolist() == ["because"]
 
 
@@ -61,7 +61,7 @@ def test_failed_run_keeps_a_row_and_is_tried_again(tmp_path: Path) -> None:
 def test_record_that_breaks_the_schema_is_refused(bad: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises((pandera.errors.SchemaError, ValueError)):
         RunStore(tmp_path).write("r", {}, {}, rows(**bad))
-    assert RunStore(tmp_path).status("r") is None
+    assert RunStore(tmp_path).ended("r") is None and not RunStore(tmp_path).has("r")
 
 
 def test_full_disk_loses_no_earlier_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,7 @@ def losses(records: pd.DataFrame) -> list[float]:
     return records[records["rank"] == 0]["loss"].tolist()
 
 
+@pytest.mark.slow
 def test_a_command_that_was_terminated_goes_on_when_it_is_started_again(
     hiermoe: Command, tiny: list[str], store: RunStore, tmp_path: Path
 ) -> None:
