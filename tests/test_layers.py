@@ -9,15 +9,15 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from hiermoe.records.project import PROJECT_ROOT
+from hiermoe.records.project import CODE
 
 ORDER = ["records", "routing", "model", "topology", "planner", "policies", "dispatch", "ranks", "megatron", "narrow"]
 ORDER += ["measure", "runs", "analysis", "advice", "commands"]
 LAST_OF_BASELINES = "dispatch"
 READERS = ("analysis", "advice")  # of records: they take an index of runs, and neither compose nor run anything
 
-FILES = [path for package in ("hiermoe", "baselines") for path in sorted((PROJECT_ROOT / package).rglob("*.py"))]
-SOURCES = {path.relative_to(PROJECT_ROOT).as_posix(): path.read_text() for path in FILES}
+FILES = [path for package in ("hiermoe", "baselines") for path in sorted((CODE / package).rglob("*.py"))]
+SOURCES = {path.relative_to(CODE).as_posix(): path.read_text() for path in FILES}
 
 MODULE = re.compile(r"(hiermoe|baselines)(\.\w+)*\.\w*")  # or the beginning of one, in an f-string
 

@@ -9,7 +9,7 @@ from hiermoe.advice.advice_config import AdviceConfig
 from hiermoe.measure.workload import CachedRouting
 from hiermoe.model import LayerSizes, ModelConfig
 from hiermoe.policies.system import build
-from hiermoe.records.project import CONF, PROJECT_ROOT
+from hiermoe.records.project import CONF, TRACES
 from hiermoe.records.status import NotApplicable
 from hiermoe.routing.loads import IndependentLoads, read_loads
 from hiermoe.routing.step import RoutingRequest, RoutingSource
@@ -20,7 +20,6 @@ from hiermoe.topology.scaling import laid_out
 
 Kind = Literal["recorded", "loads", "synthetic"]
 
-TRACES = PROJECT_ROOT / "results" / "traces"
 DEFAULT_ELEMENT_BYTES = 2  # bf16
 # Tokens to walk through where the number of iterations is left open: some 20 s for all systems on one core.
 WALKED_TOKENS = 64 * 32 * 1024

@@ -10,7 +10,7 @@ import pandas as pd
 import yaml
 from pydantic import Field
 
-from hiermoe.records.project import PUBLISHED, REPORTS
+from hiermoe.records.project import PUBLISHED, RULES
 from hiermoe.records.strict import Strict
 
 TESTBED_RANKS = 32  # claims are about the paper's testbed unless their condition says otherwise
@@ -127,7 +127,7 @@ def load_claims(path: Path = PUBLISHED) -> list[Claim]:
     return [Claim(**row) for row in table.to_dict("records")]  # type: ignore[arg-type] - columns are the fields
 
 
-def load_rules(path: Path = REPORTS / "claims.yaml") -> Rules:
+def load_rules(path: Path = RULES) -> Rules:
     """The rules.
 
     Raises:

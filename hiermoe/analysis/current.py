@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from hiermoe.analysis.render import TEMPLATES
 from hiermoe.records.index import Index
-from hiermoe.records.project import CONF, PUBLISHED, REPORTS
+from hiermoe.records.project import CONF, PUBLISHED, RULES, TEMPLATES
 from hiermoe.records.run_id import code_digest
 from hiermoe.records.store import RunStore
 
@@ -45,6 +44,6 @@ def is_current(page: Path, made: str) -> bool:
 
 
 def _files() -> Iterator[Path]:
-    yield from (REPORTS / "claims.yaml", PUBLISHED)
+    yield from (RULES, PUBLISHED)
     for folder in (TEMPLATES, CONF):
         yield from sorted(path for path in folder.rglob("*") if path.is_file())

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from hiermoe.analysis.frames import Results
-from hiermoe.records.project import to_root
+from hiermoe.records.project import shown
 from hiermoe.routing.trace import TraceMetadata, recorded_path
 
 
@@ -43,7 +43,7 @@ def trace_facts(results: Results) -> list[TraceFacts]:
                     and not {"topk", "experiment"} & set(run.swept)
                 )
                 asked[path] = _imbalance(results.rows(run, "step")) if plain else None
-    return [TraceFacts(to_root(path), _metadata(path), imbalance) for path, imbalance in asked.items()]
+    return [TraceFacts(shown(path), _metadata(path), imbalance) for path, imbalance in asked.items()]
 
 
 def _imbalance(steps: pd.DataFrame) -> float:

@@ -9,9 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 
 from hiermoe.analysis.verdicts import VERDICTS
-from hiermoe.records.project import REPORTS
-
-TEMPLATES = REPORTS / "templates"
+from hiermoe.records.project import TEMPLATES
 
 
 def environment() -> Environment:

@@ -20,7 +20,7 @@ from hiermoe.advice.inputs import resolve
 from hiermoe.advice.page import write_page
 from hiermoe.advice.systems import candidates
 from hiermoe.analysis.report import small_copy
-from hiermoe.records.project import REPORTS, to_root
+from hiermoe.records.project import REPORTS, shown
 from hiermoe.routing.step import first_measured
 
 
@@ -59,7 +59,7 @@ def advise_and_print(config: AdviceConfig) -> Path:
     for condition in phrases.conditions(answer):
         console.print(f"· {escape(condition)}")
     console.print(_table(answer))
-    console.print(f"{time.perf_counter() - started:.0f} s · page: {to_root(page)}", soft_wrap=True)
+    console.print(f"{time.perf_counter() - started:.0f} s · page: {shown(page)}", soft_wrap=True)
     return page
 
 

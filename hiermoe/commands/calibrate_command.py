@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from hiermoe.planner.fit import fit_exchanges
-from hiermoe.records.project import to_root
+from hiermoe.records.project import shown
 from hiermoe.records.store import RunStore
 from hiermoe.runs.calibration import CalibrationConfig, calibration_table, write_cluster
 from hiermoe.runs.single import present
@@ -26,5 +26,5 @@ def calibrate_and_print(config: CalibrationConfig) -> None:
     named = f"What an AlltoAll costs on {config.cluster.name}, measured (ranks={config.ranks.name})"
     calibration.save(calibration.table(records, cluster, r2), named, figure)
     console = Console(soft_wrap=True)
-    console.print(f"cluster: {to_root(config.path)}, for other commands cluster={config.name}")
-    console.print(f"figure: {to_root(figure)}")
+    console.print(f"cluster: {shown(config.path)}, for other commands cluster={config.name}")
+    console.print(f"figure: {shown(figure)}")

@@ -12,10 +12,9 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,7 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from hiermoe.records.project import CLUSTERS, PROJECT_ROOT, RUNS
+from hiermoe.records.project import CLUSTERS, RUNS, SHIPPED, TRACES
 
 COMMAND_SECONDS = 5.0
 IMPORT_SECONDS = 10.0
@@ -62,12 +61,13 @@ Answer = tuple[State, str, str]
 
 def packages() -> Answer:
     """Versions, and what the project's own files say of them."""
-    project = tomllib.loads((PROJECT_ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    needed = [Requirement(line) for line in project["dependencies"]]
-    lines = (PROJECT_ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    said = metadata("hiermoe")
+    every = [Requirement(line) for line in said.get_all("Requires-Dist") or ()]
+    needed = [one for one in every if one.marker is None or one.marker.evaluate({"extra": ""})]
+    lines = (SHIPPED / "constraints.txt").read_text(encoding="utf-8").splitlines()
     tested = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
     installed = {one.name: _version(one.name) for one in needed}
-    return judge_packages(platform.python_version(), project["requires-python"], needed, installed, tested)
+    return judge_packages(platform.python_version(), said["Requires-Python"], needed, installed, tested)
 
 
 def judge_packages(
@@ -103,7 +103,7 @@ def judge_packages(
 
 def traces() -> Answer:
     """Compare the arrays of the shipped traces with the checksums in them: all, or recorded routing has no numbers."""
-    paths = [PROJECT_ROOT / "results" / "traces" / f"{name}.trace" for name in SHIPPED_TRACES]
+    paths = [TRACES / f"{name}.trace" for name in SHIPPED_TRACES]
     whole, broken = _tried(_compare_checksums, paths)
     if broken:
         return "missing", broken, "git checkout results/traces"

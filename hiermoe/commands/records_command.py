@@ -66,6 +66,7 @@ def main(arguments: list[str]) -> None:
     if target is not None:
         _export(rows, target)
         console.print(f"{len(rows)} rows of {rows['run_id'].nunique()} runs: {target}", soft_wrap=True)
+        console.print("hiermoe records --columns says what each column means")
     elif len(rows):
         console.print(table(rows))
     else:

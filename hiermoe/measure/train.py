@@ -16,7 +16,7 @@ from hiermoe.narrow.training_config import TrainingConfig
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.streams import RowStream
 from hiermoe.ranks.world import Device, Progress, World
-from hiermoe.records.project import to_root
+from hiermoe.records.project import shown
 from hiermoe.routing.step import first_measured
 from hiermoe.topology.cluster import Cluster
 
@@ -83,7 +83,7 @@ class Train(Measurement):
     def provenance(self, job: TrainingJob) -> dict[str, Any]:
         """The checkpoint that it goes on from."""
         start = job.checkpoints.start
-        return {} if start is None else {"resumed_from": to_root(start)}
+        return {} if start is None else {"resumed_from": shown(start)}
 
     def measure_one(self, job: TrainingJob, world: World, progress: Progress) -> pd.DataFrame:
         """Rows of the phase train.

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hiermoe.narrow.training_config import TrainingConfig
-from hiermoe.records.project import from_root
+from hiermoe.records.project import in_workplace
 
 _END_OF_DOCUMENT = "<|endoftext|>"
 
@@ -99,7 +99,7 @@ def training_corpus(config: TrainingConfig) -> Corpus:
     if not 257 <= vocabulary <= 2**16:
         raise ValueError(f"vocabulary={vocabulary} is outside 257..65536")
     documents = standard_library(config.corpus_files)
-    entry = from_root(config.cache_dir) / f"stdlib-{_content_key(documents, config)}.npz"
+    entry = in_workplace(config.cache_dir) / f"stdlib-{_content_key(documents, config)}.npz"
     if entry.exists():
         with np.load(entry, allow_pickle=False) as stored:
             return Corpus(tokens=stored["tokens"], **json.loads(str(stored["about"])))

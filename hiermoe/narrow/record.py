@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +17,6 @@ from hiermoe import __version__
 from hiermoe.narrow.corpus import Corpus, training_corpus
 from hiermoe.narrow.record_config import RecordConfig
 from hiermoe.ranks.launch import preload, run_ranks
-from hiermoe.records.project import from_root
 from hiermoe.routing.trace import RoutingTrace, TraceMetadata
 
 _LINE_EVERY = 20  # steps, where there is no terminal for a bar
@@ -123,7 +123,7 @@ def write_trace(config: RecordConfig, corpus: Corpus, command: str, ids_ILNK: np
             notes=_notes(config, losses, loads_IL),
         ),
     )
-    trace.save(from_root(config.output))
+    trace.save(Path(config.output).expanduser())
 
 
 def _notes(config: RecordConfig, losses: list[float], loads_IL: np.ndarray) -> str:

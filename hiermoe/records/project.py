@@ -1,22 +1,54 @@
-"""Where the project's folders are."""
+"""Where things are: what is shipped with the suite, and what is made with it."""
 
+import os
 from pathlib import Path
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
-RUNS = PROJECT_ROOT / "results" / "runs"
-SCRATCH = PROJECT_ROOT / ".cache" / "scratch"  # what ranks of one run share, gone after it
-CLUSTERS = PROJECT_ROOT / "results" / "clusters"  # calibrated ones
-CONF = PROJECT_ROOT / "conf"
-SWEEPS = PROJECT_ROOT / "sweeps"
-REPORTS = PROJECT_ROOT / "reports"
-PUBLISHED = PROJECT_ROOT / "results" / "published.csv"
+CODE = Path(__file__).resolve().parents[2]  # the packages lie in it: a checkout of the repository, or site-packages
+_IN_WHEEL = CODE / "hiermoe" / "shipped"  # setup.py puts there what is beside the packages in the repository
+IS_CHECKOUT = not _IN_WHEEL.is_dir()
+HOME_VARIABLE = "HIERMOE_HOME"
+
+SHIPPED = CODE if IS_CHECKOUT else _IN_WHEEL  # only to be read
+CONF = SHIPPED / "conf"
+SWEEPS = SHIPPED / "sweeps"
+PUBLISHED = SHIPPED / "results" / "published.csv"
+TRACES = SHIPPED / "results" / "traces"
+RULES = SHIPPED / "reports" / "claims.yaml"
+TEMPLATES = SHIPPED / "reports" / "templates"
 
 
-def from_root(path: str | Path) -> Path:
-    """A path as given if absolute, else below the project's root, wherever the command was started."""
-    return PROJECT_ROOT / path
+def _workplace() -> Path:
+    told = os.environ.get(HOME_VARIABLE)
+    if told:
+        return Path(told).expanduser().absolute()
+    return CODE if IS_CHECKOUT and os.access(CODE, os.W_OK) else Path.cwd()
 
 
-def to_root(path: Path) -> str:
-    """The other way round: below the project's root as a path from there, elsewhere as it is."""
-    return str(path.relative_to(PROJECT_ROOT) if path.is_relative_to(PROJECT_ROOT) else path)
+WORKPLACE = _workplace()  # HIERMOE_HOME; else the checkout; installed, or in a checkout that is read-only, the folder
+RUNS = WORKPLACE / "results" / "runs"  # that the command was started in
+CLUSTERS = WORKPLACE / "results" / "clusters"  # calibrated ones
+JOBS = WORKPLACE / "results" / "jobs"  # of Slurm
+REPORTS = WORKPLACE / "reports"
+SCRATCH = WORKPLACE / ".cache" / "scratch"  # what ranks of one run share, gone after it
+
+
+def found(path: str | Path) -> Path:
+    """A file that somebody names: from the folder that the command was started in, else one that is made or shipped.
+
+    Returns:
+        The first that is there; where none is, as seen from the folder of the command.
+    """
+    named = Path(path).expanduser()
+    here = Path.cwd() / named
+    return next((each for each in (here, WORKPLACE / named, SHIPPED / named) if each.exists()), here)
+
+
+def in_workplace(path: str | Path) -> Path:
+    """A path as given if absolute, else among what is made with the suite, wherever the command was started."""
+    return WORKPLACE / Path(path).expanduser()
+
+
+def shown(path: Path) -> str:
+    """The other way round, for messages: a path among what is made or shipped as one from there."""
+    root = next((root for root in (WORKPLACE, SHIPPED) if path.is_relative_to(root)), None)
+    return str(path if root is None else path.relative_to(root))

@@ -13,9 +13,9 @@ from typing import Any
 
 import psutil
 
-from hiermoe.records.project import PROJECT_ROOT
+from hiermoe.records.project import CODE, IS_CHECKOUT
 
-PACKAGES = ("torch", "megatron-core", "hydra-core", "numpy", "pandas", "pyarrow", "scipy", "submitit")
+PACKAGES = ("hiermoe", "torch", "megatron-core", "hydra-core", "numpy", "pandas", "pyarrow", "scipy", "submitit")
 # Variables that say which allocation this is and how its ranks reach each other.
 _ALLOCATION = ("SLURM_JOB_", "SLURM_NTASKS", "SLURM_RESTART_COUNT", "NCCL_", "GLOO_", "UCX_", "CUDA_VISIBLE_DEVICES")
 _CARD_FIELDS = "index,name,uuid,driver_version,vbios_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
@@ -71,8 +71,11 @@ def _nccl_version() -> str:
 
 @lru_cache(maxsize=4)  # what a process has loaded stays what it runs
 def _git(*arguments: str) -> str | None:
+    """What git says of the checkout; None for an installed package, which may lie inside somebody else's."""
+    if not IS_CHECKOUT:
+        return None
     try:
-        command = ["git", "-C", str(PROJECT_ROOT), *arguments]
+        command = ["git", "-C", str(CODE), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

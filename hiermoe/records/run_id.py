@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hiermoe.records.options import options
-from hiermoe.records.project import PROJECT_ROOT
+from hiermoe.records.project import CODE
 
 _PACKAGES = ("hiermoe", "baselines")
 _SCHEMA = "hiermoe.records.schema"  # old columns must not be read as new ones
@@ -54,7 +54,7 @@ def run_id(
 
 
 @lru_cache(maxsize=64)
-def code_digest(modules: tuple[str, ...], root: Path = PROJECT_ROOT) -> str:
+def code_digest(modules: tuple[str, ...], root: Path = CODE) -> str:
     """Hash of the project's code that can be reached from some modules.
 
     Args:
@@ -65,7 +65,7 @@ def code_digest(modules: tuple[str, ...], root: Path = PROJECT_ROOT) -> str:
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
-def reachable(modules: Iterable[str], root: Path = PROJECT_ROOT) -> set[str]:
+def reachable(modules: Iterable[str], root: Path = CODE) -> set[str]:
     """The project's modules that these import, directly or not, anywhere in their text; themselves included."""
     found: set[str] = set()
     waiting = [module for module in modules if _path(module, root) is not None]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from pydantic import model_validator
 
-from hiermoe.records.project import from_root, to_root
+from hiermoe.records.project import found, shown
 from hiermoe.records.status import NotApplicable
 from hiermoe.records.strict import Strict, checked
 from hiermoe.records.whole_file import write_whole
@@ -247,7 +247,7 @@ def load_recorded(request: RoutingRequest, path: str) -> RoutingTrace:
     """
     file = recorded_path(path, request)
     if not file.exists():
-        raise NotApplicable(f"no trace was recorded at {to_root(file)} (results/traces/README.md: how to record one)")
+        raise NotApplicable(f"no trace was recorded at {shown(file)} (results/traces/README.md: how to record one)")
     trace = RoutingTrace.load(file)
     if trace.metadata.num_experts != request.num_experts:
         raise ValueError(
@@ -257,8 +257,8 @@ def load_recorded(request: RoutingRequest, path: str) -> RoutingTrace:
 
 
 def recorded_path(path: str, request: RoutingRequest) -> Path:
-    """The file that a configured path stands for; relative paths start at the project's root."""
-    return from_root(path.format(trace=request.trace, num_experts=request.num_experts))
+    """The file that a configured path stands for; ``{trace}`` and ``{num_experts}`` are the model's."""
+    return found(path.replace("{trace}", str(request.trace)).replace("{num_experts}", str(request.num_experts)))
 
 
 def has_twice(expert_ids: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from hiermoe.ranks.crew import CrewEnded
-from hiermoe.records.project import to_root
+from hiermoe.records.project import shown
 from hiermoe.records.store import RunStore
 from hiermoe.records.whole_file import write_whole
 
@@ -39,7 +39,7 @@ class Attempts:
         if len(marks) < MOST_ATTEMPTS:
             return None
         told = "; ".join(f"{mark['job']}: {mark['reason'] or 'no word'}" for mark in marks)
-        folder = to_root(self._store.path(run_id))
+        folder = shown(self._store.path(run_id))
         return f"ended the job {len(marks)} times ({told}); remove {folder}/started-*.json to try again"
 
     @contextmanager

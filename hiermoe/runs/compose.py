@@ -26,7 +26,7 @@ from pydantic import BaseModel
 from typing_extensions import TypeVar
 from yaml import YAMLError
 
-from hiermoe.records.project import CONF, SWEEPS, to_root
+from hiermoe.records.project import CONF, SWEEPS, shown
 from hiermoe.records.strict import checked
 from hiermoe.runs.run_config import RunConfig
 from hiermoe.topology.cluster_files import cluster_file, cluster_names
@@ -180,7 +180,7 @@ def expand_file(
             overrides = tuple(f"{key}={text}" for key, text in changes.items())
             cells.append(Cell(overrides, checked(_laid_on(base, own, changes, read), schema)))
     except ValueError as error:
-        raise ValueError(f"{to_root(path)}: {error}") from error
+        raise ValueError(f"{shown(path)}: {error}") from error
     return cells
 
 
@@ -239,10 +239,10 @@ def _read_choice(group: str, name: str) -> _Choice:
     for entry in content.pop("defaults", []):
         ((key, value),) = entry.items() if isinstance(entry, dict) else [(entry, None)]
         if not everywhere or not key.startswith("override /") or not isinstance(value, str | None):
-            raise ValueError(f"{to_root(path)}: only Hydra composes defaults other than 'override /<group>: <name>'")
+            raise ValueError(f"{shown(path)}: only Hydra composes defaults other than 'override /<group>: <name>'")
         choices[key.removeprefix("override /")] = value
     if "${" in str(content) or "@package" in text.removeprefix(_EVERYWHERE):
-        raise ValueError(f"{to_root(path)}: only Hydra composes interpolations, and packages other than _global_")
+        raise ValueError(f"{shown(path)}: only Hydra composes interpolations, and packages other than _global_")
     return _Choice(content, everywhere, choices)
 
 
@@ -310,4 +310,4 @@ def _load(path: Path) -> Any:
     try:
         return OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{to_root(path)} is no YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{shown(path)} is no YAML: {' '.join(str(error).split())}") from error

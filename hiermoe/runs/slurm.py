@@ -22,11 +22,9 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import Checkpointable
 
 from hiermoe.records.keep import Outcome
-from hiermoe.records.project import CONF, PROJECT_ROOT, to_root
+from hiermoe.records.project import CONF, JOBS, WORKPLACE, shown
 from hiermoe.records.strict import Strict, checked
 from hiermoe.records.whole_file import write_whole
-
-JOBS = PROJECT_ROOT / "results" / "jobs"
 
 _POLL_SECONDS = 2.0
 _LAST_LINES = 15
@@ -130,7 +128,7 @@ def run_job(program: Program, options: dict[str, Any], config: SlurmConfig, cons
     kind, result = pickle.loads(job.paths.result_pickle.read_bytes())
     if kind != "success":
         raise _failure(job, "an error", console)
-    console.print(f"job {job.job_id}: completed, log {to_root(log)}")
+    console.print(f"job {job.job_id}: completed, log {shown(log)}")
     return result
 
 
@@ -177,7 +175,7 @@ def _submit(program: Program, options: dict[str, Any], config: SlurmConfig) -> s
         slurm_signal_delay_s=config.preemption_notice_s,
         # One process that ends badly ends all: the others would wait for it.
         slurm_srun_args=["--kill-on-bad-exit=1"],
-        slurm_additional_parameters={"requeue": True, "chdir": str(PROJECT_ROOT)},
+        slurm_additional_parameters={"requeue": True, "chdir": str(WORKPLACE)},
         **{name: value for name, value in optional.items() if value is not None},
     )
     try:
@@ -243,7 +241,7 @@ def _failure(job: submitit.Job[Any], state: str, console: Console) -> ValueError
         print(f"  | {line}", file=sys.stderr)
     sys.stderr.flush()
     console.file.flush()
-    where = to_root(log) if log.exists() else f"{to_root(log)} (not there: no process started)"
+    where = shown(log) if log.exists() else f"{shown(log)} (not there: no process started)"
     return ValueError(
         f"Slurm job {job.job_id} ended as {state}; finished runs are kept, the same command goes on; log: {where}"
     )

@@ -16,7 +16,7 @@ from hiermoe.narrow.training_config import TrainingConfig
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.places import RanksConfig
 from hiermoe.ranks.streams import has_iterations
-from hiermoe.records.project import SWEEPS, from_root
+from hiermoe.records.project import SWEEPS, found, in_workplace
 from hiermoe.records.run_id import file_digest
 from hiermoe.records.store import RunStore
 from hiermoe.records.strict import checked
@@ -118,7 +118,7 @@ class TrainRunConfig(TrainingConfig):
     @property
     def given_checkpoint(self) -> Path | None:
         """What `resume` names."""
-        return None if self.resume in (None, "latest") else from_root(self.resume)
+        return None if self.resume in (None, "latest") else found(self.resume)
 
     @model_validator(mode="after")
     def _check_given_checkpoint(self) -> Self:
@@ -130,7 +130,7 @@ class TrainRunConfig(TrainingConfig):
 
     def checkpoints(self) -> Checkpoints:
         """Where the run starts as things are now, and what it leaves behind."""
-        folder = from_root(self.checkpoint_dir) / self.run_id
+        folder = in_workplace(self.checkpoint_dir) / self.run_id
         rows = folder.with_name(f"{folder.name}-rows")
         own = latest_checkpoint(folder) if self.resume is not None else None
         if own is not None and not has_iterations(rows, self.world_size, finished_steps(own)):

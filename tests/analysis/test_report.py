@@ -12,7 +12,7 @@ from hiermoe.analysis.figures import FIGURES
 from hiermoe.analysis.figures.spec import FigureSpec, render
 from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.report import write_reference, write_report
-from hiermoe.records.project import REPORTS
+from hiermoe.records.project import RULES
 from hiermoe.records.store import RunStore
 from hiermoe.runs.compose import Cell
 from hiermoe.runs.indexing import indexed
@@ -113,8 +113,8 @@ def test_report_is_written_again_only_where_something_in_it_has_changed(
     (tmp_path / "figures" / "main.png").unlink()
     assert written() and not written()
     rules = tmp_path / "claims.yaml"
-    rules.write_text((REPORTS / "claims.yaml").read_text() + "# another\n")
-    monkeypatch.setattr("hiermoe.analysis.current.REPORTS", tmp_path)
+    rules.write_text(RULES.read_text() + "# another\n")
+    monkeypatch.setattr("hiermoe.analysis.current.RULES", rules)
     assert written() and not written()
 
 

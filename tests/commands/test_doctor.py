@@ -154,10 +154,9 @@ def test_a_command_that_hangs_is_ended() -> None:
 
 
 def test_a_broken_trace_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    folder = tmp_path / "results" / "traces"
-    folder.mkdir(parents=True)
+    folder = tmp_path
     first, second = machine.SHIPPED_TRACES
-    monkeypatch.setattr(machine, "PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr(machine, "TRACES", tmp_path)
     a_trace().save(folder / f"{first}.trace")
     assert machine.traces() == ("missing", f"{second}: there is no such file", "git checkout results/traces")
     a_trace().save(folder / f"{second}.trace")

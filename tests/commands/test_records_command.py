@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from hiermoe.records import run_id as naming
-from hiermoe.records.project import PROJECT_ROOT
+from hiermoe.records.project import CODE
 from hiermoe.records.store import RunStore
 from hiermoe.records.table import read_records
 from hiermoe.runs.columns import column_meanings, meaning_of
@@ -22,7 +22,7 @@ from hiermoe.runs.execute import execute
 from hiermoe.runs.run_config import RunConfig
 from tests.conftest import Command, Composer
 
-DOCS = (PROJECT_ROOT / "docs" / "records.md").read_text()
+DOCS = (CODE / "docs" / "records.md").read_text()
 SYSTEMS, TOKENS = ("megatron", "hd_moe", "hiermoe"), (64, 128, 256)
 # What other sweeps have of the same systems, model, cluster and routing.
 DECOYS = {"policy.gamma": 5.0, "policy.interval": 4, "topk": 4, "iterations": 6, "measure": "bound"}

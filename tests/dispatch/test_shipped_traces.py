@@ -10,7 +10,7 @@ import torch
 from hiermoe.planner.bounds import fixed_placement_rows
 from hiermoe.planner.counts import RoutingCounts, count_routing
 from hiermoe.ranks.launch import run_ranks
-from hiermoe.records.project import from_root
+from hiermoe.records.project import SHIPPED
 from hiermoe.routing.trace import RecordedRouting, RoutingTrace
 from hiermoe.topology.placement import Placement
 from tests.dispatch import contract
@@ -38,7 +38,7 @@ Sent = dict[Any, Counter[tuple[str, str]]]  # trace and system -> bytes by stage
 
 @cache
 def recorded(trace: str, world: World, tokens: int) -> RecordedRouting:
-    full = RoutingTrace.load(from_root(f"results/traces/{trace}.trace"))
+    full = RoutingTrace.load(SHIPPED / "results" / "traces" / f"{trace}.trace")
     return RecordedRouting(full.reshard(world.num_ranks, tokens), 0, TOPK)
 
 

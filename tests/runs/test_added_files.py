@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hiermoe.records.project import PROJECT_ROOT
+from hiermoe.records.project import CODE
 
 # As the README says: a function (hierarchy, **options) and a class with measure, decide and its state, in one file.
 MINE = '''"""Mine: whole rows, two stages; experts stay where they are."""
@@ -53,10 +53,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of everything that says what runs there are, with calibrated clusters."""
     tree = tmp_path_factory.mktemp("tree")
     for folder in ("hiermoe", "baselines", "conf", "sweeps"):
-        shutil.copytree(PROJECT_ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(CODE / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
     traces = tree / "results" / "traces"
     traces.mkdir(parents=True)
-    for path in (PROJECT_ROOT / "results" / "traces").glob("*.trace"):
+    for path in (CODE / "results" / "traces").glob("*.trace"):
         (traces / path.name).symlink_to(path)
     (tree / "results" / "clusters").mkdir()
     for name in ("emulated_4x2", "emulated_4x8"):

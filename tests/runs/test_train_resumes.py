@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from hiermoe.records.project import PROJECT_ROOT
+from hiermoe.records.project import CODE
 from hiermoe.records.store import RunStore
 from tests.conftest import Command
 from tests.runs.test_train import TINY, configured
@@ -71,9 +71,9 @@ def test_a_command_that_was_terminated_goes_on_when_it_is_started_again(
     (tmp_path / "main.py").write_text(MAIN)
     first = subprocess.Popen(
         [sys.executable, str(tmp_path / "main.py"), str(store.folder), *command],
-        cwd=PROJECT_ROOT,
+        cwd=CODE,
         stdout=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": str(PROJECT_ROOT)},
+        env=os.environ | {"PYTHONPATH": str(CODE)},
     )
     while not list(checkpoints.glob("*/step-*")):
         assert first.poll() is None

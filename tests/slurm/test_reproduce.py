@@ -1,7 +1,6 @@
 """`make reproduce ON=slurm` against a real Slurm: it completes, and goes on where a job was ended."""
 
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -11,7 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from hiermoe.records.project import PROJECT_ROOT
+from hiermoe.records.project import CODE
+from tests.documents.documents import copy_project
 from tests.slurm.cluster import SlurmCluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
@@ -51,16 +51,7 @@ class Project:
         """Copy what git knows."""
         self.folder = folder
         self.cluster = cluster
-        listed = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            cwd=PROJECT_ROOT,
-            capture_output=True,
-            check=True,
-        )
-        for name in filter(None, listed.stdout.decode().split("\0")):
-            if (PROJECT_ROOT / name).is_file() and not name.startswith(("tests/", "reports/reference/")):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(PROJECT_ROOT / name, folder / name)
+        copy_project(folder)
         self._cut_down()
 
     def _cut_down(self) -> None:
@@ -71,7 +62,7 @@ class Project:
 
     def start(self, *variables: str) -> "subprocess.Popen[str]":
         """`make reproduce` with the virtual environment of the tests."""
-        venv = PROJECT_ROOT / ".venv"
+        venv = CODE / ".venv"
         # Loopback: all nodes are here. PYTHONPATH: the copy, and not what the environment has installed.
         environment = {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(self.folder), "WANDB_MODE": "disabled"}
         command = ["make", f"VENV={venv}", "-o", f"{venv}/.installed", "reproduce", *variables]

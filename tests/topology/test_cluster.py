@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hiermoe.records.project import CONF, PROJECT_ROOT
+from hiermoe.records.project import CONF, PUBLISHED
 from hiermoe.topology.cluster import Cluster, Level
 from hiermoe.topology.peers import WORLD, AlphaBeta, Peers
 
@@ -49,7 +49,7 @@ def load(name: str) -> Cluster:
 
 
 def published() -> dict[str, tuple[float, float]]:
-    with (PROJECT_ROOT / "results" / "published.csv").open(newline="") as file:
+    with PUBLISHED.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["metric"] == "alpha_ms;beta_ms_per_byte"]
     return {row["claim"]: (float(row["low"]), float(row["high"])) for row in rows}
 

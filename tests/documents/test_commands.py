@@ -1,0 +1,67 @@
+"""Every command of README and docs is run as it stands, in a copy of the project, or it is said here why not."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hiermoe.ranks.emulated.requirements import missing_requirement
+from tests.documents.documents import commands, copy_project, words
+
+# By pattern of the whole command.
+WHY_NOT = {
+    r".*(<\w+>|OLD NEW|=$|\.\.\.|mine\b).*": "a form that readers fill in",
+    r".*(backend=local|BACKEND=slurm|timeout_minutes=10)": "how it was before",
+    r"hiermoe (calibrate|train|trace (import|export-matrix|show a\.trace)|run max_ep_size=8)": "a part of one",
+    r"hiermoe trace import .*": "needs readers' files: tests/routing/importers imports such files",
+    r"hiermoe record .*": "takes half an hour or more: tests/narrow/test_record.py records a small one",
+    r"make (reproduce|report|traces|help)( FULL=1| QUICK=1)?": "takes long: parts of it are the other commands",
+    r"(make reproduce ON=slurm|srun|torchrun) .*": "needs a cluster: tests/slurm runs it on one of four nodes",
+    r"make (test|test-all|test-slurm|test-browser|lint|format|bench)": "runs this test, or what CI runs beside it",
+    r"pytest tests/gpu": "needs a GPU",
+    r"python docs/draw_architecture\.py": "tests/test_architecture.py does it",
+}
+# In this order: what writes what others read comes first.
+FIRST = "hiermoe calibrate"
+RUN = sorted(
+    (command for command in commands() if not any(re.fullmatch(pattern, command) for pattern in WHY_NOT)),
+    key=lambda command: not command.startswith(FIRST),
+)
+
+
+@pytest.fixture(scope="module")
+def in_copy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], "subprocess.CompletedProcess[str]"]:
+    folder: Path = tmp_path_factory.mktemp("project")
+    copy_project(folder)
+    environment = os.environ | {"PYTHONPATH": str(folder), "WANDB_MODE": "offline"}
+
+    def run(command: str) -> "subprocess.CompletedProcess[str]":
+        called = [sys.executable, "-m", "hiermoe", *words(command)]
+        return subprocess.run(called, cwd=folder, env=environment, capture_output=True, text=True, timeout=3000)
+
+    return run
+
+
+def test_every_reason_is_of_a_command_that_is_there() -> None:
+    for pattern in WHY_NOT:
+        assert any(re.fullmatch(pattern, command) for command in commands()), pattern
+    assert all(command.startswith("hiermoe ") for command in RUN), RUN
+    assert len(RUN) > 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("command", RUN)
+def test_command_does_what_its_page_says(
+    command: str, in_copy: Callable[[str], "subprocess.CompletedProcess[str]"]
+) -> None:
+    if "emulated" in command and (lacking := missing_requirement()):
+        pytest.skip(lacking)
+    done = in_copy(command)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    assert len(done.stdout.splitlines()) > 1
