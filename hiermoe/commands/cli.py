@@ -25,6 +25,7 @@ USAGE = """hiermoe: does HierMoE's communication hold, and would it help your mo
   hiermoe train       train a narrow model under one system on this machine's ranks; -m as above
   hiermoe reproduce   all sweeps of the paper on all cores, then the report; what is done is skipped
   hiermoe report      the report from the records that are there
+  hiermoe records     what records there are: printed, filtered, exported for pandas, every column explained
   hiermoe record      train a narrow model on real text and record what its routers choose
   hiermoe advise      would it help your model on your cluster? From a trace, expert loads or a profile: a page
   hiermoe trace       import routing that others recorded, show a trace, export its traffic (hiermoe trace --help)
@@ -44,6 +45,7 @@ def main() -> None:
         "record": _record,
         "reproduce": _reproduce,
         "report": _report,
+        "records": _records,
         "advise": _advise,
         "trace": _trace,
         "doctor": _doctor,
@@ -194,6 +196,12 @@ def _report() -> None:
     print(f"{report.page}{'' if report.is_new else ' is current: nothing it shows has changed'}")
     if arguments.reference:
         print(write_reference())
+
+
+def _records() -> None:
+    from hiermoe.commands.records_command import main as records
+
+    records(sys.argv[1:])
 
 
 def _trace() -> None:
