@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 
 from hiermoe.dispatch.communicators import HOST_VARIABLE
 from hiermoe.ranks.emulated.namespaces import enter
@@ -217,7 +218,7 @@ def _rank_main(rank: int, folder: Path) -> None:
         torch.set_num_threads(1)
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(
+            store=FileStore(str(folder / "rendezvous"), world_size),  # in a URL a blank would be another path
                 str(folder / "rendezvous"), world_size
             ),  # as a URL, a blank in it would be another path
             rank=rank,
