@@ -130,6 +130,7 @@ class ModelConfig(Strict):
         entrant: Whether it joins every sweep that compares models.
         trace: Stem of the file in results/traces/ that holds routing for this model; the name where it is left out.
         num_layers: Decoder layers, of which the first `num_dense_layers` have no experts.
+        num_dense_layers: Decoder layers without experts, the first ones.
         hidden_size: Width of a token, the paper's M.
         ffn_hidden_size: Inner width of the dense layers.
         moe_ffn_hidden_size: Inner width of one expert.
@@ -137,6 +138,7 @@ class ModelConfig(Strict):
         topk: Experts of a token, the paper's K.
         num_shared_experts: Experts that every token uses, beside the routed ones.
         element_bytes: Bytes of one activation element, the paper's v.
+        vocab_size: Tokens that there are.
         source: Where the numbers come from.
     """
 

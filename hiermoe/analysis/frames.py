@@ -99,7 +99,7 @@ class Results:
         """
         rows = self._by_phase[run.run_id, phase]
         if phase == "step":
-            rows = _timed(rows, run.source)
+            rows = step_times(rows)
         return rows[rows["counted"]] if counted_only else rows
 
     def sweep(self, name: str) -> pd.DataFrame:
@@ -148,12 +148,28 @@ def load(index: Index, store: RunStore | None = None) -> Results:
     return Results(runs, pd.concat(ok, ignore_index=True) if ok else empty, store)
 
 
-def _timed(steps: pd.DataFrame, source: str) -> pd.DataFrame:
-    """One row per iteration, with its time."""
-    if source == "simulated":
-        return steps.assign(step_ms=steps["predicted_ms"])
-    busiest = steps.groupby("iteration", as_index=False).max()
-    return busiest.assign(step_ms=busiest["dispatch_ms"])
+def step_times(steps: pd.DataFrame) -> pd.DataFrame:
+    """Rows of phase step, one per run and iteration, with the time of the four AlltoAlls in a column ``step_ms``.
+
+    That is what is predicted; of measured runs, of whose ranks the busiest counts, that of the whole calls.
+
+    Args:
+        steps: rows of phase step, of one run or several.
+    """
+    simulated = steps["source"] == "simulated"
+    busiest = steps[~simulated].groupby(["run_id", "iteration"], as_index=False, sort=False).max()
+    timed = [steps[simulated].assign(step_ms=steps["predicted_ms"]), busiest.assign(step_ms=busiest["dispatch_ms"])]
+    return pd.concat([part for part in timed if len(part)])
+
+
+def typical_ms(steps: pd.DataFrame) -> pd.Series:
+    """Time of the four AlltoAlls by run: the mean of predicted times, the median of measured ones, which have outliers.
+
+    Args:
+        steps: rows of phase step that count, of one run or several.
+    """
+    times = step_times(steps).groupby(["run_id", "source"])["step_ms"].agg(["mean", "median"]).reset_index("source")
+    return times["mean"].where(times["source"] == "simulated", times["median"])
 
 
 def _run(entry: IndexedRun, frame: pd.DataFrame | None) -> Run:

@@ -1,9 +1,12 @@
 """The ``hiermoe`` command: run, calibrate, train, record, reproduce, report."""
 
+import codecs
+import io
 import os
 import shlex
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -26,6 +29,7 @@ USAGE = """hiermoe: does HierMoE's communication hold, and would it help your mo
   hiermoe train       train a narrow model under one system on this machine's ranks; -m as above
   hiermoe reproduce   all sweeps of the paper on all cores, then the report; what is done is skipped
   hiermoe report      the report from the records that are there
+  hiermoe records     what records there are: printed, filtered, exported for pandas, every column explained
   hiermoe record      train a narrow model on real text and record what its routers choose
   hiermoe advise      would it help your model on your cluster? From a trace, expert loads or a profile: a page
   hiermoe trace       import routing that others recorded, show a trace, export its traffic (hiermoe trace --help)
@@ -35,6 +39,9 @@ USAGE = """hiermoe: does HierMoE's communication hold, and would it help your mo
 
 def main() -> None:
     """Entry point of the ``hiermoe`` script. Exits with 0, or with 1 or 2 after one line that says what is wrong."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="hiermoe.plain")  # a terminal may know ASCII alone
     commands: dict[str, Callable[[], None]] = {
         "run": _run,
         "calibrate": _calibrate,
@@ -42,6 +49,7 @@ def main() -> None:
         "record": _record,
         "reproduce": _reproduce,
         "report": _report,
+        "records": _records,
         "advise": _advise,
         "trace": _trace,
         "doctor": _doctor,
@@ -60,6 +68,22 @@ def main() -> None:
         _fail(error)
     except KeyboardInterrupt:
         _fail("interrupted; finished runs are kept, the same command goes on with the rest", code=130)
+
+
+_PLAIN = str.maketrans(
+    {"×": "x", "·": "-", "–": "-", "—": "-", "…": "...", "→": "->", "≤": "<=", "≥": ">=", "α": "alpha", "β": "beta"}
+    | {"γ": "gamma", "✓": "+", "✗": "x", "≈": "~", "µ": "u", "±": "+-", "−": "-", "“": '"', "”": '"', "’": "'"}
+)
+
+
+def _in_plain_letters(error: UnicodeError) -> tuple[str, int]:
+    """What a stream writes for letters that it cannot."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = unicodedata.normalize("NFKD", error.object[error.start : error.end].translate(_PLAIN))
+    return "".join(letter if letter.isascii() else "?" for letter in text), error.end
+
+
+codecs.register_error("hiermoe.plain", _in_plain_letters)
 
 
 def _fail(error: object, code: int = 2) -> NoReturn:
@@ -189,6 +213,12 @@ def _report() -> None:
     print(f"{report.page}{'' if report.is_new else ' is current: nothing it shows has changed'}")
     if arguments.reference:
         print(write_reference())
+
+
+def _records() -> None:
+    from hiermoe.commands.records_command import main as records
+
+    records(sys.argv[1:])
 
 
 def _trace() -> None:

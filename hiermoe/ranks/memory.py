@@ -2,9 +2,9 @@
 
 Ranks come from a fork server and share what it has imported. What a rank has for itself was measured (its private
 pages, at their peak; torch 2.13 and Megatron-Core 0.16.1 on CPU, four and eight ranks of `hiermoe run measure=replay
-system=hd2`): 30 MB with 16 tokens a rank; after a few iterations of 256, 512 and 1024 tokens 205, 400 and 660 MB, 20 to
-23 times the bytes of the rows that a rank receives, K copies of T tokens; and after 34 iterations of 1024 tokens 1164 MB in
-the mean of 8 ranks, 34 times, since what is freed in pieces is not given back. Every run measures it anew
+system=hd2`): 30 MB with 16 tokens a rank; after a few iterations of 256, 512 and 1024 tokens 205, 400 and 660 MB, 20
+to 23 times the bytes of the rows that a rank receives, K copies of T tokens; and after 34 iterations of 1024 tokens
+1164 MB in the mean of 8 ranks, 34 times, since what is freed in pieces is not given back. Every run measures it anew
 (``peak_memory_bytes`` of its record, which counts shared pages too).
 """
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from hiermoe.ranks.world import Progress
 from hiermoe.records.project import SCRATCH
-from hiermoe.records.store import write_whole
+from hiermoe.records.whole_file import write_whole
 
 _POLL_SECONDS = 0.2
 

@@ -42,9 +42,15 @@ def option_columns(content: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in named.items() if value is not None}
 
 
+def is_told(option: str, value: Any) -> bool:
+    """Whether an entry of a configuration is shown or told, so that no number comes from it."""
+    name = option.rpartition(".")[2]
+    return name in _TOLD or (name == _SOURCE and not isinstance(value, dict) and option != "routing.source")
+
+
 def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     name = path.rpartition(".")[2]
-    if name in _TOLD or (name == _SOURCE and isinstance(value, str)):
+    if is_told(path, value):
         return
     if isinstance(value, dict) and value:
         for key, item in value.items():

@@ -8,15 +8,7 @@ import pandera.pandas as pa
 SOURCES = ("simulated", "local", "emulated", "cluster")
 STATUSES = ("ok", "failed", "not_applicable")
 
-# phase "dispatch": one row per stage of the iteration's AlltoAll. Measured runs have one per rank, another with
-#                   stage "all" for the whole call, and the same for the three other calls of a training step.
-# phase "routing":  one row per level of the hierarchy, what the routing asks for whatever the system.
-# phase "start":    measured runs, one row: the moves that iterations before have led to, found without running them.
-# phase "step":     one row per iteration, the four AlltoAlls together, and what the placement policy did after it.
-# phase "planning": one row per iteration and part of what a rank's placement policy does (stage measure, decide).
-# phase "train":    one row per training step and rank.
-# phase "calibration": one row per AlltoAll, size and repeat (iteration).
-# phase "run":      one row, for a run that failed or does not apply.
+# What columns and phases mean: meanings.py.
 CALLS = ("dispatch", "combine", "combine_backward", "dispatch_backward")
 PHASES = (*CALLS, "routing", "start", "step", "planning", "train", "calibration", "run")
 DEFAULTS = {"rank": -1, "row_bytes": 0, "moves": "", "status": "ok", "reason": ""}
@@ -39,47 +31,46 @@ RECORDS = pa.DataFrameSchema(
         "topk": pa.Column(int),
         "num_ranks": pa.Column(int),
         "tokens_per_rank": pa.Column(int),
-        "row_bytes": pa.Column(int),  # M * v, after what the run has narrowed it to; 0 where no rows move
-        "iteration": pa.Column(int),  # of the run; -1 in phases "run" and "start"
-        "routing_iteration": pa.Column(int),  # of the routing source
-        "counted": pa.Column(bool),  # counts for results: at most the last half, tokens that no decision has seen
+        "row_bytes": pa.Column(int),
+        "iteration": pa.Column(int),
+        "routing_iteration": pa.Column(int),
+        "counted": pa.Column(bool),
         "layer": pa.Column(int),
-        "rank": pa.Column(int),  # that measured; -1: all ranks together
+        "rank": pa.Column(int),
         "phase": pa.Column(str, pa.Check.isin(PHASES)),
-        "stage": pa.Column(str),  # "1:inter1"; phase "routing": the level's name; else "all"
-        "dimension": _number(low=1),  # d of the scheme used
-        "predicted_ms": _number(),  # phase dispatch: the stage in one AlltoAll; phase step: the four AlltoAlls
-        "link_ms": _number(),  # dispatch: least time of the stage on the busiest link of a shaped level
-        "rows": _number(),  # dispatch: at the busiest GPU; routing: distinct (token, group) pairs
-        "group_rows": _number(),  # dispatch, deduplicated: of the busiest group, per GPU of it: what Q counts
-        "bytes": _number(),  # rows * M * v; planning: what ranks sum
-        "crossing_rows": _number(),  # dispatch: rows that leave their GPU, all GPUs together
-        "pairs": _number(),  # token-expert pairs of the step
+        "stage": pa.Column(str),
+        "dimension": _number(low=1),
+        "predicted_ms": _number(),
+        "link_ms": _number(),
+        "rows": _number(),
+        "group_rows": _number(),
+        "bytes": _number(),
+        "crossing_rows": _number(),
+        "pairs": _number(),
         "dropped_pairs": _number(),
-        "expert_rows_max": _number(),  # token-expert pairs at the busiest GPU: compute balance
+        "expert_rows_max": _number(),
         "expert_rows_mean": _number(),
-        "moved_experts": _number(),  # after this iteration
-        "moves": pa.Column(str),  # of them: "17>40 40>17", logical expert > its new slot; train: "layer 2: 17>40; ..."
-        "migration_bytes": _number(),  # full state: weights, fp32 masters, Adam moments; measured: what the rank sent
-        "migration_link_ms": _number(),  # of them, at the link's rate
-        "migration_alltoall_ms": _number(),  # of them, at the rate that the AlltoAll reaches
-        "modelled_gain_ms": _number(low=None),  # what the policy expected to save per step
-        "recounted_gain_ms": _number(low=None),  # several swaps at once: what a recount of the same tokens finds
-        "realised_gain_ms": _number(low=None),  # exact traffic of the next step, at the old placement less at the new
-        "dispatch_ms": _number(),  # measured: the whole call
-        "wire_ms": _number(),  # of it, in collectives: count exchange and metadata included
-        "alone_ms": _number(),  # dispatch stages: their rows sent once more, all ranks ready before
-        "local_ms": _number(),  # of it, everything else
-        "metadata_bytes": _number(),  # which experts and which weights, sent beside the rows
-        "num_wrong": _number(),  # elements of the result that differ from the known answer
-        "peak_memory_bytes": _number(),  # of the process (CPU) or its allocations (CUDA) during the iteration
+        "moved_experts": _number(),
+        "moves": pa.Column(str),
+        "migration_bytes": _number(),
+        "migration_link_ms": _number(),
+        "migration_alltoall_ms": _number(),
+        "modelled_gain_ms": _number(low=None),
+        "recounted_gain_ms": _number(low=None),
+        "realised_gain_ms": _number(low=None),
+        "dispatch_ms": _number(),
+        "wire_ms": _number(),
+        "alone_ms": _number(),
+        "local_ms": _number(),
+        "metadata_bytes": _number(),
+        "num_wrong": _number(),
+        "peak_memory_bytes": _number(),
         "loss": _number(low=None),
-        "train_step_ms": _number(),  # measured: forward, backward and optimizer
-        "alltoall_forward_ms": _number(),  # of it, in dispatch and combine
+        "train_step_ms": _number(),
+        "alltoall_forward_ms": _number(),
         "alltoall_backward_ms": _number(),
-        "planning_ms": _number(),  # measured, beside the step: what the placement policy measured, summed and decided;
-        # phase planning: one of its parts alone
-        "migration_ms": _number(),  # measured, after the step: moving experts
+        "planning_ms": _number(),
+        "migration_ms": _number(),
         "status": pa.Column(str, pa.Check.isin(STATUSES)),
         "reason": pa.Column(str),
     },

@@ -1,7 +1,6 @@
 """The results store: one folder a run, complete once its records are in it."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from hiermoe.records.options import option_columns
 from hiermoe.records.project import RUNS
 from hiermoe.records.schema import RECORDS, validate
 from hiermoe.records.status import Status
+from hiermoe.records.whole_file import write_whole
 
 
 class RunStore:
@@ -105,17 +105,3 @@ def with_options(rows: pd.DataFrame, config: dict[str, Any]) -> pd.DataFrame:
         if (rows[name] != value).any():
             raise ValueError(f"{name}={rows[name].iloc[0]} in a record whose run has {name}={value}")
     return pd.concat([rows, pd.DataFrame(columns, index=rows.index)], axis=1)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: to a neighbour, flushed to disk, then renamed. Makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

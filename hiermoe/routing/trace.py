@@ -14,8 +14,8 @@ from pydantic import model_validator
 from hiermoe.records.choices import or_else, unknown
 from hiermoe.records.project import TRACES, found, shown
 from hiermoe.records.status import NotApplicable
-from hiermoe.records.store import write_whole
 from hiermoe.records.strict import Strict, checked
+from hiermoe.records.whole_file import write_whole
 from hiermoe.routing.step import RoutingRequest, RoutingStep, make_step
 
 FORMAT = 1

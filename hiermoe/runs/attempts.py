@@ -9,7 +9,8 @@ from pathlib import Path
 
 from hiermoe.ranks.crew import CrewEnded
 from hiermoe.records.project import shown
-from hiermoe.records.store import RunStore, write_whole
+from hiermoe.records.store import RunStore
+from hiermoe.records.whole_file import write_whole
 
 MOST_ATTEMPTS = 2
 

@@ -17,8 +17,9 @@ from hiermoe.planner.fit import CALIBRATED, fit_exchanges, timings
 from hiermoe.ranks.places import PLACES, RanksConfig
 from hiermoe.ranks.world import Progress, World, no_progress
 from hiermoe.records.project import CLUSTERS
-from hiermoe.records.store import RunStore, write_whole
+from hiermoe.records.store import RunStore
 from hiermoe.records.strict import checked, is_valid
+from hiermoe.records.whole_file import write_whole
 from hiermoe.runs.compose import compose
 from hiermoe.runs.execute import execute
 from hiermoe.runs.measurable import keys_of, name_run

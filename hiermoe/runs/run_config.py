@@ -78,6 +78,13 @@ class RunConfig(Strict):
         measure: what is measured, one file in conf/measure/.
         ranks: where; None where no ranks are needed.
         system: None, as model and routing are, where the measurement needs none (then nothing asks for them).
+        world_size: GPUs in all, or ranks; None: as many as the cluster has.
+        max_ep_size: without ranks, GPUs of an expert-parallel group at most; None: all are one group.
+        across: whether a group is spread over as many nodes or racks as there are, instead of filling one.
+        iterations: of training; the last ones count, at most half.
+        tokens_per_rank: sequence length times micro-batch.
+        narrowed: rows of tokens and experts are smaller by this factor than the model's.
+        seed: of synthetic routing.
     """
 
     measure: str

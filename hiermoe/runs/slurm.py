@@ -23,8 +23,8 @@ from submitit.helpers import Checkpointable
 
 from hiermoe.records.keep import Outcome
 from hiermoe.records.project import CONF, JOBS, WORKPLACE, shown
-from hiermoe.records.store import write_whole
 from hiermoe.records.strict import Strict, checked
+from hiermoe.records.whole_file import write_whole
 
 _POLL_SECONDS = 2.0
 _LAST_LINES = 15

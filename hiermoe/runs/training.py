@@ -28,7 +28,7 @@ from hiermoe.runs.single import present
 from hiermoe.runs.summary import train_summary
 from hiermoe.topology.cluster import Cluster
 
-_NO_CONTENT = {"wandb", "cache_dir", "checkpoint_every", "checkpoint_keep", "checkpoint_dir", "resume"}
+NO_CONTENT = {"wandb", "cache_dir", "checkpoint_every", "checkpoint_keep", "checkpoint_dir", "resume"}
 
 
 class TrainRunConfig(TrainingConfig):
@@ -75,7 +75,7 @@ class TrainRunConfig(TrainingConfig):
         """Everything that may change a number, as JSON-ready values."""
         start = self.given_checkpoint
         files = [] if start is None else [path for path in sorted(start.rglob("*")) if path.is_file()]
-        values = self.model_dump(mode="json", exclude=_NO_CONTENT)
+        values = self.model_dump(mode="json", exclude=NO_CONTENT)
         return values | {"measure": "train", "corpus": corpus_key(self), "start": [file_digest(path) for path in files]}
 
     @classmethod

@@ -22,16 +22,26 @@ class Level(Strict):
 
     Where ``port`` is given, the rate of one transfer is that of one port, and ``inter`` and ``intra`` may be left out:
     they are derived then (:mod:`hiermoe.topology.data_sheet`).
+
+    Attributes:
+        name: of one group.
+        label: of several groups, in figures and tables.
+        groups: that the level splits all GPUs into.
+        link_gb_per_s: rate of one point-to-point transfer between two groups of this level, links idle.
+        port: how traffic leaves a group of this level.
+        inter: constants among sibling groups of this level, equal lanes; not for the innermost level.
+        intra: constants among all GPUs of one group of this level; not for the innermost level.
+        shaped_mbit_per_s: rate of a group's emulated link, each way; None where it is not shaped.
     """
 
     name: str
-    label: str = ""  # of several groups, in figures and tables
+    label: str = ""
     groups: int = Field(ge=1)
-    link_gb_per_s: float = Field(gt=0)  # one point-to-point transfer between two groups of this level, links idle
-    port: Port | None = None  # how traffic leaves a group of this level
-    inter: AlphaBeta | None = None  # among sibling groups of this level, equal lanes; not for the innermost level
-    intra: AlphaBeta | None = None  # among all GPUs of one group of this level; not for the innermost level
-    shaped_mbit_per_s: float | None = Field(default=None, gt=0, le=10_000)  # of a group's emulated link, each way
+    link_gb_per_s: float = Field(gt=0)
+    port: Port | None = None
+    inter: AlphaBeta | None = None
+    intra: AlphaBeta | None = None
+    shaped_mbit_per_s: float | None = Field(default=None, gt=0, le=10_000)
 
     @model_validator(mode="before")
     @classmethod

@@ -77,12 +77,13 @@ class AlphaBeta(Strict):
         alpha_ms: start-up time.
         beta_ms_per_byte: time per byte.
         source: where the constants come from.
+        published: False: derived by a reading, or measured; marked wherever it is used.
     """
 
     alpha_ms: float = Field(ge=0)
     beta_ms_per_byte: float = Field(ge=0)
     source: str
-    published: bool = True  # False: derived by a reading, marked wherever it is used
+    published: bool = True
 
     def ms(self, amount: Amount, bytes_each: float = 1.0) -> Amount:
         """Time of ``amount`` bytes, or things of ``bytes_each`` bytes: a number, a tensor or an array of them."""

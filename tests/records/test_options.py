@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 from pydantic import BaseModel
 
+from hiermoe.records.meanings import MEANINGS
 from hiermoe.records.options import option_columns, options
 from hiermoe.records.project import CONF
 from hiermoe.records.run_id import run_id
+from hiermoe.records.schema import RECORDS
 from hiermoe.records.store import RunStore, with_options
 from hiermoe.records.table import differing, read_records
 from hiermoe.runs.calibration import CalibrationConfig, calibration_config
@@ -197,3 +199,7 @@ def test_names_do_not_depend_on_order_or_on_where_a_target_lies() -> None:
         "a": 1, "policy._target_": "smartmoe.SmartMoEPolicy", "policy.interval": 10,
     }  # fmt: skip
     assert json.dumps(options({"levels": []})) == '{"levels": "[]"}'
+
+
+def test_every_column_of_a_record_is_explained_once() -> None:
+    assert list(MEANINGS) == list(RECORDS.columns)
