@@ -37,7 +37,7 @@ def test_a_terminal_that_knows_ascii_alone_gets_ascii(variables: dict[str, str],
     done = use(tmp_path, "run", *SMALL, "wandb.mode=disabled", variables=variables)
     assert done.returncode == 0, done.stderr
     assert (done.stdout + done.stderr).isascii()
-    assert "HierMoE - qwen3_30b_a3b - a6000_4x8" in done.stdout
+    assert "HierMoE - qwen3_30b_a3b_paper - a6000_4x8" in done.stdout
 
 
 @pytest.mark.parametrize("home", ["/nonexistent", None], ids=["no such folder", "unset"])
