@@ -32,7 +32,7 @@ def kept(config: RunConfig) -> bool:
     return (
         config.routing.name in ("uniform", "resampled")
         and config.cluster.name.partition("@")[0] in ("a6000_4x8", "a6000_2x8", "a6000_1x8", "h100_ib400", "caldera")
-        and config.model.name in ("qwen3_30b_a3b_paper", "deepseek_v3_paper", "borealis")
+        and config.model.name in ("qwen3_30b_a3b_paper", "deepseek_v3_paper", "deepseek_v3", "borealis")
         and config.world_size in (None, 8, 64)
     )
 
