@@ -1,9 +1,12 @@
 """The ``hiermoe`` command: run, calibrate, train, record, reproduce, report."""
 
 import argparse
+import codecs
+import io
 import shlex
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable
 
 import hydra
@@ -32,6 +35,9 @@ USAGE = """hiermoe: does HierMoE's communication hold, and would it help your mo
 
 def main() -> None:
     """Entry point of the ``hiermoe`` script. Exits with 0, or with 1 or 2 after one line that says what is wrong."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="hiermoe.plain")  # a terminal may know ASCII alone
     commands: dict[str, Callable[[], None]] = {
         "run": _run,
         "calibrate": _calibrate,
@@ -58,6 +64,22 @@ def main() -> None:
         _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted; finished runs are kept, the same command goes on with the rest", code=130)
+
+
+_PLAIN = str.maketrans(
+    {"×": "x", "·": "-", "–": "-", "—": "-", "…": "...", "→": "->", "≤": "<=", "≥": ">=", "α": "alpha", "β": "beta"}
+    | {"γ": "gamma", "✓": "+", "✗": "x", "≈": "~", "µ": "u", "±": "+-", "−": "-", "“": '"', "”": '"', "’": "'"}
+)
+
+
+def _in_plain_letters(error: UnicodeError) -> tuple[str, int]:
+    """What a stream writes for letters that it cannot."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = unicodedata.normalize("NFKD", error.object[error.start : error.end].translate(_PLAIN))
+    return "".join(letter if letter.isascii() else "?" for letter in text), error.end
+
+
+codecs.register_error("hiermoe.plain", _in_plain_letters)
 
 
 def _fail(message: str, code: int = 2) -> None:

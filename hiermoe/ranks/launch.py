@@ -1,6 +1,7 @@
 """Starts gloo ranks on this machine, collects what they return, and ends all of them when one fails."""
 
 import json
+import multiprocessing.util
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 
 from hiermoe.dispatch.communicators import HOST_VARIABLE
 from hiermoe.ranks.emulated.namespaces import enter
@@ -32,6 +34,7 @@ _PRELOAD = ["__main__"]
 # have ended too: at once, or late where the machine is busy.
 _PEER_GONE = re.compile(r"onnection (closed|reset) by peer|Broken pipe")
 _PATIENCE_SECONDS = 60.0
+_LONGEST_TMPDIR = 60  # bytes; the paths of sockets below it have at most 107
 
 
 class RankFailedError(RuntimeError):
@@ -49,6 +52,12 @@ def preload(module: str) -> None:
 
 def fork_server() -> ForkServerContext:
     """Where ranks and simulating workers come from. A process has one such server only, whoever starts it first."""
+    if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TMPDIR:
+        told, tempfile.tempdir = tempfile.tempdir, "/tmp"
+        try:
+            multiprocessing.util.get_temp_dir()  # made once, and used for all sockets
+        finally:
+            tempfile.tempdir = told
     context = get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     return context
@@ -209,7 +218,9 @@ def _rank_main(rank: int, folder: Path) -> None:
         torch.set_num_threads(1)
         dist.init_process_group(
             "gloo",
-            init_method=(folder / "rendezvous").as_uri(),
+            store=FileStore(str(folder / "rendezvous"), world_size),  # in a URL a blank would be another path
+                str(folder / "rendezvous"), world_size
+            ),  # as a URL, a blank in it would be another path
             rank=rank,
             world_size=world_size,
             timeout=timeout,

@@ -18,7 +18,11 @@ Amount = Literal["quick", "default", "full"]
 AMOUNTS: tuple[Amount, ...] = ("quick", "default", "full")
 
 # Folders below sweeps/measured/ that an amount consists of.
-_FOLDERS: Mapping[Amount, tuple[str, ...]] = {"quick": ("quick",), "default": ("",), "full": ("", "full")}
+_FOLDERS: Mapping[Amount, tuple[str, ...]] = {
+    "quick": ("quick",),
+    "default": ("",),
+    "full": ("", "full", "full/uniform"),
+}
 
 # On GPUs an iteration takes milliseconds, so nothing is cut down.
 _FULL_SIZE: Mapping[str, str] = {"narrowed": "1", "tokens_per_rank": "1024"}
