@@ -180,7 +180,14 @@ def verdict_summary(verdicts: pd.DataFrame) -> Table:
     Args:
         verdicts: as :func:`to_frame` makes them.
     """
-    table = Table(title="Verdicts on the published numbers", title_justify="left", box=SIMPLE_HEAD, show_edge=False)
+    table = Table(
+        title="Verdicts on the published numbers",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("", no_wrap=True)
     for verdict in VERDICTS:
         table.add_column(verdict.replace(" ", "\n"), justify="right", style=STYLES[verdict], no_wrap=True)
@@ -189,6 +196,6 @@ def verdict_summary(verdicts: pd.DataFrame) -> Table:
         if source != last:
             table.add_row(Text("no run" if source == NONE else str(source), style="bold"))
         last, count = source, Counter(group["verdict"])
-        words = "needs no routing" if routing == NONE else str(routing).replace("_", "-")
+        words = "no routing" if routing == NONE else str(routing).replace("_", "-")
         table.add_row(f"  {words}", *(str(count[verdict]) for verdict in VERDICTS))
     return table

@@ -219,8 +219,6 @@ def _rank_main(rank: int, folder: Path) -> None:
         dist.init_process_group(
             "gloo",
             store=FileStore(str(folder / "rendezvous"), world_size),  # in a URL a blank would be another path
-                str(folder / "rendezvous"), world_size
-            ),  # as a URL, a blank in it would be another path
             rank=rank,
             world_size=world_size,
             timeout=timeout,
