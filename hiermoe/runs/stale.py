@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from hiermoe.measure.registry import MEASUREMENTS
-from hiermoe.records.index import Renewal
+from hiermoe.records.index import Index, Renewal
 from hiermoe.records.options import options
 from hiermoe.records.store import RunStore
 from hiermoe.runs.calibration import CalibrationConfig
@@ -57,6 +57,12 @@ def stale_runs(store: RunStore, run_ids: Iterable[str] | None = None) -> list[St
     """
     found = (_looked_at(store, run_id) for run_id in (store.run_ids() if run_ids is None else run_ids))
     return [run for run in found if run is not None]
+
+
+def stale_in_place_of(index: Index, store: RunStore) -> list[Renewal]:
+    """What renews the stale records among those that an index does not name."""
+    named = {run.run_id for runs in index.values() for run in runs}
+    return renewals(stale_runs(store, [run_id for run_id in store.run_ids() if run_id not in named]))
 
 
 def _looked_at(store: RunStore, run_id: str) -> StaleRun | None:
