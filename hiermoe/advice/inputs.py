@@ -1,5 +1,7 @@
 """From what the user gives to a case: routing on the cluster's GPUs, and the sizes of the model."""
 
+import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +111,7 @@ def resolve(config: AdviceConfig) -> tuple[Case, Path | None]:
     element_bytes = _value(config, model, "element_bytes") or DEFAULT_ELEMENT_BYTES
     iterations = WALKED_TOKENS // (cluster.hierarchy.num_ranks * config.tokens_per_rank)
     case = Case(
-        name=f"{opened.name}-{cluster.name}".replace("@", "_"),
+        name=_name(config, opened, model, cluster),
         kind=opened.kind,
         routing_words=opened.words,
         routing=CachedRouting(opened.source),
@@ -123,6 +125,15 @@ def resolve(config: AdviceConfig) -> tuple[Case, Path | None]:
         notes=(*opened.notes, *_left_aside(config, opened.kind, model, cluster, opened.num_experts)),
     )
     return case, path
+
+
+def _name(config: AdviceConfig, opened: _Opened, model: ModelConfig | None, cluster: Cluster) -> str:
+    """Of the output folder: legible, and another one for every other question."""
+    asked = config.model_dump_json(exclude={"output", "picture"})
+    parts = [opened.name, *([] if model is None else [model.name]), cluster.name]
+    parts += [] if config.layer == 0 else [f"layer{config.layer}"]
+    digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
+    return re.sub(r"[^\w.-]", "_", "-".join([*dict.fromkeys(parts), digest]))
 
 
 def _value(config: AdviceConfig, model: ModelConfig | None, key: str) -> int | None:

@@ -3,10 +3,10 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hiermoe.records.index import Index
+from hiermoe.records.index import Index, Renewal
 from hiermoe.records.project import CONF, PUBLISHED, RULES, TEMPLATES
 from hiermoe.records.run_id import code_digest
 from hiermoe.records.store import RunStore
@@ -14,7 +14,7 @@ from hiermoe.records.store import RunStore
 _HEAD_BYTES = 4096  # a page says in its first lines what it was made from
 
 
-def made_from(index: Index, store: RunStore) -> str:
+def made_from(index: Index, store: RunStore, stale: Sequence[Renewal] = ()) -> str:
     """One name for all that a report shows: its runs and their records, the rules, names and colours, the code.
 
     The commit does not count: where none of these has changed, a report tells of the one that it was made at.
@@ -23,6 +23,7 @@ def made_from(index: Index, store: RunStore) -> str:
         "runs": {name: [(entry.run_id, entry.swept) for entry in sweep] for name, sweep in index.items()},
         "records": {entry.run_id: store.written_ns(entry.run_id) for sweep in index.values() for entry in sweep},
         "all records": store.run_ids(),
+        "stale": [(renewal.command, renewal.run_ids) for renewal in stale],
         "files": {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in _files()},
         "code": code_digest(("hiermoe.analysis.report",)),
     }

@@ -22,7 +22,7 @@ from hiermoe.analysis.origins import run_provenance, trace_facts
 from hiermoe.analysis.render import environment, to_html
 from hiermoe.analysis.verdicts import VERDICTS, Judged, judge_all, to_frame
 from hiermoe.analysis.wording import GLYPHS, cell, in_words, number, system_labels
-from hiermoe.records.index import Index
+from hiermoe.records.index import Index, Renewal
 from hiermoe.records.keep import NONE
 from hiermoe.records.project import REPORTS
 from hiermoe.records.provenance import collect
@@ -62,17 +62,20 @@ class Report:
     is_new: bool
 
 
-def write_report(index: Index, store: RunStore | None = None, folder: Path = REPORTS) -> Report:
+def write_report(
+    index: Index, store: RunStore | None = None, folder: Path = REPORTS, stale: Sequence[Renewal] = ()
+) -> Report:
     """Write report.html, report.md, verdicts.csv and figures/ from the records that are there, unless that is done.
 
     Args:
         index: runs by sweep.
         store: where their records are.
         folder: where to write.
+        stale: records that other code has made, which are left out, with what renews them.
     """
     store = store or RunStore()
     page, table = folder / "report.html", folder / "verdicts.csv"
-    made = made_from(index, store)
+    made = made_from(index, store, stale)
     if is_current(page, made):
         return Report(page, pd.read_csv(table, keep_default_na=False, na_values=[""]), is_new=False)
     results = load(index, store)
@@ -98,6 +101,7 @@ def write_report(index: Index, store: RunStore | None = None, folder: Path = REP
             sections=[section for section in sections if section.words],
             absent=[section for section in sections if not section.words],
             rules=rules,
+            stale=stale,
             findings=findings(claims, of_source["simulated"]),
             **context,
         )

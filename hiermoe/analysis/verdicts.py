@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pandas as pd
-from rich.box import SIMPLE
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from hiermoe.analysis.cases import Case, cases
 from hiermoe.analysis.claims import Claim, Rule, Rules
@@ -174,17 +175,27 @@ def _rows(judged: Sequence[Judged]) -> Iterator[dict[str, object]]:
 
 
 def verdict_summary(verdicts: pd.DataFrame) -> Table:
-    """How many claims got which verdict, one column per source and routing, for the terminal.
+    """How many claims got which verdict, one line per source and routing, for the terminal: at most 80 columns wide.
 
     Args:
         verdicts: as :func:`to_frame` makes them.
     """
-    table = Table(title="Verdicts on the published numbers", title_justify="left", box=SIMPLE)
-    table.add_column("")
-    counts = []
-    for (source, routing), group in verdicts.groupby(["source", "routing"], sort=False):
-        table.add_column(f"{source}\n{str(routing).replace('_', '-')}", justify="right")
-        counts.append(Counter(group["verdict"]))
+    table = Table(
+        title="Verdicts on the published numbers",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("", no_wrap=True)
     for verdict in VERDICTS:
-        table.add_row(verdict, *(str(count[verdict]) for count in counts), style=STYLES[verdict])
+        table.add_column(verdict.replace(" ", "\n"), justify="right", style=STYLES[verdict], no_wrap=True)
+    last = ""
+    for (source, routing), group in verdicts.groupby(["source", "routing"], sort=False):
+        if source != last:
+            table.add_row(Text("no run" if source == NONE else str(source), style="bold"))
+        last, count = source, Counter(group["verdict"])
+        words = "no routing" if routing == NONE else str(routing).replace("_", "-")
+        table.add_row(f"  {words}", *(str(count[verdict]) for verdict in VERDICTS))
     return table

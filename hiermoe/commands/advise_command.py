@@ -20,7 +20,6 @@ from hiermoe.advice.inputs import resolve
 from hiermoe.advice.page import write_page
 from hiermoe.advice.systems import candidates
 from hiermoe.analysis.report import small_copy
-from hiermoe.records.project import REPORTS, shown
 from hiermoe.routing.step import first_measured
 
 
@@ -49,7 +48,7 @@ def advise_and_print(config: AdviceConfig) -> Path:
 
         answer = Answer.of(assess(case, systems, left_out, walked))
         progress.update(task, description="drawing")
-        folder = Path(config.output) if config.output else REPORTS / "advice" / case.name
+        folder = Path(config.output) if config.output else Path("advice") / case.name  # where the user stands
         page = write_page(answer, folder, routing_file)
         if config.picture is not None:
             small_copy(folder / "figures" / "overview.png", Path(config.picture))
@@ -59,7 +58,7 @@ def advise_and_print(config: AdviceConfig) -> Path:
     for condition in phrases.conditions(answer):
         console.print(f"· {escape(condition)}")
     console.print(_table(answer))
-    console.print(f"{time.perf_counter() - started:.0f} s · page: {shown(page)}", soft_wrap=True)
+    console.print(f"{time.perf_counter() - started:.0f} s · page: {page}", soft_wrap=True)
     return page
 
 

@@ -97,10 +97,22 @@ def _fail(error: object, code: int = 2) -> NoReturn:
 
 
 def _run() -> None:
+    from hiermoe.commands.comparison import Ended, print_comparison
+    from hiermoe.records.store import RunStore
     from hiermoe.runs.run_config import RunConfig
     from hiermoe.runs.single import run_and_print
 
-    _composed("config", RunConfig, run_and_print)
+    ended: list[Ended] = []
+
+    def noted(overrides: tuple[str, ...], config: RunConfig | None, error: str) -> None:
+        ended.append(Ended(overrides, config, error))
+
+    _composed("config", RunConfig, run_and_print, noted)
+    if ended:
+        print_comparison(ended, RunStore(), Console())
+    failed = [one for one in ended if one.error]
+    if failed:
+        _fail(f"{len(failed)} of {len(ended)} runs failed; the table says which and why")
 
 
 def _calibrate() -> None:
@@ -127,8 +139,23 @@ def _advise() -> None:
     _composed("advise", AdviceConfig, advise_and_print)
 
 
-def _composed(config_name: str, schema: type[Schema], run: Callable[[Schema], object]) -> None:
-    """Let Hydra compose what the command line says, and run it; under ``-m`` several."""
+def _composed(
+    config_name: str,
+    schema: type[Schema],
+    run: Callable[[Schema], object],
+    noted: Callable[[tuple[str, ...], Schema | None, str], None] | None = None,
+) -> None:
+    """Let Hydra compose what the command line says, and run it; under ``-m`` several.
+
+    Args:
+        config_name: primary file in conf/.
+        schema: of the configuration.
+        run: what is done with it.
+        noted: is told how each of several ended, none of which ends the others: its own overrides, its configuration,
+            what went wrong. None: the first that fails ends the command.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
     from hiermoe.ranks.launch import RankFailedError
     from hiermoe.runs.compose import REFUSED, plain, refusal, register
 
@@ -136,14 +163,22 @@ def _composed(config_name: str, schema: type[Schema], run: Callable[[Schema], ob
         print(help_text(config_name))
         return
     register(sys.argv[1:])
+    several = bool({"-m", "--multirun"} & set(sys.argv)) and noted is not None
     os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises what it refuses, and prints nothing of its own
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     def task(composed: DictConfig) -> None:
+        config, error = None, ""
         try:
-            run(checked(plain(composed), schema))
-        except (ValueError, OSError, RankFailedError) as error:  # of which Hydra would print a traceback
-            _fail(error)
+            config = checked(plain(composed), schema)
+            run(config)
+        except (ValueError, OSError, RankFailedError) as failure:  # of which Hydra would print a traceback
+            if not several:
+                _fail(failure)
+            error = str(failure).splitlines()[0]
+            Console(highlight=False, soft_wrap=True).print(f"[red]failed[/red] {escape(error)}\n")
+        if several and noted is not None:
+            noted(tuple(HydraConfig.get().overrides.task), config, error)
 
     try:
         task()
@@ -202,14 +237,19 @@ def _reproduce() -> None:
 
 def _report() -> None:
     from hiermoe.analysis.report import write_reference, write_report
+    from hiermoe.commands.records_command import print_stale
     from hiermoe.records.store import RunStore
     from hiermoe.runs.indexing import index_runs
+    from hiermoe.runs.stale import stale_in_place_of
 
     parser = Parser(prog="hiermoe report", description="The report from the records there are.")
     parser.add_argument("--reference", action="store_true", help="also the small copy that is committed")
     arguments = parser.parse_args()
     store = RunStore()
-    report = write_report(index_runs(store), store)
+    index = index_runs(store)
+    stale = stale_in_place_of(index, store)
+    report = write_report(index, store, stale=stale)
+    print_stale(stale, Console(highlight=False))
     print(f"{report.page}{'' if report.is_new else ' is current: nothing it shows has changed'}")
     if arguments.reference:
         print(write_reference())

@@ -4,24 +4,19 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from hiermoe.analysis.claims import load_rules
 from hiermoe.analysis.report import write_report
 from hiermoe.analysis.verdicts import verdict_summary
+from hiermoe.commands.progress_line import NO_REPORT, ProgressLine
+from hiermoe.commands.records_command import print_stale
 from hiermoe.ranks.emulated.requirements import missing_requirement
 from hiermoe.records.keep import Outcome
+from hiermoe.records.project import REPORTS
 from hiermoe.records.store import RunStore
 from hiermoe.runs.calibration import calibrate, calibration_config
 from hiermoe.runs.compose import Cell, expand, sweep_names
@@ -29,6 +24,7 @@ from hiermoe.runs.execute import execute_together, num_steps
 from hiermoe.runs.indexing import index_runs
 from hiermoe.runs.measured_cells import Amount, MeasuredCell, clusters_of, measured_cells, together
 from hiermoe.runs.run_config import RunConfig, WandbMode
+from hiermoe.runs.stale import stale_in_place_of
 from hiermoe.runs.sweep import run_all
 from hiermoe.runs.tracking import mirror_table
 from hiermoe.runs.training import TrainRunConfig, expand_training
@@ -36,7 +32,7 @@ from hiermoe.runs.training import TrainRunConfig, expand_training
 Cells = Mapping[str, Sequence[Cell]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Session:
     """What all parts of one reproduction share."""
 
@@ -44,11 +40,16 @@ class Session:
     console: Console
     workers: int
     started: float
+    report: Path = REPORTS / "report.html"
 
     @property
     def seconds(self) -> float:
         """Since the start."""
         return time.perf_counter() - self.started
+
+    def stage(self, what: str, total: int, then: str) -> ProgressLine:
+        """Progress of a part."""
+        return ProgressLine(self.console, what, total, then, str(self.report) if self.report.exists() else NO_REPORT)
 
 
 def reproduce(
@@ -74,12 +75,16 @@ def reproduce(
     with console.status("reading conf/ and sweeps/"):
         cells = {name: expand(name) for name in sweeps or simulated_sweeps(amount)}
     if sweeps is not None:
-        finish(simulate_all(cells, session), session, wandb_mode, cells)
+        finish(simulate_all(cells, session, "the report"), session, wandb_mode, cells)
         return
     lacking = missing_requirement()
     console.print(PLANS["simulated" if lacking else amount])
     judged = simulated_sweeps("default")
-    outcomes = simulate_all({name: sweep for name, sweep in cells.items() if name in judged}, session)
+    beyond = {name: sweep for name, sweep in cells.items() if name not in judged}
+    left = (
+        "first report, " + ("" if lacking else "measured runs, ") + ("what lies beyond the paper, " if beyond else "")
+    )
+    outcomes = simulate_all({name: sweep for name, sweep in cells.items() if name in judged}, session, f"{left}report")
     if any(not outcome.cached for outcome in outcomes):
         write(session, cells, "first report, all simulated verdicts")
     if lacking is None:
@@ -89,7 +94,7 @@ def reproduce(
             f"[yellow]left out[/yellow]: measured runs on an emulated cluster. {lacking}\n"
             "  as root: [bold]make reproduce[/bold]; what is done is kept"
         )
-    outcomes += simulate_all({name: sweep for name, sweep in cells.items() if name not in judged}, session)
+    outcomes += simulate_all(beyond, session, "report")
     finish(outcomes, session, wandb_mode, cells)
 
 
@@ -114,23 +119,19 @@ def simulated_sweeps(amount: Amount) -> list[str]:
     return sorted({name for place, name in places if amount == "default" or place.startswith(("Fig.", "Table"))})
 
 
-def simulate_all(cells: Cells, session: Session) -> list[Outcome]:
-    """Run simulated sweeps on all cores, with one progress bar each."""
+def simulate_all(cells: Cells, session: Session, then: str = "report") -> list[Outcome]:
+    """Run simulated sweeps on all cores; ``then`` is what the command has left after them."""
     if not cells:
         return []
-    configs = (cell.config for sweep in cells.values() for cell in sweep)
-    with _progress(session.console) as progress:
-        runs = {name: {cell.config.run_id for cell in sweep} for name, sweep in cells.items()}
-        total = progress.add_task("all runs", total=len(set().union(*runs.values())))
-        tasks = {name: progress.add_task(name, total=len(ids)) for name, ids in runs.items()}
+    configs = {cell.config.run_id: cell.config for sweep in cells.values() for cell in sweep}
+    sweep_of = {cell.config.run_id: name for name, sweep in cells.items() for cell in sweep}
+    with session.stage("simulating", len(configs), then) as progress:
 
         def finished(outcome: Outcome) -> None:
-            progress.advance(total)
-            for name, ids in runs.items():
-                if outcome.run_id in ids:
-                    progress.advance(tasks[name])
+            progress.now(sweep_of[outcome.run_id])
+            progress.advance()
 
-        return run_all(configs, session.workers, finished, session.store)
+        return run_all(configs.values(), session.workers, finished, session.store)
 
 
 def measure_emulated(amount: Amount, session: Session) -> list[Outcome]:
@@ -138,10 +139,9 @@ def measure_emulated(amount: Amount, session: Session) -> list[Outcome]:
     for name in clusters_of(amount):
         config = calibration_config(name.removesuffix("_calibrated"), "emulated")
         if not (session.store.is_done(config.run_id) and config.path.exists()):
-            with _progress(session.console) as progress:
-                task = progress.add_task("calibrating", total=num_steps(config))
-                _show(progress, task, f"calibrating {config.cluster.name}")
-                calibrate(config, session.store, lambda _, task=task: progress.advance(task))
+            what = f"calibrating {config.cluster.name}"
+            with session.stage(what, num_steps(config), "measured runs, report") as progress:
+                calibrate(config, session.store, lambda _, progress=progress: progress.advance())
     cells = measured_cells(amount)
     outcomes = [*measure(together(cell.measured.config for cell in cells), session), *predict(cells, session)]
     if amount == "full":
@@ -153,15 +153,15 @@ def measure(groups: Sequence[Sequence[RunConfig | TrainRunConfig]], session: Ses
     """Measure what has no record, one group of systems after another and nothing beside, with one progress bar."""
     missing = [group for group in groups if not all(session.store.is_done(config.run_id) for config in group)]
     outcomes: list[Outcome] = []
-    with _progress(session.console) as progress:
-        task = progress.add_task("measuring", total=sum(num_steps(group[0]) for group in missing))
+    steps = sum(num_steps(group[0]) for group in missing)
+    with session.stage("measuring", steps, "what is predicted of these runs, report") as progress:
         for group in groups:
             first = group[0]
             if isinstance(first, RunConfig):
-                _show(progress, task, f"{first.model.name}, {first.routing.name}: {len(group)} systems")
+                progress.now(f"{first.model.name}, {first.routing.name}, {len(group)} systems")
             else:
-                _show(progress, task, f"training {first.model.name}, {first.system.label}")
-            outcomes += execute_together(group, session.store, lambda _: progress.advance(task))
+                progress.now(f"a training of {first.model.name}, {first.system.label}")
+            outcomes += execute_together(group, session.store, lambda _: progress.advance())
     return outcomes
 
 
@@ -199,25 +199,12 @@ def write(session: Session, cells: Cells, what: str) -> pd.DataFrame:
         The verdicts.
     """
     with session.console.status("drawing figures and writing the report"):
-        report = write_report(index_runs(session.store, cells), session.store)
+        index = index_runs(session.store, cells)
+        stale = stale_in_place_of(index, session.store)
+        report = write_report(index, session.store, stale=stale)
+    print_stale(stale, session.console)
     what = what if report.is_new else f"{what}, of before, as nothing in it has changed"
-    session.console.print(f"{what}: [bold]{report.page}[/bold] ({session.seconds:.0f} s since the start)")
-    return report.verdicts
-
-
-def _show(progress: Progress, task: TaskID, what: str) -> None:
-    """Say what is being done now; in a file, where no bar moves, as a line of its own."""
-    progress.update(task, description=what)
-    if not progress.console.is_terminal:
-        progress.console.print(what)
-
-
-def _progress(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description:<14}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+    session.console.print(
+        f"{what}: [bold]{report.page}[/bold] ({session.seconds:.0f} s since the start)", soft_wrap=True
     )
-    return Progress(*columns, console=console)
+    return report.verdicts

@@ -228,13 +228,10 @@ def _rank_main(rank: int, folder: Path) -> None:
         # All ranks are on this host. gloo otherwise asks the host's name for an address, which need not be reachable.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(loopback=True))
         torch.set_num_threads(1)
-        dist.init_process_group(
-            "gloo",
-            store=FileStore(str(folder / "rendezvous"), world_size),  # in a URL a blank would be another path
-            rank=rank,
-            world_size=world_size,
-            timeout=timeout,
-        )
+        store = FileStore(str(folder / "rendezvous"), world_size)  # in a URL a blank would be another path
+        store.set_timeout(timeout)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+        dist.barrier()  # or one that has nothing to do would be gone before the last one has connected
         torch.save(function(rank, *args), _result_path(folder, rank))
     except BaseException as error:
         report = {

@@ -18,10 +18,11 @@ RANKS, TOKENS, EXPERTS, TOPK, ITERATIONS = 8, 64, 32, 4, 32
 SYSTEMS = ("hd1", "hd2", "hd2_moe", "hd_moe", "hiermoe", "smartmoe_f1", "tutel_2dh_padded_cf1")
 
 
-def tiny_trace(iterations: int = ITERATIONS, model: str = "tiny") -> RoutingTrace:
+def tiny_trace(iterations: int = ITERATIONS, model: str = "tiny", layers: int = 1) -> RoutingTrace:
     """Tokens of a topic like the same experts, so that there is something to group."""
     source = Topic(RoutingRequest("", EXPERTS, TOPK, RANKS, TOKENS), num_topics=4, run_length=16, strength=8.0)
-    ids = np.stack([source.step(i).expert_ids_NK.numpy().reshape(RANKS, TOKENS, TOPK) for i in range(iterations)])
+    steps = [source.step(i).expert_ids_NK.numpy() for i in range(iterations * layers)]
+    ids = np.stack(steps).reshape(iterations, layers, RANKS, TOKENS, TOPK)
     metadata = TraceMetadata(
         model=model,
         num_experts=EXPERTS,
@@ -33,11 +34,11 @@ def tiny_trace(iterations: int = ITERATIONS, model: str = "tiny") -> RoutingTrac
         seed=0,
         training_step=list(range(iterations)),
         loss=[None] * iterations,
-        layers=[1],
+        layers=[*range(1, layers + 1)],
         how_made="tests/advice",
         versions={},
     )
-    return RoutingTrace(ids[:, None], np.full((iterations, RANKS), TOKENS, dtype=np.int32), metadata)
+    return RoutingTrace(ids, np.full((iterations, RANKS), TOKENS, dtype=np.int32), metadata)
 
 
 @pytest.fixture(scope="session")

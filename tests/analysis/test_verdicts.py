@@ -1,8 +1,10 @@
 """Rules: every verdict can be reached, and every rule can fail."""
 
+import io
 import math
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 from rich.console import Console
 
@@ -160,10 +162,15 @@ def test_ratio_is_one_inside_a_published_range(judged: list[Judged]) -> None:
     assert (inside.ratio, above.ratio) == (1.0, pytest.approx(2.0))
 
 
-def test_summary_for_the_terminal_counts_every_row(judged: list[Judged]) -> None:
-    console = Console(width=160, record=True)
-    with console.capture() as captured:
-        console.print(verdict_summary(to_frame(judged)))
-    text = captured.get()
-    assert "simulated" in text and "contradicted" in text
-    assert sum(int(word) for word in text.split() if word.isdigit()) == len(judged)
+@pytest.mark.parametrize("sources", [("simulated",), ("simulated", "local", "emulated", "cluster", "none")])
+def test_summary_counts_every_row_on_lines_of_eighty_columns(sources: tuple[str, ...], judged: list[Judged]) -> None:
+    file, simulated = io.StringIO(), to_frame(judged)
+    verdicts = pd.concat([simulated.assign(source=source) for source in sources])
+    Console(width=80, file=file).print(verdict_summary(verdicts))
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80 and "\x1b" not in file.getvalue() and "…" not in file.getvalue()
+    kinds = verdicts[["source", "routing"]].drop_duplicates()
+    counts = [[int(word) for word in line.split() if word.isdigit()] for line in lines]
+    assert [len(row) for row in counts if row] == [len(VERDICTS)] * len(kinds)  # no line is broken in two
+    assert sum(map(sum, counts)) == len(verdicts)
+    assert all(any(source in line for line in lines) for source in sources if source != "none")

@@ -220,3 +220,33 @@ def test_what_only_training_needs_is_asked_for_where_a_model_is_trained(tmp_path
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(FOUR))
     code, _, err = hiermoe("train", f"model={tmp_path / 'mine.yaml'}")
     assert code != 0 and "model mine does not say num_layers, ffn_hidden_size, vocab_size, attention" in err
+
+
+def test_pages_of_two_questions_lie_side_by_side_where_the_user_stands(
+    tmp_path: Path, hiermoe: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    layers = tmp_path / "two.trace"
+    tiny_trace(iterations=4, layers=2).save(layers)
+    traced = [f"trace={layers}", *NODE, *SIZES, "systems=[hd2]", "iterations=4"]
+    drawn = ["routing=uniform", *NODE, "systems=[hd2]", "iterations=4"]
+    questions = [
+        [*traced, "layer=0"],
+        [*traced, "layer=1"],
+        [*traced, "topk=4", "tokens_per_rank=32"],
+        [*drawn, "model=deepseek_v3"],
+        [*drawn, "model=qwen3_30b_a3b"],
+    ]
+    pages = {}
+    for number, question in enumerate(questions):
+        code, out, err = hiermoe("advise", *question)
+        assert (code, err) == (0, "")
+        (told,) = re.findall(r"page: (\S+)", out)
+        pages[number] = tmp_path / told
+        assert pages[number].is_file() and pages[number].is_relative_to(tmp_path / "advice")
+    assert len(set(pages.values())) == len(questions)
+    texts = [page.with_suffix(".md").read_text() for page in pages.values()]
+    assert len(set(texts)) == len(questions)
+    hiermoe("advise", *questions[0])
+    assert len(list((tmp_path / "advice").iterdir())) == len(questions)
+    assert [page.with_suffix(".md").read_text() for page in pages.values()][1:] == texts[1:]

@@ -1,0 +1,146 @@
+"""What several runs of one command came to, side by side: the table that `hiermoe run -m` ends with."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hiermoe.analysis.frames import typical_ms
+from hiermoe.ranks.places import PLACES, RanksConfig
+from hiermoe.records.store import RunStore
+from hiermoe.runs.run_config import RunConfig
+
+_WIDTH = 80  # in a file; a terminal may be narrower
+
+
+@dataclass(frozen=True)
+class Ended:
+    """One run of several.
+
+    Attributes:
+        overrides: what it was asked to be, beyond what all were.
+        config: None where these make no configuration.
+        error: in one line; empty where the run came to something.
+    """
+
+    overrides: tuple[str, ...]
+    config: RunConfig | None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Of one run: milliseconds of one AlltoAll and of the four of a step and layer, and the stages used."""
+
+    alltoall_ms: float
+    total_ms: float
+    dimensions: str
+
+
+def print_comparison(ended: Sequence[Ended], store: RunStore, console: Console) -> None:
+    """Print the table, plain and at most 80 columns wide in a file."""
+    if not console.is_terminal:
+        console = Console(file=console.file, width=min(_WIDTH, console.width), no_color=True, highlight=False)
+    console.print(comparison(ended, store))
+
+
+def comparison(ended: Sequence[Ended], store: RunStore) -> Table:
+    """One line a run: what varied, then predicted and measured numbers, which never share a column.
+
+    A predicted run has the measured one of its setting beside it where the store has that, and the other way round.
+
+    Args:
+        ended: runs in their order.
+        store: where their records are.
+    """
+    lines = [(one, *_both(one, store)) for one in ended]
+    kinds = [kind for i, kind in enumerate(("predicted", "measured"), start=1) if any(line[i] for line in lines)]
+    table = Table(title="All runs", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, caption_justify="left")
+    table.add_column("what varied", overflow="fold")
+    for kind in kinds:
+        table.add_column("d*", justify="right", no_wrap=True)
+        for what in ("one\nAlltoAll", "four,\ntotal", "times\nas fast"):
+            table.add_column(f"{kind if what[0] == 'f' else ''}\n{what}", justify="right", no_wrap=True)
+    first: dict[tuple[str, str], float] = {}  # total of the first system, by kind and setting
+    for one, *numbers in lines:
+        cells = []
+        for kind, found in zip(("predicted", "measured"), numbers, strict=True):
+            if kind in kinds and found is None:
+                cells += [""] * 4
+            elif found is not None:
+                base = first.setdefault((kind, _setting(one)), found.total_ms)
+                ms = (f"{found.alltoall_ms:.2f}", f"{found.total_ms:.2f}", f"{base / found.total_ms:.2f}")
+                cells += [found.dimensions, *ms]
+        table.add_row(escape(" ".join(value.partition("=")[2] for value in one.overrides) or "-"), *cells)
+    sources = sorted({s for one in ended if one.config is not None for s in _measured_sources(one.config, store)})
+    table.caption = "ms; four: the four AlltoAlls of a step and layer, " + (
+        f"mean of predicted, median of measured times of the busiest rank ({', '.join(sources)})"
+        if "measured" in kinds
+        else "mean of the iterations that count"
+    )
+    table.caption += ". Times as fast: as the first system of the same setting."
+    for one in ended:
+        if why := one.error or _not_applicable(one, store):
+            table.caption += f"\n{escape(' '.join(one.overrides))}: {escape(why)}"
+    return table
+
+
+def _not_applicable(one: Ended, store: RunStore) -> str:
+    """Why a run has no meaning; empty where it has."""
+    status, reason = (one.config and store.ended(one.config.run_id)) or ("ok", "")
+    return f"not applicable, {reason}" if status == "not_applicable" else ""
+
+
+def _setting(one: Ended) -> str:
+    """Everything but the system."""
+    return json.dumps([value for value in one.overrides if not value.startswith("system")])
+
+
+def _both(one: Ended, store: RunStore) -> tuple[_Numbers | None, _Numbers | None]:
+    """Predicted and measured numbers of a setting, as far as there are any."""
+    if one.config is None or one.config.system is None:
+        return None, None
+    predicted = _numbers(_predicted(one.config).run_id, store)
+    measured = (_numbers(config.run_id, store) for config in _measured(one.config))
+    return predicted, next((found for found in measured if found is not None), None)
+
+
+def _measured_sources(config: RunConfig, store: RunStore) -> Iterator[str]:
+    if config.system is not None:
+        yield from (one.ranks.source for one in _measured(config) if one.ranks and store.has(one.run_id))
+
+
+def _predicted(config: RunConfig) -> RunConfig:
+    """The run itself, or if it is measured its twin."""
+    return config.model_copy(update={"measure": "predict", "ranks": None}) if config.ranks is not None else config
+
+
+def _measured(config: RunConfig) -> Iterator[RunConfig]:
+    """The run itself, or if it is predicted what would be measured in each place that has a file."""
+    if config.ranks is not None:
+        yield config
+    elif config.measure == "predict":
+        for name in PLACES:
+            yield config.model_copy(update={"measure": "replay", "ranks": RanksConfig.named(name)})
+
+
+def _numbers(run_id: str, store: RunStore) -> _Numbers | None:
+    """Of the iterations that count; None where there is no record of it, or none with AlltoAlls."""
+    if not store.is_done(run_id):
+        return None
+    rows: pd.DataFrame = store.read(run_id)
+    counted = rows[rows["counted"]]
+    steps, calls = counted[counted["phase"] == "step"], counted[counted["phase"] == "dispatch"]
+    if steps.empty or calls.empty or steps["dimension"].isna().all():
+        return None
+    if rows["source"].iloc[0] == "simulated":
+        one_ms = calls.groupby("iteration")["predicted_ms"].sum().mean()
+    else:
+        one_ms = calls[calls["stage"] == "all"].groupby("iteration")["dispatch_ms"].max().median()
+    used = sorted(int(d) for d in calls["dimension"].dropna().unique())
+    return _Numbers(float(one_ms), float(typical_ms(steps).iloc[0]), ",".join(map(str, used)))

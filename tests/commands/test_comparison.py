@@ -1,0 +1,67 @@
+"""`hiermoe run -m` ends with a table of all runs, which a log shows whole."""
+
+import pytest
+
+from hiermoe.commands.comparison import Ended, comparison
+from hiermoe.records.store import RunStore
+from hiermoe.runs.execute import execute
+from hiermoe.runs.run_config import RunConfig
+from tests.conftest import Command, Composer
+from tests.records.test_store import rows
+
+SMALL = ("routing=uniform", "iterations=4", "wandb.mode=disabled")
+
+
+def last_table(out: str) -> list[str]:
+    return out[out.index("All runs") :].splitlines()
+
+
+def test_multirun_ends_with_a_table_of_eighty_columns_that_has_failed_runs_too(
+    hiermoe: Command, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    varied = ("system=megatron,hd_moe,h4", "tokens_per_rank=32,64", "cluster=a6000_1x8", "narrowed=1,3")
+    code, out, err = hiermoe("run", "-m", *varied, *SMALL)
+    assert code == 2 and "6 of 12 runs failed" in " ".join(err.split())
+    lines = last_table(out)
+    assert max(map(len, lines)) <= 80 and "\x1b" not in out
+    times = {" ".join(line.split()[:2]): line.split() for line in lines if "×" not in line and "hd_moe" in line}
+    assert len(times) >= 2
+    text = " ".join(" ".join(lines).split())
+    assert (
+        "narrowed=3 does not divide hidden_size=2048" in text and "not applicable, dimension=4 is outside 1..3" in text
+    )
+    assert "predicted" in text and "measured times" not in text
+
+
+def measured_twin(config: RunConfig, store: RunStore, total_ms: float) -> RunConfig:
+    """A record of the same setting, measured, made up."""
+    from hiermoe.ranks.places import RanksConfig
+
+    twin = config.model_copy(update={"measure": "replay", "ranks": RanksConfig.named("emulated")})
+    keys = {"run_id": twin.run_id, **twin.keys, "rank": 0}
+    call = rows(**keys, phase="dispatch", dispatch_ms=total_ms / 4, dimension=2, predicted_ms=float("nan"))
+    step = rows(**keys, dispatch_ms=total_ms, dimension=2, predicted_ms=float("nan"))
+    store.write(twin.run_id, twin.content, {}, type(step)(call.to_dict("records") + step.to_dict("records")))
+    return twin
+
+
+def test_predicted_stands_beside_measured_and_speedup_is_over_the_first_system(
+    composed: Composer, store: RunStore
+) -> None:
+    ended = []
+    for system, total_ms in (("megatron", 300.0), ("hd_moe", 200.0)):
+        config = composed(f"system={system}")
+        execute(config, store)
+        measured_twin(config, store, total_ms)
+        ended.append(Ended((f"system={system}",), config))
+    table = comparison(ended, store)
+    headers = [str(column.header) for column in table.columns]
+    assert sum("predicted" in header for header in headers) == sum("measured" in header for header in headers) == 1
+    cells = [list(column.cells) for column in table.columns]
+    assert cells[0] == ["megatron", "hd_moe"]
+    assert cells[5:] == [["2", "2"], ["75.00", "50.00"], ["300.00", "200.00"], ["1.00", "1.50"]]
+    one, four = ([float(str(cell)) for cell in cells[i]] for i in (2, 3))
+    assert [4 * ms for ms in one] == pytest.approx(four, abs=0.05)
+    assert cells[4] == ["1.00", f"{four[0] / four[1]:.2f}"]
+    assert "emulated" in str(table.caption)
