@@ -40,12 +40,14 @@ class StaleRun:
         content: its configuration.
         command: that made it, as its provenance tells.
         config: the same configuration as the present schema has it; None where that refuses it.
+        renewed: whether the run has another record, by the present code.
     """
 
     run_id: str
     content: dict[str, Any]
     command: str
     config: Config | None
+    renewed: bool
 
 
 def stale_runs(store: RunStore, run_ids: Iterable[str] | None = None) -> list[StaleRun]:
@@ -68,20 +70,23 @@ def stale_in_place_of(index: Index, store: RunStore) -> list[Renewal]:
 def _looked_at(store: RunStore, run_id: str) -> StaleRun | None:
     content = yaml.load((store.path(run_id) / "config.yaml").read_bytes(), Loader=yaml.CSafeLoader)
     provenance = store.provenance(run_id)
-    config = None
+    config, renewed = None, False
     with suppress(ValueError, KeyError):  # what nobody can ask for any more is stale
         config = _PRIMARY[MEASUREMENTS[content["measure"]].command][1].of_content(content)
-        if config.named_on(provenance["host"], content) == run_id:
+        name = config.named_on(provenance["host"], content)
+        if name == run_id:
             return None
-    return StaleRun(run_id, content, provenance["command"], config)
+        renewed = store.has(name)
+    return StaleRun(run_id, content, provenance["command"], config, renewed)
 
 
 def renewals(stale: Sequence[StaleRun]) -> list[Renewal]:
-    """What renews stale records, every command once, with the names of the records that it renews.
+    """What renews stale records that nothing has renewed yet, every command once, with the records that it renews.
 
     A run of a sweep is renewed with its sweep, any other by its own command; where nothing asks for it any more, the
     command that made it makes what has taken its place.
     """
+    stale = [run for run in stale if not run.renewed]
     commands: dict[str, list[str]] = {}
     left = {run.run_id: run for run in stale}
     by_meaning: dict[str, list[str]] = {}

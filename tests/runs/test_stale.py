@@ -86,3 +86,11 @@ def test_a_configuration_that_nobody_can_ask_for_is_stale(composed: Composer, tm
     store.write(config.run_id, config.content | {"no_such_key": 1}, PROVENANCE, record)
     (stale,) = stale_runs(store)
     assert stale.config is None
+
+
+def test_a_stale_record_that_has_been_renewed_asks_for_nothing(composed: Composer, tmp_path: Path) -> None:
+    store, config = RunStore(tmp_path), composed()
+    for name in ("of-other-code", config.run_id):
+        store.write(name, config.content, PROVENANCE, rows(**{"run_id": name, **config.keys}))
+    (stale,) = stale_runs(store)
+    assert stale.run_id == "of-other-code" and stale.renewed and renewals([stale]) == []
