@@ -130,7 +130,7 @@ def test_stale_records_are_left_out_counted_and_named_with_what_renews_them(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tokens=64"], "records have no column 'tokens'"),
+        (["tokens=64"], "records have no column tokens; did you mean tokens_per_rank"),
         (["to=out.txt"], "to=out.txt: a file ends in .csv or .parquet"),
         (["stale=perhaps"], "stale=perhaps: true or false"),
         (["hiermoe"], "hiermoe: a filter is COLUMN=VALUE"),
