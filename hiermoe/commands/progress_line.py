@@ -71,4 +71,4 @@ class ProgressLine:
 
     def _say(self, what: str) -> None:
         self._said = time.monotonic()
-        self._console.print(f"{what} · {self._after}", markup=False, highlight=False)
+        self._console.print(f"{what} · {self._after}", markup=False, highlight=False, soft_wrap=True)

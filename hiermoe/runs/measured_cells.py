@@ -21,7 +21,7 @@ AMOUNTS: tuple[Amount, ...] = ("quick", "default", "full")
 _FOLDERS: Mapping[Amount, tuple[str, ...]] = {
     "quick": ("quick",),
     "default": ("",),
-    "full": ("", "full", "full/uniform"),
+    "full": ("full", "full/qwen3"),
 }
 
 # On GPUs an iteration takes milliseconds, so nothing is cut down.
@@ -49,7 +49,7 @@ def measured_cells(amount: Amount, ranks: RanksConfig | None = None, cluster: st
     """All measured runs of an amount.
 
     Args:
-        amount: quick, default, or full, which has all of default.
+        amount: quick, default, or full, which has what default has, with more iterations.
         ranks: in the place of those that the files name. On CUDA, tokens and rows have their full size.
         cluster: calibrated one, likewise.
 
@@ -92,16 +92,20 @@ def together(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:
 
 
 def measured_so_far(store: RunStore) -> list[MeasuredCell]:
-    """Measured runs of all amounts that have a record, whatever came of them, once for each sweep that has them."""
+    """Measured runs of all amounts that have a record, whatever came of them, once for each sweep that has them.
+
+    Of runs that differ in their number of iterations alone, those of the larger amount.
+    """
     found: dict[tuple[str, str], MeasuredCell] = {}
-    for amount, (ranks, cluster) in product(AMOUNTS, [(None, None), *allocations_so_far(store)]):
+    for amount, (ranks, cluster) in product(reversed(AMOUNTS), [(None, None), *allocations_so_far(store)]):
         try:
             cells = measured_cells(amount, ranks, cluster)
         except ValueError:  # a cluster that nobody has calibrated here, so nothing was measured on it
             continue
         for cell in cells:
             if store.has(cell.measured.config.run_id):
-                found.setdefault((cell.sweep, cell.measured.config.run_id), cell)
+                same = cell.measured.config.model_dump_json(exclude={"iterations", "wandb"})
+                found.setdefault((cell.sweep, same), cell)
     return list(found.values())
 
 

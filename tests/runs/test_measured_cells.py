@@ -8,7 +8,15 @@ import yaml
 
 from hiermoe.records.project import CONF
 from hiermoe.records.store import RunStore
-from hiermoe.runs.measured_cells import AMOUNTS, Amount, clusters_of, measured_cells, measured_so_far, together
+from hiermoe.runs.measured_cells import (
+    AMOUNTS,
+    Amount,
+    MeasuredCell,
+    clusters_of,
+    measured_cells,
+    measured_so_far,
+    together,
+)
 
 
 @pytest.fixture
@@ -21,10 +29,16 @@ def calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_every_amount_composes_and_full_has_all_of_default(calibrated: Path) -> None:
-    ids = {amount: {cell.measured.config.run_id for cell in measured_cells(amount)} for amount in AMOUNTS}
-    assert ids["default"] < ids["full"] and not ids["quick"] & ids["full"]
-    assert len(ids["default"]) == 7  # the paper's systems on one routing
+def apart_from_iterations(cell: MeasuredCell) -> str:
+    return cell.measured.config.model_dump_json(exclude={"iterations", "wandb"})
+
+
+def test_every_amount_composes_and_full_has_all_of_default_with_more_iterations(calibrated: Path) -> None:
+    cases = {amount: {apart_from_iterations(cell): cell for cell in measured_cells(amount)} for amount in AMOUNTS}
+    assert cases["default"].keys() < cases["full"].keys() and not cases["quick"].keys() & cases["full"].keys()
+    assert len(cases["default"]) == 7  # the paper's systems on one routing
+    for case, cell in cases["default"].items():
+        assert cell.measured.config.iterations < cases["full"][case].measured.config.iterations
     assert clusters_of("quick") == ["emulated_4x2_calibrated"]
     assert clusters_of("default") == ["emulated_4x8_calibrated"]
     assert clusters_of("full") == ["emulated_4x8_calibrated", "emulated_4x2_calibrated"]  # the latter to train on
@@ -74,6 +88,17 @@ def test_a_run_that_several_sweeps_share_is_found_for_each(calibrated: Path, tmp
     pd.DataFrame({"status": ["ok"]}).to_parquet(folder / "records.parquet")
     store = RunStore(tmp_path / "runs")
     assert {cell.sweep for cell in measured_so_far(store)} == {"fig11", "fig13", "table4"}
+
+
+def test_of_runs_that_differ_in_iterations_alone_the_longer_ones_are_shown(calibrated: Path, tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "runs")
+    short = {cell.measured.config.run_id for cell in measured_cells("default")}
+    long = {cell.measured.config.run_id for cell in measured_cells("full") if cell.sweep == "fig11"}
+    for ids in (short, long):
+        for run_id in ids:
+            (store.path(run_id)).mkdir(parents=True)
+            pd.DataFrame({"status": ["ok"]}).to_parquet(store.path(run_id) / "records.parquet")
+        assert {cell.measured.config.run_id for cell in measured_so_far(store) if cell.sweep == "fig11"} == ids
 
 
 def test_a_new_calibration_names_its_runs_anew(calibrated: Path) -> None:
