@@ -156,10 +156,11 @@ def step_times(steps: pd.DataFrame) -> pd.DataFrame:
     Args:
         steps: rows of phase step, of one run or several.
     """
-    simulated = steps["source"] == "simulated"
-    busiest = steps[~simulated].groupby(["run_id", "iteration"], as_index=False, sort=False).max()
-    timed = [steps[simulated].assign(step_ms=steps["predicted_ms"]), busiest.assign(step_ms=busiest["dispatch_ms"])]
-    return pd.concat([part for part in timed if len(part)])
+    is_simulated = steps["source"] == "simulated"
+    simulated = steps[is_simulated]
+    busiest = steps[~is_simulated].groupby(["run_id", "iteration"], as_index=False, sort=False).max()
+    parts = {"predicted_ms": simulated, "dispatch_ms": busiest}
+    return pd.concat([part.assign(step_ms=part[time]) for time, part in parts.items() if len(part)])
 
 
 def typical_ms(steps: pd.DataFrame) -> pd.Series:
