@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any, Generic
@@ -328,6 +328,12 @@ def _set(config: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _load(path: Path) -> Any:
+    """A file's content, not to be changed: hundreds of sweeps' runs name the same few files."""
+    return _parsed(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=512)
+def _parsed(path: Path, _modified_ns: int) -> Any:
     try:
         return OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException) as error:
