@@ -101,9 +101,9 @@ def reproduce(
 PLANS: Mapping[str, str] = {
     "simulated": "simulation of all that the paper claims",
     "quick": "simulation of the paper's figures and tables and a first report, then a first look at measured numbers "
-    "on 8 emulated ranks: about 3 minutes on two cores",
+    "on 8 emulated ranks: about 5 minutes on two cores",
     "default": "simulation of all that the paper claims and a first report, then on 32 emulated ranks calibration and "
-    "Fig. 11 of one model: about 10 minutes on two cores (QUICK=1: 3, FULL=1: 70). Stop and go on as you like",
+    "Fig. 11 of one model: about 11 minutes on two cores (QUICK=1: 5, FULL=1: 70). Stop and go on as you like",
     "full": "simulation of all that the paper claims and a first report, then on 32 emulated ranks calibration, Fig. "
     "11 of both models, Fig. 13, Table IV (K), update frequency, searched placements, and whole training steps, then "
     "what lies beyond the paper: 70 minutes on two cores. Stop and go on as you like",

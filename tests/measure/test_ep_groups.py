@@ -9,7 +9,7 @@ from hiermoe.measure.workload import CachedRouting, Kept, open_workload
 from hiermoe.planner.counts import count_routing
 from hiermoe.planner.scheme import DispatchScheme, Stage
 from hiermoe.planner.traffic import exact_traffic
-from hiermoe.policies.protocol import StepContext
+from hiermoe.policies.protocol import PlacementPolicy, StepContext
 from hiermoe.routing.step import RoutingStep
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.peers import WORLD
@@ -46,7 +46,7 @@ def test_placement_is_decided_from_the_tokens_of_all_groups(composed: Composer, 
     seen: list[torch.Tensor] = []
     contexts: list[StepContext] = []
 
-    class Watch:
+    class Watch(PlacementPolicy):
         def measure(self, expert_ids_NK, source_N, placement, hierarchy, iteration):
             return torch.bincount(expert_ids_NK.flatten(), minlength=128)
 

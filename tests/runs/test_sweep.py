@@ -13,7 +13,7 @@ from tests.conftest import Composer
 
 
 def test_done_runs_are_skipped_and_failed_ones_tried_again(composed: Composer, store: RunStore) -> None:
-    good, bad = composed("system=hd_moe"), composed("system=hd_moe", "model.num_experts=130")
+    good, bad = composed("system=hd_moe"), composed("system=hd_moe", "routing=topic", "routing.source.num_topics=1000")
     seen: list[Outcome] = []
     first = run_all([good, bad, good], 2, seen.append, store)
     assert sorted(outcome.status for outcome in first) == ["failed", "ok"]
