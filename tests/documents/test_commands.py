@@ -25,11 +25,11 @@ WHY_NOT = {
     r"pytest tests/gpu": "needs a GPU",
     r"python docs/draw_architecture\.py": "tests/test_architecture.py does it",
 }
-# In this order: what writes what others read comes first.
-FIRST = "hiermoe calibrate"
+# What writes comes before what reads.
+ORDER = ("hiermoe calibrate", "hiermoe run", "hiermoe records")
 RUN = sorted(
     (command for command in commands() if not any(re.fullmatch(pattern, command) for pattern in WHY_NOT)),
-    key=lambda command: not command.startswith(FIRST),
+    key=lambda command: next((place for place, start in enumerate(ORDER) if command.startswith(start)), len(ORDER)),
 )
 
 

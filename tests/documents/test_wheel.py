@@ -61,7 +61,9 @@ def test_commands_work_from_an_empty_folder_and_leave_their_results_there(python
     done = use(python, tmp_path, "doctor")
     assert "traces" in done.stdout and "git checkout" not in done.stdout
     made = {path.name for path in tmp_path.iterdir()}
-    assert made <= {"results", "reports", "wandb", ".cache"} | {path for path in made if path.endswith(".html")}
+    assert made <= {"results", "reports", "advice", "wandb", ".cache"} | {
+        path for path in made if path.endswith(".html")
+    }
 
 
 def test_results_go_where_one_is_told(python: Path, tmp_path: Path) -> None:
