@@ -51,6 +51,7 @@ def test_placement_is_decided_from_the_tokens_of_all_groups(composed: Composer, 
             return torch.bincount(expert_ids_NK.flatten(), minlength=128)
 
         def decide(self, summed, placement, context):
+            assert summed is not None
             seen.append(summed)
             contexts.append(context)
 
