@@ -131,6 +131,6 @@ def load_rules(path: Path = RULES) -> Rules:
     """The rules.
 
     Raises:
-        pydantic.ValidationError: the file breaks the schema.
+        ValueError: the file breaks the schema.
     """
     return checked(yaml.safe_load(path.read_text()), Rules, shown(path))

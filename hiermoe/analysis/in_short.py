@@ -57,7 +57,7 @@ def sentence(table: pd.DataFrame) -> str:
     parts = []
     for source, found in rows.groupby("source", sort=False):
         reached = " and ".join(
-            f"{row['value']:.2f} times as fast for {style.model(str(row['model']))} (paper {row['published']:.2f})"
+            f"{row['value']:.2f} times as fast, {row['published']:.2f} published, for {style.model(str(row['model']))}"
             for _, row in found.iterrows()
         )
         parts.append(f"{WORDS[str(source)].capitalize()}: {reached}.")

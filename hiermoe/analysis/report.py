@@ -11,7 +11,6 @@ import pandas as pd
 from PIL import Image
 
 from hiermoe.analysis.claims import Claim, Rules, load_claims, load_rules
-from hiermoe.analysis.current import is_current, made_from
 from hiermoe.analysis.figures import FIGURES
 from hiermoe.analysis.figures.spec import FigureSpec, Words, render
 from hiermoe.analysis.findings import findings
@@ -20,6 +19,7 @@ from hiermoe.analysis.in_short import draw as draw_main_figure
 from hiermoe.analysis.in_short import six_lines
 from hiermoe.analysis.origins import run_provenance, trace_facts
 from hiermoe.analysis.render import environment, to_html
+from hiermoe.analysis.up_to_date import is_up_to_date, made_from
 from hiermoe.analysis.verdicts import VERDICTS, Judged, judge_all, to_frame
 from hiermoe.analysis.wording import GLYPHS, cell, in_words, number, system_labels
 from hiermoe.records.index import Index, Renewal
@@ -76,7 +76,7 @@ def write_report(
     store = store or RunStore()
     page, table = folder / "report.html", folder / "verdicts.csv"
     made = made_from(index, store, stale)
-    if is_current(page, made):
+    if is_up_to_date(page, made):
         return Report(page, pd.read_csv(table, keep_default_na=False, na_values=[""]), is_new=False)
     results = load(index, store)
     claims, rules = load_claims(), load_rules()

@@ -1,12 +1,9 @@
 """The ``hiermoe`` command: run, calibrate, train, record, reproduce, report."""
 
-import codecs
-import io
 import os
 import shlex
 import signal
 import sys
-import unicodedata
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -17,6 +14,7 @@ from rich.markup import escape
 
 from hiermoe.commands.arguments import Parser
 from hiermoe.commands.help_text import help_text
+from hiermoe.commands.plain_letters import print_plain_letters_where_needed
 from hiermoe.records.choices import unknown
 from hiermoe.records.project import CONF
 from hiermoe.records.strict import BrokenRules, Schema, checked
@@ -39,9 +37,7 @@ USAGE = """hiermoe: does HierMoE's communication hold, and would it help your mo
 
 def main() -> None:
     """Entry point of the ``hiermoe`` script. Exits with 0, or with 1 or 2 after one line that says what is wrong."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="hiermoe.plain")  # a terminal may know ASCII alone
+    print_plain_letters_where_needed()
     commands: dict[str, Callable[[], None]] = {
         "run": _run,
         "calibrate": _calibrate,
@@ -68,22 +64,6 @@ def main() -> None:
         _fail(error)
     except KeyboardInterrupt:
         _fail("interrupted; finished runs are kept, the same command goes on with the rest", code=130)
-
-
-_PLAIN = str.maketrans(
-    {"×": "x", "·": "-", "–": "-", "—": "-", "…": "...", "→": "->", "≤": "<=", "≥": ">=", "α": "alpha", "β": "beta"}
-    | {"γ": "gamma", "✓": "+", "✗": "x", "≈": "~", "µ": "u", "±": "+-", "−": "-", "“": '"', "”": '"', "’": "'"}
-)
-
-
-def _in_plain_letters(error: UnicodeError) -> tuple[str, int]:
-    """What a stream writes for letters that it cannot."""
-    assert isinstance(error, UnicodeEncodeError)
-    text = unicodedata.normalize("NFKD", error.object[error.start : error.end].translate(_PLAIN))
-    return "".join(letter if letter.isascii() else "?" for letter in text), error.end
-
-
-codecs.register_error("hiermoe.plain", _in_plain_letters)
 
 
 def _fail(error: object, code: int = 2) -> NoReturn:

@@ -9,6 +9,7 @@ to 23 times the bytes of the rows that a rank receives, K copies of T tokens; an
 """
 
 import os
+import sys
 from pathlib import Path
 
 import psutil
@@ -18,16 +19,25 @@ OWN_BYTES = 35 * 10**6  # of a rank that has joined its group
 COPIES = 34  # of the rows that a rank receives: in and out, forward and backward, and what checks them
 RANKS_PER_CORE = 4  # that a default starts; more only wait for each other
 
-_CGROUP_MEMORY = Path("/sys/fs/cgroup/memory.max")
+_LIMIT, _USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")  # of a container
 _KILLS = Path("/proc/vmstat")
+
+
+def total_bytes() -> int:
+    """What this machine has; a container's limit counts."""
+    return min(psutil.virtual_memory().total, _limit() or sys.maxsize)
 
 
 def free_bytes() -> int:
     """What a process can still get; a container's limit counts."""
-    free = psutil.virtual_memory().available
-    if _CGROUP_MEMORY.exists() and (limit := _CGROUP_MEMORY.read_text().strip()) != "max":
-        free = min(free, int(limit))
-    return free
+    free, limit = psutil.virtual_memory().available, _limit()
+    return free if limit is None else min(free, max(limit - int(_USED.read_text()), 0))
+
+
+def _limit() -> int | None:
+    """A container's; None where there is none."""
+    said = _LIMIT.read_text().strip() if _LIMIT.exists() else "max"
+    return None if said == "max" else int(said)
 
 
 def cores() -> int:

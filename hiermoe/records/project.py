@@ -32,7 +32,7 @@ REPORTS = WORKPLACE / "reports"
 SCRATCH = WORKPLACE / ".cache" / "scratch"  # what ranks of one run share, gone after it
 
 
-def found(path: str | Path) -> Path:
+def find_file(path: str | Path) -> Path:
     """A file that somebody names: from the folder that the command was started in, else one that is made or shipped.
 
     Returns:

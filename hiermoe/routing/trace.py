@@ -12,7 +12,7 @@ import torch
 from pydantic import model_validator
 
 from hiermoe.records.choices import or_else, unknown
-from hiermoe.records.project import TRACES, found, shown
+from hiermoe.records.project import TRACES, find_file, shown
 from hiermoe.records.status import NotApplicable
 from hiermoe.records.strict import Strict, checked
 from hiermoe.records.whole_file import write_whole
@@ -276,7 +276,7 @@ def trace_file(name: str) -> Path:
 
 def recorded_path(path: str, request: RoutingRequest) -> Path:
     """The file that a configured path stands for; ``{trace}`` and ``{num_experts}`` are the model's."""
-    return found(path.replace("{trace}", str(request.trace)).replace("{num_experts}", str(request.num_experts)))
+    return find_file(path.replace("{trace}", str(request.trace)).replace("{num_experts}", str(request.num_experts)))
 
 
 def has_twice(expert_ids: np.ndarray) -> np.ndarray:

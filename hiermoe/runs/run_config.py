@@ -10,7 +10,7 @@ from hiermoe.measure.measurement import Measurement
 from hiermoe.measure.registry import MEASUREMENTS
 from hiermoe.model import LayerSizes, ModelConfig
 from hiermoe.policies.system import SystemConfig
-from hiermoe.ranks.memory import RANKS_PER_CORE, bytes_of_rank, cores, free_bytes, ranks_that_fit
+from hiermoe.ranks.memory import RANKS_PER_CORE, bytes_of_rank, cores, ranks_that_fit, total_bytes
 from hiermoe.ranks.places import PLACES, RanksConfig
 from hiermoe.records.choices import unknown
 from hiermoe.records.strict import Strict, checked, is_valid
@@ -55,10 +55,13 @@ def _on_this_machine(values: dict[str, Any]) -> bool:
 
 
 def _fitting(values: dict[str, Any]) -> int:
-    """As many ranks of the cluster as this machine has memory and cores for; the fewest there can be, if for none."""
+    """As many ranks of the cluster as this machine has memory and cores for; the fewest there can be, if for none.
+
+    Not what is free at the moment counts: the same command must name the same run tomorrow.
+    """
     cluster, sizes = Cluster.model_validate(values["cluster"]), ModelConfig.model_validate(values["model"]).sizes()
     each = bytes_of_rank(values["tokens_per_rank"], sizes.topk, sizes.row_bytes // values.get("narrowed", 1))
-    most = min(ranks_that_fit(free_bytes(), each), RANKS_PER_CORE * cores())
+    most = min(ranks_that_fit(total_bytes(), each), RANKS_PER_CORE * cores())
     possible = [n for n in range(2, cluster.hierarchy.num_ranks + 1) if _can_be_cut_to(cluster, n)]
     return max([n for n in possible if n <= most], default=min(possible, default=cluster.hierarchy.num_ranks))
 

@@ -68,8 +68,14 @@ def stale_in_place_of(index: Index, store: RunStore) -> list[Renewal]:
 
 
 def _looked_at(store: RunStore, run_id: str) -> StaleRun | None:
-    content = yaml.load((store.path(run_id) / "config.yaml").read_bytes(), Loader=yaml.CSafeLoader)
-    provenance = store.provenance(run_id)
+    try:
+        content = yaml.load((store.path(run_id) / "config.yaml").read_bytes(), Loader=yaml.CSafeLoader)
+        provenance = store.provenance(run_id)
+        command = provenance["command"]
+    except (FileNotFoundError, ValueError, KeyError, yaml.YAMLError):
+        return None  # no whole record, so neither new nor old
+    if not isinstance(content, dict):
+        return None
     config, renewed = None, False
     with suppress(ValueError, KeyError):  # what nobody can ask for any more is stale
         config = _PRIMARY[MEASUREMENTS[content["measure"]].command][1].of_content(content)
@@ -77,7 +83,7 @@ def _looked_at(store: RunStore, run_id: str) -> StaleRun | None:
         if name == run_id:
             return None
         renewed = store.has(name)
-    return StaleRun(run_id, content, provenance["command"], config, renewed)
+    return StaleRun(run_id, content, command, config, renewed)
 
 
 def renewals(stale: Sequence[StaleRun]) -> list[Renewal]:

@@ -16,7 +16,7 @@ from hiermoe.narrow.training_config import TrainingConfig
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.places import RanksConfig
 from hiermoe.ranks.streams import has_iterations
-from hiermoe.records.project import SWEEPS, found, in_workplace
+from hiermoe.records.project import SWEEPS, find_file, in_workplace
 from hiermoe.records.run_id import file_digest
 from hiermoe.records.store import RunStore
 from hiermoe.records.strict import checked, is_valid
@@ -120,7 +120,7 @@ class TrainRunConfig(TrainingConfig):
     @property
     def given_checkpoint(self) -> Path | None:
         """What `resume` names."""
-        return None if self.resume in (None, "latest") else found(self.resume)
+        return None if self.resume in (None, "latest") else find_file(self.resume)
 
     @model_validator(mode="after")
     def _check_given_checkpoint(self) -> Self:

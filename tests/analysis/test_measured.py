@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from hiermoe.analysis.figures.measured.dispatchers import FIGURE
-from hiermoe.analysis.frames import Results, load
+from hiermoe.analysis.frames import Results, load, step_times
 from hiermoe.analysis.report import write_report
 from hiermoe.ranks.places import RanksConfig
 from hiermoe.records.index import PREDICTIONS
@@ -70,6 +70,18 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 @pytest.fixture(scope="module")
 def table(results: Results) -> pd.DataFrame:
     return FIGURE.table(results, [])
+
+
+def test_steps_of_measured_runs_are_those_of_the_busiest_rank_whether_or_not_there_are_simulated_ones_beside() -> None:
+    keys = {"iteration": [0, 0, 1, 1], "counted": True, "predicted_ms": float("nan")}
+    measured = pd.DataFrame(keys | {"run_id": "m", "source": "emulated", "dispatch_ms": [1.0, 2.0, 4.0, 3.0]})
+    simulated = pd.DataFrame(
+        {"iteration": [0, 1], "counted": True, "predicted_ms": [5.0, 6.0], "run_id": "s", "source": "simulated"}
+    )
+    assert step_times(measured)["step_ms"].tolist() == [2.0, 4.0]
+    assert step_times(simulated)["step_ms"].tolist() == [5.0, 6.0]
+    both = step_times(pd.concat([measured, simulated], ignore_index=True)).set_index("run_id")["step_ms"]
+    assert (both["m"].tolist(), both["s"].tolist()) == ([2.0, 4.0], [5.0, 6.0])
 
 
 def test_every_measured_run_has_one_row_beside_its_own_prediction(table: pd.DataFrame) -> None:
@@ -150,7 +162,7 @@ def test_report_judges_measured_runs_apart_from_predicted_ones(
     assert (tmp_path / "figures" / "measured_emulated.png").exists()
     text = page.with_suffix(".md").read_text()
     assert (
-        f"Measured on an emulated cluster: {whole_calls:.2f} times as fast for Qwen3-30B-A3B (paper's, 32 layers)"
+        f"Measured on an emulated cluster: {whole_calls:.2f} times as fast, 1.99 published, for Qwen3-30B-A3B (paper"
         in text.splitlines()[2]
     )
     assert "| emulated, uniform |" in text and "| claim | published |" in text

@@ -114,7 +114,7 @@ def test_report_is_written_again_only_where_something_in_it_has_changed(
     assert written() and not written()
     rules = tmp_path / "claims.yaml"
     rules.write_text(RULES.read_text() + "# another\n")
-    monkeypatch.setattr("hiermoe.analysis.current.RULES", rules)
+    monkeypatch.setattr("hiermoe.analysis.up_to_date.RULES", rules)
     assert written() and not written()
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +20,23 @@ ON_RANKS = ("measure=replay", "ranks=local")
 
 def with_free(monkeypatch: pytest.MonkeyPatch, free: int, cores: int = 64) -> None:
     """A machine of that size."""
-    for module in ("hiermoe.ranks.memory", "hiermoe.runs.run_config"):
-        monkeypatch.setattr(f"{module}.free_bytes", lambda: free)
-        monkeypatch.setattr(f"{module}.cores", lambda: cores)
+    monkeypatch.setattr("hiermoe.ranks.memory.free_bytes", lambda: free)
+    monkeypatch.setattr("hiermoe.runs.run_config.total_bytes", lambda: free)
+    monkeypatch.setattr("hiermoe.runs.run_config.cores", lambda: cores)
+
+
+def test_what_a_container_uses_is_not_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    limit, used = tmp_path / "max", tmp_path / "current"
+    monkeypatch.setattr(memory, "_LIMIT", limit)
+    monkeypatch.setattr(memory, "_USED", used)
+    without = memory.total_bytes()
+    limit.write_text("max\n")
+    assert memory.total_bytes() == without
+    limit.write_text("1000000\n")
+    used.write_text("400000\n")
+    assert (memory.total_bytes(), memory.free_bytes()) == (1_000_000, 600_000)
+    used.write_text("2000000\n")
+    assert memory.free_bytes() == 0
 
 
 def test_ranks_share_what_they_can() -> None:

@@ -62,6 +62,25 @@ def test_other_code_makes_all_records_stale_and_each_is_named_with_what_renews_i
     assert "measure=self_test" in found[names["self_test"]] and "measure=replay" in found[names["measured"]]
 
 
+@pytest.mark.parametrize("damage", ["no configuration", "empty configuration", "no provenance", "half a provenance"])
+def test_a_folder_that_is_no_whole_record_is_passed_over(
+    damage: str, kept: tuple[RunStore, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, names = kept
+    configuration, provenance = (store.path(names["own"]) / name for name in ("config.yaml", "provenance.json"))
+    match damage:
+        case "no configuration":
+            configuration.unlink()
+        case "empty configuration":
+            configuration.write_text("")
+        case "no provenance":
+            provenance.unlink()
+        case _:
+            provenance.write_text(provenance.read_text()[:20])
+    monkeypatch.setattr(naming, "code_digest", lambda modules: "other")
+    assert {run.run_id for run in stale_runs(store)} == set(names.values()) - {names["own"]}
+
+
 def test_the_command_of_a_run_asks_for_that_run(composed: Composer) -> None:
     config = composed("system=hiermoe_multi", "cluster=h100_ib400", "world_size=16", "+system.executor=stock", "seed=2")
     command = command_of(config)

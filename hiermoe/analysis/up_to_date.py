@@ -30,7 +30,7 @@ def made_from(index: Index, store: RunStore, stale: Sequence[Renewal] = ()) -> s
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def is_current(page: Path, made: str) -> bool:
+def is_up_to_date(page: Path, made: str) -> bool:
     """Whether a page was made from this, and nothing that belongs to it is missing."""
     try:
         head = page.read_bytes()[:_HEAD_BYTES].decode(errors="replace")
