@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from hiermoe.records.groups import OWN
 from hiermoe.records.index import Index, Renewal
 from hiermoe.records.project import CONF, PUBLISHED, RULES, TEMPLATES
 from hiermoe.records.run_id import code_digest
@@ -46,5 +47,5 @@ def is_up_to_date(page: Path, made: str) -> bool:
 
 def _files() -> Iterator[Path]:
     yield from (RULES, PUBLISHED)
-    for folder in (TEMPLATES, CONF):
+    for folder in dict.fromkeys((TEMPLATES, CONF, OWN)):
         yield from sorted(path for path in folder.rglob("*") if path.is_file())

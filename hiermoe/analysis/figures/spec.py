@@ -13,12 +13,12 @@ from PIL import Image
 from hiermoe.analysis.claims import Claim
 from hiermoe.analysis.figures.style import SETTINGS
 from hiermoe.analysis.frames import Results
-from hiermoe.records.project import CONF
+from hiermoe.records.groups import files_of
 from hiermoe.records.run_id import code_digest
 
 DPI = 150
 DRAWN = "Drawn from"  # in the metadata of a picture: the digest of what it was drawn from
-LOOKS = ("system", "model", "cluster")  # folders of conf/ that name labels and colours
+LOOKS = ("system", "model", "cluster")  # groups of conf/ that name labels and colours
 REPRODUCIBLE = {"CreationDate": None, "ModDate": None}  # the same table gives the same file
 
 
@@ -93,7 +93,7 @@ def render(spec: FigureSpec, table: pd.DataFrame, folder: Path, name: str) -> Wo
 
 def _digest(spec: FigureSpec, title: str, data: str) -> str:
     """Of everything that a figure depends on: its table, the code that draws it, and what conf/ says of looks."""
-    looks = [path.read_text() for folder in LOOKS for path in sorted((CONF / folder).glob("*.yaml"))]
+    looks = [path.read_text() for group in LOOKS for path in files_of(group).values()]
     parts = [title, data, code_digest((spec.draw.__module__,)), mpl.__version__, *looks]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
