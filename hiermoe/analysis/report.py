@@ -27,6 +27,7 @@ from hiermoe.records.keep import NONE
 from hiermoe.records.project import REPORTS
 from hiermoe.records.provenance import collect
 from hiermoe.records.store import RunStore
+from hiermoe.records.whole_file import write_whole
 
 TITLE = "HierMoE, reproduced"
 ROUTINGS = ("recorded", "uniform", "group_limited", NONE)
@@ -82,8 +83,7 @@ def write_report(
     claims, rules = load_claims(), load_rules()
     judged = judge_all(claims, rules, results)
     verdicts = to_frame(judged)
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    verdicts.to_csv(table, index=False)
+    write_whole(table, verdicts.to_csv(index=False).encode())
     of_source = {source: results.of_source(source) for source in SOURCES}
     sections = [
         _section(spec, source, claims, of_source[source], folder) for spec in FIGURES for source in spec.sources
@@ -106,8 +106,8 @@ def write_report(
             **context,
         )
     )
-    (folder / "report.md").write_text(text)
-    page.write_text(to_html(text, TITLE, folder, made))
+    write_whole(folder / "report.md", text.encode())
+    write_whole(page, to_html(text, TITLE, folder, made).encode())
     return Report(page, verdicts, is_new=True)
 
 

@@ -16,6 +16,7 @@ from hiermoe.commands.arguments import Parser
 from hiermoe.records.index import Renewal
 from hiermoe.records.store import RunStore
 from hiermoe.records.table import differing, read_records
+from hiermoe.records.whole_file import write_whole
 from hiermoe.runs.columns import column_meanings
 from hiermoe.runs.stale import renewals, stale_runs
 
@@ -148,11 +149,8 @@ def _alltoall(rows: pd.DataFrame) -> Mapping[Any, float]:
 
 
 def _export(rows: pd.DataFrame, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.suffix == ".csv":
-        rows.to_csv(target, index=False)
-    else:
-        rows.to_parquet(target, index=False)
+    content = rows.to_csv(index=False).encode() if target.suffix == ".csv" else rows.to_parquet(index=False)
+    write_whole(target, content)
 
 
 def _pair(text: str) -> tuple[str, list[str]]:

@@ -15,6 +15,7 @@ from hiermoe.analysis.figures.style import SETTINGS
 from hiermoe.analysis.frames import Results
 from hiermoe.records.groups import files_of
 from hiermoe.records.run_id import code_digest
+from hiermoe.records.whole_file import whole, write_whole
 
 DPI = 150
 DRAWN = "Drawn from"  # in the metadata of a picture: the digest of what it was drawn from
@@ -84,10 +85,12 @@ def render(spec: FigureSpec, table: pd.DataFrame, folder: Path, name: str) -> Wo
     if not _is_drawn(stem, drawn):
         with mpl.rc_context(SETTINGS):
             figure = spec.draw(table, words.title)
-            figure.savefig(stem.with_suffix(".png"), dpi=DPI, metadata={DRAWN: drawn})
+            with whole(stem.with_suffix(".png")) as path:
+                figure.savefig(path, dpi=DPI, metadata={DRAWN: drawn})
             figure.set_layout_engine("none")  # the layout is found; finding it again takes as long as drawing
-            figure.savefig(stem.with_suffix(".pdf"), metadata=REPRODUCIBLE)
-        stem.with_suffix(".csv").write_text(data)
+            with whole(stem.with_suffix(".pdf")) as path:
+                figure.savefig(path, metadata=REPRODUCIBLE)
+        write_whole(stem.with_suffix(".csv"), data.encode())
     return words
 
 
