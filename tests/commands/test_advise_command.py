@@ -220,6 +220,7 @@ def test_what_only_training_needs_is_asked_for_where_a_model_is_trained(tmp_path
     assert code != 0 and "model mine does not say num_layers, ffn_hidden_size, vocab_size, attention" in err
 
 
+@pytest.mark.slow
 def test_pages_of_two_questions_lie_side_by_side_where_the_user_stands(
     tmp_path: Path, hiermoe: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
