@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -133,11 +134,11 @@ class Trainer:
             loss.backward()
             finalize_model_grads([self.model])
             with cpu.cuda_means_cpu():
-                _, gradient_norm, _ = self.optimizer.step()
+                stepped: Any = self.optimizer.step()  # whether, norm of the gradient, zeros in it
         self.schedule.step(1)
         mean_loss = loss.detach().clone()
         dist.all_reduce(mean_loss)
-        self._check_finite(mean_loss.item() / dist.get_world_size(), float(gradient_norm))
+        self._check_finite(mean_loss.item() / dist.get_world_size(), float(stepped[1]))
         return self._last_loss
 
     def _check_finite(self, loss: float, gradient_norm: float) -> None:
