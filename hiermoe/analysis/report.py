@@ -2,8 +2,8 @@
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,13 @@ class Report:
         page: report.html.
         verdicts: as a table.
         is_new: False where a report of the same records was there already.
+        damaged: runs whose records were left out of a new one, and what is wrong with them.
     """
 
     page: Path
     verdicts: pd.DataFrame
     is_new: bool
+    damaged: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_report(
@@ -108,7 +110,7 @@ def write_report(
     )
     write_whole(folder / "report.md", text.encode())
     write_whole(page, to_html(text, TITLE, folder, made).encode())
-    return Report(page, verdicts, is_new=True)
+    return Report(page, verdicts, is_new=True, damaged=results.damaged)
 
 
 def write_reference(folder: Path = REPORTS / "reference", report: Path = REPORTS) -> Path:

@@ -22,7 +22,7 @@ def made_from(index: Index, store: RunStore, stale: Sequence[Renewal] = ()) -> s
     """
     content = {
         "runs": {name: [(entry.run_id, entry.swept) for entry in sweep] for name, sweep in index.items()},
-        "records": {entry.run_id: store.written_ns(entry.run_id) for sweep in index.values() for entry in sweep},
+        "records": {entry.run_id: store.written(entry.run_id) for sweep in index.values() for entry in sweep},
         "all records": store.run_ids(),
         "stale": [(renewal.command, renewal.run_ids) for renewal in stale],
         "files": {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in _files()},

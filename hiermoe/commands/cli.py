@@ -218,7 +218,7 @@ def _reproduce() -> None:
 
 def _report() -> None:
     from hiermoe.analysis.report import write_reference, write_report
-    from hiermoe.commands.records_command import print_stale
+    from hiermoe.commands.records_command import print_damaged, print_stale
     from hiermoe.records.store import RunStore
     from hiermoe.runs.indexing import index_runs
     from hiermoe.runs.stale import stale_in_place_of
@@ -231,6 +231,7 @@ def _report() -> None:
     stale = stale_in_place_of(index, store)
     report = write_report(index, store, stale=stale)
     print_stale(stale, Console(highlight=False))
+    print_damaged(report.damaged, Console(highlight=False))
     print(f"{report.page}{'' if report.is_new else ' is current: nothing it shows has changed'}")
     if arguments.reference:
         print(write_reference())

@@ -4,15 +4,12 @@ A check looks, and has a pure function judge what it saw. It raises what it runs
 that failed. Commands of others get a time limit, since a broken driver or an unreachable scheduler may hang.
 """
 
-import hashlib
-import json
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, metadata, version
 from importlib.util import find_spec
@@ -24,8 +21,10 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from hiermoe.model import ModelConfig
-from hiermoe.ranks.memory import OWN_BYTES, SHARED_BYTES, bytes_of_rank, cores, free_bytes, ranks_that_fit
+from hiermoe.ranks.memory import OWN_BYTES, SHARED_BYTES, bytes_of_rank, cores, ranks_that_fit
+from hiermoe.records.free_memory import free_bytes
 from hiermoe.records.project import CLUSTERS, CONF, RUNS, SHIPPED, TRACES
+from hiermoe.routing.trace_archive import read_archive
 
 COMMAND_SECONDS = 20.0
 IMPORT_SECONDS = 55.0  # 3 on an idle machine
@@ -101,28 +100,10 @@ def judge_packages(
 def traces() -> Answer:
     """Compare the arrays of the shipped traces with the checksums in them: all, or recorded routing has no numbers."""
     paths = [TRACES / f"{name}.trace" for name in SHIPPED_TRACES]
-    whole, broken = _tried(_compare_checksums, paths)
+    whole, broken = _tried(read_archive, paths)
     if broken:
         return "missing", broken, "git checkout results/traces"
     return "ok", f"whole: {whole}", ""
-
-
-def _compare_checksums(path: Path) -> None:
-    """`RoutingTrace.load` begins with that too; the rest of it needs torch, whose import takes longer than all of this.
-
-    Raises:
-        ValueError: what is wrong with a trace.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            checksums: dict[str, str] = json.loads(archive.read("metadata.json"))["sha256"]
-            found = {array: hashlib.sha256(archive.read(f"{array}.npy")).hexdigest() for array in checksums}
-    except FileNotFoundError:
-        raise ValueError("there is no such file") from None
-    except Exception as error:  # bz2 and zlib raise their own kinds on altered bytes
-        raise ValueError(f"truncated or altered: {error}") from error
-    if not checksums or found != checksums:
-        raise ValueError("altered: a checksum does not match")
 
 
 def size() -> Answer:

@@ -1,4 +1,4 @@
-"""How much memory ranks on this machine take, and how much there is. Pure: imports no torch.
+"""How much memory ranks on this machine take. Pure: imports no torch.
 
 Ranks come from a fork server and share what it has imported. What a rank has for itself was measured (its private
 pages, at their peak; torch 2.13 and Megatron-Core 0.16.1 on CPU, four and eight ranks of `hiermoe run measure=replay
@@ -9,35 +9,16 @@ to 23 times the bytes of the rows that a rank receives, K copies of T tokens; an
 """
 
 import os
-import sys
 from pathlib import Path
 
-import psutil
+from hiermoe.records.free_memory import free_bytes
 
 SHARED_BYTES = 340 * 10**6  # of the fork server
 OWN_BYTES = 35 * 10**6  # of a rank that has joined its group
 COPIES = 34  # of the rows that a rank receives: in and out, forward and backward, and what checks them
 RANKS_PER_CORE = 4  # that a default starts; more only wait for each other
 
-_LIMIT, _USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")  # of a container
 _KILLS = Path("/proc/vmstat")
-
-
-def total_bytes() -> int:
-    """What this machine has; a container's limit counts."""
-    return min(psutil.virtual_memory().total, _limit() or sys.maxsize)
-
-
-def free_bytes() -> int:
-    """What a process can still get; a container's limit counts."""
-    free, limit = psutil.virtual_memory().available, _limit()
-    return free if limit is None else min(free, max(limit - int(_USED.read_text()), 0))
-
-
-def _limit() -> int | None:
-    """A container's; None where there is none."""
-    said = _LIMIT.read_text().strip() if _LIMIT.exists() else "max"
-    return None if said == "max" else int(said)
 
 
 def cores() -> int:

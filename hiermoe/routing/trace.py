@@ -1,9 +1,5 @@
 """Recorded routing: what a model's routers chose, step after step, in one compact, checked file."""
 
-import hashlib
-import io
-import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +11,10 @@ from hiermoe.records.choices import or_else, unknown
 from hiermoe.records.project import TRACES, find_file, shown
 from hiermoe.records.status import NotApplicable
 from hiermoe.records.strict import Strict, checked
-from hiermoe.records.whole_file import write_whole
 from hiermoe.routing.step import RoutingRequest, RoutingStep, make_step
+from hiermoe.routing.trace_archive import read_archive, write_archive
 
-FORMAT = 1
+MOST_EXPERTS = 2**16  # of a layer; no model has as many, and tables over experts are made of them
 
 
 class TraceMetadata(Strict):
@@ -46,6 +42,8 @@ class TraceMetadata(Strict):
                 f"topk={self.topk}, num_recorded={self.num_recorded}, num_experts={self.num_experts}: "
                 "the rule is 1 <= topk <= num_recorded <= num_experts"
             )
+        if self.num_experts > MOST_EXPERTS:
+            raise ValueError(f"num_experts={self.num_experts} is more than {MOST_EXPERTS}")
         return self
 
 
@@ -73,6 +71,8 @@ class RoutingTrace:
         ids, counts, meta = self.expert_ids, self.num_tokens, self.metadata
         if ids.ndim != 5:
             raise ValueError(f"expert_ids has {ids.ndim} axes; the rule is [iteration, layer, rank, T, k]")
+        if not np.issubdtype(counts.dtype, np.integer):
+            raise ValueError(f"num_tokens has dtype {counts.dtype}; the rule is an integer")
         object.__setattr__(self, "expert_ids", np.ascontiguousarray(ids, dtype=_smallest_dtype(meta.num_experts, ids)))
         iterations, layers, ranks, tokens, recorded = ids.shape
         rules = {
@@ -108,20 +108,7 @@ class RoutingTrace:
         arrays = {"expert_ids": self.expert_ids, "num_tokens": self.num_tokens}
         if self.weights is not None:
             arrays["weights"] = self.weights
-        blobs = {name: _to_npy(array) for name, array in arrays.items()}
-        header = {
-            "format": FORMAT,
-            "sha256": {name: hashlib.sha256(blob).hexdigest() for name, blob in blobs.items()},
-            "metadata": self.metadata.model_dump(),
-        }
-        content = io.BytesIO()
-        with zipfile.ZipFile(content, "w", zipfile.ZIP_BZIP2) as archive:
-            archive.writestr(zipfile.ZipInfo("metadata.json"), json.dumps(header, indent=1))
-            for name, blob in blobs.items():
-                info = zipfile.ZipInfo(f"{name}.npy")  # a fixed date: the same trace gives the same bytes
-                info.compress_type = zipfile.ZIP_BZIP2
-                archive.writestr(info, blob)
-        write_whole(Path(path), content.getvalue())
+        write_archive(Path(path), self.metadata.model_dump(), arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> "RoutingTrace":
@@ -129,56 +116,42 @@ class RoutingTrace:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is truncated, altered, of another format, or breaks a rule of the class.
+            ValueError: the file is truncated, altered, of another format, larger than memory, or breaks a rule of the
+                class.
         """
-        path = Path(path)
-        if not path.exists():
-            raise FileNotFoundError(f"no trace at {path}")
-        try:
-            with zipfile.ZipFile(path) as archive:
-                header = json.loads(archive.read("metadata.json"))
-                found, checksums, stated, blobs = header["format"], {}, {}, {}
-                if found == FORMAT:  # another one may be laid out in any way
-                    checksums, stated = dict(header["sha256"]), dict(header["metadata"])
-                    blobs = {name: archive.read(f"{name}.npy") for name in {"expert_ids", "num_tokens", *checksums}}
-        except (zipfile.BadZipFile, KeyError, EOFError, OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is truncated or not a trace: {error}") from error
-        except Exception as error:  # bz2 and zlib raise their own kinds on altered bytes
-            raise ValueError(f"{path} is altered: {error}") from error
-        if found != FORMAT:
-            raise ValueError(f"{path} has format {found}, this version reads {FORMAT}")
-        for name, blob in blobs.items():
-            if hashlib.sha256(blob).hexdigest() != checksums.get(name):
-                raise ValueError(f"{path} is altered: checksum of {name} does not match")
-        arrays = {name: np.load(io.BytesIO(blob), allow_pickle=False) for name, blob in blobs.items()}
+        stated, arrays = read_archive(Path(path))
         metadata = checked(stated, TraceMetadata, f"{path} has bad metadata")
         return cls(arrays["expert_ids"], arrays["num_tokens"], metadata, arrays.get("weights"))
 
     def reshard(self, num_ranks: int, tokens_per_rank: int) -> "RoutingTrace":
         """Regroup contiguous tokens: iteration after iteration, rank after rank, cut anew into G' ranks of T' tokens.
 
-        What is left over at the end, less than one iteration, is dropped. Each new iteration takes training step and
-        loss of the first old iteration that it draws from.
+        Padding of ranks that are not full is left out. What is left over at the end, less than one iteration, is
+        dropped. Each new iteration takes training step and loss of the first old iteration that it draws from.
 
         Raises:
-            ValueError: a rank is not full (ragged traces cannot be regrouped), or the trace is too short.
+            ValueError: the trace is too short.
         """
-        iterations, layers, _, tokens, recorded = self.expert_ids.shape
+        layers, tokens, recorded = (self.expert_ids.shape[axis] for axis in (1, 3, 4))
         if (num_ranks, tokens_per_rank) == self.expert_ids.shape[2:4]:
             return self
-        if (self.num_tokens != tokens).any():
-            raise ValueError(f"trace of {self.metadata.model} is ragged: only full ranks can be regrouped")
         per_iteration = num_ranks * tokens_per_rank
-        total = self.num_tokens.sum(dtype=np.int64)
-        count = int(total // per_iteration)
+        ends_I = self.num_tokens.sum(axis=1, dtype=np.int64).cumsum()
+        count = int(ends_I[-1] // per_iteration)
         if count == 0:
-            raise ValueError(f"trace of {self.metadata.model} has {total} tokens, one iteration asks {per_iteration}")
+            raise ValueError(
+                f"trace of {self.metadata.model} has {ends_I[-1]} tokens, one iteration asks {per_iteration}"
+            )
+        filled_IGT = np.arange(tokens) < self.num_tokens[..., None]
 
         def regroup(array: np.ndarray) -> np.ndarray:
-            flat = np.moveaxis(array, 1, 0).reshape(layers, -1, recorded)[:, : count * per_iteration]
+            flat = np.moveaxis(array, 1, 0)
+            flat = flat.reshape(layers, -1, recorded) if filled_IGT.all() else flat[:, filled_IGT]
+            flat = flat[:, : count * per_iteration]
             return np.moveaxis(flat.reshape(layers, count, num_ranks, tokens_per_rank, recorded), 0, 1)
 
-        first_old = (np.arange(count, dtype=np.int64) * per_iteration * iterations // int(total)).tolist()
+        starts = np.arange(count, dtype=np.int64) * per_iteration
+        first_old = np.searchsorted(ends_I, starts, side="right").tolist()
         kept = {name: [getattr(self.metadata, name)[i] for i in first_old] for name in ("training_step", "loss")}
         return RoutingTrace(
             expert_ids=regroup(self.expert_ids),
@@ -293,9 +266,3 @@ def _smallest_dtype(num_experts: int, ids: np.ndarray) -> np.dtype:
     if ids.size and (int(ids.min()) < 0 or int(ids.max()) > np.iinfo(dtype).max):
         raise ValueError(f"expert_ids has values {int(ids.min())}..{int(ids.max())}, num_experts is {num_experts}")
     return dtype
-
-
-def _to_npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
-    return buffer.getvalue()

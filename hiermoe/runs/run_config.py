@@ -10,9 +10,10 @@ from hiermoe.measure.measurement import Measurement
 from hiermoe.measure.registry import MEASUREMENTS
 from hiermoe.model import LayerSizes, ModelConfig
 from hiermoe.policies.system import SystemConfig
-from hiermoe.ranks.memory import RANKS_PER_CORE, bytes_of_rank, cores, ranks_that_fit, total_bytes
+from hiermoe.ranks.memory import RANKS_PER_CORE, bytes_of_rank, cores, ranks_that_fit
 from hiermoe.ranks.places import PLACES, RanksConfig
 from hiermoe.records.choices import unknown
+from hiermoe.records.free_memory import total_bytes
 from hiermoe.records.strict import Strict, checked, is_valid
 from hiermoe.routing.routing_config import RoutingConfig
 from hiermoe.routing.step import RoutingRequest

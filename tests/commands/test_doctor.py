@@ -163,7 +163,11 @@ def test_a_broken_trace_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     first, second = machine.SHIPPED_TRACES
     monkeypatch.setattr(machine, "TRACES", tmp_path)
     a_trace().save(folder / f"{first}.trace")
-    assert machine.traces() == ("missing", f"{second}: there is no such file", "git checkout results/traces")
+    assert machine.traces() == (
+        "missing",
+        f"{second}: no trace at {folder / second}.trace",
+        "git checkout results/traces",
+    )
     a_trace().save(folder / f"{second}.trace")
     assert machine.traces() == ("ok", f"whole: {first}, {second}", "")
     content = (folder / f"{first}.trace").read_bytes()
@@ -174,7 +178,8 @@ def test_a_broken_trace_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         for name, data in members.items():
             archive.writestr(name, data[:-1] + b"x" if name == "expert_ids.npy" else data)
     _, broken, _ = machine.traces()
-    assert f"{first}: altered: a checksum does not match; {second}: truncated or altered" in broken
+    assert f"{first}.trace is altered: checksum of expert_ids does not match; {second}: " in broken
+    assert f"{second}.trace is truncated or not a trace" in broken
 
 
 def test_command_reports_on_this_machine_in_json_and_ends() -> None:

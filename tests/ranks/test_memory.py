@@ -11,6 +11,7 @@ import pytest
 from hiermoe.ranks import launch, memory
 from hiermoe.ranks.launch import RankFailedError, run_ranks
 from hiermoe.ranks.memory import COPIES, OWN_BYTES, SHARED_BYTES, bytes_of_rank, check_memory, ranks_that_fit
+from hiermoe.records import free_memory
 from hiermoe.records.store import RunStore
 from hiermoe.runs.execute import execute
 from tests.conftest import Command, Composer
@@ -27,16 +28,16 @@ def with_free(monkeypatch: pytest.MonkeyPatch, free: int, cores: int = 64) -> No
 
 def test_what_a_container_uses_is_not_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     limit, used = tmp_path / "max", tmp_path / "current"
-    monkeypatch.setattr(memory, "_LIMIT", limit)
-    monkeypatch.setattr(memory, "_USED", used)
-    without = memory.total_bytes()
+    monkeypatch.setattr(free_memory, "_LIMIT", limit)
+    monkeypatch.setattr(free_memory, "_USED", used)
+    without = free_memory.total_bytes()
     limit.write_text("max\n")
-    assert memory.total_bytes() == without
+    assert free_memory.total_bytes() == without
     limit.write_text("1000000\n")
     used.write_text("400000\n")
-    assert (memory.total_bytes(), memory.free_bytes()) == (1_000_000, 600_000)
+    assert (free_memory.total_bytes(), free_memory.free_bytes()) == (1_000_000, 600_000)
     used.write_text("2000000\n")
-    assert memory.free_bytes() == 0
+    assert free_memory.free_bytes() == 0
 
 
 def test_ranks_share_what_they_can() -> None:

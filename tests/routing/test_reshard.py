@@ -47,6 +47,27 @@ def test_same_ranks_and_tokens_leave_the_trace_alone() -> None:
     assert trace.reshard(2, 5) is trace
 
 
-def test_ragged_trace_cannot_be_regrouped() -> None:
-    with pytest.raises(ValueError, match="trace of small is ragged: only full ranks can be regrouped"):
-        a_trace(num_tokens=[[5, 0], [3, 2], [1, 5]]).reshard(1, 5)
+@given(data=st.data(), num_ranks=st.integers(1, 5), tokens=st.integers(1, 6))
+@settings(max_examples=100, derandomize=True, deadline=None)
+def test_ranks_that_are_not_full_are_cut_anew_without_their_padding(
+    data: st.DataObject, num_ranks: int, tokens: int
+) -> None:
+    counts = data.draw(st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=1, max_size=4))
+    trace = a_trace((len(counts), 2, 3, 5), num_tokens=counts)
+    per_iteration = num_ranks * tokens
+    kept = [  # token after token, with the iteration that each is from
+        (i, trace.expert_ids[i, :, g, t]) for i, row in enumerate(counts) for g, n in enumerate(row) for t in range(n)
+    ]
+    count = len(kept) // per_iteration
+    if (num_ranks, tokens) == (3, 5):
+        assert trace.reshard(num_ranks, tokens) is trace
+        return
+    if count == 0:
+        with pytest.raises(ValueError, match=f"has {len(kept)} tokens, one iteration asks {per_iteration}"):
+            trace.reshard(num_ranks, tokens)
+        return
+    regrouped = trace.reshard(num_ranks, tokens)
+    assert (regrouped.num_tokens == tokens).all() and regrouped.expert_ids.shape[:4] == (count, 2, num_ranks, tokens)
+    expected = np.stack([ids_LK for _, ids_LK in kept[: count * per_iteration]], axis=1)
+    np.testing.assert_array_equal(tokens_in_order(regrouped.expert_ids), expected)
+    assert regrouped.metadata.training_step == [10 * kept[i * per_iteration][0] for i in range(count)]

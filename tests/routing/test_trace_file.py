@@ -1,5 +1,7 @@
 """A trace file gives back what was saved, the same bytes every time, and no damage goes unseen."""
 
+import hashlib
+import io
 import json
 import zipfile
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hiermoe.routing.trace import RoutingTrace
+from hiermoe.routing.trace_archive import read_archive
 from tests.routing.worlds import a_trace
 
 Change = Callable[[dict[str, Any]], object]
@@ -171,3 +174,114 @@ def test_zip_that_is_no_trace_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", expert_ids=np.zeros(3))
     with pytest.raises(ValueError, match="not a trace"):
         RoutingTrace.load(tmp_path / "a.npz")
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def only_header(descr: str, *shape: int) -> bytes:
+    """An array's file that ends after its header."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+def with_arrays(path: Path, arrays: dict[str, bytes], change: Change = lambda header: None) -> Path:
+    """A trace with other arrays, whose checksums match."""
+    members = {}
+    with zipfile.ZipFile(io.BytesIO(saved_bytes())) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members |= {f"{name}.npy": content for name, content in arrays.items()}
+    header = json.loads(members.pop("metadata.json"))
+    header["sha256"] = {name[:-4]: hashlib.sha256(content).hexdigest() for name, content in members.items()}
+    change(header)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
+        for name, content in {"metadata.json": json.dumps(header).encode(), **members}.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"expert_ids": only_header("|u1", 2**24, 2, 2, 2**14, 16)}, "17592186044416 bytes, and 0 are there"),
+        ({"expert_ids": only_header("|u1", 2**60, 2**60, 2**60, 1, 1)}, "bytes, and 0 are there"),
+        ({"expert_ids": only_header("|u1", 10**12, 1, 1, 0, 4)}, r"num_tokens has shape \(3, 2\), expert_ids asks"),
+        ({"num_tokens": only_header("<i4", 10**12, 1)}, "4000000000000 bytes, and 0 are there"),
+        ({"expert_ids": np.zeros((3, 2, 2, 5, 4))}, "expert_ids has dtype float64; the rule is an integer"),
+        ({"num_tokens": np.full((3, 2), "5")}, "num_tokens has dtype <U1; the rule is an integer"),
+        ({"num_tokens": np.full((3, 2), 5 + 1j)}, "num_tokens has dtype complex128; the rule is an integer"),
+        ({"num_tokens": np.full((3, 2), 4.5)}, "num_tokens has dtype float64; the rule is an integer"),
+        ({"num_tokens": np.full((3, 2), 5, "m8[s]")}, "num_tokens has dtype timedelta64.s.; the rule is an integer"),
+        ({"num_tokens": np.full((3, 2), True)}, "num_tokens has dtype bool; the rule is an integer"),
+        ({"num_tokens": np.zeros((3, 2), [("a", "i4")])}, "num_tokens has dtype .*; the rule is an integer"),
+        ({"num_tokens": only_header("|O", 3, 2)}, "num_tokens has dtype object; the rule is an integer"),
+        ({"weights": np.full((3, 2, 2, 5, 4), "a")}, "weights has dtype <U1; the rule is a float"),
+        ({"other": np.zeros(3)}, "other has dtype float64; the rule is no such array"),
+        ({"expert_ids": np.asfortranarray(np.zeros((3, 2, 2, 5, 4), np.uint8))}, "in Fortran's order"),
+        ({"expert_ids": npy(np.zeros(3, np.uint8)) + b"more"}, "3 bytes, and 7 are there"),
+        ({"expert_ids": b"no array"}, "is altered"),
+    ],
+)
+def test_arrays_are_refused_by_their_header(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    blobs = {name: each if isinstance(each, bytes) else npy(each) for name, each in arrays.items()}
+    with pytest.raises(ValueError, match=message) as raised:
+        RoutingTrace.load(with_arrays(tmp_path / "a.trace", blobs))
+    assert "a.trace" in str(raised.value) or "trace of small" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_more_experts_than_any_model_has_are_refused(tmp_path: Path) -> None:
+    path = with_arrays(tmp_path / "a.trace", {}, lambda header: header["metadata"].update(num_experts=2 * 10**9))
+    with pytest.raises(ValueError, match="num_experts=2000000000 is more than 65536"):
+        RoutingTrace.load(path)
+
+
+def test_what_unpacks_to_a_thousand_times_its_size_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hiermoe.routing.trace_archive._SMALL_BYTES", 2**20)
+    size = 2**25
+    shape = (3, 2, 2, size // 48, 4)
+    head = only_header("|u1", *shape)
+    path = with_arrays(tmp_path / "a.trace", {})
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist() if name != "expert_ids.npy"}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+        with archive.open("expert_ids.npy", "w") as file:
+            file.write(head)
+            file.write(bytes(int(np.prod(shape))))
+    with pytest.raises(ValueError, match=r"expert_ids has shape .*, 0.0 GiB packed into \d+ bytes: no routing"):
+        RoutingTrace.load(path)
+
+
+def test_header_without_end_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hiermoe.routing.trace_archive._HEADER_BYTES", 2**20)
+    with zipfile.ZipFile(tmp_path / "a.trace", "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("metadata.json", b" " * (2**20 + 1))
+    with pytest.raises(ValueError, match=r"a\.trace: its metadata\.json is larger than 1 MiB"):
+        RoutingTrace.load(tmp_path / "a.trace")
+
+
+def test_trace_larger_than_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a_trace().save(tmp_path / "a.trace")
+    monkeypatch.setattr("hiermoe.routing.trace_archive.free_bytes", lambda: 100)
+    with pytest.raises(ValueError, match=r"expert_ids has shape \(3, 2, 2, 5, 4\), .* GiB are free"):
+        RoutingTrace.load(tmp_path / "a.trace")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_packed_in_any_usual_way(tmp_path: Path, method: int) -> None:
+    with zipfile.ZipFile(io.BytesIO(saved_bytes())) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "a.trace", "w", method) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    assert_same(RoutingTrace.load(tmp_path / "a.trace"), a_trace())
+    _, arrays = read_archive(tmp_path / "a.trace")
+    assert all(array.flags.writeable for array in arrays.values())

@@ -1,0 +1,144 @@
+"""The file of a trace: a zip of .npy arrays and a header with their checksums.
+
+A file may come from anywhere. What its header says of types, shapes and sizes is checked before memory is taken, and
+what is unpacked never outgrows it.
+"""
+
+import bz2
+import copy
+import hashlib
+import io
+import json
+import math
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from hiermoe.records.free_memory import free_bytes
+from hiermoe.records.whole_file import write_whole
+
+FORMAT = 1
+HEADER = "metadata.json"
+KINDS = {"expert_ids": ("iu", "an integer"), "num_tokens": ("iu", "an integer"), "weights": ("f", "a float")}
+
+_HEADER_BYTES = 2**26  # a million iterations state their steps and losses in half of that
+_PART_BYTES = 2**22
+# Recorded routing packs to a half or a tenth, padding to nearly nothing; what is larger and emptier than this is none.
+_SMALL_BYTES, _MOST_TIMES_PACKED = 2**28, 1000
+
+
+def write_archive(path: Path, metadata: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Write a file that ``numpy.load`` reads; the same content gives the same bytes."""
+    blobs = {name: _to_npy(array) for name, array in arrays.items()}
+    header = {
+        "format": FORMAT,
+        "sha256": {name: hashlib.sha256(blob).hexdigest() for name, blob in blobs.items()},
+        "metadata": metadata,
+    }
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr(zipfile.ZipInfo(HEADER), json.dumps(header, indent=1))
+        for name, blob in blobs.items():
+            info = zipfile.ZipInfo(f"{name}.npy")  # a fixed date
+            info.compress_type = zipfile.ZIP_BZIP2
+            archive.writestr(info, blob)
+    write_whole(path, content.getvalue())
+
+
+def read_archive(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The metadata as stated, and the arrays, whose checksums match.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, altered, of another format, or too large for this machine.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no trace at {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            with _opened(archive, HEADER) as file:
+                content = file.read(_HEADER_BYTES + 1)
+            if len(content) > _HEADER_BYTES:
+                raise _Refused(f"its {HEADER} is larger than {_HEADER_BYTES >> 20} MiB")
+            header = json.loads(content)
+            if header["format"] != FORMAT:  # another one may be laid out in any way
+                raise _Refused(f"it has format {str(header['format'])[:20]}, this version reads {FORMAT}")
+            checksums, stated = dict(header["sha256"]), dict(header["metadata"])
+            arrays = {
+                name: _read_array(archive, name, checksums.get(name))
+                for name in ("expert_ids", "num_tokens", *(set(checksums) - {"expert_ids", "num_tokens"}))
+            }
+    except _Refused as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (zipfile.BadZipFile, KeyError, EOFError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is truncated or not a trace: {error}") from error
+    except Exception as error:  # bz2, zlib and numpy raise their own kinds on altered bytes
+        raise ValueError(f"{path} is altered: {(str(error) or repr(error)).splitlines()[0]}") from error
+    return stated, arrays
+
+
+class _Refused(Exception):
+    """A whole file that is not read, and why."""
+
+
+def _opened(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    """A member, unpacked in parts of the size that is asked for."""
+    info = archive.getinfo(name)
+    if info.compress_type != zipfile.ZIP_BZIP2:
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise _Refused(f"{name} is packed by method {info.compress_type}; the rule is bzip2, deflate or none")
+        return archive.open(info)
+    # zipfile unpacks all that four kilobytes of bzip2 hold at once, which may be gigabytes; bz2 stops where it is told.
+    packed = copy.copy(info)
+    packed.compress_type, packed.file_size, packed.CRC = zipfile.ZIP_STORED, info.compress_size, None  # type: ignore[assignment]
+    return bz2.open(archive.open(packed))
+
+
+def _read_array(archive: zipfile.ZipFile, name: str, checksum: object) -> np.ndarray:
+    """An array of the file."""
+    info = archive.getinfo(f"{name}.npy")
+    with _opened(archive, info.filename) as file:
+        start = io.BytesIO(file.read(np.lib.format.MAGIC_LEN + 4 + 10_000))  # numpy's own limit of a header
+        dtype, shape = _checked_header(name, start)
+        size = dtype.itemsize * math.prod(shape)
+        if start.tell() + size != info.file_size:
+            raise _Refused(f"{name} has shape {shape}, {size} bytes, and {info.file_size - start.tell()} are there")
+        if size > _SMALL_BYTES and size > _MOST_TIMES_PACKED * info.compress_size:
+            raise _Refused(
+                f"{name} has shape {shape}, {size / 2**30:.1f} GiB packed into {info.compress_size} bytes: no routing "
+                "is that empty"
+            )
+        if 2 * size > (free := free_bytes()):  # checking takes as much again
+            raise _Refused(f"{name} has shape {shape}, {size / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free")
+        digest, buffer = hashlib.sha256(start.getvalue()), np.empty(size, np.uint8)
+        part, at = start.read(), 0
+        while part and at + len(part) <= size:
+            buffer[at : at + len(part)] = np.frombuffer(part, np.uint8)
+            at += len(part)
+            part = file.read(_PART_BYTES)
+            digest.update(part)
+    if at != size or part or digest.hexdigest() != checksum:
+        raise ValueError(f"checksum of {name} does not match")
+    return buffer.view(dtype).reshape(shape)
+
+
+def _checked_header(name: str, file: io.BytesIO) -> tuple[np.dtype, tuple[int, ...]]:
+    """What an array's header says, and the file after it."""
+    if np.lib.format.read_magic(file) == (1, 0):
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    else:
+        shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(file)
+    kinds, rule = KINDS.get(name, ("", "no such array"))
+    if dtype.kind not in kinds or not kinds:
+        raise _Refused(f"{name} has dtype {dtype}; the rule is {rule}")
+    if fortran_order and len(shape) > 1:
+        raise _Refused(f"{name} is in Fortran's order; the rule is C's")
+    return dtype, shape
+
+
+def _to_npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return buffer.getvalue()
