@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from hiermoe.records.checksums import LIST, checksum_list
+from hiermoe.records.project import CODE
 from hiermoe.records.store import CONFIG, PROVENANCE, ROWS, RunStore
 from hiermoe.runs.compose import compose
 from hiermoe.runs.execute import execute
@@ -158,3 +159,7 @@ def test_a_record_without_rows_is_none(record: Path, hiermoe: Command) -> None:
     (record / ROWS).unlink()
     code, out, _ = hiermoe("run", *FEW, ASKED)
     assert code == 0 and "kept from before" not in out and "left out" not in out
+
+
+def test_the_page_on_reliability_counts_these() -> None:
+    assert f"({len(INJECTIONS)} injections)" in (CODE / "docs" / "reliability.md").read_text()
