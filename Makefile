@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce report losses traces test test-slow test-browser test-slurm test-all debian bench lint format reference clean
+.PHONY: help setup reproduce report losses traces test test-slow test-browser test-slurm test-versions test-all debian bench lint format reference clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,10 +65,10 @@ results/traces/large/deepseek_v3_e256.trace:
 PYTEST := $(BIN)/pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --ignore=tests/benchmarks
 
 test: setup ## the tests, a quarter of an hour on two cores
-	@$(PYTEST) -m 'not slow and not slurm and not browser'
+	@$(PYTEST) -m 'not slow and not slurm and not browser and not versions'
 
 test-slow: setup ## the slower checks
-	@$(PYTEST) -m 'slow and not slurm and not browser'
+	@$(PYTEST) -m 'slow and not slurm and not browser and not versions'
 
 test-browser: setup debian ## the report in a real browser, on a desk and on a phone (root; installs chromium)
 	@$(BIN)/pytest -q -m browser tests/analysis
@@ -76,8 +76,11 @@ test-browser: setup debian ## the report in a real browser, on a desk and on a p
 test-slurm: setup debian ## measured runs under a real Slurm of four nodes on this machine (root; installs slurm-wlm and munge)
 	@$(BIN)/pytest -q -m slurm tests/slurm
 
-test-all: setup debian ## all of these, and which of them took longest
-	@$(PYTEST) -m 'not slurm' --durations=40
+test-versions: setup ## commands under every Python that this machine has of 3.11 to 3.13 (gigabytes, ten minutes each)
+	@$(BIN)/pytest -q -m versions tests/documents
+
+test-all: setup debian ## all of these but test-versions, and which of them took longest
+	@$(PYTEST) -m 'not slurm and not versions' --durations=40
 	@$(BIN)/pytest -q -m slurm tests/slurm
 
 debian: # what tests need beside Python

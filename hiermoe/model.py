@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from hiermoe.records.choices import unknown
-from hiermoe.records.project import CONF, shown
+from hiermoe.records.groups import file_of
+from hiermoe.records.project import shown
 from hiermoe.records.strict import Strict, checked
 
 
@@ -241,10 +241,7 @@ class ModelConfig(Strict):
         Raises:
             ValueError: there is none, or a value breaks a rule.
         """
-        path = CONF / "model" / f"{name}.yaml"
-        if not path.is_file():
-            raise unknown("model", name, sorted(known.stem for known in path.parent.glob("*.yaml")))
-        return cls.from_yaml(path)
+        return cls.from_yaml(file_of("model", name))
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:

@@ -5,10 +5,10 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from hiermoe.model import ModelConfig
+from hiermoe.records.groups import files_of
 from hiermoe.records.strict import Strict
 from hiermoe.routing.routing_config import RoutingConfig
 from hiermoe.topology.cluster import Cluster
-from hiermoe.topology.cluster_files import cluster_names
 
 SOURCES = ("trace", "loads", "routing")
 
@@ -43,7 +43,7 @@ class AdviceConfig(Strict):
         if values.get("across") and values.get("ep_size") is None:
             raise ValueError("across=true says how a group of ep_size= GPUs lies in the cluster; state that")
         if values.get("cluster") is None:
-            raise ValueError(f"cluster=... is missing; choose from {', '.join(cluster_names())}")
+            raise ValueError(f"cluster=... is missing; choose from {', '.join(files_of('cluster'))}")
         return values
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from hiermoe.advice.advice_config import AdviceConfig
 from hiermoe.measure.workload import CachedRouting
 from hiermoe.model import LayerSizes, ModelConfig
 from hiermoe.policies.system import build
-from hiermoe.records.project import CONF
+from hiermoe.records.groups import files_of
 from hiermoe.records.status import NotApplicable
 from hiermoe.records.strict import BrokenRules
 from hiermoe.routing.loads import IndependentLoads, read_loads
@@ -199,8 +199,7 @@ def _left_aside(
 def model_of(metadata: TraceMetadata) -> ModelConfig | None:
     """The model whose routing a trace is, if conf/model/ has it; of a narrow sibling, the model that it stands for."""
     for name in (metadata.model.removesuffix("_narrow"), metadata.model):
-        path = CONF / "model" / f"{name}.yaml"
-        if path.parent == CONF / "model" and path.is_file():
+        if name in files_of("model"):
             return ModelConfig.named(name)
     return None
 

@@ -13,6 +13,7 @@ from hiermoe.analysis.figures.spec import DPI
 from hiermoe.analysis.figures.style import SETTINGS
 from hiermoe.analysis.render import environment, to_html
 from hiermoe.records.provenance import collect
+from hiermoe.records.whole_file import whole, write_whole
 
 FIGURES = {  # in the order of the page
     "overview": (phrases.title_of_overview, figures.overview),
@@ -34,7 +35,6 @@ def write_page(answer: Answer, folder: Path, routing_file: Path | None) -> Path:
     Returns:
         The page.
     """
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
     tables = {
         "overview": answer.systems,
         "systems": answer.systems,
@@ -46,11 +46,11 @@ def write_page(answer: Answer, folder: Path, routing_file: Path | None) -> Path:
     }
     tables = {name: table for name, table in tables.items() if len(table)}
     for name, table in tables.items():
-        table.to_csv(folder / "figures" / f"{name}.csv", index=False)
+        write_whole(folder / "figures" / f"{name}.csv", table.to_csv(index=False).encode())
     titles = {name: title_of(answer) for name, (title_of, _) in FIGURES.items() if name in tables}
     for name, title in titles.items():
-        with mpl.rc_context(SETTINGS):
-            FIGURES[name][1](answer, title).savefig(folder / "figures" / f"{name}.png", dpi=DPI)
+        with mpl.rc_context(SETTINGS), whole(folder / "figures" / f"{name}.png") as path:
+            FIGURES[name][1](answer, title).savefig(path, dpi=DPI)
     case, made = answer.assessment.case, collect()
     title = f"Would it help? {case.routing_words[0].upper()}{case.routing_words[1:]} on {case.cluster.name}"
     template = environment().get_template("advice.md.j2")
@@ -69,7 +69,7 @@ def write_page(answer: Answer, folder: Path, routing_file: Path | None) -> Path:
         made=made,
         digest=routing_file and hashlib.sha256(routing_file.read_bytes()).hexdigest()[:16],
     )
-    (folder / "advice.md").write_text(text, encoding="utf-8")
+    write_whole(folder / "advice.md", text.encode())
     page = folder / "advice.html"
-    page.write_text(to_html(text, title, folder), encoding="utf-8")
+    write_whole(page, to_html(text, title, folder).encode())
     return page

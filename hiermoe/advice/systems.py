@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.policies.system import SystemConfig
-from hiermoe.records.project import CONF
+from hiermoe.records.groups import files_of
 from hiermoe.records.status import NotApplicable
 from hiermoe.topology.hierarchy import Hierarchy
 
@@ -63,7 +63,7 @@ def candidates(
     """
     left_out: list[tuple[str, str]] = []
     alike: dict[str, list[tuple[SystemConfig, tuple[DispatchScheme, ...]]]] = {}
-    every = sorted(path.stem for path in (CONF / "system").glob("*.yaml")) if names is None else names
+    every = list(files_of("system")) if names is None else names
     for system in map(SystemConfig.named, dict.fromkeys([BASELINE, *every])):
         if system.executor == CONTROL:
             continue

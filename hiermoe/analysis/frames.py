@@ -1,13 +1,14 @@
 """Records of sweeps as tidy tables: which runs a sweep has, how each ended, and what it measured."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import pandas as pd
 
 from hiermoe.planner.fit import CALIBRATED
+from hiermoe.records.checksums import Damaged
 from hiermoe.records.index import PREDICTIONS, Index, IndexedRun
 from hiermoe.records.keep import NONE
 from hiermoe.records.store import RunStore
@@ -75,11 +76,13 @@ class Results:
         runs: the runs of every sweep, in the sweep's order.
         records: rows of all runs with status ok, each run once.
         store: where they were read; also has the provenance.
+        damaged: runs whose records are left out because they are not what was written, with what is wrong.
     """
 
     runs: Mapping[str, Sequence[Run]]
     records: pd.DataFrame
     store: RunStore
+    damaged: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def _by_phase(self) -> dict[tuple[str, str], pd.DataFrame]:
@@ -115,7 +118,7 @@ class Results:
             name: [run for run in runs if run.source == source or name == PREDICTIONS]
             for name, runs in self.runs.items()
         }
-        return Results(chosen, self.records, self.store)
+        return Results(chosen, self.records, self.store, self.damaged)
 
     def find(self, sweep: str, **wanted: Any) -> list[Run]:
         """Runs of a sweep whose values are all as wanted, in the sweep's order, whatever their status.
@@ -141,11 +144,21 @@ def load(index: Index, store: RunStore | None = None) -> Results:
     """
     store = store or RunStore()
     entries = {entry.run_id: entry for sweep in index.values() for entry in sweep}
-    frames = {run_id: store.read(run_id) for run_id in entries if store.has(run_id)}
-    runs = {name: [_run(entry, frames.get(entry.run_id)) for entry in sweep] for name, sweep in index.items()}
+    frames: dict[str, pd.DataFrame] = {}
+    damaged: dict[str, str] = {}
+    for run_id in entries:
+        if store.has(run_id):
+            try:
+                frames[run_id] = store.read(run_id)
+            except Damaged as error:
+                damaged[run_id] = error.why
+    runs = {
+        name: [_run(entry, frames.get(entry.run_id), damaged.get(entry.run_id)) for entry in sweep]
+        for name, sweep in index.items()
+    }
     ok = [frame for frame in frames.values() if frame["status"].iloc[0] == "ok"]
     empty = pd.DataFrame(columns=["run_id", "phase", "counted"])
-    return Results(runs, pd.concat(ok, ignore_index=True) if ok else empty, store)
+    return Results(runs, pd.concat(ok, ignore_index=True) if ok else empty, store, damaged)
 
 
 def step_times(steps: pd.DataFrame) -> pd.DataFrame:
@@ -173,8 +186,11 @@ def typical_ms(steps: pd.DataFrame) -> pd.Series:
     return times["mean"].where(times["source"] == "simulated", times["median"])
 
 
-def _run(entry: IndexedRun, frame: pd.DataFrame | None) -> Run:
+def _run(entry: IndexedRun, frame: pd.DataFrame | None, damage: str | None) -> Run:
     if frame is None:
-        return Run(**vars(entry), status="missing", reason=f"no record of {entry.run_id}; `hiermoe reproduce` makes it")
+        why = (
+            f"no record of {entry.run_id}" if damage is None else f"the record of {entry.run_id} is damaged ({damage})"
+        )
+        return Run(**vars(entry), status="missing", reason=f"{why}; `hiermoe reproduce` makes it")
     first = frame.iloc[0]
     return Run(**vars(entry), status=first["status"], reason=first["reason"])

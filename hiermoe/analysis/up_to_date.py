@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from hiermoe.records.groups import OWN
 from hiermoe.records.index import Index, Renewal
 from hiermoe.records.project import CONF, PUBLISHED, RULES, TEMPLATES
 from hiermoe.records.run_id import code_digest
@@ -21,7 +22,7 @@ def made_from(index: Index, store: RunStore, stale: Sequence[Renewal] = ()) -> s
     """
     content = {
         "runs": {name: [(entry.run_id, entry.swept) for entry in sweep] for name, sweep in index.items()},
-        "records": {entry.run_id: store.written_ns(entry.run_id) for sweep in index.values() for entry in sweep},
+        "records": {entry.run_id: store.written(entry.run_id) for sweep in index.values() for entry in sweep},
         "all records": store.run_ids(),
         "stale": [(renewal.command, renewal.run_ids) for renewal in stale],
         "files": {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in _files()},
@@ -46,5 +47,5 @@ def is_up_to_date(page: Path, made: str) -> bool:
 
 def _files() -> Iterator[Path]:
     yield from (RULES, PUBLISHED)
-    for folder in (TEMPLATES, CONF):
+    for folder in dict.fromkeys((TEMPLATES, CONF, OWN)):
         yield from sorted(path for path in folder.rglob("*") if path.is_file())

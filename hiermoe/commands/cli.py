@@ -16,7 +16,7 @@ from hiermoe.commands.arguments import Parser
 from hiermoe.commands.help_text import help_text
 from hiermoe.commands.plain_letters import print_plain_letters_where_needed
 from hiermoe.records.choices import unknown
-from hiermoe.records.project import CONF
+from hiermoe.records.project import CONF, WORKPLACE
 from hiermoe.records.strict import BrokenRules, Schema, checked
 
 USAGE = """hiermoe: does HierMoE's communication hold, and would it help your model on your cluster?
@@ -58,6 +58,7 @@ def main() -> None:
         _fail(unknown("command", command, commands))
     sys.argv[0] = f"hiermoe {command}"  # in provenance, of worker processes too
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as on Ctrl-C
+    sys.path.append(str(WORKPLACE))  # for what a user's own conf/ names in _target_
     try:
         commands[command]()
     except (ValueError, OSError) as error:
@@ -217,7 +218,7 @@ def _reproduce() -> None:
 
 def _report() -> None:
     from hiermoe.analysis.report import write_reference, write_report
-    from hiermoe.commands.records_command import print_stale
+    from hiermoe.commands.records_command import print_damaged, print_stale
     from hiermoe.records.store import RunStore
     from hiermoe.runs.indexing import index_runs
     from hiermoe.runs.stale import stale_in_place_of
@@ -230,6 +231,7 @@ def _report() -> None:
     stale = stale_in_place_of(index, store)
     report = write_report(index, store, stale=stale)
     print_stale(stale, Console(highlight=False))
+    print_damaged(report.damaged, Console(highlight=False))
     print(f"{report.page}{'' if report.is_new else ' is current: nothing it shows has changed'}")
     if arguments.reference:
         print(write_reference())

@@ -3,13 +3,13 @@
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import yaml
 
-from hiermoe.records.project import CONF, SWEEPS
-from hiermoe.topology.cluster_files import cluster_file, cluster_names
+from hiermoe.records.groups import files_of
+from hiermoe.records.project import CONF
 
 NARROWEST, WIDEST = 60, 120
 
@@ -25,7 +25,7 @@ def help_text(config_name: str) -> str:
     template = content["hydra"]["help"]["template"]
     choices = _choices(content["defaults"])
     if "systems" in content:
-        choices = "\n".join([choices, "systems=[...]   (if not said: all)", *_lines(_files(CONF / "system"))])
+        choices = "\n".join([choices, "systems=[...]   (if not said: all)", *_lines(files_of("system"))])
     return template.replace("$APP_CONFIG_GROUPS", choices).replace("$CONFIG", _options(path))
 
 
@@ -44,24 +44,19 @@ def _choices(defaults: list[object]) -> str:
     for group, default in groups.items():
         if not group.startswith("override "):
             parts.append(f"{group}=" + (f"   (if not said: {default})" if default else ""))
-            files = [cluster_file(name) for name in cluster_names()] if group == "cluster" else _files(CONF / group)
-            parts += _lines([file for file in files if file is not None])
+            parts += _lines(files_of(group))
     if "measure" in groups:
-        parts += ["+sweeps=   (with -m)", *_lines(_files(SWEEPS))]
-        parts += ["+experiment=", *_lines(_files(CONF / "experiment"))]
+        parts += ["+sweeps=   (with -m)", *_lines(files_of("sweeps"))]
+        parts += ["+experiment=", *_lines(files_of("experiment"))]
     return "\n".join(parts)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.yaml"))
-
-
-def _lines(paths: list[Path]) -> Iterator[str]:
+def _lines(files: Mapping[str, Path]) -> Iterator[str]:
     """Name and description, wrapped beside the names."""
     width = min(max(shutil.get_terminal_size().columns, NARROWEST), WIDEST)
-    column = max((len(path.stem) for path in paths), default=0) + 4
-    for path in paths:
-        lead = f"  {path.stem}".ljust(column)
+    column = max(map(len, files), default=0) + 4
+    for name, path in files.items():
+        lead = f"  {name}".ljust(column)
         yield textwrap.fill(described(path), width, initial_indent=lead, subsequent_indent=" " * column)
 
 

@@ -16,6 +16,7 @@ from hiermoe.commands.arguments import Parser
 from hiermoe.records.index import Renewal
 from hiermoe.records.store import RunStore
 from hiermoe.records.table import differing, read_records
+from hiermoe.records.whole_file import write_whole
 from hiermoe.runs.columns import column_meanings
 from hiermoe.runs.stale import renewals, stale_runs
 
@@ -28,9 +29,11 @@ DESCRIPTION = """What records there are in results/runs/. One line a run here; e
 
 A filter is the name of a column and one value or several with commas, null for an empty cell. Stale records, which
 other code has made, are left out, counted, and named with the command that renews them; stale=true shows them alone.
+Damaged records, whose files are not what was written, are left out and named.
 """
 NAMES = ("system", "model", "cluster", "routing")
 MOST_LINES = 40
+MOST_NAMES = 4  # of damaged records, for each thing that is wrong
 _OWNERS = {"num_experts": "model", "topk": "model", "num_ranks": "cluster"}  # whose option a column is
 
 
@@ -62,7 +65,8 @@ def main(arguments: list[str]) -> None:
     store = RunStore()
     stale = stale_runs(store)
     old = {run.run_id for run in stale}
-    shown = [run_id for run_id in store.run_ids() if (run_id in old) == (asked == "true")]
+    damaged = store.damaged()
+    shown = [run_id for run_id in store.run_ids() if run_id not in damaged and (run_id in old) == (asked == "true")]
     rows = read_records(wanted, store, shown)
     if target is not None:
         _export(rows, target)
@@ -73,6 +77,7 @@ def main(arguments: list[str]) -> None:
     else:
         console.print(f"no record is so, of {len(shown)} runs in {store.folder}", soft_wrap=True)
     print_stale(renewals(stale), console)
+    print_damaged(damaged, console)
 
 
 def print_columns(console: Console) -> None:
@@ -90,6 +95,21 @@ def print_stale(stale: Sequence[Renewal], console: Console) -> None:
     console.print(f"[yellow]{count} stale[/yellow], made by other code than the present. These commands renew them:")
     for renewal in stale:
         console.print(f"  {renewal.command}   ({len(renewal.run_ids)})", soft_wrap=True, markup=False)
+
+
+def print_damaged(damaged: Mapping[str, str], console: Console) -> None:
+    """Which records are damaged, by what is wrong with them."""
+    if not damaged:
+        return
+    console.print(
+        f"[yellow]{len(damaged)} damaged[/yellow] and left out; whatever asks for these runs makes them anew:"
+    )
+    by_reason: dict[str, list[str]] = {}
+    for run_id, why in damaged.items():
+        by_reason.setdefault(why, []).append(run_id)
+    for why, run_ids in by_reason.items():
+        more = f" and {len(run_ids) - MOST_NAMES} more" if len(run_ids) > MOST_NAMES else ""
+        console.print(f"  {', '.join(run_ids[:MOST_NAMES])}{more}: {why}", soft_wrap=True, markup=False)
 
 
 def table(rows: pd.DataFrame) -> Table:
@@ -148,11 +168,8 @@ def _alltoall(rows: pd.DataFrame) -> Mapping[Any, float]:
 
 
 def _export(rows: pd.DataFrame, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.suffix == ".csv":
-        rows.to_csv(target, index=False)
-    else:
-        rows.to_parquet(target, index=False)
+    content = rows.to_csv(index=False).encode() if target.suffix == ".csv" else rows.to_parquet(index=False)
+    write_whole(target, content)
 
 
 def _pair(text: str) -> tuple[str, list[str]]:

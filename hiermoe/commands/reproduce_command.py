@@ -13,7 +13,7 @@ from hiermoe.analysis.claims import load_rules
 from hiermoe.analysis.report import write_report
 from hiermoe.analysis.verdicts import verdict_summary
 from hiermoe.commands.progress_line import NO_REPORT, ProgressLine
-from hiermoe.commands.records_command import print_stale
+from hiermoe.commands.records_command import print_damaged, print_stale
 from hiermoe.ranks.emulated.requirements import missing_requirement
 from hiermoe.records.keep import Outcome
 from hiermoe.records.project import REPORTS
@@ -202,6 +202,7 @@ def write(session: Session, cells: Cells, what: str) -> pd.DataFrame:
         stale = stale_in_place_of(index, session.store)
         report = write_report(index, session.store, stale=stale)
     print_stale(stale, session.console)
+    print_damaged(report.damaged, session.console)
     what = what if report.is_new else f"{what}, of before, as nothing in it has changed"
     session.console.print(
         f"{what}: [bold]{report.page}[/bold] ({session.seconds:.0f} s since the start)", soft_wrap=True

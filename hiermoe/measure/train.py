@@ -1,6 +1,7 @@
 """Training: stock Megatron on the ranks of a world, its MoE layers given the dispatcher of a system."""
 
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,6 +32,7 @@ class Checkpoints:
         keep: so many of the newest stay; None for all.
         start: checkpoint to go on from; None for the beginning.
         rows: folder of the ranks' rows, which outlive a killed run there; None for a temporary one.
+        left_out: later ones that are damaged, and why; a line each.
     """
 
     folder: Path
@@ -38,6 +40,7 @@ class Checkpoints:
     keep: int | None = None
     start: Path | None = None
     rows: Path | None = None
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,10 @@ class Train(Measurement):
         return job.steps
 
     def provenance(self, job: TrainingJob) -> dict[str, Any]:
-        """The checkpoint that it goes on from."""
-        start = job.checkpoints.start
-        return {} if start is None else {"resumed_from": shown(start)}
+        """The checkpoint that it goes on from, and those that it does not."""
+        start, left_out = job.checkpoints.start, job.checkpoints.left_out
+        resumed = {} if start is None else {"resumed_from": shown(start)}
+        return resumed | ({"left_out": list(left_out)} if left_out else {})
 
     def measure_one(self, job: TrainingJob, world: World, progress: Progress) -> pd.DataFrame:
         """Rows of the phase train.
@@ -93,6 +97,9 @@ class Train(Measurement):
             RunDied: a rank failed.
         """
         saved = job.checkpoints
+        for line in saved.left_out:
+            where = "the beginning" if saved.start is None else shown(saved.start)
+            print(f"{line}: left out, training goes on from {where}", file=sys.stderr)
         if saved.start is None or saved.start.parent != saved.folder:  # what an earlier attempt left is not this run's
             shutil.rmtree(saved.folder, ignore_errors=True)
         corpus = training_corpus(job.training)
@@ -116,20 +123,26 @@ def train(rank: int, job: TrainingJob, corpus: Corpus, timeout: timedelta, devic
     # Only the ranks need megatron; the fork server has imported it for them.
     from hiermoe.megatron.attach import attach
     from hiermoe.megatron.meter import Meter
-    from hiermoe.narrow.trainer import Trainer
+    from hiermoe.narrow.trainer import Diverged, Trainer
 
     meter = Meter()
     trainer = Trainer(job.training, timeout, device=device)
     placement = attach(trainer.model, job.system, job.cluster, meter=meter, timeout=timeout)
     saved = job.checkpoints
-    start = trainer.load(saved.start, placement) if saved.start is not None else 0
+    good, start = saved.start, 0
+    if good is not None:
+        start = trainer.load(good, placement)
     with RowStream(folder, rank, start) as stream, meter:
         measured_from = first_measured(job.steps, None)
         for step in range(start, job.steps):
             sequences = trainer.batch(corpus, step)
             dist.barrier()
             started = time.perf_counter()
-            loss = trainer.step(sequences)
+            try:
+                loss = trainer.step(sequences)
+            except Diverged as error:
+                whole = "no checkpoint was saved before" if good is None else f"the last good checkpoint is {good}"
+                raise Diverged(f"{error}; {whole}") from error
             step_ms = (time.perf_counter() - started) * 1e3
             calls = meter.drain()
             updates = placement.step(trainer.optimizer)
@@ -151,7 +164,7 @@ def train(rank: int, job: TrainingJob, corpus: Corpus, timeout: timedelta, devic
             }
             stream.write([row | _alltoall_times(calls)])
             if saved.every is not None and (step + 1) % saved.every == 0:
-                trainer.save(saved.folder, step + 1, placement, keep=saved.keep)
+                good = trainer.save(saved.folder, step + 1, placement, keep=saved.keep)
                 meter.drain()
     trainer.close()
 

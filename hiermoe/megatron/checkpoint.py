@@ -2,12 +2,12 @@
 
 Every system writes the same content under Megatron's own names, so what one saved loads in any other and in stock
 Megatron. Where the experts were, and what their policies remember, is stored beside it. A checkpoint appears whole or
-not at all: it is written under another name and renamed.
+not at all: it is written under another name and renamed. It has a checksum of every file, and is loaded only if it is
+what was written.
 
 A training loop that may be killed at any time:
 
-    checkpoint = latest_checkpoint(folder)
-    start = load_checkpoint(checkpoint, model, optimizer, schedule, placement) if checkpoint else 0
+    start = load_latest(folder, model, optimizer, schedule, placement)  # 0 where there is no checkpoint
     for step in range(start, steps):
         ...  # forward, backward, optimizer.step()
         placement.step(optimizer)
@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import queue
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,9 +36,18 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hiermoe.megatron.checkpoint_folder import checkpoint_path, remove_old, remove_partial
+from hiermoe.megatron.checkpoint_folder import (
+    check_files,
+    checkpoint_path,
+    file_names,
+    newest_first,
+    remove_old,
+    remove_partial,
+    write_checksums,
+)
 from hiermoe.megatron.expert_placement import ExpertPlacement
 from hiermoe.megatron.standins import cpu
+from hiermoe.records.checksums import Damaged, digest_of
 
 
 def save_checkpoint(
@@ -77,8 +87,46 @@ def save_checkpoint(
         if placement is not None:
             state["placement"] = placement.state_dict()
         _write(state, partial)
-    _on_first_rank(lambda: _publish(partial, final, keep))
+    digests = _digests(partial)
+    _on_first_rank(lambda: _publish(partial, final, keep, step, digests))
     return final
+
+
+def load_latest(
+    folder: Path,
+    model: torch.nn.Module,
+    optimizer: MegatronOptimizer,
+    schedule: OptimizerParamScheduler,
+    placement: ExpertPlacement | None = None,
+) -> int:
+    """Take over the newest whole checkpoint of a folder. *Collective: every rank must call it.*
+
+    Of one that is damaged rank 0 says so, and the one before it is taken.
+
+    Args:
+        folder: of all checkpoints of the run.
+        model: as `load_checkpoint` has it, like all others.
+        optimizer: of the model.
+        schedule: of the learning rate.
+        placement: of the experts.
+
+    Returns:
+        Training steps that were finished; 0 if there is no checkpoint.
+
+    Raises:
+        Damaged: there are checkpoints, and none is whole.
+    """
+    found: list[list[Path]] = [newest_first(folder)]
+    dist.broadcast_object_list(found, src=0)
+    for number, checkpoint in enumerate(found[0], start=1):
+        try:
+            return load_checkpoint(checkpoint, model, optimizer, schedule, placement)
+        except Damaged as error:
+            if number == len(found[0]):
+                raise
+            if dist.get_rank() == 0:
+                print(f"{error}; the checkpoint before it is taken", file=sys.stderr, flush=True)
+    return 0
 
 
 def load_checkpoint(
@@ -100,13 +148,22 @@ def load_checkpoint(
 
     Returns:
         Training steps that were finished.
+
+    Raises:
+        Damaged: on every rank: it is not what was written. Nothing has been taken over.
+        ValueError: it is of another model.
     """
+    _check(checkpoint)
     common = dist_checkpointing.load_common_state_dict(str(checkpoint))
     step = int(common["iteration"])
     if placement is not None:
         placement.load_state_dict(common.get("placement") or {"iteration": step, "layers": []})
     with cpu.cuda_means_cpu():
-        state: Any = dist_checkpointing.load(_sharded(model, optimizer, is_loading=True), str(checkpoint))
+        try:
+            state: Any = dist_checkpointing.load(_sharded(model, optimizer, is_loading=True), str(checkpoint))
+        except CheckpointException as error:  # names ranks alone
+            reason = next((str(failure) for failure, _ in error.failures.values()), str(error))
+            raise ValueError(f"{checkpoint} does not fit this model: {reason.splitlines()[0]}") from error
     unwrapped: Any = unwrap_model(model)
     unwrapped.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -147,8 +204,52 @@ def _fail(partial: Path, reason: str) -> None:
     raise OSError(f"cannot write the checkpoint {partial}: {reason}")
 
 
-def _publish(partial: Path, final: Path, keep: int | None) -> None:
+def _digests(partial: Path) -> dict[str, str]:
+    """Checksums of all files, each rank's of its share. *Collective.*
+
+    Raises:
+        OSError: on every rank, if one cannot read its share.
+    """
+    names = [file_names(partial)]
+    dist.broadcast_object_list(names, src=0)
+    own: dict[str, str] | Damaged
+    try:
+        own = {name: digest_of(partial, name) for name in names[0][dist.get_rank() :: dist.get_world_size()]}
+    except Damaged as error:
+        own = error
+    shares = _gathered(own)
+    for share in shares:
+        if isinstance(share, Damaged):
+            raise OSError(f"cannot write the checkpoint {partial}: {share.why}")
+    return {name: digest for share in shares for name, digest in share.items()}
+
+
+def _check(checkpoint: Path) -> None:
+    """Compare all files with their checksums, each rank its share. *Collective.*
+
+    Raises:
+        Damaged: on every rank.
+    """
+    why = None
+    try:
+        check_files(checkpoint, dist.get_rank(), dist.get_world_size())
+    except Damaged as error:
+        why = error.why
+    whys = [each for each in _gathered(why) if each is not None]
+    if whys:
+        raise Damaged(checkpoint, whys[0])
+
+
+def _gathered(own: Any) -> list[Any]:
+    """What every rank has. *Collective.*"""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    return gathered
+
+
+def _publish(partial: Path, final: Path, keep: int | None, step: int, digests: dict[str, str]) -> None:
     """Give a whole checkpoint its name, once it is on disk."""
+    write_checksums(partial, step, digests)
     for path in [*partial.rglob("*"), partial]:
         _flush(path)
     if final.exists():  # of an earlier run that got further than the checkpoint from which this one resumed

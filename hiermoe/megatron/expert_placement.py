@@ -134,7 +134,7 @@ class ExpertPlacement:
 
     Example:
         >>> placement = attach(model, "hiermoe", cluster)
-        >>> start = load_checkpoint(latest, model, optimizer, schedule, placement) if latest else 0
+        >>> start = load_latest(folder, model, optimizer, schedule, placement)  # 0 where there is none
         >>> for step in range(start, steps):
         ...     ...                        # forward, backward, optimizer.step()
         ...     placement.step(optimizer)  # what it decides acts from the next step on

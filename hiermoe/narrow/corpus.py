@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hiermoe.narrow.training_config import TrainingConfig
 from hiermoe.records.project import in_workplace
+from hiermoe.records.whole_file import whole
 
 _END_OF_DOCUMENT = "<|endoftext|>"
 
@@ -115,10 +116,8 @@ def training_corpus(config: TrainingConfig) -> Corpus:
     order = np.random.default_rng(config.seed).permutation(len(documents))
     encodings = tokenizer.encode_batch([documents[i] for i in order])
     tokens = np.concatenate([np.asarray([*encoding.ids, end], dtype=np.uint16) for encoding in encodings])
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    partial = entry.with_suffix(".partial.npz")
-    np.savez_compressed(partial, tokens=tokens, about=json.dumps(about))
-    partial.replace(entry)
+    with whole(entry) as partial:
+        np.savez_compressed(partial, tokens=tokens, about=json.dumps(about))
     return Corpus(tokens=tokens, **about)
 
 

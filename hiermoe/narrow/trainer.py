@@ -1,9 +1,11 @@
 """One rank's share of training a stock Megatron-Core model with expert parallelism."""
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,10 @@ from hiermoe.narrow.corpus import Corpus
 from hiermoe.narrow.models import build_model
 from hiermoe.narrow.precision import PARAMS_DTYPE, float32_means_float64, make_float64
 from hiermoe.narrow.training_config import TrainingConfig
+
+
+class Diverged(ValueError):
+    """The loss or its gradient is no number any more."""
 
 
 class Trainer:
@@ -98,6 +104,7 @@ class Trainer:
         )
         self.schedule.step(1)  # otherwise the first step's learning rate is 0
         self.model.train()
+        self._finished, self._last_loss = 0, math.nan
 
     def batch(self, corpus: Corpus, step: int) -> torch.Tensor:
         """This rank's sequences of a step: int64 [b, s + 1], inputs and, shifted by one, targets."""
@@ -114,6 +121,9 @@ class Trainer:
 
         Returns:
             Mean loss per token over all ranks, before the update.
+
+        Raises:
+            Diverged: on every rank: loss or gradient are not finite. The weights may not be either.
         """
         inputs, targets = sequences[:, :-1], sequences[:, 1:].contiguous()
         positions = torch.arange(inputs.shape[1], device=inputs.device).expand_as(inputs)
@@ -124,11 +134,24 @@ class Trainer:
             loss.backward()
             finalize_model_grads([self.model])
             with cpu.cuda_means_cpu():
-                self.optimizer.step()
+                stepped: Any = self.optimizer.step()  # whether, norm of the gradient, zeros in it
         self.schedule.step(1)
         mean_loss = loss.detach().clone()
         dist.all_reduce(mean_loss)
-        return mean_loss.item() / dist.get_world_size()
+        self._check_finite(mean_loss.item() / dist.get_world_size(), float(stepped[1]))
+        return self._last_loss
+
+    def _check_finite(self, loss: float, gradient_norm: float) -> None:
+        """Keep the loss if it and the gradient, both the same on all ranks, are numbers."""
+        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
+            before = "there was none before"
+            if math.isfinite(self._last_loss):
+                before = f"the last finite loss is {self._last_loss:.4f}, of step {self._finished - 1}"
+            raise Diverged(
+                f"training has diverged in step {self._finished}: the loss is {loss:.4f}, the norm of its gradient "
+                f"{gradient_norm:.4g}; {before}"
+            )
+        self._finished, self._last_loss = self._finished + 1, loss
 
     def close(self) -> None:
         """Take Megatron's process groups down, so that another trainer can follow in the same process."""
@@ -146,7 +169,8 @@ class Trainer:
             Steps that were finished.
         """
         with self._precision():
-            return load_checkpoint(checkpoint, self.model, self.optimizer, self.schedule, placement)
+            self._finished = load_checkpoint(checkpoint, self.model, self.optimizer, self.schedule, placement)
+        return self._finished
 
 
 def _optimizer_config(config: TrainingConfig) -> OptimizerConfig:

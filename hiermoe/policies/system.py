@@ -8,8 +8,8 @@ from pydantic import Field
 
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.policies.protocol import PlacementPolicy, StaticPolicy
-from hiermoe.records.choices import unknown
-from hiermoe.records.project import CONF, shown
+from hiermoe.records.groups import file_of
+from hiermoe.records.project import shown
 from hiermoe.records.strict import Strict, checked
 from hiermoe.topology.hierarchy import Hierarchy
 
@@ -72,9 +72,7 @@ class SystemConfig(Strict):
         Raises:
             ValueError: there is none, or it breaks a rule.
         """
-        path = CONF / "system" / f"{name}.yaml"
-        if not path.exists():
-            raise unknown("system", name, sorted(p.stem for p in path.parent.glob("*.yaml")))
+        path = file_of("system", name)
         return checked(yaml.safe_load(path.read_text(encoding="utf-8")), cls, shown(path))
 
 

@@ -17,8 +17,9 @@ from hiermoe.ranks.emulated.network import EmulatedNetwork
 from hiermoe.ranks.launch import RankFailedError, run_ranks
 from hiermoe.ranks.streams import collect, streaming
 from hiermoe.ranks.world import Device, Progress, Source, World, no_progress
+from hiermoe.records.groups import file_of
 from hiermoe.records.keep import RunDied
-from hiermoe.records.project import CONF, SCRATCH
+from hiermoe.records.project import SCRATCH
 from hiermoe.records.strict import Strict
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
@@ -84,7 +85,7 @@ class RanksConfig(Strict):
     @classmethod
     def named(cls, name: str, device: Device | None = None) -> Self:
         """The place of conf/ranks/<name>.yaml, and the device if it is given."""
-        values = yaml.safe_load((CONF / "ranks" / f"{name}.yaml").read_text(encoding="utf-8"))
+        values = yaml.safe_load(file_of("ranks", name).read_text(encoding="utf-8"))
         return cls.model_validate(values if device is None else values | {"device": device})
 
     @model_validator(mode="after")

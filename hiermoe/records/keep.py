@@ -1,5 +1,6 @@
 """From what a run did to its record: rows, or why there are none."""
 
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from hiermoe.records.checksums import Damaged
 from hiermoe.records.provenance import collect
 from hiermoe.records.status import NotApplicable, Status
 from hiermoe.records.store import RunStore
@@ -65,9 +67,14 @@ class Entry:
 
 
 def kept(run_id: str, store: RunStore) -> Outcome | None:
-    """The outcome of a run that need not be run again; None of one that must be."""
+    """The outcome of a run that need not be run again; None of one that must be. Says so of a damaged record."""
     started = time.perf_counter()
-    ended = store.ended(run_id)
+    try:
+        ended = store.ended(run_id)
+    except Damaged as error:
+        print(f"{error}: left out, and measured anew", file=sys.stderr)
+        store.forget(run_id)  # or every process that works on it would say so
+        return None
     if ended is None or ended[0] == "failed":
         return None
     return Outcome(run_id, *ended, True, time.perf_counter() - started)

@@ -2,7 +2,7 @@
 
 Code counts by its syntax tree, without docstrings, comments and formatting, and wherever its files lie: a module counts
 under its last name, which no two have in common. Only the modules count that a run can reach by imports from where it
-begins, what its configuration names in ``_target_`` among them.
+begins, what its configuration names in ``_target_`` among them, and a user's own in the workplace as the project's.
 """
 
 import ast
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hiermoe.records.options import options
-from hiermoe.records.project import CODE
+from hiermoe.records.project import CODE, WORKPLACE
 
 _PACKAGES = ("hiermoe", "baselines")
 _SCHEMA = "hiermoe.records.schema"  # old columns must not be read as new ones
@@ -128,10 +128,9 @@ def _tree(module: str, root: Path) -> ast.Module:
 
 
 def _path(module: str, root: Path) -> Path | None:
-    """The file of a module of the project; None for anything else."""
-    if module.partition(".")[0] not in _PACKAGES:
-        return None
-    stem = root / module.replace(".", "/")
+    """The file of a module of the project, or of a user's own in the workplace; None for anything else."""
+    ours = module.partition(".")[0] in _PACKAGES
+    stem = (root if ours else WORKPLACE) / module.replace(".", "/")
     return next((path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None)
 
 

@@ -1,14 +1,14 @@
 """Records of many runs as one table, for pandas: every column of every row, options included."""
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from hiermoe.records.checksums import Damaged
 from hiermoe.records.choices import or_else
 from hiermoe.records.options import KEYS
 from hiermoe.records.schema import RECORDS
@@ -36,21 +36,24 @@ def read_records(
 
     Returns:
         One row per measurement, with all columns of records and one for every option that some run has; where a run
-        has no such option, or it is null, the cell is empty.
+        has no such option, or it is null, the cell is empty. Damaged records are left out, with a warning.
 
     Raises:
         ValueError: a column that no record has, or a value that is not of its kind.
     """
     store = store or RunStore()
     wanted = {KEYS.get(name, name): value for name, value in (wanted or {}).items()}
-    paths = [store.path(run) / "records.parquet" for run in (store.run_ids() if runs is None else runs)]
     known: set[str] = set(RECORDS.columns)
     frames = []
-    for path in paths:
-        schema = pq.read_schema(path)
-        known.update(schema.names)
-        if all(name in schema.names or _EMPTY in _listed(value) for name, value in wanted.items()):
-            frames.append(_rows(path, schema, wanted))
+    for run in store.run_ids() if runs is None else runs:
+        try:
+            rows = store.table(run)
+        except Damaged as error:
+            warnings.warn(f"left out: {error}", stacklevel=2)
+            continue
+        known.update(rows.schema.names)
+        if all(name in rows.schema.names or _EMPTY in _listed(value) for name, value in wanted.items()):
+            frames.append(_wanted(rows, wanted))
     for name in wanted:
         if name not in known:
             raise ValueError(
@@ -66,18 +69,15 @@ def differing(rows: pd.DataFrame) -> list[str]:
     return [name for name in names if len(rows[name].drop_duplicates()) > 1]
 
 
-def _rows(path: Path, schema: pa.Schema, wanted: Wanted) -> pd.DataFrame:
-    """Rows of one file that are as wanted. Of a file that has none little more is read than that."""
-    condition = None
+def _wanted(rows: pa.Table, wanted: Wanted) -> pd.DataFrame:
+    """Rows of one run that are as wanted."""
     for name, value in wanted.items():
-        if name not in schema.names:
-            continue  # null is wanted, and the file has no such option
-        values, kind = _listed(value), schema.field(name).type
+        if name not in rows.schema.names:
+            continue  # null is wanted, and the run has no such option
+        values, kind = _listed(value), rows.schema.field(name).type
         one = pc.field(name).isin(pa.array([_as(kind, item, name) for item in values if item != _EMPTY], kind))
-        if _EMPTY in values:
-            one = one | pc.field(name).is_null()
-        condition = one if condition is None else condition & one
-    return pq.read_table(path, filters=condition).to_pandas()
+        rows = rows.filter(one | pc.field(name).is_null() if _EMPTY in values else one)
+    return rows.to_pandas()
 
 
 def _listed(value: Any) -> list[Any]:

@@ -35,10 +35,10 @@ class Attempts:
 
     def reason_to_skip(self, run_id: str) -> str | None:
         """Why a run is not tried any more; None where it is."""
-        marks = [json.loads(path.read_bytes()) for path in self.unfinished(run_id)]
+        marks = self.unfinished(run_id)
         if len(marks) < MOST_ATTEMPTS:
             return None
-        told = "; ".join(f"{mark['job']}: {mark['reason'] or 'no word'}" for mark in marks)
+        told = "; ".join(_told(mark) for mark in marks)
         folder = shown(self._store.path(run_id))
         return f"ended the job {len(marks)} times ({told}); remove {folder}/started-*.json to try again"
 
@@ -74,6 +74,14 @@ class Attempts:
         """
         _remove(self._under_way)
         self._under_way = []
+
+
+def _told(path: Path) -> str:
+    try:
+        mark = json.loads(path.read_bytes())
+        return f"{mark['job']}: {mark['reason'] or 'no word'}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{path.name} cannot be read"
 
 
 def _remove(paths: Sequence[Path]) -> None:

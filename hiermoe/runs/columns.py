@@ -9,9 +9,9 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel
 
+from hiermoe.records.groups import files_of
 from hiermoe.records.meanings import MEANINGS
 from hiermoe.records.options import KEYS, is_told
-from hiermoe.records.project import CONF
 from hiermoe.runs.calibration import CalibrationConfig
 from hiermoe.runs.run_config import RunConfig
 from hiermoe.runs.training import NO_CONTENT, TrainRunConfig
@@ -88,7 +88,7 @@ def _schemas(annotation: Any) -> Iterator[type[BaseModel]]:
 def _arguments(group: str, part: str) -> Iterator[tuple[str, str]]:
     """Options of what files of a group build, each by what takes it."""
     found: dict[str, dict[str, list[str]]] = {}
-    for path in sorted((CONF / group).glob("*.yaml")):
+    for path in files_of(group).values():
         target = yaml.safe_load(path.read_text(encoding="utf-8"))[part]["_target_"]
         module, _, name = target.rpartition(".")
         thing = getattr(import_module(module), name)

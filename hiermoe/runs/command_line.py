@@ -9,18 +9,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import OverrideParseException
 
 from hiermoe.records.choices import or_else, unknown
-from hiermoe.records.project import CONF, SWEEPS
-from hiermoe.topology.cluster_files import cluster_names
-
-BY_PATH = ("cluster", "model")  # groups of which a command line may name any file
-
-
-def choices_of(group: str) -> list[str]:
-    """Names of the files of a group of Hydra's, in alphabetical order; none where there is no such group."""
-    if group == "cluster":
-        return cluster_names()
-    folder = SWEEPS.parent / group if group.split("/")[0] == SWEEPS.name else CONF / group
-    return sorted(path.stem for path in folder.glob("*.yaml"))
+from hiermoe.records.groups import BY_PATH, files_of, group_names
 
 
 def mistakes(overrides: Sequence[str], compose: Callable[[list[str]], Mapping[str, Any]]) -> list[str]:
@@ -38,7 +27,7 @@ def mistakes(overrides: Sequence[str], compose: Callable[[list[str]], Mapping[st
             lines.append(f"{text}: {' '.join(str(error.message).split())}")
             continue
         group = override.key_or_group
-        if known := choices_of(group):
+        if known := files_of(group):
             wrong = [name for name in _names(override) if name not in known and not Path(name).is_file()]
             more = ", or name a .yaml file" if group in BY_PATH else ""
             lines += [str(unknown(group, name, known, more)) for name in wrong]
@@ -65,12 +54,12 @@ def _no_such_key(key: str, config: Mapping[str, Any]) -> Iterator[str]:
             node = node[int(part)]
         elif isinstance(node, Mapping) and part in node:
             node = node[part]
-        elif depth == 0 and key != part and choices_of(part):
+        elif depth == 0 and key != part and files_of(part):
             last = key.rpartition(".")[2]
             yield f"{key}: there is no {part} yet; choose {part}= too" + f", or say {last}=" * (last in config)
             return
         else:
-            groups = [path.name for path in CONF.iterdir() if path.is_dir()] if depth == 0 else []
-            known = [*node, *groups] if isinstance(node, Mapping) else []
+            more = group_names() if depth == 0 else []
+            known = [*node, *more] if isinstance(node, Mapping) else []
             yield f"{key}: no such key; {or_else(part, dict.fromkeys(known))}"
             return

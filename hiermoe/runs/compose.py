@@ -27,11 +27,11 @@ from typing_extensions import TypeVar
 from yaml import YAMLError
 
 from hiermoe.records.choices import or_else, unknown
+from hiermoe.records.groups import BY_PATH, file_of, files_of, is_group, outside_of_conf
 from hiermoe.records.project import CONF, SWEEPS, shown
 from hiermoe.records.strict import BrokenRules, checked
-from hiermoe.runs.command_line import BY_PATH, choices_of, mistakes
+from hiermoe.runs.command_line import mistakes
 from hiermoe.runs.run_config import RunConfig
-from hiermoe.topology.cluster_files import cluster_file, cluster_names
 
 C = TypeVar("C", bound=BaseModel, default=RunConfig)
 
@@ -52,8 +52,8 @@ class Cell(Generic[C]):
 def register(arguments: Sequence[str] = ()) -> None:
     """Tell Hydra what is not in conf/; to be called before it composes.
 
-    These are sweeps/, as the group ``sweeps``, among the choices of ``cluster`` the calibrated ones, and clusters and
-    models that the command line names by path; a file that says no name is called by its own.
+    These are sweeps/, as the group ``sweeps``, calibrated clusters, a user's own files, and clusters and models that
+    the command line names by path; a file that says no name is called by its own.
 
     Args:
         arguments: of the command line.
@@ -62,13 +62,9 @@ def register(arguments: Sequence[str] = ()) -> None:
         ValueError: a file of them is no YAML.
     """
     store = ConfigStore.instance()
-    for path in SWEEPS.rglob("*.yaml"):
-        group = path.parent.relative_to(SWEEPS.parent).as_posix()
-        store.store(group=group, name=path.stem, node=_load(path), package="_global_")
-    for name in cluster_names():
-        path = _file("cluster", name)
-        if path is not None and not path.is_relative_to(CONF):
-            store.store(group="cluster", name=name, node=_load(path))
+    for group, path in outside_of_conf():
+        everywhere = group.split("/")[0] == SWEEPS.name or path.read_text(encoding="utf-8").startswith(_EVERYWHERE)
+        store.store(group=group, name=path.stem, node=_load(path), package="_global_" if everywhere else None)
     for group, _, paths in (argument.partition("=") for argument in arguments):
         for path in paths.split(",") if group in BY_PATH else ():
             if path.endswith(".yaml") and Path(path).is_file():
@@ -84,7 +80,7 @@ def with_entrants(group: str, *listed: str) -> str:
         group: folder of conf/.
         listed: names of its files.
     """
-    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted((CONF / group).glob("*.yaml"))}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in files_of(group).items()}
     entrants = [name for name, text in texts.items() if re.search(r"^entrant:\s*true\b", text, re.MULTILINE)]
     return ",".join(dict.fromkeys([*listed, *entrants]))
 
@@ -155,12 +151,12 @@ def _own(config_name: str) -> dict[str, Any]:
 
 def sweep_names() -> list[str]:
     """Names of all sweeps, in alphabetical order."""
-    return sorted(path.stem for path in SWEEPS.glob("*.yaml"))
+    return list(files_of("sweeps"))
 
 
 def large_sweep_names() -> list[str]:
     """Names of the sweeps that take minutes by themselves and run only where they are named."""
-    return sorted(f"large/{path.stem}" for path in (SWEEPS / "large").glob("*.yaml"))
+    return [f"large/{name}" for name in files_of("sweeps/large")]
 
 
 def expand(name: str) -> list[Cell]:
@@ -169,10 +165,10 @@ def expand(name: str) -> list[Cell]:
     Raises:
         ValueError: no such sweep, or a configuration that breaks a rule.
     """
-    path = SWEEPS / f"{name}.yaml"
-    if not path.exists():
+    folder, _, stem = f"sweeps/{name}".rpartition("/")
+    if stem not in files_of(folder):
         raise unknown("sweep", name, [*sweep_names(), *large_sweep_names()])
-    return expand_file(path, "config", RunConfig)
+    return expand_file(files_of(folder)[stem], "config", RunConfig)
 
 
 def expand_file(
@@ -241,17 +237,8 @@ class _Choice:
     choices: dict[str, str | None]
 
 
-def _file(group: str, name: str) -> Path | None:
-    path = CONF / group / f"{name}.yaml"
-    if path.is_file():
-        return path
-    return cluster_file(name) if group == "cluster" else None
-
-
 def _read_choice(group: str, name: str) -> _Choice:
-    path = _file(group, name)
-    if path is None:
-        raise unknown(group, name, choices_of(group))
+    path = file_of(group, name)
     text = path.read_text(encoding="utf-8")
     everywhere = text.startswith(_EVERYWHERE)
     content: Any = OmegaConf.to_container(_load(path))
@@ -281,7 +268,7 @@ def _laid_on(
             a value for a key that it has, with ``+`` for a key that it has not.
         read: what reads a file of a group.
     """
-    chosen = {key: text for key, text in changes.items() if (CONF / key.removeprefix("+")).is_dir()}
+    chosen = {key: text for key, text in changes.items() if is_group(key.removeprefix("+"))}
     files = {key: read(key.removeprefix("+"), name) for key, name in chosen.items()}
     roots = [file for file in files.values() if file.everywhere]
     if any(key.startswith("+") and not file.everywhere for key, file in files.items()):

@@ -6,9 +6,8 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from hiermoe.ranks.places import RanksConfig
+from hiermoe.records.checksums import Damaged
 from hiermoe.records.project import SWEEPS
 from hiermoe.records.store import RunStore
 from hiermoe.runs.compose import Cell, expand_file, swept
@@ -112,8 +111,13 @@ def measured_so_far(store: RunStore) -> list[MeasuredCell]:
 def allocations_so_far(store: RunStore) -> list[tuple[RanksConfig, str]]:
     """Ranks and calibrated cluster of every kind of allocation that was measured on."""
     found = []
-    for path in sorted(store.folder.glob("calibrate-*/config.yaml")):
-        content = yaml.safe_load(path.read_bytes())
+    for run_id in store.run_ids():
+        if not run_id.startswith("calibrate-"):
+            continue
+        try:
+            content = store.config(run_id)
+        except Damaged:  # what reads its numbers says so
+            continue
         ranks = RanksConfig.model_validate(content["ranks"])
         kind = (ranks, content["cluster"]["name"])
         if not ranks.on_this_host and kind not in found:

@@ -7,9 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from hiermoe.measure.registry import MEASUREMENTS
+from hiermoe.records.checksums import Damaged
 from hiermoe.records.index import Index, Renewal
 from hiermoe.records.options import options
 from hiermoe.records.store import RunStore
@@ -69,13 +68,9 @@ def stale_in_place_of(index: Index, store: RunStore) -> list[Renewal]:
 
 def _looked_at(store: RunStore, run_id: str) -> StaleRun | None:
     try:
-        content = yaml.load((store.path(run_id) / "config.yaml").read_bytes(), Loader=yaml.CSafeLoader)
-        provenance = store.provenance(run_id)
-        command = provenance["command"]
-    except (FileNotFoundError, ValueError, KeyError, yaml.YAMLError):
+        content, provenance = store.config(run_id), store.provenance(run_id)
+    except (FileNotFoundError, Damaged):
         return None  # no whole record, so neither new nor old
-    if not isinstance(content, dict):
-        return None
     config, renewed = None, False
     with suppress(ValueError, KeyError):  # what nobody can ask for any more is stale
         config = _PRIMARY[MEASUREMENTS[content["measure"]].command][1].of_content(content)
@@ -83,7 +78,7 @@ def _looked_at(store: RunStore, run_id: str) -> StaleRun | None:
         if name == run_id:
             return None
         renewed = store.has(name)
-    return StaleRun(run_id, content, command, config, renewed)
+    return StaleRun(run_id, content, provenance["command"], config, renewed)
 
 
 def renewals(stale: Sequence[StaleRun]) -> list[Renewal]:

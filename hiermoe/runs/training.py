@@ -10,12 +10,13 @@ from pydantic import Field, PositiveInt, model_validator
 from hiermoe.measure.measurement import Measurement
 from hiermoe.measure.registry import MEASUREMENTS
 from hiermoe.measure.train import Checkpoints
-from hiermoe.megatron.checkpoint_folder import finished_steps, latest_checkpoint
+from hiermoe.megatron.checkpoint_folder import check_files, finished_steps, newest_first
 from hiermoe.narrow.corpus import corpus_key
 from hiermoe.narrow.training_config import TrainingConfig
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.places import RanksConfig
 from hiermoe.ranks.streams import has_iterations
+from hiermoe.records.checksums import Damaged
 from hiermoe.records.project import SWEEPS, find_file, in_workplace
 from hiermoe.records.run_id import file_digest
 from hiermoe.records.store import RunStore
@@ -131,19 +132,43 @@ class TrainRunConfig(TrainingConfig):
         return self
 
     def checkpoints(self) -> Checkpoints:
-        """Where the run starts as things are now, and what it leaves behind."""
+        """Where the run starts as things are now, and what it leaves behind.
+
+        Raises:
+            Damaged: what `resume` names is.
+            ValueError: the run has checkpoints, and all of them are damaged.
+        """
         folder = in_workplace(self.checkpoint_dir) / self.run_id
         rows = folder.with_name(f"{folder.name}-rows")
-        own = latest_checkpoint(folder) if self.resume is not None else None
-        if own is not None and not has_iterations(rows, self.world_size, finished_steps(own)):
-            own = None  # the record would lack steps
+        own, left_out = None, ()
+        if self.resume is not None:
+            own, left_out = self._own_checkpoint(folder, rows)
+        if own is None and self.given_checkpoint is not None:
+            check_files(self.given_checkpoint)
         return Checkpoints(
             folder=folder,
             every=self.checkpoint_every,
             keep=self.checkpoint_keep,
             start=own or self.given_checkpoint,
             rows=rows if own is not None or self.checkpoint_every is not None else None,
+            left_out=left_out,
         )
+
+    def _own_checkpoint(self, folder: Path, rows: Path) -> tuple[Path | None, tuple[str, ...]]:
+        """The newest whole checkpoint of this run that the rows of all ranks reach up to, and why no later one is."""
+        left_out: list[str] = []
+        for checkpoint in newest_first(folder):
+            try:
+                if not has_iterations(rows, self.world_size, finished_steps(checkpoint)):
+                    return None, (*left_out, f"{rows}: lacks steps that come before {checkpoint.name}")
+                check_files(checkpoint)
+            except Damaged as error:
+                left_out.append(str(error))
+            else:
+                return checkpoint, tuple(left_out)
+        if left_out:
+            raise ValueError(f"{'; '.join(left_out)}; no whole checkpoint is left, resume=null begins anew")
+        return None, ()
 
 
 def expand_training(name: str) -> list[Cell["TrainRunConfig"]]:

@@ -8,10 +8,9 @@ from typing import Any
 import yaml
 from pydantic import Field, model_validator
 
-from hiermoe.records.choices import unknown
+from hiermoe.records.groups import file_of
 from hiermoe.records.project import shown
 from hiermoe.records.strict import Strict, checked, is_valid
-from hiermoe.topology.cluster_files import cluster_file, cluster_names
 from hiermoe.topology.data_sheet import Port, derived
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.peers import WORLD, AlphaBeta, Peers
@@ -209,12 +208,10 @@ class Cluster(Strict):
 
     @classmethod
     def named(cls, name: str) -> "Cluster":
-        """The cluster of this name or file, as `cluster_file` finds it.
+        """The cluster of this name, or of the file of this path.
 
         Raises:
             ValueError: there is none, or it breaks a rule.
         """
-        path = cluster_file(name)
-        if path is None:
-            raise unknown("cluster", name, cluster_names(), ", or name a .yaml file")
+        path = file_of("cluster", name)
         return checked(yaml.safe_load(path.read_text(encoding="utf-8")), cls, shown(path))

@@ -192,9 +192,13 @@ class MemoryStore(RunStore):
         first = self.records[run_id].iloc[0]
         return first["status"], first["reason"]
 
-    def written_ns(self, run_id: str) -> int | None:
-        """Another number for whatever was kept."""
-        return id(self.records[run_id]) if run_id in self.records else None
+    def has(self, run_id: str) -> bool:
+        """Whether it was kept."""
+        return run_id in self.records
+
+    def written(self, run_id: str) -> list[tuple[int, int]] | None:
+        """Other numbers for whatever was kept."""
+        return [(id(self.records[run_id]), 0)] if run_id in self.records else None
 
     def read(self, run_id: str) -> pd.DataFrame:
         """As it was kept."""

@@ -1,6 +1,5 @@
 """A system, a model and a cluster that nobody knows: one YAML each, and they are in the figures by label and colour."""
 
-import shutil
 from collections.abc import Iterator
 
 import matplotlib as mpl
@@ -41,16 +40,15 @@ def kept(config: RunConfig) -> bool:
 def entered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
     """Made-up records of the sweeps as they are expanded with the three new files; the new system is the fastest."""
     conf = tmp_path_factory.mktemp("entered") / "conf"
-    shutil.copytree(CONF, conf)
     for group, (like, name) in NEW.items():
-        content = yaml.safe_load((conf / group / f"{like}.yaml").read_text())
+        content = yaml.safe_load((CONF / group / f"{like}.yaml").read_text())
         content |= {"name": name, "label": LABELS[group], "entrant": True}
         content |= {"color": COLOR} if group == "system" else {}
+        (conf / group).mkdir(parents=True)
         (conf / group / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     cached = (compose._base, style.color, style.placement, style.model, style.fabric)
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("runs.compose", "policies.system", "model", "topology.cluster_files"):
-            patch.setattr(f"hiermoe.{module}.CONF", conf)
+        patch.setattr("hiermoe.records.groups.OWN", conf)
         for function in cached:
             function.cache_clear()
         cells = {name: [c for c in compose.expand(name) if kept(c.config)] for name in SWEEPS}

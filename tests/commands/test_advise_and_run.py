@@ -11,12 +11,13 @@ from hiermoe.advice.inputs import resolve
 from hiermoe.advice.systems import candidates
 from hiermoe.measure.predict import simulate
 from hiermoe.measure.workload import open_workload
+from hiermoe.records.groups import files_of
 from hiermoe.runs.compose import compose
 from hiermoe.runs.run_config import RunConfig
 from hiermoe.topology.cluster import Cluster
-from hiermoe.topology.cluster_files import cluster_names
 
 SIZES = [2, 3, 8, 12, 16, 24, 32, 48, 64, 72]
+FEW = ("a6000_4x8", "gb200_nvl72_ib400")  # of which sizes are tried in the short tests too
 SMALL = ["routing=uniform", "model=deepseek_v3", "tokens_per_rank=32", "iterations=16"]
 
 
@@ -40,7 +41,10 @@ def cluster_or_reason(make: Any, *arguments: Any) -> Cluster | str:
 
 
 @pytest.mark.parametrize("across", [False, True])
-@pytest.mark.parametrize("name", cluster_names())
+@pytest.mark.parametrize(
+    "name",
+    [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in files_of("cluster")],
+)
 def test_both_see_the_same_cluster_or_refuse_the_same_sizes(name: str, across: bool) -> None:
     for ep_size in (size for size in SIZES if 256 % size == 0):
         assert cluster_or_reason(advised, name, ep_size, across) == cluster_or_reason(run, name, ep_size, across)

@@ -111,14 +111,12 @@ def test_new_policy_appears_by_its_file_alone(
 ) -> None:
     conf = tmp_path / "conf"
     (conf / "system").mkdir(parents=True)
-    for name in ("megatron", "hd2", "hiermoe"):
-        (conf / "system" / f"{name}.yaml").write_text((CONF / "system" / f"{name}.yaml").read_text())
     own = {"name": "search", "label": "Search", "color": "#117733"}
     added = yaml.safe_load((CONF / "system" / "hiermoe_multi.yaml").read_text()) | own
     (conf / "system" / "search.yaml").write_text(yaml.safe_dump(added))
-    monkeypatch.setattr("hiermoe.advice.systems.CONF", conf)
-    monkeypatch.setattr("hiermoe.policies.system.CONF", conf)
-    code, out, err = hiermoe("advise", f"trace={trace_file}", *NODE, *SIZES, f"output={tmp_path / 'out'}")
+    monkeypatch.setattr("hiermoe.records.groups.OWN", conf)
+    arguments = [f"trace={trace_file}", *NODE, *SIZES]
+    code, out, err = hiermoe("advise", *arguments, f"output={tmp_path / 'out'}")
     assert (code, err) == (0, "") and "Search" in out
     assert "Search" in set(pd.read_csv(tmp_path / "out" / "figures" / "placement.csv")["label"])
 
@@ -222,6 +220,7 @@ def test_what_only_training_needs_is_asked_for_where_a_model_is_trained(tmp_path
     assert code != 0 and "model mine does not say num_layers, ffn_hidden_size, vocab_size, attention" in err
 
 
+@pytest.mark.slow
 def test_pages_of_two_questions_lie_side_by_side_where_the_user_stands(
     tmp_path: Path, hiermoe: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from hiermoe.records.store import RunStore
+from hiermoe.records.checksums import LIST
+from hiermoe.records.store import CONFIG, PROVENANCE, ROWS, RunStore
 from hiermoe.runs.compose import expand
 from tests.conftest import Command
 
@@ -14,7 +15,7 @@ def test_run_prints_a_summary_and_writes_a_record(hiermoe: Command, store: RunSt
     assert code == 0
     assert "HierMoE" in out and "the four AlltoAlls of a step" in out
     (run,) = store.folder.iterdir()
-    assert {path.name for path in run.iterdir()} == {"config.yaml", "provenance.json", "records.parquet"}
+    assert {path.name for path in run.iterdir()} == {CONFIG, PROVENANCE, ROWS, LIST}
     _, again, _ = hiermoe("run", "system=hiermoe", "model=deepseek_v3", "cluster=a6000_4x8", *SMALL)
     assert "kept from before" in again
 

@@ -30,7 +30,10 @@ def use(folder: Path, *arguments: str, variables: dict[str, str] | None = None) 
 
 @pytest.mark.parametrize(
     "variables",
-    [{"LC_ALL": "C", "LANG": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "ascii"}],
+    [
+        {"LC_ALL": "C", "LANG": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+        pytest.param({"PYTHONIOENCODING": "ascii"}, marks=pytest.mark.slow),
+    ],
     ids=["C locale", "ascii"],
 )
 def test_a_terminal_that_knows_ascii_alone_gets_ascii(variables: dict[str, str], tmp_path: Path) -> None:
@@ -40,6 +43,7 @@ def test_a_terminal_that_knows_ascii_alone_gets_ascii(variables: dict[str, str],
     assert "HierMoE - qwen3_30b_a3b_paper - a6000_4x8" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("home", ["/nonexistent", None], ids=["no such folder", "unset"])
 def test_without_a_home_a_run_is_whole(home: str | None, tmp_path: Path) -> None:
     missing = {"HOME": home} if home else {}
@@ -49,6 +53,7 @@ def test_without_a_home_a_run_is_whole(home: str | None, tmp_path: Path) -> None
     assert len(list((tmp_path / "results" / "runs").glob("*/records.parquet"))) == 1
 
 
+@pytest.mark.slow
 def test_where_wandb_fails_a_line_says_so_and_the_run_is_whole(tmp_path: Path) -> None:
     (tmp_path / "wandb").write_text("in the way of W&B's folder")
     done = use(tmp_path, "run", *SMALL, variables={"WANDB_DIR": str(tmp_path / "wandb")})

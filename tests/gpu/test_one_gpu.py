@@ -56,7 +56,7 @@ def test_models_train_over_nccl_with_the_same_loss_under_every_system(
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
     for name, value in (alone | {"MASTER_PORT": "29555"}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("hiermoe.topology.cluster_files.CLUSTERS", tmp_path)
+    monkeypatch.setattr("hiermoe.records.groups.CLUSTERS", tmp_path)
     (tmp_path / "one_gpu.yaml").write_text(ONE_GPU)
     losses = {}
     for model in ("qwen3_30b_a3b_narrow", "deepseek_v3_narrow"):

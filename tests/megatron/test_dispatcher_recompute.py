@@ -15,6 +15,7 @@ from hiermoe.ranks.launch import run_ranks  # noqa: E402
 from tests.dispatch import models  # noqa: E402
 from tests.dispatch.worlds import DEADLINE, TIMEOUT, World, start_megatron  # noqa: E402
 
+pytestmark = pytest.mark.slow
 WORLD = World((2, 4))
 SYSTEMS = ("h2", "hd1", "hd2", "hd_moe", "tutel_2dh", "tutel_2dh_padded", "megatron", "megatron_reordered")
 STAGED = tuple(system for system in SYSTEMS if not system.startswith("megatron"))

@@ -258,6 +258,7 @@ if __name__ == "__main__":
 
 
 @needs_namespaces
+@pytest.mark.slow
 def test_nothing_is_left_of_an_owner_that_was_killed(tmp_path: Path) -> None:
     script, folder = tmp_path / "owner.py", tmp_path / "ranks"
     script.write_text(OWNER)

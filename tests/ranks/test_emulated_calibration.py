@@ -18,7 +18,7 @@ needs_namespaces = pytest.mark.skipif(missing_requirement() is not None, reason=
 def test_calibration_finds_what_links_carry(
     hiermoe: Command, store: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("hiermoe.runs.calibration", "hiermoe.topology.cluster_files"):
+    for module in ("hiermoe.runs.calibration", "hiermoe.records.groups"):
         monkeypatch.setattr(f"{module}.CLUSTERS", tmp_path)
     few = ["smallest_pair_bytes=65536", "largest_bytes=2097152", "repeats=3"]
     code, out, err = hiermoe("calibrate", "cluster=emulated_4x2", *few)

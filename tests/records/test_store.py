@@ -9,8 +9,9 @@ import pandas as pd
 import pandera.errors
 import pytest
 
+from hiermoe.records.checksums import LIST
 from hiermoe.records.run_id import run_id
-from hiermoe.records.store import RunStore
+from hiermoe.records.store import CONFIG, PROVENANCE, ROWS, RunStore
 
 
 def rows(**changes: Any) -> pd.DataFrame:
@@ -76,7 +77,7 @@ def test_full_disk_loses_no_earlier_record(tmp_path: Path, monkeypatch: pytest.M
         store.write("r", {}, {}, rows(predicted_ms=9.0))
     monkeypatch.undo()
     pd.testing.assert_frame_equal(store.read("r"), before)
-    assert {path.name for path in store.path("r").iterdir()} == {"config.yaml", "provenance.json", "records.parquet"}
+    assert {path.name for path in store.path("r").iterdir()} == {CONFIG, PROVENANCE, ROWS, LIST}
 
 
 def test_interruption_before_the_rename_leaves_the_earlier_record(

@@ -78,6 +78,7 @@ def run_ids(tree: Path) -> dict[str, list[str]]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_an_added_system_and_files_that_no_run_uses_change_no_other_run(tree: Path) -> None:
     before = run_ids(tree)
     assert sum(map(len, before.values())) > 600

@@ -45,7 +45,7 @@ def rows_of(config: CalibrationConfig, alpha_ms: float, beta_ms_per_byte: float)
 @pytest.fixture
 def clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder in the place of results/clusters/."""
-    for module in ("hiermoe.runs.calibration", "hiermoe.topology.cluster_files"):
+    for module in ("hiermoe.runs.calibration", "hiermoe.records.groups"):
         monkeypatch.setattr(f"{module}.CLUSTERS", tmp_path / "clusters")
     return tmp_path / "clusters"
 

@@ -1,14 +1,13 @@
 """Sweeps that are laid on one configuration are those that Hydra composes; what only Hydra can compose is refused."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from hiermoe.records.project import SWEEPS
+from hiermoe.records import groups
+from hiermoe.records.project import CONF, SWEEPS
 from hiermoe.records.store import RunStore
-from hiermoe.runs import compose as composing
 from hiermoe.runs.compose import compose, expand_file, with_entrants
 from hiermoe.runs.run_config import RunConfig
 from hiermoe.runs.training import TrainRunConfig
@@ -24,10 +23,10 @@ def clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Calibrated clusters with the constants of the uncalibrated ones, in the place of results/clusters/."""
     folder = tmp_path / "clusters"
     folder.mkdir()
-    for path in (composing.CONF / "cluster").glob("emulated_*.yaml"):
+    for path in (CONF / "cluster").glob("emulated_*.yaml"):
         text = path.read_text().replace(f"name: {path.stem}", f"name: {path.stem}_calibrated")
         (folder / f"{path.stem}_calibrated.yaml").write_text(text)
-    monkeypatch.setattr("hiermoe.topology.cluster_files.CLUSTERS", folder)
+    monkeypatch.setattr("hiermoe.records.groups.CLUSTERS", folder)
     return folder
 
 
@@ -88,13 +87,13 @@ def test_entrants_join_those_that_a_sweep_lists_on_hydras_command_line_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hiermoe: Command, store: RunStore
 ) -> None:
     assert with_entrants("system", "megatron", "hiermoe") == "megatron,hiermoe"
-    conf = tmp_path / "conf"
-    shutil.copytree(composing.CONF, conf)
-    for module in ("hiermoe.runs.compose", "hiermoe.commands.cli"):
-        monkeypatch.setattr(f"{module}.CONF", conf)
-    monkeypatch.setattr(composing, "SWEEPS", tmp_path / "sweeps")
-    text = (conf / "system" / "hd2.yaml").read_text()
-    (conf / "system" / "newcomer.yaml").write_text(text.replace("name: hd2", "name: newcomer\nentrant: true"))
+    monkeypatch.setattr(groups, "OWN", tmp_path / "conf")
+    monkeypatch.setattr(groups, "SWEEP_FOLDERS", (tmp_path / "sweeps",))
+    text = (CONF / "system" / "hd2.yaml").read_text()
+    (tmp_path / "conf" / "system").mkdir(parents=True)
+    (tmp_path / "conf" / "system" / "newcomer.yaml").write_text(
+        text.replace("name: hd2", "name: newcomer\nentrant: true")
+    )
     (tmp_path / "sweeps").mkdir()
     small = {"routing": "uniform", "iterations": 4, "tokens_per_rank": 16}
     path = made(tmp_path / "sweeps", system="${entrants:system, megatron,hd2}", **small)

@@ -25,7 +25,7 @@ def calibrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("emulated_4x8", "emulated_4x2"):
         content = yaml.safe_load((CONF / "cluster" / f"{name}.yaml").read_text())
         (tmp_path / f"{name}_calibrated.yaml").write_text(yaml.safe_dump(content | {"name": f"{name}_calibrated"}))
-    monkeypatch.setattr("hiermoe.topology.cluster_files.CLUSTERS", tmp_path)
+    monkeypatch.setattr("hiermoe.records.groups.CLUSTERS", tmp_path)
     return tmp_path
 
 
@@ -68,7 +68,7 @@ def test_enough_iterations_count(calibrated: Path) -> None:
 def test_a_cluster_that_nobody_has_calibrated_is_an_error_and_not_in_the_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hiermoe.topology.cluster_files.CLUSTERS", tmp_path)
+    monkeypatch.setattr("hiermoe.records.groups.CLUSTERS", tmp_path)
     with pytest.raises(ValueError, match=r"sweeps/measured/fig11.yaml: .*emulated_4x8_calibrated"):
         measured_cells("default")
     assert measured_so_far(RunStore(tmp_path / "runs")) == []

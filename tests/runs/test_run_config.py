@@ -16,6 +16,16 @@ def names(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+MODELS_ROUTED = [
+    pytest.param(
+        routing, model, marks=() if routing == "uniform" or model.startswith("deepseek_v3") else pytest.mark.slow
+    )
+    for routing in names("routing")
+    for model in names("model")
+    if routing not in ("recorded", "resampled") and model != "mixtral_8x22b"
+]
+
+
 @pytest.mark.parametrize("system", names("system"))
 def test_every_system_runs_on_four_nodes(system: str, composed: Composer, store: RunStore) -> None:
     outcome = execute(composed(f"system={system}"), store)
@@ -24,8 +34,7 @@ def test_every_system_runs_on_four_nodes(system: str, composed: Composer, store:
     assert len(steps) == 4 and (steps["predicted_ms"] > 0).all()
 
 
-@pytest.mark.parametrize("routing", [name for name in names("routing") if name not in ("recorded", "resampled")])
-@pytest.mark.parametrize("model", [name for name in names("model") if name != "mixtral_8x22b"])
+@pytest.mark.parametrize(("routing", "model"), MODELS_ROUTED)
 def test_every_model_runs_under_every_synthetic_routing(
     routing: str, model: str, composed: Composer, store: RunStore
 ) -> None:

@@ -106,6 +106,7 @@ def test_a_command_that_was_terminated_goes_on_when_it_is_started_again(
     assert not list(checkpoints.glob("*/step-*"))
 
 
+@pytest.mark.slow
 def test_another_system_goes_on_from_a_given_checkpoint(
     hiermoe: Command, tiny: list[str], store: RunStore, tmp_path: Path
 ) -> None:

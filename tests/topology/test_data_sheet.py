@@ -6,10 +6,10 @@ import torch
 from hiermoe.planner.counts import count_routing
 from hiermoe.planner.scheme import hierarchical
 from hiermoe.planner.traffic import exact_traffic
+from hiermoe.records.groups import files_of
 from hiermoe.records.project import CONF
 from hiermoe.routing.step import RoutingStep
 from hiermoe.topology.cluster import Cluster, Level, OuterLevel
-from hiermoe.topology.cluster_files import cluster_names
 from hiermoe.topology.data_sheet import DERIVED, MESSAGES_AT_ONCE, START_US, Port, derived
 from hiermoe.topology.peers import WORLD, AlphaBeta, Peers
 from hiermoe.topology.placement import Placement
@@ -200,7 +200,7 @@ def test_part_of_the_testbed_has_the_constants_of_the_smaller_testbed(num_ranks:
         assert ours.beta_ms_per_byte == pytest.approx(theirs.beta_ms_per_byte, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", cluster_names())
+@pytest.mark.parametrize("name", list(files_of("cluster")))
 def test_sizes_that_a_message_names_work(name: str) -> None:
     cluster = Cluster.named(name)
     for num_ranks in range(1, cluster.hierarchy.num_ranks + 1):

@@ -13,12 +13,13 @@ from PIL import Image
 from hiermoe.analysis.claims import Claim
 from hiermoe.analysis.figures.style import SETTINGS
 from hiermoe.analysis.frames import Results
-from hiermoe.records.project import CONF
+from hiermoe.records.groups import files_of
 from hiermoe.records.run_id import code_digest
+from hiermoe.records.whole_file import whole, write_whole
 
 DPI = 150
 DRAWN = "Drawn from"  # in the metadata of a picture: the digest of what it was drawn from
-LOOKS = ("system", "model", "cluster")  # folders of conf/ that name labels and colours
+LOOKS = ("system", "model", "cluster")  # groups of conf/ that name labels and colours
 REPRODUCIBLE = {"CreationDate": None, "ModDate": None}  # the same table gives the same file
 
 
@@ -84,16 +85,18 @@ def render(spec: FigureSpec, table: pd.DataFrame, folder: Path, name: str) -> Wo
     if not _is_drawn(stem, drawn):
         with mpl.rc_context(SETTINGS):
             figure = spec.draw(table, words.title)
-            figure.savefig(stem.with_suffix(".png"), dpi=DPI, metadata={DRAWN: drawn})
+            with whole(stem.with_suffix(".png")) as path:
+                figure.savefig(path, dpi=DPI, metadata={DRAWN: drawn})
             figure.set_layout_engine("none")  # the layout is found; finding it again takes as long as drawing
-            figure.savefig(stem.with_suffix(".pdf"), metadata=REPRODUCIBLE)
-        stem.with_suffix(".csv").write_text(data)
+            with whole(stem.with_suffix(".pdf")) as path:
+                figure.savefig(path, metadata=REPRODUCIBLE)
+        write_whole(stem.with_suffix(".csv"), data.encode())
     return words
 
 
 def _digest(spec: FigureSpec, title: str, data: str) -> str:
     """Of everything that a figure depends on: its table, the code that draws it, and what conf/ says of looks."""
-    looks = [path.read_text() for folder in LOOKS for path in sorted((CONF / folder).glob("*.yaml"))]
+    looks = [path.read_text() for group in LOOKS for path in files_of(group).values()]
     parts = [title, data, code_digest((spec.draw.__module__,)), mpl.__version__, *looks]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 

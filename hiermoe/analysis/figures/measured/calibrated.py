@@ -9,6 +9,7 @@ from hiermoe.analysis.figures.paper import fig9
 from hiermoe.analysis.figures.spec import DPI
 from hiermoe.analysis.figures.style import SETTINGS
 from hiermoe.planner.fit import timings
+from hiermoe.records.whole_file import whole
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.peers import Peers
 
@@ -41,5 +42,5 @@ def table(records: pd.DataFrame, cluster: Cluster, r2: dict[Peers, float]) -> pd
 
 def save(points: pd.DataFrame, title: str, path: Path) -> None:
     """Draw the table to a PNG."""
-    with mpl.rc_context(SETTINGS):
-        fig9.draw(points, title).savefig(path, dpi=DPI)
+    with mpl.rc_context(SETTINGS), whole(path) as partial:
+        fig9.draw(points, title).savefig(partial, dpi=DPI)
