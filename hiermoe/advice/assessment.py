@@ -7,6 +7,7 @@ from itertools import accumulate
 
 import numpy as np
 import pandas as pd
+import torch
 
 from hiermoe.advice.held_out import HeldOut, count_held_out
 from hiermoe.advice.inputs import Case
@@ -14,6 +15,7 @@ from hiermoe.advice.systems import BASELINE, Candidate
 from hiermoe.analysis.statistics import Estimate, ratio_of_sums
 from hiermoe.measure.predict import simulate
 from hiermoe.measure.workload import CachedRouting, Workload
+from hiermoe.routing.collapse import collapse
 from hiermoe.routing.step import RoutingStep, first_measured, iteration_schedule
 from hiermoe.topology.placement import Placement
 
@@ -55,6 +57,7 @@ class Assessment:
         num_seen: iterations that placement policies decided from, repeats included.
         num_held_out: iterations that count.
         left_out: label of each system that does not apply, and why.
+        collapsed: how routing has collapsed (see `hiermoe.routing.collapse`); None where it has not.
     """
 
     case: Case
@@ -63,6 +66,7 @@ class Assessment:
     num_seen: int
     num_held_out: int
     left_out: tuple[tuple[str, str], ...]
+    collapsed: str | None
 
     @property
     def flat(self) -> Assessed:
@@ -123,7 +127,9 @@ def assess(
         speedup = ratio_of_sums(flat.step_ms(case.cluster), counted.step_ms(case.cluster))
         assessed.append(Assessed(candidate, counted, speedup, updates))
         progress(label, split - 1)
-    return Assessment(case, tuple(assessed), _levels(case, held_out), split, len(held_out), tuple(left_out))
+    chosen = [case.routing.step(i).expert_ids_NK.flatten() for i in sorted(set(schedule))]
+    collapsed = collapse(torch.bincount(torch.cat(chosen), minlength=case.sizes.num_experts).numpy())
+    return Assessment(case, tuple(assessed), _levels(case, held_out), split, len(held_out), tuple(left_out), collapsed)
 
 
 def _after_updates(

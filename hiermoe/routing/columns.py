@@ -13,13 +13,15 @@ NAMES: dict[str, frozenset[str]] = {
     "step": frozenset(("step", "steps", "iteration", "iter", "trainingstep")),
     "token": frozenset(("token", "tokenid", "tokenidx", "tokenindex", "position")),
     "indices": frozenset(
-        ("indices", "topindices", "topkindices", "topkids", "topkexperts", "expertids", "experts", "selectedexperts")
+        ("indices", "topindices", "topkindices", "topkids", "topkexperts", "expertids", "selectedexperts")
     ),
 }
 """For each thing the names that it may have, in small letters and digits."""
 
 
-def find_columns(origin: object, header: Sequence[str], needed: Sequence[str], more: Sequence[str] = ()) -> dict[str, int]:
+def find_columns(
+    origin: object, header: Sequence[str], needed: Sequence[str], more: Sequence[str] = ()
+) -> dict[str, int]:
     """Where each thing stands in a header; columns of other names are nobody's.
 
     Args:
@@ -41,5 +43,6 @@ def find_columns(origin: object, header: Sequence[str], needed: Sequence[str], m
         if not places and thing in needed:
             named = ",".join(name.strip() for name in header)
             raise ValueError(f"{origin} has the columns {named}; the rule is {','.join(needed)}")
-        found |= {thing: place for place in places}
+        if places:
+            found[thing] = places[0]
     return found

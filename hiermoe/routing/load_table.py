@@ -1,4 +1,4 @@
-"""Tables of expert loads as people have them: CSV with some separator, names of columns, marks in numbers, rows left out."""
+"""Tables of expert loads as people have them: whatever separators, names of columns and marks in numbers."""
 
 import csv
 import math
@@ -94,7 +94,9 @@ def _rows(path: Path) -> list[tuple[int, list[str]]]:
     separator = next((mark for mark in _SEPARATORS if mark in header), ",")
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
     try:
-        return [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(cell.strip() for cell in row)]
+        return [
+            (reader.line_num, [cell.strip() for cell in row]) for row in reader if any(cell.strip() for cell in row)
+        ]
     except csv.Error as error:
         raise ValueError(f"{path} is no CSV file of expert,load: line {reader.line_num}: {error}") from None
 
@@ -161,6 +163,9 @@ def _of_experts(
             f"{path}: {rule}; {missing} of them, expert {int((rows_E == 0).argmax())} for one, have no row: state "
             "num_experts=... (or model=...) if rows without load were left out"
         )
+    if missing and rows_E[: experts.max() + 1].all():  # rows without load that are left out leave gaps
+        found = int(experts.max()) + 1
+        raise ValueError(f"{path} has {found} experts, not {num_experts}: state num_experts={found} if meant")
     load_E = np.bincount(experts, weights=loads, minlength=count)
     if load_E.sum() == 0:
         raise ValueError(f"{path}: all loads are 0")

@@ -61,14 +61,14 @@ def parts(path: Path) -> Iterator[bytes]:
             total += len(part)
             if opener is not None and total > max(_SMALL_BYTES, _MOST_TIMES_PACKED * size):
                 raise ValueError(
-                    f"{path}: its {size} bytes unpack to more than {total >> 20} MiB, {_MOST_TIMES_PACKED} times as many: "
-                    "no routing is that empty"
+                    f"{path}: its {size} bytes unpack to more than {total >> 20} MiB, {_MOST_TIMES_PACKED} times as "
+                    "many: no routing is that empty"
                 )
             yield part
 
 
 def line_blocks(path: Path, size: int = 2**26) -> Iterator[tuple[int, bytes]]:
-    """Whole lines: the number of the first, from 1, and about ``size`` bytes, which end with a line's end but for the last.
+    """Whole lines: the number of the first, from 1, and about ``size`` bytes.
 
     Raises:
         OSError: as `parts`.
@@ -120,7 +120,9 @@ def _read(path: Path, stream: Any, packed: bool) -> bytes:
     except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
         if not packed:
             raise
-        raise ValueError(f"{path}: it is damaged or cut, and cannot be unpacked: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"{path}: it is damaged or cut, and cannot be unpacked: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _check_text(path: Path, part: bytes) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hiermoe.routing.loads import IndependentLoads, inclusion_rates, read_loads
+from hiermoe.routing.load_table import read_loads
+from hiermoe.routing.loads import IndependentLoads, inclusion_rates
 from hiermoe.routing.step import RoutingRequest
 
 
@@ -51,7 +52,7 @@ def test_loads_that_no_routing_has_are_refused(load_E: list[float], message: str
 
 def test_rows_may_come_in_any_order(loads_file: Callable[[str], Path]) -> None:
     path = loads_file("expert,load\n2,30\n0,10.5\n1,0\n")
-    np.testing.assert_array_equal(read_loads(path), [10.5, 0, 30])
+    np.testing.assert_array_equal(read_loads(path).load_E, [10.5, 0, 30])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hiermoe.routing.importers import IMPORTERS
-from hiermoe.routing.importers.recording import Source, to_trace
+from hiermoe.routing.importers.as_trace import to_trace
+from hiermoe.routing.importers.recording import Source
 from hiermoe.routing.trace import RoutingTrace
 from tests.routing.importers.files import (
     record,
@@ -122,7 +123,7 @@ def test_inferred_number_of_experts_is_rounded_up_to_the_ranks(tmp_path: Path) -
 def test_megatron_keeps_ragged_ranks_and_steps(tmp_path: Path) -> None:
     ids = np.stack([some_ids(6, 5, seed=i).reshape(2, 3, 5, 3) for i in range(2)])  # [step, layer, rank, T, K]
     counts = np.array([[5, 2, 4], [1, 5, 3]])
-    trace = imported("megatron", write_megatron(tmp_path / "m", ids, counts))
+    trace = imported("megatron", write_megatron(tmp_path / "m", ids, counts), pipeline=1)
     np.testing.assert_array_equal(trace.num_tokens, counts)
     filled = np.broadcast_to((np.arange(5) < counts[..., None])[:, None], ids.shape[:-1])
     np.testing.assert_array_equal(trace.expert_ids[filled], ids[filled])
@@ -133,10 +134,10 @@ def test_megatron_joins_the_micro_batches_of_a_step_and_leaves_other_blocks_out(
     first, second = some_ids(1, 3)[0], some_ids(1, 2, seed=1)[0]
     other = record(7, 0, 0, first, block="mtp", mtp_idx=0)
     lines = [record(7, 0, 0, first, block="decoder"), other, record(7, 0, 0, second, block="decoder")]
-    trace = imported("megatron", write_lines(tmp_path / "a.jsonl", lines))
+    trace = imported("megatron", write_lines(tmp_path / "a.jsonl", lines), pipeline=1)
     np.testing.assert_array_equal(flat(trace)[0], np.concatenate([first, second]))
     assert trace.metadata.training_step == [7]
-    assert "1 lines of other blocks than the decoder" in trace.metadata.notes
+    assert trace.metadata.left_out == ("1 lines of other blocks than the decoder",)
 
 
 def test_parquet_with_layer_step_and_token_is_put_in_order(tmp_path: Path) -> None:
