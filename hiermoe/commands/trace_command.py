@@ -12,6 +12,7 @@ from hiermoe.commands.arguments import Parser
 from hiermoe.routing.importers import IMPORTERS
 from hiermoe.routing.importers.as_trace import to_trace
 from hiermoe.routing.importers.recording import Source
+from hiermoe.routing.step import dividing
 from hiermoe.routing.trace import RoutingTrace, trace_file
 
 _TRACE = "a .trace file, or the name of one in results/traces/"
@@ -137,9 +138,10 @@ def _export(chosen: argparse.Namespace) -> None:
     from hiermoe.policies.system import SystemConfig
     from hiermoe.topology.cluster import Cluster
 
+    trace, cluster = RoutingTrace.load(trace_file(chosen.trace)), Cluster.named(chosen.cluster)
     matrices = traffic_matrices(
-        RoutingTrace.load(trace_file(chosen.trace)),
-        Cluster.named(chosen.cluster),
+        trace,
+        cluster,
         SystemConfig.named(chosen.system),
         row_bytes=chosen.row_bytes,
         tokens_per_rank=chosen.tokens_per_rank,
@@ -148,6 +150,12 @@ def _export(chosen: argparse.Namespace) -> None:
         topk=chosen.topk,
     )
     console = Console(highlight=False, soft_wrap=True)
+    experts, gpus = trace.metadata.num_experts, cluster.hierarchy.num_ranks
+    if experts % gpus:
+        console.print(
+            f"{experts} experts do not divide over {gpus} GPUs: {experts // gpus + 1} on {experts % gpus} of them, "
+            f"{experts // gpus} on the others; {dividing(experts)} divide them"
+        )
     for path, matrix in write_matrices(chosen.output, matrices):
         # Buffers of the test hold the largest sum of a row or column.
         largest = int(max(matrix.sum(0).max(), matrix.sum(1).max()))

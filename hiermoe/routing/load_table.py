@@ -52,7 +52,7 @@ def read_loads(path: Path, num_experts: int | None = None, layer: int = 0) -> Lo
         OSError: there is no such file.
         ValueError: malformed; the message names the rule.
     """
-    rows = [row for row in _rows(path) if row[1]]
+    separator, rows = _rows(path)
     if not rows:
         raise ValueError(f"{path} is no CSV file of expert,load: it is empty")
     header = rows[0][1]
@@ -78,7 +78,7 @@ def read_loads(path: Path, num_experts: int | None = None, layer: int = 0) -> Lo
     elif layer:
         raise ValueError(f"{path}: layer={layer}, and the file has no column of layers")
     experts = np.array(_integers(path, body, place["expert"], "expert"), np.int64)
-    loads = _numbers(path, [cells[place["load"]] for _, cells in body], experts)
+    loads = _numbers(path, [cells[place["load"]] for _, cells in body], experts, separator)
     if files > 1:
         notes.append(f"{files} files in one, each with its header: their loads were added.")
     load_E, left_out = _of_experts(path, experts, loads, num_experts, files)
@@ -87,18 +87,17 @@ def read_loads(path: Path, num_experts: int | None = None, layer: int = 0) -> Lo
     return LoadTable(load_E, number, tuple(notes))
 
 
-def _rows(path: Path) -> list[tuple[int, list[str]]]:
-    """Lines that are not blank: number and cells."""
+def _rows(path: Path) -> tuple[str, list[tuple[int, list[str]]]]:
+    """What separates cells; and lines that are not blank: number and cells."""
     lines = read_text(path, _MOST_BYTES).splitlines()
     header = next((line for line in lines if line.strip()), "")
     separator = next((mark for mark in _SEPARATORS if mark in header), ",")
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
     try:
-        return [
-            (reader.line_num, [cell.strip() for cell in row]) for row in reader if any(cell.strip() for cell in row)
-        ]
+        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except csv.Error as error:
         raise ValueError(f"{path} is no CSV file of expert,load: line {reader.line_num}: {error}") from None
+    return separator, [(line, cells) for line, cells in rows if any(cells)]
 
 
 def _integers(path: Path, rows: Sequence[tuple[int, list[str]]], column: int, thing: str) -> list[int]:
@@ -110,8 +109,10 @@ def _integers(path: Path, rows: Sequence[tuple[int, list[str]]], column: int, th
     return found
 
 
-def _numbers(path: Path, cells: Sequence[str], experts: np.ndarray) -> np.ndarray:
+def _numbers(path: Path, cells: Sequence[str], experts: np.ndarray, separator: str) -> np.ndarray:
     """Loads as numbers, with points or commas for decimals, whichever all of them can be.
+
+    Where both make sense, points it is; but semicolons separate where commas are decimals too.
 
     Raises:
         ValueError: one is no number or below 0, or both readings make sense and differ in more than their unit.
@@ -121,13 +122,17 @@ def _numbers(path: Path, cells: Sequence[str], experts: np.ndarray) -> np.ndarra
         [_number(cell, form, thousands) for cell in cells] for form, thousands in ((_POINTED, ","), (_COMMAED, "."))
     ]
     fitting = [np.array(each) for each in readings if None not in each]
-    if len(fitting) == 2 and not np.allclose(fitting[0] * fitting[1].sum(), fitting[1] * fitting[0].sum(), rtol=1e-12):
+    if len(fitting) == 2 and separator == ";" and not _in_proportion(*fitting):
         cell, a, b = next(x for x in zip(cells, *readings, strict=True) if x[1] != x[2])
         raise ValueError(f"{path}: load {cell} may be {a:g} or {b:g}: write loads without marks for thousands")
     if fitting and all((each >= 0).all() for each in fitting):
         return fitting[0]
     row = next(i for i, cell in enumerate(cells) if (value := _number(cell, _POINTED, ",")) is None or value < 0)
     raise ValueError(f"{path}: load of expert {experts[row]} is {cells[row] or 'nan'}; the rule is >= 0")
+
+
+def _in_proportion(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.allclose(a * b.sum(), b * a.sum(), rtol=1e-12)
 
 
 def _number(cell: str, form: re.Pattern[str], thousands: str) -> float | None:

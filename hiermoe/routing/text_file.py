@@ -128,11 +128,11 @@ def _read(path: Path, stream: Any, packed: bool) -> bytes:
 def _check_text(path: Path, part: bytes) -> None:
     """Refuse by name what begins as no UTF-8 text does."""
     found = next((f"{name} text; save it as UTF-8" for mark, name in _ENCODINGS.items() if part.startswith(mark)), None)
+    found = found or next((f"{what}, no text" for magic, what in _OTHERS.items() if part.startswith(magic)), None)
     if found is None and b"\0" in (start := part[:64]):
         half = max(start[::2].count(0), start[1::2].count(0))
         utf16 = half >= len(start) // 2 - 1 and start.count(0) <= half + 1
         found = "UTF-16 text; save it as UTF-8" if utf16 else "no text: it holds zero bytes"
-    found = found or next((f"{what}, no text" for magic, what in _OTHERS.items() if part.startswith(magic)), None)
     if part[257:262] == b"ustar":
         found = "a tar archive: unpack it"
     if found:

