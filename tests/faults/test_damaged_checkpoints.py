@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from hiermoe.megatron.checkpoint_folder import check_files, checkpoint_path, digest_of, file_names, write_checksums
-from hiermoe.records.checksums import LIST, Damaged
+from hiermoe.megatron.checkpoint_folder import check_files, checkpoint_path, file_names, write_checksums
+from hiermoe.ranks.streams import RowStream
+from hiermoe.records.checksums import LIST, Damaged, digest_of
 from hiermoe.records.project import CODE
+from hiermoe.runs.compose import compose
+from hiermoe.runs.training import TrainRunConfig
 from tests.conftest import Command
 from tests.faults.test_damaged_records import Damage, cut, flipped, missing, replaced
 from tests.runs.test_train import TINY
@@ -55,6 +58,39 @@ def test_damage_is_named(damage: Callable[[Path], object], said: str, checkpoint
 
 def test_the_page_on_reliability_counts_these() -> None:
     assert f"({len(INJECTIONS)} injections)" in (CODE / "docs" / "reliability.md").read_text()
+
+
+def kept(folder: Path, rows: Path, *steps: int) -> None:
+    """What a killed run of one rank has left: checkpoints, and rows that reach up to the last."""
+    for step in steps:
+        checkpoint = checkpoint_path(folder, step)
+        checkpoint.mkdir(parents=True)
+        (checkpoint / SHARD).write_bytes(bytes([step]) * 4096)
+        write_checksums(checkpoint, step, {SHARD: digest_of(checkpoint, SHARD)})
+    for rank in range(4):
+        with RowStream(rows, rank) as stream:
+            for step in range(max(steps)):
+                stream.write([{"iteration": step}])
+
+
+def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole_and_never_silently_from_the_beginning(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    config = compose(
+        "train", [*tiny, f"checkpoint_dir={tmp_path}", "checkpoint_every=1", "resume=latest"], TrainRunConfig
+    )
+    folder = config.checkpoints().folder
+    assert config.checkpoints().start is None
+    kept(folder, folder.with_name(f"{folder.name}-rows"), 2, 4, 6)
+    assert config.checkpoints().start == checkpoint_path(folder, 6)
+    flipped(SHARD)(checkpoint_path(folder, 6))
+    saved = config.checkpoints()
+    assert saved.start == checkpoint_path(folder, 4)
+    assert saved.left_out == (f"{checkpoint_path(folder, 6)}: {SHARD} is not what was written",)
+    for step in (2, 4):
+        cut(SHARD, 0)(checkpoint_path(folder, step))
+    with pytest.raises(ValueError, match="no whole checkpoint is left, resume=null begins anew"):
+        config.checkpoints()
 
 
 @pytest.fixture
