@@ -76,7 +76,7 @@ test-browser: setup debian ## the report in a real browser, on a desk and on a p
 test-slurm: setup debian ## measured runs under a real Slurm of four nodes on this machine (root; installs slurm-wlm and munge)
 	@$(BIN)/pytest -q -m slurm tests/slurm
 
-test-versions: setup ## commands under every Python that this machine has of 3.11 to 3.13 (gigabytes, ten minutes each)
+test-versions: setup ## commands under every Python that this machine has of 3.11 to 3.13 (gigabytes; six minutes in all)
 	@$(BIN)/pytest -q -m versions tests/documents
 
 test-all: setup debian ## all of these but test-versions, and which of them took longest

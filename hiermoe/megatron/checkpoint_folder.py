@@ -21,11 +21,6 @@ def newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob(_PATTERN), reverse=True)
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint; None if there is none."""
-    return next(iter(newest_first(folder)), None)
-
-
 def file_names(checkpoint: Path) -> list[str]:
     """All files of a checkpoint but their checksums, in alphabetical order."""
     names = (str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file())

@@ -79,10 +79,10 @@ def reachable(modules: Iterable[str], root: Path = CODE) -> set[str]:
 
 @lru_cache(maxsize=1024)
 def _imported(module: str, root: Path) -> tuple[str, ...]:
-    """What a module's text imports of the project."""
+    """What a module's text imports of the project; a user's own too, of another own one."""
     nodes = [node for node in ast.walk(_tree(module, root)) if isinstance(node, ast.Import | ast.ImportFrom)]
     named = [name if _path(name, root) is not None else module for node in nodes for module, name, _ in _names(node)]
-    return tuple(name for name in named if _path(name, root) is not None)
+    return tuple(name for name in named if _path(name, root) is not None and (_is_ours(name) or not _is_ours(module)))
 
 
 @lru_cache(maxsize=1024)
@@ -103,7 +103,7 @@ def _meant(statements: list[ast.stmt], root: Path) -> list[ast.AST]:
     for statement in statements:
         if isinstance(statement, ast.Import | ast.ImportFrom):
             for module, name, known_as in _names(statement):
-                ours = name.split(".")[0] in _PACKAGES
+                ours = _is_ours(name)
                 where = module if ours and _path(name, root) is None else name  # of ours only the last name counts
                 imported.append(f"{where.rpartition('.')[2]} {name.rpartition('.')[2]}" if ours else name)
                 imported[-1] += f" as {known_as}"
@@ -127,10 +127,13 @@ def _tree(module: str, root: Path) -> ast.Module:
     return ast.parse(path.read_bytes())
 
 
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in _PACKAGES
+
+
 def _path(module: str, root: Path) -> Path | None:
     """The file of a module of the project, or of a user's own in the workplace; None for anything else."""
-    ours = module.partition(".")[0] in _PACKAGES
-    stem = (root if ours else WORKPLACE) / module.replace(".", "/")
+    stem = (root if _is_ours(module) else WORKPLACE) / module.replace(".", "/")
     return next((path for path in (stem.with_suffix(".py"), stem / "__init__.py") if path.is_file()), None)
 
 

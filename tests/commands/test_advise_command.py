@@ -113,6 +113,7 @@ def test_new_policy_appears_by_its_file_alone(
     (conf / "system").mkdir(parents=True)
     own = {"name": "search", "label": "Search", "color": "#117733"}
     added = yaml.safe_load((CONF / "system" / "hiermoe_multi.yaml").read_text()) | own
+    added["policy"]["max_swaps"] += 1  # no system of the suite is the same
     (conf / "system" / "search.yaml").write_text(yaml.safe_dump(added))
     monkeypatch.setattr("hiermoe.records.groups.OWN", conf)
     arguments = [f"trace={trace_file}", *NODE, *SIZES]

@@ -21,7 +21,7 @@ WHY_NOT = {
     r"hiermoe record .*": "takes half an hour or more: tests/narrow/test_record.py records a small one",
     r"make (reproduce|report|traces|help)( FULL=1| QUICK=1)?": "takes long: parts of it are the other commands",
     r"(make reproduce ON=slurm|srun|torchrun) .*": "needs a cluster: tests/slurm runs it on one of four nodes",
-    r"make (test|test-all|test-slurm|test-browser|lint|format|bench)": "runs this test, or what CI runs beside it",
+    r"make (test|test-(all|slurm|browser|versions)|lint|format|bench)": "runs this test, or what CI runs beside it",
     r"pytest tests/gpu": "needs a GPU",
     r"python docs/draw_architecture\.py": "tests/test_architecture.py does it",
 }

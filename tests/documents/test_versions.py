@@ -50,7 +50,7 @@ def hiermoe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     [
         ("run", "system=hiermoe", *FEW),
         ("advise", *QUESTION),
-        ("run", "measure=replay", "ranks=local", "world_size=2", "narrowed=64", "system=hd2", *FEW[1:]),
+        ("run", "measure=replay", "ranks=local", "world_size=2", "narrowed=64", "system=hd1", *FEW[1:]),
     ],
     ids=["run", "advise", "ranks"],
 )

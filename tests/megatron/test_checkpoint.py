@@ -13,10 +13,11 @@ from hiermoe.megatron.standins import cpu
 
 cpu.expect_fallbacks()
 
-from hiermoe.megatron.checkpoint_folder import finished_steps, latest_checkpoint  # noqa: E402
+from hiermoe.megatron.checkpoint_folder import checkpoint_path, finished_steps, newest_first  # noqa: E402
 from hiermoe.narrow.corpus import Corpus, training_corpus  # noqa: E402
 from hiermoe.narrow.training_config import TrainingConfig  # noqa: E402
 from hiermoe.ranks.launch import RankFailedError  # noqa: E402
+from hiermoe.records.checksums import Damaged  # noqa: E402
 from tests.megatron.moving import HIERMOE, SHUFFLED, STATIC, STOCK, Run, joined, largest_error, launch, small, system  # noqa: E402
 
 # Decides from what it sums over four steps, so a stop after two must not lose the sum.
@@ -51,8 +52,7 @@ def stop_and_go_on(rank: int, config: TrainingConfig, corpus: Corpus, folder: Pa
             run.train(STEPS - STOP)
             seen["whole", name] = {"losses": run.losses, "updates": run.updates, "tensors": run.copied()}
     for saved, name in pairs:
-        checkpoint = latest_checkpoint(folder / saved)
-        assert checkpoint is not None
+        (checkpoint,) = newest_first(folder / saved)
         run = resumed(config, corpus, name, checkpoint)
         seen["loaded", (saved, name)] = run.copied()
         run.train(STEPS - run.finished)
@@ -183,8 +183,7 @@ def test_a_run_killed_before_its_checkpoint_is_whole_goes_on_from_the_one_before
     corpus = training_corpus(config)
     with pytest.raises(RankFailedError, match="rank 0 of 4 died by signal SIGKILL"):
         launch(killed_in_the_third_save, config, corpus, tmp_path, where)
-    latest = latest_checkpoint(tmp_path)
-    assert latest is not None and finished_steps(latest) == 2
+    assert finished_steps(newest_first(tmp_path)[0]) == 2
     assert bool(list(tmp_path.glob(".step-*"))) == (where != "moved")
     if where == "written":
         whole, rest = launch(go_on, config, corpus, tmp_path)[0]
@@ -195,9 +194,7 @@ def test_a_run_killed_before_its_checkpoint_is_whole_goes_on_from_the_one_before
 
 def go_on(rank: int, config: TrainingConfig, corpus: Corpus, folder: Path) -> tuple[list[float], list[float]]:
     """Losses of a run without a stop, and of one that goes on from the latest checkpoint."""
-    latest = latest_checkpoint(folder)
-    assert latest is not None
-    rest = resumed(config, corpus, "shuffled", latest)
+    rest = resumed(config, corpus, "shuffled", newest_first(folder)[0])
     while rest.finished < 4:
         rest.train(1)
         save(rest, folder, keep=2)
@@ -248,9 +245,44 @@ def test_a_rank_that_alone_cannot_write_ends_all_of_them(cache_dir: str, tmp_pat
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000001"]
 
 
+def load_beside_damage(rank: int, config: TrainingConfig, corpus: Corpus, folder: Path) -> tuple[int, str]:
+    """Step of the checkpoint that is taken where the newest is damaged, and what is said where both are."""
+    from hiermoe.megatron.checkpoint import load_latest
+
+    def damage(step: int) -> None:
+        if rank == 0:
+            shard = min(checkpoint_path(folder, step).glob("*.distcp"))
+            content = bytearray(shard.read_bytes())
+            content[len(content) // 2] ^= 1
+            shard.write_bytes(content)
+        torch.distributed.barrier()
+
+    run = Run(config, corpus, SHUFFLED)
+    for step in (1, 2):
+        run.train(1)
+        run.trainer.save(folder, step, run.placement)
+    parts = run.trainer.model, run.trainer.optimizer, run.trainer.schedule, run.placement
+    damage(2)
+    step = load_latest(folder, *parts)
+    damage(1)
+    try:
+        load_latest(folder, *parts)
+    except Damaged as error:
+        return step, str(error)
+    return step, "nothing"
+
+
+@pytest.mark.slow
+def test_every_rank_takes_the_checkpoint_before_a_damaged_one(cache_dir: str, tmp_path: Path) -> None:
+    config = small("qwen3_30b_a3b", cache_dir)
+    seen = launch(load_beside_damage, config, training_corpus(config), tmp_path)
+    assert {step for step, _ in seen} == {1}
+    assert len({said for _, said in seen}) == 1 and "step-00000001" in seen[0][1]
+    assert "is not what was written" in seen[0][1]
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path) is None
-    assert latest_checkpoint(tmp_path / "missing") is None
+    assert newest_first(tmp_path) == newest_first(tmp_path / "missing") == []
     for name in ("step-00000012", "step-x", "other"):
         (tmp_path / name).mkdir()
     assert finished_steps(tmp_path / "step-00000012") == 12

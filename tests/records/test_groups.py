@@ -87,5 +87,8 @@ def test_own_code_beside_own_files_counts_in_the_names_of_runs(with_code: Path, 
     first = name()
     (with_code / "helper_of_mine.py").write_text("# in other words\nSWAPS = 1\n")
     assert name() == first
+    for theirs in ("torch", "yaml"):  # what lies beside, and the suite imports from elsewhere
+        (with_code / f"{theirs}.py").write_text("VERSION = 0\n")
+    assert name() == first
     (with_code / "helper_of_mine.py").write_text("SWAPS = 2\n")
     assert name() != first

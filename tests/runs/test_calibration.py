@@ -139,3 +139,9 @@ def test_what_a_busy_machine_hides_is_measured_again_and_refused_in_the_end(stor
     assert outcome.status == "failed" and "world, inter1, intra1" in outcome.reason
     assert "more bytes took no longer in 12 repeats" in outcome.reason
     assert not store.is_done(never.run_id), "so the same command measures anew"
+
+
+def test_a_calibrated_cluster_never_takes_the_name_of_a_shipped_one(hiermoe: Command) -> None:
+    code, _, err = hiermoe("calibrate", "cluster=emulated_4x2", "ranks=local", "name=a6000_4x8")
+    assert code == 2 and len(err.splitlines()) == 1
+    assert "name=a6000_4x8: conf/cluster/a6000_4x8.yaml is that cluster's file" in err
