@@ -114,15 +114,12 @@ def traffic_matrices(
     if row_bytes < 1:
         raise ValueError(f"row_bytes={row_bytes} must be at least 1")
     hierarchy = cluster.hierarchy
+    first_places = Placement.first(trace.metadata.num_experts, hierarchy.num_ranks)
     regrouped = trace.reshard(hierarchy.num_ranks, tokens_per_rank)
     routing = RecordedRouting(regrouped, layer, topk or trace.metadata.topk)
     if not 0 <= iteration < routing.num_distinct:
         raise ValueError(f"iteration={iteration} is outside 0..{routing.num_distinct - 1}")
-    counts = count_routing(
-        routing.step(iteration).over_slots(),
-        Placement.first(trace.metadata.num_experts, hierarchy.num_ranks),
-        hierarchy,
-    )
+    counts = count_routing(routing.step(iteration).over_slots(), first_places, hierarchy)
     price = choose_scheme(system.build_schemes(hierarchy), counts, cluster, row_bytes)
     return [stage.numpy() * row_bytes for stage in price.traffic.rows_SGG]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hiermoe.routing.columns import find_columns
+from hiermoe.routing.column_names import find_columns
 from hiermoe.routing.text_file import read_text
 from hiermoe.routing.trace import MOST_EXPERTS
 
@@ -121,14 +121,15 @@ def _numbers(path: Path, cells: Sequence[str], experts: np.ndarray, separator: s
     readings = [
         [_number(cell, form, thousands) for cell in cells] for form, thousands in ((_POINTED, ","), (_COMMAED, "."))
     ]
-    fitting = [np.array(each) for each in readings if None not in each]
-    if len(fitting) == 2 and separator == ";" and not _in_proportion(*fitting):
-        cell, a, b = next(x for x in zip(cells, *readings, strict=True) if x[1] != x[2])
+    fitting = [each for each in readings if None not in each]
+    if len(fitting) == 2 and separator == ";" and not _in_proportion(*map(np.array, fitting)):
+        cell, a, b = next(x for x in zip(cells, *fitting, strict=True) if x[1] != x[2])
         raise ValueError(f"{path}: load {cell} may be {a:g} or {b:g}: write loads without marks for thousands")
-    if fitting and all((each >= 0).all() for each in fitting):
-        return fitting[0]
-    row = next(i for i, cell in enumerate(cells) if (value := _number(cell, _POINTED, ",")) is None or value < 0)
-    raise ValueError(f"{path}: load of expert {experts[row]} is {cells[row] or 'nan'}; the rule is >= 0")
+    values = fitting[0] if fitting else readings[0]
+    for expert, cell, value in zip(experts, cells, values, strict=True):
+        if value is None or value < 0:
+            raise ValueError(f"{path}: load of expert {expert} is {cell or 'nan'}; the rule is >= 0")
+    return np.array(values)
 
 
 def _in_proportion(a: np.ndarray, b: np.ndarray) -> bool:

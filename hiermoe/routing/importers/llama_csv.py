@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
-from hiermoe.routing.columns import find_columns
+from hiermoe.routing.column_names import find_columns
 from hiermoe.routing.importers.recording import Recording, Source, narrowed
 from hiermoe.routing.text_file import line_blocks
 

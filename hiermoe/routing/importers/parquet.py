@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hiermoe.routing.columns import find_columns
+from hiermoe.routing.column_names import find_columns
 from hiermoe.routing.importers.recording import CHUNK_TOKENS, Recording, Source, first_true, from_lists
 
 _INDICES, _LAYER, _STEP, _TOKEN = "indices", "layer", "step", "token"

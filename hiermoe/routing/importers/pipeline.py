@@ -46,6 +46,10 @@ def numbered_through(source: Source, forwards: Forwards, through_model: bool) ->
             was said.
     """
     stages, chunks = 1, 1
+    if source.pipeline == 1 and (source.chunks or 1) > 1:
+        raise ValueError(
+            f"chunks={source.chunks}: stages of one chunk alone are where there is no pipeline, pipeline=1"
+        )
     if through_model:
         if (source.pipeline or 1) > 1 or (source.chunks or 1) > 1:
             raise ValueError(f"{source.path}: its layers are numbered through the model; leave pipeline and chunks out")
@@ -80,32 +84,54 @@ def numbered_through(source: Source, forwards: Forwards, through_model: bool) ->
 def _ask(source: Source, forwards: Forwards) -> None:
     """Refuse what may be read in two ways."""
     ranks = sorted({rank for _, rank in forwards})
-    of_rank = {
-        rank: sorted({x.layer for (_, r), lines in forwards.items() if r == rank for x in lines}) for rank in ranks
-    }
-    repeated = next(
-        ((key, layer, n) for key, lines in forwards.items() for layer, n in _counts(lines).items() if n > 1), None
-    )
-    rule = "this format counts layers within a stage of a pipeline, and"
     tell = "say --pipeline P, the stages that the files are of (1: no pipeline)"
     if source.pipeline is None and len(ranks) > 1:
-        odd = next((rank for rank in ranks if of_rank[rank] != of_rank[ranks[0]]), None)
-        if odd is not None:
+        of_rank = {
+            rank: sorted({x.layer for key, each in forwards.items() if key[1] == rank for x in each}) for rank in ranks
+        }
+        if odd := next((rank for rank in ranks if of_rank[rank] != of_rank[ranks[0]]), None):
             shown = f"rank {ranks[0]} has layers {of_rank[ranks[0]]}, rank {odd} has {of_rank[odd]}"
             raise ValueError(f"{source.path}: {shown}, as stages of a pipeline have: {tell}")
-        raise ValueError(f"{source.path}: {rule} its {len(ranks)} ranks may be one stage or several: {tell}")
-    if repeated is None:
+        possible = [stages for stages in range(2, len(ranks) + 1) if _may_be_stages(forwards, ranks, stages)]
+        if not possible:
+            return
+        raise ValueError(
+            f"{source.path}: this format counts layers within a stage of a pipeline, and its {len(ranks)} ranks may be "
+            f"of one stage or of {' or '.join(map(str, possible))}: {tell}"
+        )
+    if source.pipeline == 1 or source.chunks is not None:
         return
-    (step, rank), layer, times = repeated
-    lines = f"rank {rank} has {times} lines of layer {layer} in step {step}, micro-batches or chunks of the model"
-    if source.pipeline is None:
-        raise ValueError(f"{source.path}: {rule} {lines}: {tell}")
-    if source.pipeline > 1 and source.chunks is None:
-        raise ValueError(f"{source.path}: {lines}: say --chunks V, the chunks of a stage (1: no interleaved pipeline)")
+    for (step, rank), lines in forwards.items():
+        layer, times = Counter(line.layer for line in lines).most_common(1)[0]
+        if times > 1:
+            shown = (
+                f"rank {rank} has {times} lines of layer {layer} in step {step}, micro-batches or chunks of the model"
+            )
+            more = (
+                tell
+                if source.pipeline is None
+                else "say --chunks V, the chunks of a stage (1: no interleaved pipeline)"
+            )
+            raise ValueError(f"{source.path}: {shown}: {more}")
 
 
-def _counts(lines: list[Line]) -> Counter[int]:
-    return Counter(line.layer for line in lines)
+def _may_be_stages(forwards: Forwards, ranks: list[int], stages: int) -> bool:
+    """Whether ranks at one place of all stages may have the same tokens: their micro-batches are as long.
+
+    A rank's file may be cut, so that one has lengths which another one lacks speaks only where both do.
+    """
+    each, rest = divmod(len(ranks), stages)
+    if rest:
+        return False
+    lengths = {key: {len(line.ids_TK) for line in lines} for key, lines in forwards.items()}
+    steps = sorted({step for step, _ in forwards})
+    pairs = [(first, rank) for place, first in enumerate(ranks[:each]) for rank in ranks[place + each :: each]]
+    for step in steps:
+        for first, rank in pairs:
+            a, b = lengths.get((step, first), set()), lengths.get((step, rank), set())
+            if not (a <= b or b <= a):
+                return False
+    return True
 
 
 def _with_chunks(lines: list[Line], stages: int, chunks: int) -> list[tuple[int, Line]]:

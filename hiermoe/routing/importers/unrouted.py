@@ -76,19 +76,18 @@ def _without_empty_columns(ids: Mapping[int, np.ndarray]) -> dict[int, np.ndarra
 
 
 def _zeros_of_nobody(zeros: Mapping[int, np.ndarray], source: Source) -> dict[int, np.ndarray]:
-    """Which zeros are no routing at K = 1: as told, else those of layers and tokens that have nothing but zeros.
+    """Which zeros are no routing at K = 1: of layers that have nothing else, and of tokens that are 0 in all others.
 
     Raises:
-        ValueError: tokens may have chosen expert 0 in every layer.
+        ValueError: such tokens may have chosen expert 0 in every layer, and nothing was said.
     """
-    if source.zeros is not None:
-        return {layer: each & (source.zeros == "none") for layer, each in zeros.items()}
+    if source.zeros == "expert":
+        return {layer: np.zeros_like(each) for layer, each in zeros.items()}
     dense = {layer for layer, each in zeros.items() if each.all()}
     others = [each for layer, each in zeros.items() if layer not in dense]
     nobody_N = np.all(others, axis=0) if others else np.zeros(len(next(iter(zeros.values()))), bool)
-    if nobody_N.any():
-        rest = ~nobody_N
-        by_chance = len(nobody_N) * np.prod([each[rest].mean() for each in others]) if rest.any() else 1.0
+    if source.zeros is None and nobody_N.any():
+        by_chance = len(nobody_N) * np.prod([each[~nobody_N].mean() for each in others])
         if by_chance > MOST_BY_CHANCE or len(others) == 1:
             raise ValueError(_question(source.path, int(nobody_N.sum()), len(nobody_N)))
     return {layer: each if layer in dense else nobody_N for layer, each in zeros.items()}

@@ -66,8 +66,14 @@ def test_layers_are_those_of_the_model(stages: int, chunks: int, batches: int, t
 @pytest.mark.parametrize(
     ("stages", "chunks", "batches", "options", "message"),
     [
-        (2, 1, 1, {}, "counts layers within a stage of a pipeline, and its 4 ranks may be one stage or several"),
-        (2, 2, 2, {}, "its 4 ranks may be one stage or several: say --pipeline P"),
+        (
+            2,
+            1,
+            1,
+            {},
+            "counts layers within a stage of a pipeline, and its 4 ranks may be of one stage or of 2 or 4: say",
+        ),
+        (2, 2, 2, {}, "its 4 ranks may be of one stage or of 2 or 4: say --pipeline P"),
         (
             2,
             2,
@@ -75,6 +81,7 @@ def test_layers_are_those_of_the_model(stages: int, chunks: int, batches: int, t
             {"pipeline": 2},
             "rank 0 has 4 lines of layer 0 in step 0, micro-batches or chunks .*: say --chunks V",
         ),
+        (2, 1, 1, {"pipeline": 1, "chunks": 2}, "chunks=2: stages of one chunk alone are where there is no pipeline"),
         (2, 1, 1, {"pipeline": 3}, "pipeline=3 does not divide its 4 ranks"),
         (2, 1, 3, {"pipeline": 2, "chunks": 2}, "the 3 forwards of its step and rank are not 2 chunks"),
     ],
@@ -98,6 +105,29 @@ def test_stages_are_recognised_by_ranks_with_other_layers(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"rank 0 has layers \[1\], rank 1 has \[0, 1\], as stages of a pipeline have"):
         imported("megatron", path)
     assert imported("megatron", path, pipeline=2).metadata.layers == [1, 2, 3]
+
+
+def test_ranks_with_tokens_of_unequal_number_are_no_stages_and_ask_nothing(tmp_path: Path) -> None:
+    """Two of four ranks may still be a stage where they are as long as the other two."""
+    for lengths, possible in {(3, 2, 1, 3): "", (3, 2, 3, 2): "may be of one stage or of 2:"}.items():
+        lines = [
+            record(step, 0, rank, ids_of(step, rank, batch, 0)[:length])
+            for step in range(2)
+            for rank, length in enumerate(lengths)
+            for batch in range(2)
+        ]
+        path = write_lines(tmp_path / "a.jsonl", lines)
+        if possible:
+            with pytest.raises(ValueError, match=possible):
+                imported("megatron", path)
+        else:
+            np.testing.assert_array_equal(imported("megatron", path).num_tokens, [[2 * x for x in lengths]] * 2)
+
+
+def test_ranks_whose_files_are_cut_may_be_stages(tmp_path: Path) -> None:
+    lines = [record(step, 0, rank, ids_of(step, rank, 0, 0)) for rank in range(2) for step in range(2 - rank)]
+    with pytest.raises(ValueError, match="its 2 ranks may be of one stage or of 2: say --pipeline"):
+        imported("megatron", write_lines(tmp_path / "a.jsonl", lines))
 
 
 def test_layers_that_are_numbered_through_the_model_ask_nothing(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_round_trip(name: str, layers: int, tokens: int, topk: int, num_experts:
     ids_LNK = some_ids(layers, tokens, topk, num_experts, seed)
     write, first_layer = WRITERS[name]
     with TemporaryDirectory() as folder:
-        trace = imported(name, write(Path(folder), ids_LNK), num_experts, topk=topk)
+        trace = imported(name, write(Path(folder), ids_LNK), num_experts, topk=topk, zeros="expert")
         saved = Path(folder) / "a.trace"
         trace.save(saved)
         again = RoutingTrace.load(saved)

@@ -88,7 +88,7 @@ def test_zeros_that_may_be_choices_are_asked_about_at_k_1(layers: int, tmp_path:
     with pytest.raises(ValueError, match=f"K=1, and {zeros} of {TOKENS} tokens are 0 in every layer.*say --zeros"):
         imported("npy", path)
     np.testing.assert_array_equal(flat(imported("npy", path, zeros="expert")), ids)
-    kept = ~(ids == 0).any(axis=(0, 2))
+    kept = ~(ids == 0).all(axis=(0, 2))
     np.testing.assert_array_equal(flat(imported("npy", path, zeros="none")), ids[:, kept])
 
 
