@@ -23,7 +23,7 @@ def compute_jointly(model: GPTModel) -> None:
     for module in model.modules():
         if isinstance(module, SequentialMLP):
             module.forward = _Experts(module)  # type: ignore[method-assign]
-    model.output_layer.forward = lambda hidden, **_: (hidden, None)
+    model.output_layer.forward = lambda hidden, **_: (hidden, None)  # type: ignore[method-assign]  # pyright: ignore
     model.compute_language_model_loss = _ChunkedLoss(model.output_layer.weight)  # type: ignore[method-assign]
 
 

@@ -55,11 +55,11 @@ def read_texts(corpus: CorpusConfig, cache: Path, most: int | None = None) -> Te
     documents: list[str] = []
     sizes: list[str] = []
     for name, kind in corpus.kinds.items():
-        mine = _of_kind(kind, roots)
+        mine = _of_kind(kind, roots, None if most is None else most - len(documents))
         documents += mine
         sizes.append(f"{name} {sum(map(len, mine)) / 1e6:.1f}")
     versions = ", ".join(_version(source, folder) for source, folder in roots.items())
-    return Texts(documents[:most], f"{corpus.name} (10^6 characters: {', '.join(sizes)}; from {versions})")
+    return Texts(documents, f"{corpus.name} (10^6 characters: {', '.join(sizes)}; from {versions})")
 
 
 def _root(source: str) -> Path:
@@ -73,13 +73,13 @@ def _version(source: str, folder: Path) -> str:
     return f"Python {platform.python_version()}" if source == "python" else folder.name
 
 
-def _of_kind(kind: TextKind, roots: dict[str, Path]) -> list[str]:
-    """Equal shares of all sources, until the kind is full or they are empty."""
+def _of_kind(kind: TextKind, roots: dict[str, Path], most: int | None) -> list[str]:
+    """Equal shares of all sources, until the kind is full or they are empty, or there are so many documents."""
     limit = float("inf") if kind.megabytes is None else kind.megabytes * 1e6
     readers = {source: _documents(roots[source], pattern) for source, pattern in kind.files.items()}
     taken: dict[str, list[str]] = {source: [] for source in readers}
     sizes = dict.fromkeys(readers, 0)
-    while readers and sum(sizes.values()) < limit:
+    while readers and sum(sizes.values()) < limit and (most is None or sum(map(len, taken.values())) < most):
         source = min(readers, key=lambda each: sizes[each])
         document = next(readers[source], None)
         if document is None:
@@ -117,7 +117,7 @@ def _text(path: Path) -> str:
     if path.suffix in _PACKED:
         content, name = gzip.decompress(content), path.with_suffix("")
     text = content.decode("utf-8", errors="replace")
-    if text.count("\N{REPLACEMENT CHARACTER}") > len(text) // 100:
+    if "\0" in text or text.count("\N{REPLACEMENT CHARACTER}") > len(text) // 100:
         return ""  # of another encoding, or wrong on purpose, as some of Python's own tests
     if name.suffix in _MARKUP:
         return _BLANK.sub("\n\n", html.unescape(_NO_TEXT.sub("", text)))

@@ -2,10 +2,13 @@
 
 from typing import Literal, Self
 
+import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from hiermoe.model import ModelConfig
-from hiermoe.records.strict import Strict
+from hiermoe.records.groups import file_of
+from hiermoe.records.project import shown
+from hiermoe.records.strict import Strict, checked
 
 
 class TextKind(Strict):
@@ -26,6 +29,16 @@ class CorpusConfig(Strict):
 
     name: str
     kinds: dict[str, TextKind] = Field(min_length=1)
+
+    @classmethod
+    def named(cls, name: str) -> "CorpusConfig":
+        """The corpus of this name.
+
+        Raises:
+            ValueError: there is none, or it breaks a rule.
+        """
+        path = file_of("corpus", name)
+        return checked(yaml.safe_load(path.read_text(encoding="utf-8")), cls, shown(path))
 
 
 class TrainingConfig(Strict):
