@@ -66,7 +66,7 @@ def train_and_record(
         recording_progress(rank, config, start) as show,
     ):
         for step in range(start, config.last_step):
-            trainer.balance(config.balancing_warmup.at(step))
+            trainer.balance(*config.balancing_warmup.at(step))
             loss = trainer.step(trainer.batch(corpus, step))
             drained = recorder.drain()
             stage = config.stage_at(step)
@@ -163,6 +163,7 @@ def _notes(config: RecordConfig, stage: str, loads_IL: np.ndarray) -> str:
     return (
         f"Layers are numbered from 1. Stage {stage}: {after} steps of {config.sequences_per_step} sequences of "
         f"{config.seq_length} tokens, {after * config.tokens_per_step / 1e6:.1f} million tokens, before the first "
-        f"recorded step. Adam at {config.learning_rate:g}, {config.dtype}. Balancing {warmup.factor:g} times as strong "
-        f"at first, falling geometrically over {warmup.steps} steps. {layers}."
+        f"recorded step. Adam at {config.learning_rate:g}, {config.dtype}. Auxiliary loss {warmup.aux_loss_times:g} "
+        f"times, rate of any expert bias {warmup.bias_rate_times:g} times as much at first, falling geometrically over "
+        f"{warmup.steps} steps. {layers}."
     )

@@ -28,16 +28,19 @@ class BalancingWarmup(Strict):
     """Balancing that starts stronger than the model's own, so that no expert is lost while the router knows nothing.
 
     Attributes:
-        factor: Of auxiliary loss and bias update rate in the first step, over the model's own.
-        steps: After so many it is 1; until then it falls geometrically.
+        aux_loss_times: The auxiliary loss in the first step, over the model's own.
+        bias_rate_times: The rate of the expert bias in the first step, over the model's own.
+        steps: After so many both are the model's own; until then they fall geometrically.
     """
 
-    factor: PositiveFloat
+    aux_loss_times: PositiveFloat
+    bias_rate_times: PositiveFloat
     steps: PositiveInt
 
-    def at(self, step: int) -> float:
-        """The factor in a training step, counted from 0."""
-        return float(self.factor ** max(0.0, 1.0 - step / self.steps))
+    def at(self, step: int) -> tuple[float, float]:
+        """Auxiliary loss and bias rate over the model's own, in a training step counted from 0."""
+        left = max(0.0, 1.0 - step / self.steps)
+        return float(self.aux_loss_times**left), float(self.bias_rate_times**left)
 
 
 class RecordConfig(TrainingConfig):

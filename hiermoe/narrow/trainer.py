@@ -155,12 +155,12 @@ class Trainer:
             )
         self._finished, self._last_loss = self._finished + 1, loss
 
-    def balance(self, factor: float) -> None:
+    def balance(self, aux_loss_times: float, bias_rate_times: float) -> None:
         """Balance experts so many times as strongly as the model's configuration says, from the next step on."""
         router, config = self._config.model.router, self.model.config
-        config.moe_aux_loss_coeff = router.aux_loss_coeff * factor
+        config.moe_aux_loss_coeff = router.aux_loss_coeff * aux_loss_times
         if router.bias_update_rate is not None:
-            config.moe_router_bias_update_rate = router.bias_update_rate * factor
+            config.moe_router_bias_update_rate = router.bias_update_rate * bias_rate_times
 
     def close(self) -> None:
         """Take Megatron's process groups down, so that another trainer can follow in the same process."""

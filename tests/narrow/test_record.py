@@ -111,8 +111,10 @@ def test_a_stage_whose_trace_is_gone_is_recorded_again(cache_dir: str, tmp_path:
 
 
 def test_balancing_falls_geometrically_to_the_models_own() -> None:
-    warmup = BalancingWarmup(factor=16.0, steps=4)
-    assert [warmup.at(step) for step in (0, 1, 2, 4, 100)] == [16.0, 8.0, 4.0, 1.0, 1.0]
+    warmup = BalancingWarmup(aux_loss_times=16.0, bias_rate_times=81.0, steps=4)
+    assert warmup.at(0) == (16.0, 81.0)
+    assert warmup.at(2) == pytest.approx((4.0, 9.0))
+    assert warmup.at(4) == warmup.at(100) == (1.0, 1.0)
 
 
 def test_load_is_the_busiest_experts_share_over_the_mean() -> None:
