@@ -1,73 +1,98 @@
 """`hiermoe record`: train a narrow model on real text and record what its routers choose, step after step."""
 
 import platform
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import shutil
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hiermoe import __version__
+from hiermoe.megatron.checkpoint_folder import finished_steps, newest_first
 from hiermoe.narrow.corpus import Corpus, training_corpus
 from hiermoe.narrow.record_config import RecordConfig
+from hiermoe.narrow.recording_progress import recording_progress
 from hiermoe.ranks.launch import preload, run_ranks
+from hiermoe.records.project import in_workplace
 from hiermoe.routing.trace import RoutingTrace, TraceMetadata
-
-_LINE_EVERY = 20  # steps, where there is no terminal for a bar
 
 
 def record(config: RecordConfig, command: str) -> None:
-    """Train, record, and write the trace to `config.output`, relative to the project's root.
+    """Train, record, and write a trace of every stage.
+
+    A run that was ended goes on from its newest checkpoint, and gives the same traces as one that was not.
 
     Args:
         config: The run.
-        command: How it was called; stated in the trace.
+        command: How it was called; stated in the traces.
 
     Raises:
-        RankFailedError: A rank failed; no trace is written.
+        RankFailedError: A rank failed; traces of finished stages and checkpoints stay.
     """
     timeout = timedelta(minutes=config.timeout_minutes)
     preload("hiermoe.narrow.preload")
-    run_ranks(train_and_record, config.world_size, (config, training_corpus(config), command, timeout), timeout)
+    corpus = training_corpus(config)
+    checkpoints = in_workplace(config.checkpoint_dir) / config.training_key(corpus.key)
+    # A stage whose trace is not there is recorded (again): no later checkpoint is of use.
+    missing = [stage.after for name, stage in config.stages.items() if not config.path_of(name).exists()]
+    for checkpoint in newest_first(checkpoints):
+        if finished_steps(checkpoint) > min(missing, default=0):
+            shutil.rmtree(checkpoint)
+    run_ranks(train_and_record, config.world_size, (config, corpus, command, timeout, checkpoints), timeout)
+    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
-def train_and_record(rank: int, config: RecordConfig, corpus: Corpus, command: str, timeout: timedelta) -> None:
-    """One rank of the run; rank 0 writes the trace. *Collective: every rank of the world must call it.*"""
+def train_and_record(
+    rank: int, config: RecordConfig, corpus: Corpus, command: str, timeout: timedelta, checkpoints: Path
+) -> None:
+    """One rank of the run; rank 0 writes the traces. *Collective: every rank of the world must call it.*"""
     from hiermoe.megatron.standins import cpu
 
     cpu.expect_fallbacks()
     # Only the ranks need megatron; the fork server has imported it for them.
     from hiermoe.megatron.recorder import RouterRecorder, gather_ranks
+    from hiermoe.narrow.joint import compute_jointly
     from hiermoe.narrow.trainer import Trainer
 
-    trainer = Trainer(config, timeout)
+    trainer = Trainer(config, timeout, compute_jointly)
+    start = trainer.resume(checkpoints)
     layers = config.recorded_layers
     recorded: list[np.ndarray] = []
     losses: list[float] = []
-    with RouterRecorder(trainer.model, config.num_recorded, layers) as recorder, _progress(rank, config) as show:
-        for step in range(config.train_steps + config.record_steps):
-            started = time.perf_counter()
+    with (
+        RouterRecorder(trainer.model, config.num_recorded, layers) as recorder,
+        recording_progress(rank, config, start) as show,
+    ):
+        for step in range(start, config.last_step):
+            trainer.balance(*config.balancing_warmup.at(step))
             loss = trainer.step(trainer.batch(corpus, step))
             drained = recorder.drain()
+            stage = config.stage_at(step)
+            if stage is None:
+                show(step, loss, _loads(drained, layers, config))
+                if (step + 1) % config.checkpoint_every == 0:
+                    trainer.save(checkpoints, step + 1, keep=1)
+                continue
             # [layer, b * s, k]: token after token of a sequence, sequence after sequence.
             ids_LTK = torch.stack([drained[layer][0].transpose(0, 1).flatten(0, 1) for layer in layers])
             gathered = gather_ranks(ids_LTK)
             if gathered is None:
                 continue
             ids_LNK = gathered.transpose(0, 1).flatten(1, 2).numpy()
-            loads = max_over_mean_load(ids_LNK, config.model.num_experts, config.model.topk)
-            show(step, loss, loads.tolist(), time.perf_counter() - started)
+            show(step, loss, max_over_mean_load(ids_LNK, config.model.num_experts, config.model.topk))
             losses.append(loss)
-            if step >= config.train_steps:
-                recorded.append(ids_LNK.astype(np.uint16))
-    if rank == 0:
-        write_trace(config, corpus, command, np.stack(recorded), losses)
+            recorded.append(ids_LNK.astype(np.uint16))
+            if config.stage_at(step + 1) != stage:
+                write_trace(config, stage, corpus, command, np.stack(recorded), losses)
+                recorded, losses = [], []
+
+
+def _loads(drained: dict[int, list[torch.Tensor]], layers: list[int], config: RecordConfig) -> np.ndarray:
+    """As `max_over_mean_load`, of this rank's tokens."""
+    ids_LNK = torch.stack([drained[layer][0].flatten(0, 1) for layer in layers]).numpy()
+    return max_over_mean_load(ids_LNK, config.model.num_experts, config.model.topk)
 
 
 def max_over_mean_load(ids_LNK: np.ndarray, num_experts: int, topk: int) -> np.ndarray:
@@ -85,17 +110,20 @@ def max_over_mean_load(ids_LNK: np.ndarray, num_experts: int, topk: int) -> np.n
     return loads.max(axis=1) / loads.mean(axis=1)
 
 
-def write_trace(config: RecordConfig, corpus: Corpus, command: str, ids_ILNK: np.ndarray, losses: list[float]) -> None:
-    """Lay the recorded steps out over the logical ranks, and save them with how they came to be.
+def write_trace(
+    config: RecordConfig, stage: str, corpus: Corpus, command: str, ids_ILNK: np.ndarray, losses: list[float]
+) -> None:
+    """Lay a stage's steps out over the logical ranks, and save them with how they came to be.
 
     Args:
         config: The run.
+        stage: Name of the stage.
         corpus: What it was trained on.
         command: How it was called.
         ids_ILNK: Expert ids [iteration, layer, tokens of a step, num_recorded] in global token order.
-        losses: Loss of every training step, the recorded ones last.
+        losses: Loss of each of these steps.
     """
-    model, iterations = config.model, len(ids_ILNK)
+    model, iterations, after = config.model, len(ids_ILNK), config.stages[stage].after
     tokens = config.tokens_per_step // config.logical_ranks
     shape = (iterations, len(config.recorded_layers), config.logical_ranks, tokens, config.num_recorded)
     loads_IL = np.stack([max_over_mean_load(ids_LNK, model.num_experts, model.topk) for ids_LNK in ids_ILNK])
@@ -111,8 +139,8 @@ def write_trace(config: RecordConfig, corpus: Corpus, command: str, ids_ILNK: np
             corpus=corpus.describe(),
             vocabulary=corpus.vocabulary,
             seed=config.seed,
-            training_step=list(range(config.train_steps, config.train_steps + iterations)),
-            loss=[*losses[-iterations:]],
+            training_step=list(range(after, after + iterations)),
+            loss=[*losses],
             layers=config.recorded_layers,
             how_made=command,
             versions={
@@ -120,60 +148,22 @@ def write_trace(config: RecordConfig, corpus: Corpus, command: str, ids_ILNK: np
                 "hiermoe": __version__,
                 **{name: version(name) for name in ("torch", "megatron-core", "tokenizers")},
             },
-            notes=_notes(config, losses, loads_IL),
+            notes=_notes(config, stage, loads_IL),
         ),
     )
-    trace.save(Path(config.output).expanduser())
+    trace.save(config.path_of(stage))
 
 
-def _notes(config: RecordConfig, losses: list[float], loads_IL: np.ndarray) -> str:
+def _notes(config: RecordConfig, stage: str, loads_IL: np.ndarray) -> str:
     layers = "; ".join(
         f"layer {layer}: max/mean expert load per step {load.mean():.2f} on average, {load.max():.2f} at most"
         for layer, load in zip(config.recorded_layers, loads_IL.T, strict=True)
     )
+    after, warmup = config.stages[stage].after, config.balancing_warmup
     return (
-        f"Layers are numbered from 1. {config.train_steps} steps of {config.sequences_per_step} sequences of "
-        f"{config.seq_length} tokens before the first recorded step, Adam at {config.learning_rate:g}, {config.dtype}. "
-        f"Loss of the first training step {losses[0]:.3f}. {layers}."
+        f"Layers are numbered from 1. Stage {stage}: {after} steps of {config.sequences_per_step} sequences of "
+        f"{config.seq_length} tokens, {after * config.tokens_per_step / 1e6:.1f} million tokens, before the first "
+        f"recorded step. Adam at {config.learning_rate:g}, {config.dtype}. Auxiliary loss {warmup.aux_loss_times:g} "
+        f"times, rate of any expert bias {warmup.bias_rate_times:g} times as much at first, falling geometrically over "
+        f"{warmup.steps} steps. {layers}."
     )
-
-
-@contextmanager
-def _progress(rank: int, config: RecordConfig) -> Iterator[Callable[[int, float, list[float], float], None]]:
-    """A progress bar on a terminal, a line every 20 steps elsewhere; nothing on ranks other than 0.
-
-    Yields:
-        Shows one finished step, given its number (from 0), the mean loss per token, the most loaded expert over the
-        mean expert of every recorded layer, and the seconds that the step took.
-    """
-    total, so_far = config.train_steps + config.record_steps, 0.0
-    console = Console(quiet=rank != 0)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=rank != 0 or not console.is_terminal,
-    )
-    task = bar.add_task("training", total=total, state="")
-
-    def update(step: int, loss: float, loads: list[float], seconds: float) -> None:
-        nonlocal so_far
-        so_far += seconds
-        phase = "training" if step < config.train_steps else "recording"
-        state = f"loss {loss:.3f}  max/mean load {' '.join(f'{load:.2f}' for load in loads)}"
-        bar.update(task, description=phase, completed=step + 1, state=state)
-        if not console.is_terminal and (step % _LINE_EVERY == 0 or step + 1 == total):
-            per_step = so_far / (step + 1)
-            left_minutes = per_step * (total - step - 1) / 60
-            console.print(
-                f"{phase} step {step + 1}/{total}  {state}  {per_step:.2f} s/step  {left_minutes:.1f} min left",
-                highlight=False,
-                soft_wrap=True,
-            )
-
-    with bar:
-        yield update

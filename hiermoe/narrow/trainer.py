@@ -17,7 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 
-from hiermoe.megatron.checkpoint import load_checkpoint, save_checkpoint
+from hiermoe.megatron.checkpoint import load_checkpoint, load_latest, save_checkpoint
 from hiermoe.megatron.expert_placement import ExpertPlacement
 from hiermoe.megatron.standins import cpu, without_te
 from hiermoe.narrow.corpus import Corpus
@@ -89,6 +89,8 @@ class Trainer:
             )
             self.model.broadcast_params()
             self.optimizer = get_megatron_optimizer(_optimizer_config(config), [self.model])
+        for group in self.optimizer.param_groups:
+            group["fused"] = True  # torch's Adam, in one pass over each parameter instead of a dozen
         self.schedule = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -153,14 +155,33 @@ class Trainer:
             )
         self._finished, self._last_loss = self._finished + 1, loss
 
+    def balance(self, aux_loss_times: float, bias_rate_times: float) -> None:
+        """Balance experts so many times as strongly as the model's configuration says, from the next step on."""
+        router, config = self._config.model.router, self.model.config
+        config.moe_aux_loss_coeff = router.aux_loss_coeff * aux_loss_times
+        if router.bias_update_rate is not None:
+            config.moe_router_bias_update_rate = router.bias_update_rate * bias_rate_times
+
     def close(self) -> None:
         """Take Megatron's process groups down, so that another trainer can follow in the same process."""
         parallel_state.destroy_model_parallel()
 
-    def save(self, folder: Path, step: int, placement: ExpertPlacement, *, keep: int | None = None) -> Path:
+    def save(
+        self, folder: Path, step: int, placement: ExpertPlacement | None = None, *, keep: int | None = None
+    ) -> Path:
         """Write a checkpoint; see `save_checkpoint`."""
         with self._precision():
             return save_checkpoint(folder, step, self.model, self.optimizer, self.schedule, placement, keep=keep)
+
+    def resume(self, folder: Path) -> int:
+        """Go on from the newest whole checkpoint of a folder; see `load_latest`.
+
+        Returns:
+            Steps that were finished; 0 if there is no checkpoint.
+        """
+        with self._precision():
+            self._finished = load_latest(folder, self.model, self.optimizer, self.schedule)
+        return self._finished
 
     def load(self, checkpoint: Path, placement: ExpertPlacement) -> int:
         """Go on from a checkpoint; see `load_checkpoint`.

@@ -2,10 +2,43 @@
 
 from typing import Literal, Self
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+import yaml
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from hiermoe.model import ModelConfig
-from hiermoe.records.strict import Strict
+from hiermoe.records.groups import file_of
+from hiermoe.records.project import shown
+from hiermoe.records.strict import Strict, checked
+
+
+class TextKind(Strict):
+    """One kind of text of a corpus.
+
+    Attributes:
+        files: By source (a Debian package, ``python`` for the standard library, or a folder with a slash in its name)
+            the pattern of its files.
+        megabytes: Of text, in equal shares of the sources; None for all there is.
+    """
+
+    files: dict[str, str] = Field(min_length=1)
+    megabytes: PositiveFloat | None = None
+
+
+class CorpusConfig(Strict):
+    """What a model is trained on: text of several kinds."""
+
+    name: str
+    kinds: dict[str, TextKind] = Field(min_length=1)
+
+    @classmethod
+    def named(cls, name: str) -> "CorpusConfig":
+        """The corpus of this name.
+
+        Raises:
+            ValueError: there is none, or it breaks a rule.
+        """
+        path = file_of("corpus", name)
+        return checked(yaml.safe_load(path.read_text(encoding="utf-8")), cls, shown(path))
 
 
 class TrainingConfig(Strict):
@@ -22,8 +55,9 @@ class TrainingConfig(Strict):
         data_parallel: Replicas of the experts, each on `ep_size` ranks.
         dtype: `fp32`, `fp64` (nothing is rounded to less, for parity) or `bf16` (mixed precision with fp32 masters).
         recompute: Whether backward computes the MoE layers again and keeps none of their activations.
-        corpus_files: Use only so many files of the corpus; None for all.
-        cache_dir: Folder for the tokenised corpus.
+        corpus: What to train on.
+        corpus_files: Use only so many documents of the corpus; None for all.
+        cache_dir: Folder for the corpus: unpacked packages, tokens.
     """
 
     model: ModelConfig
@@ -36,6 +70,7 @@ class TrainingConfig(Strict):
     data_parallel: PositiveInt
     dtype: Literal["fp32", "fp64", "bf16"]
     recompute: bool
+    corpus: CorpusConfig
     corpus_files: PositiveInt | None
     cache_dir: str
 

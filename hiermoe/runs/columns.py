@@ -18,7 +18,8 @@ from hiermoe.runs.training import NO_CONTENT, TrainRunConfig
 
 # Of the table alone, of a training's content, and what runs are started with.
 _OTHERS: Mapping[str, str] = {
-    "corpus": "Digest of the text that a training reads, and of how it is tokenised and ordered.",
+    "corpus": "Name of what a training reads.",
+    "text": "Digest of the text that a training reads, and of how it is tokenised and ordered.",
     "start": "Digests of the files of the checkpoint that a training began from, numbered; [] for none.",
 }
 _BUILT = {"system": ("schemes", "policy"), "routing": ("source",)}  # parts of files in conf/ that name what builds them
@@ -34,7 +35,7 @@ def column_meanings() -> dict[str, str]:
         for part in parts:
             del found[f"{group}.{part}"]
             found |= dict(_arguments(group, part))
-    left_out = NO_CONTENT | {"name"}  # where files are kept, and what a calibration's is called
+    left_out = NO_CONTENT | {"name", "corpus"}  # where files are kept, a calibration's name, what texts are made of
     kept = {name: text for name, text in found.items() if name.partition(".")[0] not in left_out and name not in KEYS}
     for name in kept.keys() - MEANINGS.keys():
         kept[name] = f"{kept[name][:1].upper()}{kept[name][1:]}"

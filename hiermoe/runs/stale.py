@@ -26,7 +26,7 @@ _PRIMARY: Mapping[str, tuple[str, type[Config]]] = {
     "train": ("train", TrainRunConfig),
 }
 _GROUPS = ("system", "model", "cluster", "routing", "ranks")
-_IMPLIED = {"ep_size", "corpus", "start"}  # of a training's content, by other options
+_IMPLIED = {"ep_size", "text", "start"}  # of a training's content, by other options
 _FLAGS = {"quick": " --quick", "default": "", "full": " --full"}
 
 

@@ -12,7 +12,7 @@ from hiermoe.measure.registry import MEASUREMENTS
 from hiermoe.measure.train import Checkpoints
 from hiermoe.megatron.checkpoint_folder import check_files, finished_steps, newest_first
 from hiermoe.narrow.corpus import corpus_key
-from hiermoe.narrow.training_config import TrainingConfig
+from hiermoe.narrow.training_config import CorpusConfig, TrainingConfig
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.places import RanksConfig
 from hiermoe.ranks.streams import has_iterations
@@ -77,7 +77,8 @@ class TrainRunConfig(TrainingConfig):
         start = self.given_checkpoint
         files = [] if start is None else [path for path in sorted(start.rglob("*")) if path.is_file()]
         values = self.model_dump(mode="json", exclude=NO_CONTENT)
-        return values | {"measure": "train", "corpus": corpus_key(self), "start": [file_digest(path) for path in files]}
+        values |= {"measure": "train", "corpus": self.corpus.name, "text": corpus_key(self)}
+        return values | {"start": [file_digest(path) for path in files]}
 
     @classmethod
     def of_content(cls, content: Mapping[str, Any]) -> Self:
@@ -86,7 +87,8 @@ class TrainRunConfig(TrainingConfig):
         Raises:
             ValueError: it breaks a rule.
         """
-        values = {key: value for key, value in content.items() if key not in ("measure", "corpus", "start")}
+        values = {key: value for key, value in content.items() if key not in ("measure", "text", "start")}
+        values["corpus"] = CorpusConfig.named(str(content["corpus"])).model_dump()
         unsaid = dict.fromkeys(("checkpoint_every", "checkpoint_keep", "resume"))
         unsaid |= {"cache_dir": "", "checkpoint_dir": "", "wandb": {"mode": "disabled", "project": "hiermoe"}}
         world_size = int(content["ep_size"]) * int(content["data_parallel"])

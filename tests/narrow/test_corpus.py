@@ -1,12 +1,20 @@
 """The corpus is real text, the same for the same interpreter and seed."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from hiermoe.narrow.corpus import Corpus, standard_library, train_tokenizer, training_corpus
+from hiermoe.narrow.corpus import Corpus, train_tokenizer, training_corpus
+from hiermoe.narrow.texts import read_texts
 from tests.narrow.tiny_training import tiny_training
 
 MODEL = "qwen3_30b_a3b"
+
+
+def library(documents: int) -> list[str]:
+    """Some files of the standard library."""
+    return read_texts(tiny_training(MODEL, "").corpus, Path("unused"), documents).documents
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +23,8 @@ def corpus(cache_dir: str) -> Corpus:
 
 
 def test_corpus_says_what_it_is(corpus: Corpus) -> None:
-    assert corpus.describe().startswith("standard library of Python 3.")
+    assert corpus.describe().startswith("library (10^6 characters: Python ")
+    assert "; from Python 3." in corpus.describe()
     assert f"{len(corpus.tokens)} tokens" in corpus.describe()
     assert corpus.num_documents <= 24
 
@@ -32,7 +41,7 @@ def test_cached_corpus_equals_the_first(corpus: Corpus, cache_dir: str) -> None:
 
 
 def test_tokenizer_training_is_deterministic() -> None:
-    documents = standard_library(20)
+    documents = library(20)
     first, second = (train_tokenizer(documents, 400).to_str() for _ in range(2))
     assert first == second
 
@@ -44,7 +53,7 @@ def test_seed_orders_the_text(corpus: Corpus, cache_dir: str) -> None:
 
 
 def test_tokens_give_the_text_back() -> None:
-    documents = standard_library(20)
+    documents = library(20)
     tokenizer = train_tokenizer(documents, 400)
     assert tokenizer.decode(tokenizer.encode(documents[3]).ids) == documents[3]
 

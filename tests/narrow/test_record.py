@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from hiermoe.megatron.checkpoint_folder import finished_steps
 from hiermoe.narrow.record import max_over_mean_load, record
+from hiermoe.narrow.record_config import BalancingWarmup
 from hiermoe.ranks.launch import RankFailedError
 from hiermoe.routing.trace import RoutingTrace
 from tests.narrow.tiny_run import composed, tiny_record_config
@@ -24,7 +26,7 @@ GROUPED = [
 
 def recorded(overrides: list[str], cache_dir: str, output: Path) -> RoutingTrace:
     record(tiny_record_config(cache_dir, str(output), *overrides), command="hiermoe record tiny")
-    return RoutingTrace.load(output)
+    return RoutingTrace.load(output.with_stem(f"{output.stem}_late"))
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +50,8 @@ def test_trace_says_how_it_was_made(softmax_trace: RoutingTrace) -> None:
     assert len(metadata.loss) == 3
     assert metadata.layers == [1, 2]
     assert metadata.how_made == "hiermoe record tiny"
-    assert metadata.router == "softmax, global_aux_loss 0.5"
-    assert "tokens of a byte-level BPE over whole lines, vocabulary 512" in metadata.corpus
+    assert metadata.router == "softmax, global_aux_loss 0.001"
+    assert "tokens of a byte-level BPE, vocabulary 512" in metadata.corpus
     assert metadata.versions.keys() == {"python", "hiermoe", "torch", "megatron-core", "tokenizers"}
 
 
@@ -66,11 +68,53 @@ def test_the_same_command_gives_the_same_trace(grouped_trace: RoutingTrace, cach
 
 
 def test_a_failing_rank_ends_the_run_without_a_trace(cache_dir: str, tmp_path: Path) -> None:
-    output = tmp_path / "folder"
-    output.mkdir()  # rank 0 cannot replace a folder by a file
-    config = tiny_record_config(cache_dir, str(output), *SOFTMAX, "train_steps=0", "record_steps=1")
+    (tmp_path / "folder_late").mkdir()  # rank 0 cannot replace a folder by a file
+    config = tiny_record_config(cache_dir, str(tmp_path / "folder"), *SOFTMAX, "stages.late={after: 0, steps: 1}")
     with pytest.raises(RankFailedError, match="rank 0 of 2 failed: IsADirectoryError"):
         record(config, command="")
+
+
+def test_a_run_that_was_ended_goes_on_from_its_checkpoint_to_the_same_traces(cache_dir: str, tmp_path: Path) -> None:
+    stages = ["+stages.early={after: 1, steps: 1}", "stages.late.after=4", "checkpoint_every=3"]
+    stages.append(f"checkpoint_dir={tmp_path / 'checkpoints'}")
+    config = tiny_record_config(cache_dir, str(tmp_path / "a.trace"), *GROUPED, *stages)
+    (tmp_path / "a_late.trace").mkdir()
+    with pytest.raises(RankFailedError):
+        record(config, command="")  # ends when it writes the last trace, after a checkpoint of three steps
+    (tmp_path / "a_late.trace").rmdir()
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*/*")
+    assert finished_steps(checkpoint) == 3
+    early = (tmp_path / "a_early.trace").stat().st_mtime_ns
+
+    record(config, command="")
+    assert (tmp_path / "a_early.trace").stat().st_mtime_ns == early  # so it did not begin anew
+    assert not list((tmp_path / "checkpoints").iterdir())
+    whole = config.model_copy(update={"output": str(tmp_path / "b.trace")})
+    record(whole, command="")
+    for stage in ("early", "late"):
+        resumed, uninterrupted = (RoutingTrace.load(tmp_path / f"{name}_{stage}.trace") for name in "ab")
+        assert np.array_equal(resumed.expert_ids, uninterrupted.expert_ids)
+        assert resumed.metadata == uninterrupted.metadata
+
+
+def test_a_stage_whose_trace_is_gone_is_recorded_again(cache_dir: str, tmp_path: Path) -> None:
+    stages = ["+stages.early={after: 1, steps: 1}", "stages.late.after=4", "checkpoint_every=3"]
+    stages.append(f"checkpoint_dir={tmp_path / 'checkpoints'}")
+    config = tiny_record_config(cache_dir, str(tmp_path / "a.trace"), *GROUPED, *stages)
+    (tmp_path / "a_late.trace").mkdir()
+    with pytest.raises(RankFailedError):
+        record(config, command="")
+    (tmp_path / "a_late.trace").rmdir()
+    (tmp_path / "a_early.trace").unlink()
+    record(config, command="")  # from the beginning: its only checkpoint is later than the lost trace
+    assert RoutingTrace.load(tmp_path / "a_early.trace").metadata.training_step == [1]
+
+
+def test_balancing_falls_geometrically_to_the_models_own() -> None:
+    warmup = BalancingWarmup(aux_loss_times=16.0, bias_rate_times=81.0, steps=4)
+    assert warmup.at(0) == (16.0, 81.0)
+    assert warmup.at(2) == pytest.approx((4.0, 9.0))
+    assert warmup.at(4) == warmup.at(100) == (1.0, 1.0)
 
 
 def test_load_is_the_busiest_experts_share_over_the_mean() -> None:
@@ -100,9 +144,10 @@ def test_other_shapes_compose(overrides: list[str]) -> None:
         (["logical_ranks=31"], "sequences_per_step * seq_length = 8192 is not divisible by logical_ranks=31"),
         (["num_recorded=7"], "num_recorded=7 is outside 8..128"),
         (["model=deepseek_v3_narrow", "num_recorded=129"], "num_recorded=129 is outside 8..128"),
-        (["model=deepseek_v3_narrow", "layers=[1]"], "layers=[1] have no experts; MoE layers are [2, 3]"),
+        (["model=deepseek_v3_narrow", "layers=[1]"], "layers=[1] have no experts; MoE layers are [2, 3, 4]"),
         (["model.topk=129"], "model: topk=129 exceeds num_experts=128"),
-        (["record_steps=0"], "record_steps=0: Input should be greater than 0"),
+        (["stages.late.steps=0"], "stages.late.steps=0: Input should be greater than 0"),
+        (["stages.early.steps=2442"], "stages: early is not over when late begins, after 4883 steps"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

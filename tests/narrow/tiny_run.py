@@ -12,8 +12,10 @@ TINY = [
     "model.moe_ffn_hidden_size=16",
     "seq_length=16",
     "sequences_per_step=4",
-    "train_steps=2",
-    "record_steps=3",
+    "corpus=standard_library",
+    "~stages.early",
+    "stages.late.after=2",
+    "stages.late.steps=3",
     "logical_ranks=8",
 ]
 

@@ -35,6 +35,7 @@ def tiny_training(
         "data_parallel": 1,
         "dtype": "fp32",
         "recompute": False,
+        "corpus": {"name": "library", "kinds": {"Python": {"files": {"python": "**/*.py"}}}},
         "corpus_files": 24,
         "cache_dir": cache_dir,
     }

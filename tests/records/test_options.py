@@ -26,7 +26,8 @@ from tests.records.test_store import rows
 
 # From these no number comes: what is shown, what is told, and where a run keeps its files.
 TOLD = {"label", "color", "placement_label", "placement_color", "entrant", "description", "source"}
-KEPT_ELSEWHERE = {"wandb", "cache_dir", "checkpoint_every", "checkpoint_keep", "checkpoint_dir", "resume"}
+KEPT_ELSEWHERE = {"corpus", "wandb", "cache_dir", "checkpoint_every", "checkpoint_keep", "checkpoint_dir", "resume"}
+# A corpus counts by its name and by the digest of its text: tests/runs/test_train.py.
 NAMES_ITS_FILE: dict[type[BaseModel], set[str]] = {CalibrationConfig: {"name"}}
 
 Path_ = tuple[str | int, ...]

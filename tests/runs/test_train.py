@@ -160,4 +160,5 @@ def test_a_run_is_named_by_all_that_may_change_its_numbers(tiny: list[str], tmp_
     for same in ("wandb.project=other", f"cache_dir={tmp_path}"):
         assert configured(*tiny, same).run_id == reference
     different: list[Any] = ["dtype=fp64", "recompute=true", "corpus_files=23", "world_size=8", "system=hd1", "seed=2"]
+    different.append("corpus.kinds.Python.files.python=*.py")
     assert len({reference, *(configured(*tiny, change).run_id for change in different)}) == len(different) + 1
