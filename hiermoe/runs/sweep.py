@@ -1,14 +1,15 @@
 """Runs of sweeps, on all cores, and resumed."""
 
 import ctypes
-import signal
-from collections.abc import Callable, Iterable
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
-from hiermoe.ranks.launch import end_with_parent, fork_server, preload
+from hiermoe.ranks.server import STOPPED, Watch, end_with_parent, fork_server, preload, watched
+from hiermoe.records.interrupts import held
 from hiermoe.records.keep import Outcome, kept
 from hiermoe.records.store import RunStore
 from hiermoe.runs.execute import execute
@@ -40,6 +41,7 @@ def run_all(
 
     Raises:
         ValueError: a worker was killed.
+        ServerGone: the process that workers come from was.
         Exception: whatever a worker could not turn into a failed record, e.g. a full disk; nothing further is started.
     """
     store = store or RunStore()
@@ -56,29 +58,43 @@ def run_all(
         return outcomes
     preload("hiermoe.runs.sweep")
     queue = sorted(groups.values(), key=len, reverse=True)
-    pools = [ProcessPoolExecutor(1, fork_server(), _start_worker) for _ in range(min(workers, len(queue)))]
-    left: dict[ProcessPoolExecutor, list[RunConfig]] = {pool: queue.pop(0) for pool in pools}
+    context = fork_server()
+    with watched() as watch:
+        for outcome in _in_pools(
+            queue, [ProcessPoolExecutor(1, context, _start_worker) for _ in queue[:workers]], store, watch
+        ):
+            outcomes.append(outcome)
+            finished(outcome)
+    return outcomes
+
+
+def _in_pools(
+    queue: list[list[RunConfig]], pools: list[ProcessPoolExecutor], store: RunStore, watch: Watch
+) -> Iterator[Outcome]:
+    """Outcomes as they come; the pools end with them."""
+    left = {pool: queue.pop(0) for pool in pools}
     try:
-        running = {pool.submit(execute, left[pool].pop(0), store): pool for pool in pools}
+        with held():  # a process that was made and is not told what to do would complain
+            running = {pool.submit(execute, left[pool].pop(0), store): pool for pool in pools}
+        watch.all_started()
+        watch.pids += [process.pid or 0 for process in multiprocessing.active_children()]
         while running:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 pool = running.pop(future)
-                outcomes.append(future.result())
-                finished(outcomes[-1])
+                yield future.result()
                 if not left[pool]:
                     left[pool] = queue.pop(0) if queue else _half_of(max(left.values(), key=len))
                 if left[pool]:
                     running[pool.submit(execute, left[pool].pop(0), store)] = pool
     except BrokenProcessPool as error:
+        cause = f"was killed, most likely for want of memory: {len(pools)} of them ran, --workers 1 takes less"
         raise ValueError(
-            f"a simulating process was killed, most likely for want of memory: {workers} of them ran, --workers 1 "
-            "takes less. Finished runs are kept"
+            f"a simulating process {STOPPED if watch.stopped else cause}. Finished runs are kept"
         ) from error
     finally:
         for pool in pools:
             pool.shutdown(wait=False, cancel_futures=True)
-    return outcomes
 
 
 def _half_of(group: list[RunConfig]) -> list[RunConfig]:
@@ -92,7 +108,6 @@ def _start_worker() -> None:
     """One core a worker, and none outlives the process that it works for, however that ends."""
     torch.set_num_threads(1)
     _give_large_blocks_back()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     end_with_parent()
 
 
