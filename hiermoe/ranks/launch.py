@@ -234,8 +234,12 @@ def _save(content: object, path: Path) -> None:
     """As `torch.save` does, which on a full disk says much and not where."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with naming(path):
-        path.write_bytes(buffer.getbuffer())
+    try:
+        with naming(path):
+            path.write_bytes(buffer.getbuffer())
+    except OSError:
+        path.unlink(missing_ok=True)  # what fills the disk leaves no room for the report
+        raise
 
 
 def _report_path(folder: Path, rank: int) -> Path:

@@ -80,9 +80,8 @@ class Watch:
         problem: why the server was ended; empty where it was not.
     """
 
-    def __init__(self, server: int) -> None:
-        """Begin to watch a server."""
-        self.server = server
+    def __init__(self) -> None:
+        """Begin to watch."""
         self.pids: list[int] = []
         self.stopped: list[int] = []
         self.problem = ""
@@ -90,6 +89,11 @@ class Watch:
         self._done = threading.Event()
         self._follower = threading.Thread(target=self._follow, daemon=True)
         self._follower.start()
+
+    @property
+    def server(self) -> int:
+        """The present server; multiprocessing starts another one where it finds it dead."""
+        return forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
 
     def all_started(self) -> None:
         """No further process is waited for."""
@@ -125,7 +129,7 @@ def watched() -> Iterator[Watch]:
     Raises:
         ServerGone: it has ended, which errors in this context are the consequence of.
     """
-    watch = Watch(forkserver._forkserver._forkserver_pid)  # type: ignore[attr-defined]
+    watch = Watch()
     try:
         yield watch
     except Exception as error:

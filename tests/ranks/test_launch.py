@@ -112,7 +112,9 @@ def test_a_collective_waits_no_longer_than_the_timeout(tmp_path: Path) -> None:
             run_ranks(stall_on_rank_one, 2, (folder,), timedelta(seconds=seconds))
         if len(list(folder.iterdir())) == 2:
             break
-    late = r"rank 1 of 2 did not come: it was in stall_on_rank_one, .*test_launch\.py:\d+; rank 0 waited: RuntimeError: "
+    late = (
+        r"rank 1 of 2 did not come: it was in stall_on_rank_one, .*test_launch\.py:\d+; rank 0 waited: RuntimeError: "
+    )
     assert re.match(late + ".*[Tt]imed out", str(caught.value))
 
 
