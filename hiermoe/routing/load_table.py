@@ -173,7 +173,7 @@ def _of_experts(
         found = int(experts.max()) + 1
         raise ValueError(
             f"{path} has {found} experts, not {num_experts}: state num_experts={found} if meant, or give "
-            f"expert {num_experts - 1} a row of load 0"
+            f"expert {count - 1} a row of load 0"
         )
     load_E = np.bincount(experts, weights=loads, minlength=count)
     if load_E.sum() == 0:
