@@ -56,7 +56,7 @@ def run_all(
         return outcomes
     preload("hiermoe.runs.sweep")
     queue = sorted(groups.values(), key=len, reverse=True)
-    pools = [ProcessPoolExecutor(1, fork_server(), _start_worker) for _ in range(min(workers, len(queue)))]
+    pools = [ProcessPoolExecutor(1, fork_server(), start_worker) for _ in range(min(workers, len(queue)))]
     left: dict[ProcessPoolExecutor, list[RunConfig]] = {pool: queue.pop(0) for pool in pools}
     try:
         running = {pool.submit(execute, left[pool].pop(0), store): pool for pool in pools}
@@ -88,7 +88,7 @@ def _half_of(group: list[RunConfig]) -> list[RunConfig]:
     return taken
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
     """One core a worker, and none outlives the process that it works for, however that ends."""
     torch.set_num_threads(1)
     _give_large_blocks_back()
