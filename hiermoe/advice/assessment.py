@@ -7,6 +7,7 @@ from itertools import accumulate
 
 import numpy as np
 import pandas as pd
+import torch
 
 from hiermoe.advice.case import Case
 from hiermoe.advice.held_out import HeldOut, HeldOutLayers, count_held_out
@@ -14,6 +15,7 @@ from hiermoe.advice.systems import BASELINE, Candidate
 from hiermoe.analysis.statistics import Estimate, ratio_of_sums
 from hiermoe.measure.predict import simulate
 from hiermoe.measure.workload import CachedRouting, Workload
+from hiermoe.routing.collapse import collapse
 from hiermoe.routing.step import RoutingStep
 from hiermoe.topology.placement import Placement
 
@@ -59,6 +61,7 @@ class Assessment:
         num_seen: iterations that placement policies decided from, repeats included.
         num_held_out: iterations that count.
         left_out: label of each system that does not apply, and why.
+        collapsed: how routing has collapsed (see `hiermoe.routing.collapse`); None where it has not.
         layers: of the whole model, the same for each layer; empty for one layer.
     """
 
@@ -68,6 +71,7 @@ class Assessment:
     num_seen: int
     num_held_out: int
     left_out: tuple[tuple[str, str], ...]
+    collapsed: str | None
     layers: tuple["Assessment", ...] = ()
 
     @property
@@ -136,7 +140,10 @@ def assess(
         speedup = ratio_of_sums(flat.step_ms(case.cluster), counted.step_ms(case.cluster))
         assessed.append(Assessed(candidate, counted, fixed, {case.layer: placement}, speedup, updates))
         progress(label, len(schedule) - 1)
-    return Assessment(case, tuple(assessed), _levels(case, held_out), len(schedule), len(held_out), tuple(left_out))
+    chosen = [case.judging.step(i).expert_ids_NK.flatten() for i in held_out]
+    collapsed = collapse(torch.bincount(torch.cat(chosen), minlength=case.sizes.num_experts).numpy())
+    levels = _levels(case, held_out)
+    return Assessment(case, tuple(assessed), levels, len(schedule), len(held_out), tuple(left_out), collapsed)
 
 
 def _after_updates(

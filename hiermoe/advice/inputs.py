@@ -13,7 +13,8 @@ from hiermoe.policies.system import build
 from hiermoe.records.groups import files_of
 from hiermoe.records.status import NotApplicable
 from hiermoe.records.strict import BrokenRules
-from hiermoe.routing.loads import IndependentLoads, read_loads
+from hiermoe.routing.load_table import read_loads
+from hiermoe.routing.loads import IndependentLoads
 from hiermoe.routing.step import RoutingRequest, RoutingSource, num_slots
 from hiermoe.routing.trace import RecordedRouting, RoutingTrace, TraceMetadata, recorded_path, trace_file
 from hiermoe.topology.cluster import Cluster
@@ -259,16 +260,16 @@ def _notes_on_trace(
 
 
 def _from_loads(config: AdviceConfig, path: Path, cluster: Cluster) -> _Opened:
-    load_E = read_loads(path)
     stated = _value(config, config.model, "num_experts")
+    table = read_loads(path, stated, config.layer or 0)
+    load_E = table.load_E
     topk, *_ = _sizes(config, config.model, f"loads of {path.name}", "topk", "hidden_size", "moe_ffn_hidden_size")
-    if stated not in (None, len(load_E)):
-        raise ValueError(f"{path} has {len(load_E)} experts, not {stated}: state num_experts={len(load_E)} if meant")
     source = IndependentLoads(_request(config, len(load_E), topk, cluster), load_E)
     assert len(source.rates_E)  # impossible loads end here, before anything is computed
-    return _Opened(
-        "loads", path.stem, f"loads of {path.name}, experts independent", (source,), (None,), (0,), len(load_E), topk
-    )
+    layer = "" if table.layer is None else f", layer {table.layer}"
+    words = f"loads of {path.name}{layer}, experts independent"
+    number = (table.layer or 0,)
+    return _Opened("loads", path.stem, words, (source,), (None,), number, len(load_E), topk, table.notes)
 
 
 def _synthetic(config: AdviceConfig, cluster: Cluster) -> _Opened:

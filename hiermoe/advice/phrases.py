@@ -10,7 +10,13 @@ from hiermoe.analysis.whole_step import PUBLISHED_SHARES
 
 
 def headline(answer: Answer) -> str:
-    """The recommendation and what to expect of it."""
+    """The recommendation and what to expect of it; whether that is due to routing that has collapsed."""
+    collapsed = answer.assessment.collapsed
+    caution = "" if collapsed is None else f" But this routing has collapsed: {collapsed}; a healthy router gains less."
+    return _recommendation(answer) + caution
+
+
+def _recommendation(answer: Answer) -> str:
     name = answer.found.followed
     label, *also = answer.own.candidate.labels
     named = f"{label} (to this model the same as {', '.join(also)})" if also else label

@@ -16,7 +16,7 @@ from hiermoe.advice.recommendation import HORIZON_STEPS
 from hiermoe.advice.systems import Candidate
 from hiermoe.analysis.statistics import ratio_of_sums
 from hiermoe.ranks.launch import fork_server, preload
-from hiermoe.runs.sweep import start_worker
+from hiermoe.ranks.workers import start_worker
 from hiermoe.topology.cluster import Cluster
 
 
@@ -44,7 +44,7 @@ def assess_layers(
     pool = ProcessPoolExecutor(count, fork_server(), start_worker)
     layers: list[Assessment] = []
     try:
-        running = [pool.submit(_assess_layer, one, systems, left_out) for one in question.cases]
+        running = [pool.submit(_assess_layer, replace(one), systems, left_out) for one in question.cases]
         for case, future in zip(question.cases, running, strict=True):
             layers.append(replace(future.result(), case=case))
             finished(case.layer)
@@ -89,9 +89,14 @@ def summed(question: Question, layers: Sequence[Assessment]) -> Assessment:
                 [part for part, x in zip(parts, moved, strict=True) if x], first, fixed, own, case.cluster
             )
         assessed.append(Assessed(first.candidate, own, fixed, placements, speedup, updates))
-    first = layers[0]
-    return Assessment(
-        case, tuple(assessed), _levels(layers), first.num_seen, first.num_held_out, first.left_out, tuple(layers)
+    fallen = [f"layer {layer.case.layer}, {layer.collapsed}" for layer in layers if layer.collapsed is not None]
+    return replace(
+        layers[0],
+        case=case,
+        systems=tuple(assessed),
+        levels=_levels(layers),
+        collapsed="; ".join(fallen) or None,
+        layers=tuple(layers),
     )
 
 

@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from hiermoe.commands.arguments import Parser
 from hiermoe.routing.importers import IMPORTERS
-from hiermoe.routing.importers.recording import Source, to_trace
+from hiermoe.routing.importers.as_trace import to_trace
+from hiermoe.routing.importers.recording import Source
+from hiermoe.routing.step import dividing
 from hiermoe.routing.trace import RoutingTrace, trace_file
 
 _TRACE = "a .trace file, or the name of one in results/traces/"
@@ -47,6 +50,13 @@ def _parser() -> Parser:
     load.add_argument("--ranks", type=int, help="G to lay tokens out over (default: the file's ranks, else 1)")
     load.add_argument("--tokens-per-rank", type=int, help="T of an iteration (default: one iteration of all tokens)")
     load.add_argument("--tokens", type=int, help="only so many, the first ones")
+    load.add_argument(
+        "--pipeline", type=int, help="megatron: stages that the files' ranks are of, 1 for none; asked for where needed"
+    )
+    load.add_argument("--chunks", type=int, help="megatron: chunks of the model on a stage, 1 for none (interleaved)")
+    load.add_argument(
+        "--zeros", choices=("expert", "none"), help="npy: what 0 is at K = 1, expert 0 or no routing; asked for"
+    )
     load.add_argument("--model", help="name to state in the trace (default: the file's name)")
     load.set_defaults(run=_import)
 
@@ -91,7 +101,13 @@ def _import(chosen: argparse.Namespace) -> None:
         ranks=chosen.ranks,
         tokens_per_rank=chosen.tokens_per_rank,
         max_tokens=chosen.tokens,
+        pipeline=chosen.pipeline,
+        chunks=chosen.chunks,
+        zeros=chosen.zeros,
     )
+    for name, only in {"pipeline": "megatron", "chunks": "megatron", "zeros": "npy"}.items():
+        if getattr(chosen, name) is not None and chosen.format != only:
+            raise ValueError(f"{name}={getattr(chosen, name)} is of the format {only}, not of {chosen.format}")
     if isinstance(chosen.num_experts, int) and chosen.num_experts < 1:
         raise ValueError(f"num_experts={chosen.num_experts} must be at least 1")
     recording = IMPORTERS[chosen.format].read(source)
@@ -100,10 +116,13 @@ def _import(chosen: argparse.Namespace) -> None:
     trace = to_trace(recording, source, chosen.format, model, chosen.num_experts, command)
     trace.save(chosen.output)
     iterations, layers, ranks, tokens, topk = trace.expert_ids.shape
-    Console(highlight=False, soft_wrap=True).print(
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
         f"{chosen.output}: {iterations} iterations x {layers} layers x {ranks} ranks x {tokens} tokens x {topk} of "
         f"{trace.metadata.num_experts} experts"
     )
+    for each in trace.metadata.left_out:
+        console.print(escape(f"  left out: {each}"))
 
 
 def _show(chosen: argparse.Namespace) -> None:
@@ -119,9 +138,10 @@ def _export(chosen: argparse.Namespace) -> None:
     from hiermoe.policies.system import SystemConfig
     from hiermoe.topology.cluster import Cluster
 
+    trace, cluster = RoutingTrace.load(trace_file(chosen.trace)), Cluster.named(chosen.cluster)
     matrices = traffic_matrices(
-        RoutingTrace.load(trace_file(chosen.trace)),
-        Cluster.named(chosen.cluster),
+        trace,
+        cluster,
         SystemConfig.named(chosen.system),
         row_bytes=chosen.row_bytes,
         tokens_per_rank=chosen.tokens_per_rank,
@@ -130,6 +150,12 @@ def _export(chosen: argparse.Namespace) -> None:
         topk=chosen.topk,
     )
     console = Console(highlight=False, soft_wrap=True)
+    experts, gpus = trace.metadata.num_experts, cluster.hierarchy.num_ranks
+    if experts % gpus:
+        console.print(
+            f"{experts} experts do not divide over {gpus} GPUs: {experts // gpus + 1} on {experts % gpus} of them, "
+            f"{experts // gpus} on the others; {dividing(experts)} divide them"
+        )
     for path, matrix in write_matrices(chosen.output, matrices):
         # Buffers of the test hold the largest sum of a row or column.
         largest = int(max(matrix.sum(0).max(), matrix.sum(1).max()))

@@ -9,6 +9,7 @@ from rich.table import Table
 from hiermoe.planner.cost import choose_scheme
 from hiermoe.planner.counts import count_routing, sort_choices
 from hiermoe.policies.system import SystemConfig
+from hiermoe.routing.collapse import collapse
 from hiermoe.routing.trace import RecordedRouting, RoutingTrace
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
@@ -36,6 +37,7 @@ def show(trace: RoutingTrace, cluster: Cluster) -> list[Table]:
         "seed": "unknown" if meta.seed is None else str(meta.seed),
         "how made": meta.how_made,
         "notes": meta.notes,
+        **({"left out": "; ".join(meta.left_out)} if meta.left_out else {}),
     }.items():
         about.add_row(name, value.replace("[", "\\["))
     hierarchy = cluster.hierarchy
@@ -46,12 +48,19 @@ def show(trace: RoutingTrace, cluster: Cluster) -> list[Table]:
     levels = [f"{n} {name}s" for name, n in zip(hierarchy.names, hierarchy.groups, strict=True)]
     for column in ("layer", "an iteration's load: mean", "max", "whole trace", "never chosen", *levels):
         rows.add_column(column, justify="right")
+    collapsed = []
     for position, layer in enumerate(meta.layers):
-        rows.add_row(str(layer), *_of_layer(trace, position, hierarchy))
+        cells, total_E = _of_layer(trace, position, hierarchy)
+        rows.add_row(str(layer), *cells)
+        if found := collapse(total_E):
+            collapsed.append(f"Routing of layer {layer} has collapsed: {found}.")
+    if collapsed:
+        rows.caption, rows.caption_justify = "\n".join(collapsed), "left"
     return [about, rows]
 
 
-def _of_layer(trace: RoutingTrace, position: int, hierarchy: Hierarchy) -> list[str]:
+def _of_layer(trace: RoutingTrace, position: int, hierarchy: Hierarchy) -> tuple[list[str], np.ndarray]:
+    """A layer's cells, and how often each of its experts was chosen."""
     routing, first_places = (
         RecordedRouting(trace, position, trace.metadata.topk),
         Placement.first(trace.metadata.num_experts, hierarchy.num_ranks),
@@ -68,7 +77,8 @@ def _of_layer(trace: RoutingTrace, position: int, hierarchy: Hierarchy) -> list[
     ratios, total = used.max(1) / used.mean(1), loads.sum(0)
     figures = [ratios.mean(), ratios.max(), total.max() / total.mean()]
     duplication_D = 1 - distinct_D / total.sum()
-    return [*(f"{x:.2f}" for x in figures), str(int((total == 0).sum())), *(f"{x:.1%}" for x in duplication_D)]
+    cells = [*(f"{x:.2f}" for x in figures), str(int((total == 0).sum())), *(f"{x:.1%}" for x in duplication_D)]
+    return cells, total
 
 
 def traffic_matrices(
@@ -104,15 +114,12 @@ def traffic_matrices(
     if row_bytes < 1:
         raise ValueError(f"row_bytes={row_bytes} must be at least 1")
     hierarchy = cluster.hierarchy
+    first_places = Placement.first(trace.metadata.num_experts, hierarchy.num_ranks)
     regrouped = trace.reshard(hierarchy.num_ranks, tokens_per_rank)
     routing = RecordedRouting(regrouped, layer, topk or trace.metadata.topk)
     if not 0 <= iteration < routing.num_distinct:
         raise ValueError(f"iteration={iteration} is outside 0..{routing.num_distinct - 1}")
-    counts = count_routing(
-        routing.step(iteration).over_slots(),
-        Placement.first(trace.metadata.num_experts, hierarchy.num_ranks),
-        hierarchy,
-    )
+    counts = count_routing(routing.step(iteration).over_slots(), first_places, hierarchy)
     price = choose_scheme(system.build_schemes(hierarchy), counts, cluster, row_bytes)
     return [stage.numpy() * row_bytes for stage in price.traffic.rows_SGG]
 

@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 
 from hiermoe.megatron.recorder import RouterRecorder, find_routers
 
-_LINE_BYTES = 160  # of a line, without its experts
+_LINE_BYTES = 180  # of a line, without its experts
 
 
 class RankTrace:
@@ -114,7 +114,7 @@ class RankTrace:
     def _line(self, layer: int, ids_TK: torch.Tensor) -> str:
         step, experts = self._first + self._done, str(ids_TK.tolist())  # as json.dumps would, several times faster
         return (
-            f'{{"step": {step}, "block": "decoder", "layer": {layer}, "rank": {self._rank}, '
+            f'{{"step": {step}, "block": "decoder", "numbering": "model", "layer": {layer}, "rank": {self._rank}, '
             f'"num_tokens": {len(ids_TK)}, "topk": {self._topk}, "top_indices": {experts}}}\n'
         )
 

@@ -6,45 +6,12 @@ rests on it is marked.
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
 from hiermoe.routing.synthetic import Endless, weighted_choices
-
-COLUMNS = ("expert", "load")
-
-
-def read_loads(path: Path) -> np.ndarray:
-    """Loads of all experts: float64 [E], in the unit of the file.
-
-    Args:
-        path: CSV with the columns expert (0 to E - 1, each once, in any order) and load (at least 0).
-
-    Raises:
-        OSError: there is no such file.
-        ValueError: malformed; the message names the rule.
-    """
-    try:
-        table = pd.read_csv(path)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no CSV file of expert,load: {str(error).splitlines()[0]}") from None
-    if tuple(table.columns) != COLUMNS:
-        raise ValueError(f"{path} has the columns {','.join(map(str, table.columns))}; the rule is expert,load")
-    experts = pd.to_numeric(table["expert"], errors="coerce").to_numpy(float)
-    loads = pd.to_numeric(table["load"], errors="coerce").to_numpy(float)
-    if len(table) == 0 or not np.array_equal(np.sort(experts), np.arange(len(experts))):
-        raise ValueError(f"{path}: experts must be 0 to E - 1, each once; there are {len(experts)} rows")
-    bad = ~np.isfinite(loads) | (loads < 0)
-    if bad.any():
-        row = int(bad.argmax())
-        raise ValueError(f"{path}: load of expert {experts[row]:.0f} is {table['load'].iloc[row]}; the rule is >= 0")
-    if loads.sum() == 0:
-        raise ValueError(f"{path}: all loads are 0")
-    return loads[np.argsort(experts)]
 
 
 def inclusion_rates(load_E: np.ndarray, topk: int) -> np.ndarray:

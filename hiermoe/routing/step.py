@@ -54,6 +54,11 @@ def make_step(expert_ids_GTK: Tensor, num_tokens_G: Tensor, num_experts: int) ->
     return RoutingStep(ids_NK.long(), source_N, num_ranks, num_experts)
 
 
+def dividing(num_experts: int) -> str:
+    """The numbers of GPUs that experts divide over, as a list in words."""
+    return ", ".join(str(size) for size in range(1, num_experts + 1) if num_experts % size == 0)
+
+
 def num_slots(num_experts: int, num_ranks: int) -> int:
     """S: as many slots as give every GPU equally many, and every expert one; some stay empty where G does not divide E.
 
@@ -61,7 +66,10 @@ def num_slots(num_experts: int, num_ranks: int) -> int:
         ValueError: E is smaller than G.
     """
     if num_experts < num_ranks:
-        raise ValueError(f"num_experts={num_experts} is smaller than ep_size={num_ranks}: GPUs would have no expert")
+        raise ValueError(
+            f"num_experts={num_experts} is smaller than ep_size={num_ranks}: GPUs would have no expert; "
+            f"{dividing(num_experts)} divide it"
+        )
     return -(-num_experts // num_ranks) * num_ranks
 
 
@@ -72,7 +80,9 @@ def experts_per_rank(num_experts: int, num_ranks: int, name: str = "num_experts"
         ValueError: E is not divisible by G.
     """
     if num_experts % num_ranks:
-        raise ValueError(f"{name}={num_experts} is not divisible by ep_size={num_ranks}")
+        raise ValueError(
+            f"{name}={num_experts} is not divisible by ep_size={num_ranks}; {dividing(num_experts)} divide it"
+        )
     return num_experts // num_ranks
 
 

@@ -15,7 +15,7 @@ from hiermoe.records.strict import Strict, checked
 from hiermoe.routing.step import RoutingRequest, RoutingStep, make_step
 from hiermoe.routing.trace_archive import read_archive, write_archive
 
-MOST_EXPERTS = 2**16  # of a layer; no model has as many, and tables over experts are made of them
+MOST_EXPERTS = 2**16 - 1  # of a layer; no model has as many, and tables over experts are made of them
 
 
 class TraceMetadata(Strict):
@@ -35,6 +35,7 @@ class TraceMetadata(Strict):
     how_made: str  # the command
     versions: dict[str, str]
     notes: str = ""
+    left_out: tuple[str, ...] = ()  # of an imported file, and why
 
     @model_validator(mode="after")
     def _experts_are_enough(self) -> "TraceMetadata":

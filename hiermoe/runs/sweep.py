@@ -1,21 +1,15 @@
 """Runs of sweeps, on all cores, and resumed."""
 
-import ctypes
-import signal
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
-import torch
-
-from hiermoe.ranks.launch import end_with_parent, fork_server, preload
+from hiermoe.ranks.launch import fork_server, preload
+from hiermoe.ranks.workers import start_worker
 from hiermoe.records.keep import Outcome, kept
 from hiermoe.records.store import RunStore
 from hiermoe.runs.execute import execute
 from hiermoe.runs.run_config import RunConfig
-
-_M_MMAP_THRESHOLD = -3  # as in malloc.h
-_LARGE_BLOCK_BYTES = 2**22
 
 
 def run_all(
@@ -86,22 +80,3 @@ def _half_of(group: list[RunConfig]) -> list[RunConfig]:
     kept = (len(group) + 1) // 2
     taken, group[kept:] = group[kept:], []
     return taken
-
-
-def start_worker() -> None:
-    """One core a worker, and none outlives the process that it works for, however that ends."""
-    torch.set_num_threads(1)
-    _give_large_blocks_back()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    end_with_parent()
-
-
-def _give_large_blocks_back() -> None:
-    """Let memory that large tensors leave go back to the system.
-
-    glibc would keep it, and put the small ones that stay (counts) into its middle: in worlds of thousands of GPUs a
-    worker grew to twenty times what it held.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc alone
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)

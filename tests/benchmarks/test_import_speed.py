@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from hiermoe.routing.importers import IMPORTERS
-from hiermoe.routing.importers.recording import Source, to_trace
+from hiermoe.routing.importers.as_trace import to_trace
+from hiermoe.routing.importers.recording import Source
 from tests.benchmarks.conftest import Measure
 
 TOKENS, SAMPLE, TOPK, EXPERTS, LINE = 10**6, 10**5, 8, 256, 8192

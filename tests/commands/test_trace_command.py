@@ -1,5 +1,6 @@
 """`hiermoe trace`: an imported trace runs like a recorded one; its matrix and its figures equal a plain count."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,78 @@ def test_loads_and_duplication_leave_padding_out() -> None:
         assert cells[4][layer] == str((loads == 0).sum())
         distinct = sum(len({int(expert) // 2 for expert in token}) for token in tokens)
         assert cells[-1][layer] == f"{1 - distinct / (2 * len(tokens)):.1%}"
+
+
+def test_matrix_of_gpus_that_do_not_divide_the_experts_says_which_do(
+    hiermoe: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    array, path = write_npy(tmp_path / "a.npy", some_ids(1, 64, 3, 20)), tmp_path / "a.trace"
+    hiermoe("trace", "import", "npy", str(array), "--output", str(path), "--num-experts", "20")
+    code, out, _ = export(hiermoe, path, "megatron", tmp_path / "m.txt")
+    assert code == 0
+    assert "20 experts do not divide over 8 GPUs: 3 on 4 of them, 2 on the others; 1, 2, 4, 5, 10, 20 divide" in out
+    code, _, err = export(hiermoe, path, "megatron", tmp_path / "n.txt", "--cluster", "a6000_4x8")
+    assert code == 2 and "num_experts=20 is smaller than ep_size=32" in err and "1, 2, 4, 5, 10, 20 divide it" in err
+
+
+@pytest.mark.parametrize(("system", "stages"), [("megatron", 1), ("hd2", 2)])
+def test_matrix_of_ragged_ranks_equals_a_count_token_by_token(
+    system: str, stages: int, hiermoe: Command, tmp_path: Path
+) -> None:
+    counts = np.random.default_rng(0).integers(0, 8, (6, 3))
+    ragged = a_trace((6, 1, 3, 7), num_tokens=counts.tolist())
+    ragged.save(tmp_path / "a.trace")
+    sizes = ["--tokens-per-rank", "4", "--iteration", "1", "--topk", "3"]
+    code, _, err = export(hiermoe, tmp_path / "a.trace", system, tmp_path / "m.txt", *sizes)
+    assert code == 0, err
+    tokens = [ragged.expert_ids[i, 0, g, t, :3] for i in range(6) for g in range(3) for t in range(counts[i, g])]
+    step = tokens[RANKS * 4 : 2 * RANKS * 4]
+    expected = np.zeros((stages, RANKS, RANKS), np.int64)
+    for n, experts in enumerate(step):
+        source, targets = n // 4, sorted({int(expert) // 2 for expert in experts})
+        if system == "megatron":
+            for expert in experts:
+                expected[0, source, int(expert) // 2] += 1
+            continue
+        for half in {target // 4 for target in targets}:  # once to each half, to the GPU of its own lane
+            relay = 4 * half + source % 4
+            expected[0, source, relay] += 1
+            for target in [target for target in targets if target // 4 == half]:
+                expected[1, relay, target] += 1
+    files = [tmp_path / "m.txt"] if stages == 1 else [tmp_path / f"m.stage{i}.txt" for i in (1, 2)]
+    for file, rows_GG in zip(files, expected, strict=True):
+        np.testing.assert_array_equal(np.loadtxt(file, dtype=np.int64), rows_GG * ROW_BYTES)
+
+
+def test_ragged_trace_is_advised_on_and_run(hiermoe: Command, store: RunStore, tmp_path: Path) -> None:
+    a_trace((6, 1, 3, 7), num_tokens=np.random.default_rng(0).integers(0, 8, (6, 3)).tolist()).save(
+        tmp_path / "a.trace"
+    )
+    sizes = ["cluster=a6000_1x8", "tokens_per_rank=2", "iterations=4"]
+    code, out, err = hiermoe(
+        "run", "system=hiermoe", "routing=recorded", f"routing.source.path={tmp_path}/a.trace", *sizes,
+        "model.num_experts=16", "model.topk=2", "wandb.mode=disabled",
+    )  # fmt: skip
+    assert code == 0 and "HierMoE" in out, err
+    code, out, err = hiermoe(
+        "advise", f"trace={tmp_path}/a.trace", *sizes, "hidden_size=64", "moe_ffn_hidden_size=64", "systems=[hd2]",
+        f"output={tmp_path}/page",
+    )  # fmt: skip
+    assert code == 0 and "regrouped" in out, err
+
+
+def test_collapsed_routing_is_said_beside_its_gain(hiermoe: Command, tmp_path: Path) -> None:
+    array, path = write_npy(tmp_path / "a.npy", some_ids(1, 2048, 4, 8)), tmp_path / "a.trace"
+    hiermoe("trace", "import", "npy", str(array), "--output", str(path), "--num-experts", "128")
+    said = "99% of all choices fall on 8 of 128 experts, 120 are never chosen"
+    code, out, _ = hiermoe("trace", "show", str(path))
+    assert code == 0 and f"Routing of layer 0 has collapsed: {said}." in " ".join(out.split())
+    sizes = ["cluster=a6000_1x8", "tokens_per_rank=32", "iterations=8", "hidden_size=64", "moe_ffn_hidden_size=64"]
+    code, out, err = hiermoe("advise", f"trace={path}", *sizes, "systems=[hd2]", f"output={tmp_path}/page")
+    assert code == 0, err
+    headline = (tmp_path / "page" / "advice.md").read_text().splitlines()[2]
+    assert f"But this routing has collapsed: {said}" in headline
+    assert "this routing has collapsed" in re.sub(r"[\s│]+", " ", out)
 
 
 def test_duplication_on_more_gpus_than_experts_is_refused() -> None:

@@ -12,7 +12,8 @@ from hiermoe.narrow.corpus import Corpus, training_corpus
 from hiermoe.narrow.training_config import TrainingConfig
 from hiermoe.ranks.launch import RankFailedError, run_ranks
 from hiermoe.routing.importers import megatron_jsonl
-from hiermoe.routing.importers.recording import Source, to_trace
+from hiermoe.routing.importers.as_trace import to_trace
+from hiermoe.routing.importers.recording import Source
 from tests.conftest import Command
 from tests.narrow.tiny_training import tiny_training
 

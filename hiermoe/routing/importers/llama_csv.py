@@ -3,25 +3,40 @@
 A row is one routed activation: one expert that one token chose in one layer. Tokens have no number, so they are
 recovered by counting: the rows of a layer, taken by themselves and in the order of the file, are K to a token, best
 expert first. That holds for moe-trace, which writes a layer's whole tensor [tokens, K] at once, token after token. K is
-not in the file: give it. A header line ``layer,expert`` may be there. Layers are numbered as in the file, from 0.
+not in the file: give it. A header ``layer,expert`` may be there, also where files that have one were merged; it says
+which column is which, and with which separator. Layers are numbered as in the file, from 0.
 
 llama.cpp computes only the tokens whose output is wanted in its last layer, so that has fewer; leave it out by layers.
 """
 
-import mmap
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
+from hiermoe.routing.column_names import find_columns
 from hiermoe.routing.importers.recording import Recording, Source, narrowed
+from hiermoe.routing.text_file import line_blocks
 
-_BLOCK_BYTES = 2**26
-_HEADER = re.compile(rb'\s*"?layer"?\s*,\s*"?expert"?\s*\r?\n', re.IGNORECASE)
-_BAD_LINE = re.compile(rb"^(?![ \t]*-?\d+[ \t]*,[ \t]*-?\d+[ \t]*\r?$).*$", re.MULTILINE)
+_NEEDED = ("layer", "expert")
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How rows are written: the separator, and whether the layer stands first."""
+
+    separator: bytes = b","
+    layer_first: bool = True
+
+    @property
+    def bad_line(self) -> re.Pattern[bytes]:
+        """A line that is no row."""
+        whole = rb"[ \t]*-?\d+[ \t]*"
+        return re.compile(rb"^(?!" + whole + self.separator + whole + rb"\r?$).*$", re.MULTILINE)
 
 
 def read(source: Source) -> Recording:
@@ -34,10 +49,8 @@ def read(source: Source) -> Recording:
     path = source.path
     if source.topk is None:
         raise ValueError(f"{path}: the format does not say how many experts a token has; give --topk K")
-    header = _check_ends(path)
     experts: dict[int, list[np.ndarray]] = {}
-    first_line = 1 + header
-    for layer_R, expert_R in _blocks(path, header):
+    for first_line, layer_R, expert_R in _blocks(path):
         for layer in np.unique(layer_R).tolist():
             mask = layer_R == layer
             if not source.wants(layer):
@@ -49,7 +62,6 @@ def read(source: Source) -> Recording:
 
             part = narrowed(expert_R[mask][:, None], where_row)[:, 0]
             experts.setdefault(layer, []).append(part)
-        first_line += len(layer_R)
     ids = {}
     for layer in source.kept(experts):
         joined = np.concatenate(experts.pop(layer))
@@ -69,58 +81,77 @@ def read(source: Source) -> Recording:
         ids = {layer: rows[: source.max_tokens] for layer, rows in ids.items()}
 
     def where(layer: int, row: int) -> str:
-        return f"{path}: line {_line_of(path, header, layer, row * (source.topk or 1))}, token {row} of layer {layer}"
+        return f"{path}: line {_line_of(path, layer, row * (source.topk or 1))}, token {row} of layer {layer}"
 
     notes = f"Tokens were recovered by counting: K={source.topk} rows of a layer in a row are one."
     return Recording(ids, (path,), where, notes)
 
 
-def _check_ends(path: Path) -> bool:
-    """Refuse a file whose last line is cut; say whether the first line is a header."""
-    if path.is_dir() or path.stat().st_size == 0:
-        raise ValueError(f"{path}: it is empty or a folder")
-    with path.open("rb") as file:
-        header = _HEADER.match(file.readline()) is not None
-        file.seek(-1, 2)
-        if file.read(1) != b"\n":
-            raise ValueError(f"{path}: the last line has no end: it is truncated")
-    return header
+def _blocks(path: Path) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Rows that follow each other: line of the first, layers and experts."""
+    form, block = _Form(), b""
+    for first_line, block in line_blocks(path):
+        at, line = 0, first_line
+        # Numbers and their separators are below any letter: what is not is in a header, or in what is no row.
+        for odd in np.flatnonzero(np.frombuffer(block, np.uint8) >= ord("A")).tolist():
+            if odd < at:
+                continue
+            start, end = block.rfind(b"\n", at, odd) + 1 or at, block.find(b"\n", odd) + 1 or len(block)
+            if start > at:
+                yield line, *_parsed(path, block[at:start], line, form)
+                line += block.count(b"\n", at, start)
+            form, at, line = _form(path, line, block[start:end]), end, line + 1
+        if first_line == 1 and at == 0:
+            form = _Form(next((mark for mark in (b";", b"\t") if mark in block[: block.find(b"\n")]), b","))
+        if at < len(block):
+            yield line, *_parsed(path, block[at:], line, form)
+    if not block:
+        raise ValueError(f"{path}: it is empty")
+    if not block.endswith(b"\n"):
+        raise ValueError(f"{path}: the last line has no end: it is truncated")
 
 
-def _blocks(path: Path, header: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Layers and experts of all rows, block after block."""
+def _form(path: Path, line: int, text: bytes) -> _Form:
+    """What a header says."""
+    shown = text.strip()[:40].decode(errors="replace")
+    separator = next((mark for mark in (b";", b"\t") if mark in text), b",")
+    names = text.decode(errors="replace").strip().replace('"', "").split(separator.decode())
     try:
-        reader = pacsv.open_csv(
-            path,
-            read_options=pacsv.ReadOptions(
-                block_size=_BLOCK_BYTES, column_names=[*"le"], skip_rows=int(header), use_threads=True
+        places = find_columns(f"{path}: line {line}", names, _NEEDED)
+    except ValueError:
+        places = {}
+    if len(names) != len(_NEEDED) or not places:
+        raise ValueError(f"{path}: line {line} is {shown!r}, not layer,expert")
+    return _Form(separator, places["layer"] == 0)
+
+
+def _parsed(path: Path, rows: bytes, line: int, form: _Form) -> tuple[np.ndarray, np.ndarray]:
+    """Layers and experts of rows, the first of which is a line of the file."""
+    try:
+        table = pacsv.read_csv(
+            pa.BufferReader(rows),
+            read_options=pacsv.ReadOptions(block_size=2**24, column_names=[*"ab"]),
+            parse_options=pacsv.ParseOptions(
+                delimiter=form.separator.decode(), quote_char=False, ignore_empty_lines=False
             ),
-            parse_options=pacsv.ParseOptions(quote_char=False, ignore_empty_lines=False),
-            convert_options=pacsv.ConvertOptions(column_types={"l": pa.int32(), "e": pa.int32()}, null_values=[]),
+            convert_options=pacsv.ConvertOptions(column_types={"a": pa.int32(), "b": pa.int32()}, null_values=[]),
         )
-        for batch in reader:
-            yield batch.column(0).to_numpy(), batch.column(1).to_numpy()
     except pa.ArrowInvalid as error:
-        raise ValueError(_first_bad_line(path, header, str(error).splitlines()[0])) from error
+        bad = form.bad_line.search(rows)
+        if bad is None or bad.start() == len(rows):
+            raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+        line += rows[: bad.start()].count(b"\n")
+        shown = bad[0][:40].decode(errors="replace")
+        raise ValueError(f"{path}: line {line} is {shown!r}, not layer,expert") from error
+    first, second = table.column(0).to_numpy(), table.column(1).to_numpy()
+    return (first, second) if form.layer_first else (second, first)
 
 
-def _first_bad_line(path: Path, header: bool, reason: str) -> str:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        start = content.find(b"\n") + 1 if header else 0
-        bad = _BAD_LINE.search(content, start)
-        if bad is None or bad.start() == len(content):
-            return f"{path}: {reason}"
-        line = content[: bad.start()].count(b"\n") + 1
-        return f"{path}: line {line} is {bad[0][:40].decode(errors='replace')!r}, not layer,expert"
-
-
-def _line_of(path: Path, header: bool, layer: int, index: int) -> int:
+def _line_of(path: Path, layer: int, index: int) -> int:
     """Line of a layer's row; reads the file once more, which only an error message does."""
-    at = 1 + header
-    for layer_R, _ in _blocks(path, header):
+    for first_line, layer_R, _ in _blocks(path):
         mine = np.flatnonzero(layer_R == layer)
         if index < len(mine):
-            return at + int(mine[index])
+            return first_line + int(mine[index])
         index -= len(mine)
-        at += len(layer_R)
     raise IndexError(index)

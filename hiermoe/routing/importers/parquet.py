@@ -6,12 +6,11 @@ layer, numbered by its name where that has a number after ``layer_``, else 0.
 
 Further columns are used where they are there:
 
-    step    integer, the training step of a token's row; an iteration of the trace is then a step, and all steps have
-            equally many tokens
+    step    integer, the training step of a token's row; an iteration of the trace is then a step
     token   integer, number of the token in its layer (in its step and layer); rows are put in its order. Without it a
             layer's rows are taken in the order of the file, which is the order of tokens in FLAME-MoE.
 
-All others, such as `scores`, are left out.
+All others, such as `scores`, are left out. Columns may have other usual names: `topk_ids`, `layer_id`, `iteration`.
 """
 
 import re
@@ -22,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hiermoe.routing.column_names import find_columns
 from hiermoe.routing.importers.recording import CHUNK_TOKENS, Recording, Source, first_true, from_lists
 
 _INDICES, _LAYER, _STEP, _TOKEN = "indices", "layer", "step", "token"
@@ -88,31 +88,32 @@ def _parts(path: Path, source: Source) -> Iterator[tuple[int, np.ndarray | None,
         file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: it is truncated or no Parquet file: {str(error).splitlines()[0]}") from error
-    names = set(file.schema_arrow.names)
-    if _INDICES not in names:
+    names = file.schema_arrow.names
+    places = find_columns(path, names, (), (_INDICES, _LAYER, _STEP, _TOKEN))
+    named = {thing: names[place] for thing, place in places.items()}
+    if _INDICES not in named:
         raise ValueError(f"{path}: no column {_INDICES}; it has {sorted(names)}")
-    kind = file.schema_arrow.field(_INDICES).type
+    kind = file.schema_arrow.field(named[_INDICES]).type
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not lists or not pa.types.is_integer(kind.value_type):
         raise ValueError(f"{path}: column {_INDICES} is {kind}; the rule is a list of integers")
-    for name in (_LAYER, _STEP, _TOKEN):
-        if name in names and not pa.types.is_integer(file.schema_arrow.field(name).type):
+    for name in (named[thing] for thing in (_LAYER, _STEP, _TOKEN) if thing in named):
+        if not pa.types.is_integer(file.schema_arrow.field(name).type):
             raise ValueError(f"{path}: column {name} is {file.schema_arrow.field(name).type}; the rule is an integer")
-    columns = [name for name in (_INDICES, _LAYER, _STEP, _TOKEN) if name in names]
     # Where rows are already the tokens of one layer in order, the rest need not be read.
-    limit = source.max_tokens if columns == [_INDICES] and source.max_tokens else file.metadata.num_rows
+    limit = source.max_tokens if list(named) == [_INDICES] and source.max_tokens else file.metadata.num_rows
     topk, start = source.topk, 0
     try:
-        for batch in file.iter_batches(batch_size=CHUNK_TOKENS, columns=columns):
+        for batch in file.iter_batches(batch_size=CHUNK_TOKENS, columns=list(named.values())):
             batch = batch.slice(0, limit - start)
-            ids_RK = from_lists(batch.column(_INDICES), topk, lambda row, at=start: f"{path}: row {at + row}")
+            ids_RK = from_lists(batch.column(named[_INDICES]), topk, lambda row, at=start: f"{path}: row {at + row}")
             topk = ids_RK.shape[1]
             others = {}
-            for name in columns[1:]:
-                column = batch.column(name)
+            for thing in [thing for thing in named if thing != _INDICES]:
+                column = batch.column(named[thing])
                 if column.null_count:
-                    raise ValueError(f"{path}: row {start + first_true(column.is_null())} has no {name}")
-                others[name] = column.to_numpy(zero_copy_only=False).astype(np.int64)
+                    raise ValueError(f"{path}: row {start + first_true(column.is_null())} has no {named[thing]}")
+                others[thing] = column.to_numpy(zero_copy_only=False).astype(np.int64)
             zeros = np.zeros(len(ids_RK), np.int64)
             keys_R2 = np.stack([others.get(_STEP, zeros), others.get(_TOKEN, zeros - 1)], axis=1)
             yield start, others.get(_LAYER), keys_R2, ids_RK
@@ -149,8 +150,6 @@ def _ordered(
         orders[layer] = order
     assert first is not None
     steps, counts = np.unique(first[:, 0], return_counts=True)
-    if len(set(counts.tolist())) > 1:
-        raise ValueError(f"{source.path}: steps have unequal numbers of tokens: {counts.tolist()[:8]} ...")
     ids, several = {}, len(steps) > 1
     count = len(first) if several else min(len(first), source.max_tokens or len(first))
     for layer in kept:
@@ -161,10 +160,10 @@ def _ordered(
         orders[layer] = order
     num_tokens = None
     if several:
-        ranks, tokens = source.ranks or 1, int(counts[0])
-        if tokens % ranks:
-            raise ValueError(f"{source.path}: {tokens} tokens of a step do not divide over ranks={ranks}")
-        num_tokens = np.full((len(steps), ranks), tokens // ranks)
+        ranks = source.ranks or 1
+        if (odd := counts[counts % ranks != 0]).size:
+            raise ValueError(f"{source.path}: {odd[0]} tokens of a step do not divide over ranks={ranks}")
+        num_tokens = np.repeat(counts[:, None] // ranks, ranks, axis=1)
     return Recording(
         ids,
         files,

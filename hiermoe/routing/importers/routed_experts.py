@@ -3,6 +3,9 @@
 vLLM returns ``prompt_routed_experts`` [prompt tokens, MoE layers, K] and ``routed_experts`` [generated tokens, MoE
 layers, K], int16 (uint8 in some versions), for every request; concatenate those of all requests along the first axis
 before saving. Layers are numbered by their place in the array, from 0: the array counts MoE layers and names none.
+
+Tokens of which vLLM knows no routing are -1 throughout; older versions count all layers and have zeros in those without
+experts. Both are left out, and the import says how many. At K = 1 zeros of some tokens may be expert 0: it asks.
 """
 
 import numpy as np
@@ -44,4 +47,4 @@ def read(source: Source) -> Recording:
             chunk = narrowed(part[:, layer], lambda row, at=start, of=layer: where(of, at + row))
             ids[layer][start : start + len(chunk)] = chunk
     notes = "Layers are numbered from 0 among the array's MoE layers. The order of a token's experts is the array's."
-    return Recording(ids, (path,), where, notes)
+    return Recording(ids, (path,), where, notes, filled_with_zeros=True)

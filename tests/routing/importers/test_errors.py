@@ -140,9 +140,9 @@ def with_layers(folder: Path, *lengths: int) -> Path:
             "layers 0 and 1 do not have the same steps and tokens",
         ),
         (
-            "parquet",
+            "parquet --ranks 2",
             lambda d: write_parquet(d / "a.parquet", indices=[[1, 2]] * 3, step=[0, 0, 1]),
-            "steps have unequal numbers of tokens: [2, 1]",
+            "1 tokens of a step do not divide over ranks=2",
         ),
         ("parquet --ranks 4", lambda d: with_layers(d, 6), "6 tokens do not divide over ranks=4"),
         ("parquet", lambda d: with_layers(d, 6, 5), "layers have unequal numbers of tokens: {2: 6, 3: 5}"),

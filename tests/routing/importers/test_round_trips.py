@@ -1,16 +1,20 @@
 """What was written in a documented form comes out of its importer token for token."""
 
 import hashlib
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hiermoe.routing.importers import IMPORTERS
-from hiermoe.routing.importers.recording import Source, to_trace
+from hiermoe.routing.importers.as_trace import to_trace
+from hiermoe.routing.importers.recording import Source
 from hiermoe.routing.trace import RoutingTrace
 from tests.routing.importers.files import (
     record,
@@ -22,6 +26,7 @@ from tests.routing.importers.files import (
     write_npy,
     write_parquet,
 )
+from tests.routing.test_text_file import PACKERS
 
 # Writers of [layer, N, K], with the number that the first layer gets.
 WRITERS = {
@@ -60,7 +65,7 @@ def test_round_trip(name: str, layers: int, tokens: int, topk: int, num_experts:
     ids_LNK = some_ids(layers, tokens, topk, num_experts, seed)
     write, first_layer = WRITERS[name]
     with TemporaryDirectory() as folder:
-        trace = imported(name, write(Path(folder), ids_LNK), num_experts, topk=topk)
+        trace = imported(name, write(Path(folder), ids_LNK), num_experts, topk=topk, zeros="expert")
         saved = Path(folder) / "a.trace"
         trace.save(saved)
         again = RoutingTrace.load(saved)
@@ -122,7 +127,7 @@ def test_inferred_number_of_experts_is_rounded_up_to_the_ranks(tmp_path: Path) -
 def test_megatron_keeps_ragged_ranks_and_steps(tmp_path: Path) -> None:
     ids = np.stack([some_ids(6, 5, seed=i).reshape(2, 3, 5, 3) for i in range(2)])  # [step, layer, rank, T, K]
     counts = np.array([[5, 2, 4], [1, 5, 3]])
-    trace = imported("megatron", write_megatron(tmp_path / "m", ids, counts))
+    trace = imported("megatron", write_megatron(tmp_path / "m", ids, counts), pipeline=1)
     np.testing.assert_array_equal(trace.num_tokens, counts)
     filled = np.broadcast_to((np.arange(5) < counts[..., None])[:, None], ids.shape[:-1])
     np.testing.assert_array_equal(trace.expert_ids[filled], ids[filled])
@@ -133,10 +138,10 @@ def test_megatron_joins_the_micro_batches_of_a_step_and_leaves_other_blocks_out(
     first, second = some_ids(1, 3)[0], some_ids(1, 2, seed=1)[0]
     other = record(7, 0, 0, first, block="mtp", mtp_idx=0)
     lines = [record(7, 0, 0, first, block="decoder"), other, record(7, 0, 0, second, block="decoder")]
-    trace = imported("megatron", write_lines(tmp_path / "a.jsonl", lines))
+    trace = imported("megatron", write_lines(tmp_path / "a.jsonl", lines), pipeline=1)
     np.testing.assert_array_equal(flat(trace)[0], np.concatenate([first, second]))
     assert trace.metadata.training_step == [7]
-    assert "1 lines of other blocks than the decoder" in trace.metadata.notes
+    assert trace.metadata.left_out == ("1 lines of other blocks than the decoder",)
 
 
 def test_parquet_with_layer_step_and_token_is_put_in_order(tmp_path: Path) -> None:
@@ -160,3 +165,60 @@ def test_llama_csv_needs_no_header(tmp_path: Path) -> None:
     ids = some_ids()
     trace = imported("llama-csv", write_llama(tmp_path / "a.csv", ids, header=False), topk=3)
     np.testing.assert_array_equal(flat(trace), ids)
+
+
+@pytest.mark.parametrize(
+    "header", ["layer,expert\n", '"Layer";"Expert"\n', "layer_id\texpert_id\r\n", "expert_id,layer_idx\n"]
+)
+def test_llama_csv_may_be_merged_of_files_with_headers(header: str, tmp_path: Path) -> None:
+    ids = some_ids(tokens=12)
+    separator = next((mark for mark in ";\t" if mark in header), ",")
+    parts = []
+    for start in (0, 5):
+        rows = [(x, e) for x in range(2) for e in ids[x, start : start + (5 if start == 0 else 7)].ravel()]
+        rows = [(e, x) for x, e in rows] if header.startswith("expert") else rows
+        parts.append(header + "".join(f"{a}{separator}{b}\n" for a, b in rows))
+    (tmp_path / "a.csv").write_text("\ufeff" + "\ufeff".join(parts), newline="")
+    np.testing.assert_array_equal(flat(imported("llama-csv", tmp_path / "a.csv", topk=3)), ids)
+
+
+@pytest.mark.parametrize("pack", PACKERS)
+@pytest.mark.parametrize("name", ["llama-csv", "megatron"])
+def test_text_may_be_packed_by_anything(name: str, pack: str, tmp_path: Path) -> None:
+    ids = some_ids()
+    path = WRITERS[name][0](tmp_path, ids)
+    for file in list(path.iterdir()) if path.is_dir() else [path]:
+        packed = file.with_name(file.name + (".packed" if pack != "plain" else ""))
+        packed.write_bytes(PACKERS[pack](file.read_bytes()))
+        if packed != file:
+            file.unlink()
+    path = path if path.is_dir() else next(tmp_path.glob("a.csv*"))
+    np.testing.assert_array_equal(flat(imported(name, path, topk=3)), ids)
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("array", [False, True])
+def test_megatron_may_be_pretty_printed_or_an_array(indent: int | None, array: bool, tmp_path: Path) -> None:
+    ids = some_ids()
+    records = [record(0, layer, 0, ids[layer]) for layer in range(2)]
+    texts = [json.dumps(records, indent=indent)] if array else [json.dumps(each, indent=indent) for each in records]
+    (tmp_path / "a.json").write_text("\n".join(texts))
+    np.testing.assert_array_equal(flat(imported("megatron", tmp_path / "a.json")), ids)
+
+
+def test_parquet_may_have_other_names_and_unequal_steps(tmp_path: Path) -> None:
+    ids = some_ids(layers=1, tokens=5)[0]
+    table = pa.table({"topk_ids": pa.array(ids.tolist()), "layer_id": [3] * 5, "iteration": [7, 7, 7, 9, 9]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    trace = imported("parquet", tmp_path / "a.parquet")
+    assert (trace.metadata.layers, trace.metadata.training_step) == ([3], [7, 9])
+    np.testing.assert_array_equal(trace.num_tokens, [[3], [2]])
+    np.testing.assert_array_equal(trace.expert_ids[[0, 0, 0, 1, 1], 0, 0, [0, 1, 2, 0, 1]], ids)
+
+
+def test_megatron_rank_without_lines_in_a_step_holds_no_tokens(tmp_path: Path) -> None:
+    ids = some_ids(layers=3)
+    lines = [record(0, 0, 0, ids[0]), record(0, 0, 1, ids[1, :5]), record(1, 0, 1, ids[2])]
+    trace = imported("megatron", write_lines(tmp_path / "a.jsonl", lines), pipeline=1)
+    np.testing.assert_array_equal(trace.num_tokens, [[12, 5], [0, 12]])
+    assert trace.metadata.left_out == ("1 of 4 pairs of step and rank, which have no lines and hold no tokens",)
