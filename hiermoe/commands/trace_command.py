@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from hiermoe.commands.arguments import Parser
+from hiermoe.routing.collapse import collapsed_layers
 from hiermoe.routing.importers import IMPORTERS
 from hiermoe.routing.importers.as_trace import to_trace
 from hiermoe.routing.importers.recording import Source
@@ -123,6 +124,8 @@ def _import(chosen: argparse.Namespace) -> None:
     )
     for each in trace.metadata.left_out:
         console.print(escape(f"  left out: {each}"))
+    for each in collapsed_layers(trace):
+        console.print(f"  {each}")
 
 
 def _show(chosen: argparse.Namespace) -> None:

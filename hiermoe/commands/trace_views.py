@@ -9,7 +9,7 @@ from rich.table import Table
 from hiermoe.planner.cost import choose_scheme
 from hiermoe.planner.counts import count_routing, sort_choices
 from hiermoe.policies.system import SystemConfig
-from hiermoe.routing.collapse import collapse
+from hiermoe.routing.collapse import collapsed_layers
 from hiermoe.routing.trace import RecordedRouting, RoutingTrace
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
@@ -48,19 +48,14 @@ def show(trace: RoutingTrace, cluster: Cluster) -> list[Table]:
     levels = [f"{n} {name}s" for name, n in zip(hierarchy.names, hierarchy.groups, strict=True)]
     for column in ("layer", "an iteration's load: mean", "max", "whole trace", "never chosen", *levels):
         rows.add_column(column, justify="right")
-    collapsed = []
     for position, layer in enumerate(meta.layers):
-        cells, total_E = _of_layer(trace, position, hierarchy)
-        rows.add_row(str(layer), *cells)
-        if found := collapse(total_E):
-            collapsed.append(f"Routing of layer {layer} has collapsed: {found}.")
-    if collapsed:
+        rows.add_row(str(layer), *_of_layer(trace, position, hierarchy))
+    if collapsed := collapsed_layers(trace):
         rows.caption, rows.caption_justify = "\n".join(collapsed), "left"
     return [about, rows]
 
 
-def _of_layer(trace: RoutingTrace, position: int, hierarchy: Hierarchy) -> tuple[list[str], np.ndarray]:
-    """A layer's cells, and how often each of its experts was chosen."""
+def _of_layer(trace: RoutingTrace, position: int, hierarchy: Hierarchy) -> list[str]:
     routing, first_places = (
         RecordedRouting(trace, position, trace.metadata.topk),
         Placement.first(trace.metadata.num_experts, hierarchy.num_ranks),
@@ -77,8 +72,7 @@ def _of_layer(trace: RoutingTrace, position: int, hierarchy: Hierarchy) -> tuple
     ratios, total = used.max(1) / used.mean(1), loads.sum(0)
     figures = [ratios.mean(), ratios.max(), total.max() / total.mean()]
     duplication_D = 1 - distinct_D / total.sum()
-    cells = [*(f"{x:.2f}" for x in figures), str(int((total == 0).sum())), *(f"{x:.1%}" for x in duplication_D)]
-    return cells, total
+    return [*(f"{x:.2f}" for x in figures), str(int((total == 0).sum())), *(f"{x:.1%}" for x in duplication_D)]
 
 
 def traffic_matrices(

@@ -171,7 +171,10 @@ def _of_experts(
         )
     if missing and rows_E[: experts.max() + 1].all():  # rows without load that are left out leave gaps
         found = int(experts.max()) + 1
-        raise ValueError(f"{path} has {found} experts, not {num_experts}: state num_experts={found} if meant")
+        raise ValueError(
+            f"{path} has {found} experts, not {num_experts}: state num_experts={found} if meant, or give "
+            f"expert {count - 1} a row of load 0"
+        )
     load_E = np.bincount(experts, weights=loads, minlength=count)
     if load_E.sum() == 0:
         raise ValueError(f"{path}: all loads are 0")

@@ -1,7 +1,7 @@
 """Text as people have it: packed by gzip, zstd, xz or bzip2, with a mark of its encoding or without, files merged.
 
 What a file is packed with is told by its first bytes, not by its name. It is unpacked as it is read, never on disk, and
-what unpacks to a thousand times its size is refused.
+what unpacks to hundreds of times its size is refused.
 """
 
 import bz2
@@ -18,7 +18,7 @@ BOM = b"\xef\xbb\xbf"  # of UTF-8; where files were merged, at the start of any 
 
 _PART_BYTES = 2**22
 _LONGEST_BYTES = 2**30  # of a line; what parses it counts in 32 bits
-_SMALL_BYTES, _MOST_TIMES_PACKED = 2**30, 1000  # no routing is that empty
+_SMALL_BYTES, _MOST_TIMES_PACKED = 2**30, 200  # no routing is that empty
 
 _PACKED: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\x1f\x8b": gzip.open,
@@ -34,8 +34,8 @@ _ENCODINGS = {
 }
 _OTHERS = {
     b"PK\x03\x04": "a zip archive: unpack it",
-    b"PAR1": "a Parquet file",
-    b"\x93NUMPY": "a NumPy array",
+    b"PAR1": "a Parquet file, no text",
+    b"\x93NUMPY": "a NumPy array, no text",
 }
 
 
@@ -128,7 +128,7 @@ def _read(path: Path, stream: Any, packed: bool) -> bytes:
 def _check_text(path: Path, part: bytes) -> None:
     """Refuse by name what begins as no UTF-8 text does."""
     found = next((f"{name} text; save it as UTF-8" for mark, name in _ENCODINGS.items() if part.startswith(mark)), None)
-    found = found or next((f"{what}, no text" for magic, what in _OTHERS.items() if part.startswith(magic)), None)
+    found = found or next((what for magic, what in _OTHERS.items() if part.startswith(magic)), None)
     if found is None and b"\0" in (start := part[:64]):
         half = max(start[::2].count(0), start[1::2].count(0))
         utf16 = half >= len(start) // 2 - 1 and start.count(0) <= half + 1

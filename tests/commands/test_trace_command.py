@@ -175,8 +175,9 @@ def test_ragged_trace_is_advised_on_and_run(hiermoe: Command, store: RunStore, t
 
 def test_collapsed_routing_is_said_beside_its_gain(hiermoe: Command, tmp_path: Path) -> None:
     array, path = write_npy(tmp_path / "a.npy", some_ids(1, 2048, 4, 8)), tmp_path / "a.trace"
-    hiermoe("trace", "import", "npy", str(array), "--output", str(path), "--num-experts", "128")
+    code, imported, _ = hiermoe("trace", "import", "npy", str(array), "--output", str(path), "--num-experts", "128")
     said = "99% of all choices fall on 8 of 128 experts, 120 are never chosen"
+    assert code == 0 and f"Routing of layer 0 has collapsed: {said}." in imported
     code, out, _ = hiermoe("trace", "show", str(path))
     assert code == 0 and f"Routing of layer 0 has collapsed: {said}." in " ".join(out.split())
     sizes = ["cluster=a6000_1x8", "tokens_per_rank=32", "iterations=8", "hidden_size=64", "moe_ffn_hidden_size=64"]

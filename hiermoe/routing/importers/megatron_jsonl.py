@@ -49,7 +49,7 @@ def read(source: Source) -> Recording:
         ValueError: a line is no JSON, lacks a key or has lists of another length than it says; a layer is missing in
             some step and rank; K changes; or it is not known what the ranks and lines are of a pipeline.
     """
-    files = source.files("*.jsonl", "*.jsonl.*")
+    files = _once_each(source.files("*.jsonl", "*.jsonl.*"))
     forwards: Forwards = {}
     topk, others, through_model = source.topk, 0, True
     for path in files:
@@ -72,6 +72,7 @@ def read(source: Source) -> Recording:
     if not forwards:
         raise ValueError(f"{source.path}: it has no lines of the decoder's layers")
     pieces, notes = numbered_through(source, forwards, through_model)
+    del forwards  # ``pieces`` alone holds the lines from here on, a layer less at a time
     kept = source.kept(pieces)
     pieces = {layer: pieces[layer] for layer in kept}
     num_tokens, steps, order = _grid(source, pieces)
@@ -95,6 +96,16 @@ def read(source: Source) -> Recording:
         left_out.append(f"{missing} of {len(order)} pairs of step and rank, which have no lines and hold no tokens")
     notes = f"The file does not say whether a token's experts are ordered by score. {notes}".strip()
     return Recording(ids, tuple(files), where, notes, num_tokens, steps, tuple(left_out))
+
+
+def _once_each(files: list[Path]) -> list[Path]:
+    """The files; one that is there packed and unpacked would double its rank's tokens."""
+    seen: dict[str, Path] = {}
+    for path in files:
+        same = seen.setdefault(path.name.partition(".jsonl")[0], path)
+        if same is not path:
+            raise ValueError(f"{path.parent}: {same.name} and {path.name} are of one rank; leave one of them")
+    return files
 
 
 def _grid(source: Source, pieces: dict[int, Forwards]) -> tuple[np.ndarray, tuple[int, ...], list[tuple[int, int]]]:

@@ -196,6 +196,14 @@ def test_text_may_be_packed_by_anything(name: str, pack: str, tmp_path: Path) ->
     np.testing.assert_array_equal(flat(imported(name, path, topk=3)), ids)
 
 
+def test_a_rank_that_is_there_packed_and_unpacked_is_refused(tmp_path: Path) -> None:
+    write_megatron(tmp_path / "m", some_ids()[None, :, None])
+    file = tmp_path / "m" / "router_trace_rank0.jsonl"
+    file.with_suffix(".jsonl.gz").write_bytes(PACKERS["gzip"](file.read_bytes()))
+    with pytest.raises(ValueError, match=r"rank0.jsonl and router_trace_rank0.jsonl.gz are of one rank; leave one"):
+        imported("megatron", tmp_path / "m")
+
+
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("array", [False, True])
 def test_megatron_may_be_pretty_printed_or_an_array(indent: int | None, array: bool, tmp_path: Path) -> None:
