@@ -93,7 +93,6 @@ def run_ranks(
             for process in ranks:
                 with held():  # one that was made and is not told what to do would complain
                     process.start()
-                watch.pids.append(process.pid or 0)
             watch.all_started()
             _wait(ranks, folder, ends, deadline, killed_before, watch)
         finally:

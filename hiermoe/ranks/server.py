@@ -96,7 +96,8 @@ class Watch:
         return forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
 
     def all_started(self) -> None:
-        """No further process is waited for."""
+        """No further process is waited for, and those that are there are watched too."""
+        self.pids = [process.pid for process in multiprocessing.active_children() if process.pid is not None]
         self._starts = 0.0
 
     def end(self) -> None:
