@@ -1,6 +1,7 @@
 """`hiermoe records`: what records there are, filtered, as a table for the eye or as a file for pandas."""
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,9 @@ def main(arguments: list[str]) -> None:
         console.print(f"no record is so, of {len(shown)} runs in {store.folder}", soft_wrap=True)
     print_stale(renewals(stale), console)
     print_damaged(damaged, console)
+    for command, count in Counter(store.command(run_id) for run_id in damaged).items():
+        told = "no command is told" if command is None else f"made by: {command}"
+        console.print(f"  {told}   ({count})", soft_wrap=True, markup=False)
 
 
 def print_columns(console: Console) -> None:

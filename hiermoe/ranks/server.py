@@ -50,9 +50,16 @@ def fork_server() -> ForkServerContext:
     context = get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until it has imported what handles them
+    told = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(process_folder())  # what it imports leaves files, which it is killed with
     try:
         forkserver.ensure_running()
+        stop = time.monotonic() + STOPPED_SECONDS
+        while state_of(_server_pid()) in _ENDED and time.monotonic() < stop:  # it ends, but not all its threads have
+            time.sleep(_LOOK_SECONDS / 10)
+            forkserver.ensure_running()
     finally:
+        os.environ.pop("TMPDIR") if told is None else os.environ.update(TMPDIR=told)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return context
 
@@ -93,7 +100,7 @@ class Watch:
     @property
     def server(self) -> int:
         """The present server; multiprocessing starts another one where it finds it dead."""
-        return forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+        return _server_pid()
 
     def all_started(self) -> None:
         """No further process is waited for, and those that are there are watched too."""
@@ -150,6 +157,10 @@ def state_of(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return "" if Path("/proc/self/stat").exists() else "?"
+
+
+def _server_pid() -> int:
+    return forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
 
 
 def _wait_for_end(pid: int) -> None:

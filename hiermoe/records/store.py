@@ -143,6 +143,12 @@ class RunStore:
         """What made the record of a run, as :meth:`read` raises."""
         return json.loads(self._contents(run_id)[PROVENANCE])
 
+    def command(self, run_id: str) -> str | None:
+        """What made a record, as its provenance says, even of a damaged one; None where that is not to be read."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return str(json.loads((self.path(run_id) / PROVENANCE).read_bytes())["command"])
+        return None
+
     @contextmanager
     def _rows(self, run_id: str) -> Iterator[ParquetFile]:
         """The file of rows, which has some, and all columns of records."""

@@ -153,6 +153,8 @@ def test_damage_is_listed_and_in_no_table(
     told = " ".join((out + err).split())
     assert code == 0 and "Traceback" not in told
     assert "1 damaged and left out" in told and said in told
+    assert "all 1 runs in" in told and "no record is so" not in told
+    assert "made by: " in told or "no command is told" in told
 
 
 def test_a_record_without_rows_is_none(record: Path, hiermoe: Command) -> None:
