@@ -2,8 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +13,8 @@ from hiermoe.advice.held_out import HeldOut, HeldOutLayers
 from hiermoe.advice.recommendation import HORIZON_STEPS
 from hiermoe.advice.systems import Candidate
 from hiermoe.analysis.statistics import ratio_of_sums
-from hiermoe.ranks.launch import fork_server, preload
-from hiermoe.ranks.workers import start_worker
+from hiermoe.ranks.server import preload
+from hiermoe.ranks.workers import worker_pools
 from hiermoe.topology.cluster import Cluster
 
 
@@ -41,19 +39,12 @@ def assess_layers(
     """
     preload("hiermoe.advice.whole_model")
     count = min(workers or os.cpu_count() or 1, len(question.cases))
-    pool = ProcessPoolExecutor(count, fork_server(), start_worker)
     layers: list[Assessment] = []
-    try:
+    with worker_pools(1, count, "") as (pool,):
         running = [pool.submit(_assess_layer, replace(one), systems, left_out) for one in question.cases]
         for case, future in zip(question.cases, running, strict=True):
             layers.append(replace(future.result(), case=case))
             finished(case.layer)
-    except BrokenProcessPool as error:
-        raise ValueError(
-            f"a process of a layer was killed, most likely for want of memory: {count} of them ran"
-        ) from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
     return summed(question, layers)
 
 

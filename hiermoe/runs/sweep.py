@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 
-from hiermoe.ranks.launch import fork_server, preload
-from hiermoe.ranks.workers import start_worker
+from hiermoe.ranks.server import preload
+from hiermoe.ranks.workers import worker_pools
 from hiermoe.records.keep import Outcome, kept
 from hiermoe.records.store import RunStore
 from hiermoe.runs.execute import execute
@@ -34,6 +33,7 @@ def run_all(
 
     Raises:
         ValueError: a worker was killed.
+        ServerGone: the process that workers come from was.
         Exception: whatever a worker could not turn into a failed record, e.g. a full disk; nothing further is started.
     """
     store = store or RunStore()
@@ -50,9 +50,8 @@ def run_all(
         return outcomes
     preload("hiermoe.runs.sweep")
     queue = sorted(groups.values(), key=len, reverse=True)
-    pools = [ProcessPoolExecutor(1, fork_server(), start_worker) for _ in range(min(workers, len(queue)))]
-    left: dict[ProcessPoolExecutor, list[RunConfig]] = {pool: queue.pop(0) for pool in pools}
-    try:
+    with worker_pools(min(workers, len(queue)), 1, "; --workers 1 takes less. Finished runs are kept") as pools:
+        left: dict[ProcessPoolExecutor, list[RunConfig]] = {pool: queue.pop(0) for pool in pools}
         running = {pool.submit(execute, left[pool].pop(0), store): pool for pool in pools}
         while running:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -64,14 +63,6 @@ def run_all(
                     left[pool] = queue.pop(0) if queue else _half_of(max(left.values(), key=len))
                 if left[pool]:
                     running[pool.submit(execute, left[pool].pop(0), store)] = pool
-    except BrokenProcessPool as error:
-        raise ValueError(
-            f"a simulating process was killed, most likely for want of memory: {workers} of them ran, --workers 1 "
-            "takes less. Finished runs are kept"
-        ) from error
-    finally:
-        for pool in pools:
-            pool.shutdown(wait=False, cancel_futures=True)
     return outcomes
 
 
