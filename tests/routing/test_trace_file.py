@@ -260,9 +260,12 @@ def test_what_unpacks_to_a_thousand_times_its_size_is_not_unpacked(
         RoutingTrace.load(path)
 
 
-def test_header_without_end_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_header_without_end_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: int
+) -> None:
     monkeypatch.setattr("hiermoe.routing.trace_archive._HEADER_BYTES", 2**20)
-    with zipfile.ZipFile(tmp_path / "a.trace", "w", zipfile.ZIP_BZIP2) as archive:
+    with zipfile.ZipFile(tmp_path / "a.trace", "w", method) as archive:
         archive.writestr("metadata.json", b" " * (2**20 + 1))
     with pytest.raises(ValueError, match=r"a\.trace: its metadata\.json is larger than 1 MiB"):
         RoutingTrace.load(tmp_path / "a.trace")
@@ -275,7 +278,7 @@ def test_trace_larger_than_memory_is_refused(tmp_path: Path, monkeypatch: pytest
         RoutingTrace.load(tmp_path / "a.trace")
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_packed_in_any_usual_way(tmp_path: Path, method: int) -> None:
     with zipfile.ZipFile(io.BytesIO(saved_bytes())) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
