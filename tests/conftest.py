@@ -9,7 +9,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from hiermoe.commands.cli import main
-from hiermoe.ranks.launch import preload
+from hiermoe.ranks.server import preload
 from hiermoe.records.store import RunStore
 from hiermoe.runs.compose import compose
 from hiermoe.runs.run_config import RunConfig

@@ -19,9 +19,10 @@ class AdviceConfig(Strict):
     model: ModelConfig | None = None
     cluster: Cluster
     routing: RoutingConfig | None = None
-    trace: str | None = None
+    trace: str | tuple[str, ...] | None = None
+    judged_on: str | tuple[str, ...] | None = None
     loads: str | None = None
-    layer: int = Field(ge=0)
+    layer: int | None = Field(default=None, ge=0)
     topk: int | None = Field(default=None, ge=1)
     num_experts: int | None = Field(default=None, ge=1)
     hidden_size: int | None = Field(default=None, ge=1)
@@ -52,4 +53,6 @@ class AdviceConfig(Strict):
         if len(given) != 1:
             found = "none of them" if not given else " and ".join(f"{name}=" for name in given)
             raise ValueError(f"routing comes from one of trace=, loads= and routing=; given: {found}")
+        if self.judged_on is not None and self.trace is None:
+            raise ValueError("judged_on= is a trace that placements of another are judged on; that is trace=")
         return self

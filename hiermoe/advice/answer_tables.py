@@ -1,5 +1,6 @@
 """The answer as tables: what page, figures and terminal show, and what is written as CSV."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +11,7 @@ from hiermoe.advice.assessment import Assessed, Assessment
 from hiermoe.advice.recommendation import Constants, Option, Recommendation, constants_of, option, recommend
 from hiermoe.advice.sensitivity import sensitivity, tokens_needed
 from hiermoe.advice.systems import BASELINE
+from hiermoe.advice.whole_model import pays
 from hiermoe.analysis.whole_step import PUBLISHED_SHARES, step_speedup
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.peers import WORLD, Peers
@@ -96,6 +98,12 @@ class Answer:
         return " to ".join(self.step(name, share) for share in shares) + self.mark
 
     @property
+    def of_what(self) -> str:
+        """What a time is of: a step and one layer, or a step and all of them."""
+        count = len(self.assessment.layers)
+        return f"a step, {count} layers" if count else "a step and layer"
+
+    @property
     def shares(self) -> list[float]:
         """Of AlltoAll in a step, for tables: some round ones and the user's."""
         own = self.assessment.case.share
@@ -142,6 +150,49 @@ class Answer:
         return self.updates[
             updates.isin([8, 32]) | (updates == updates.groupby(self.updates["system"]).transform("max"))
         ]
+
+    @cached_property
+    def layers(self) -> pd.DataFrame:
+        """One row per layer of the whole model: what the followed system brings there; empty for one layer.
+
+        Columns:
+            layer: number in the model.
+            flat_ms, step_ms: AlltoAll of a held-out step, flat and under the followed system.
+            speedup: of the latter over the former.
+            dispatch: the same with experts in their first places.
+            placement: what moving experts adds.
+            moved_experts, moved_ms: what moving takes, once.
+            break_even_steps: until it has paid; infinite where it saves nothing.
+            moves: whether experts of the layer move in the plan.
+            dimensions: d*.
+            duplication: at the outermost level.
+        """
+        cluster = self.assessment.case.cluster
+        rows = []
+        for layer in self.assessment.layers:
+            flat_ms = float(layer.flat.held_out.step_ms(cluster).mean())
+            own = layer.named(self.found.followed)
+            fixed_ms, moved_ms = (float(x.step_ms(cluster).mean()) for x in (own.fixed, own.held_out))
+            moves = own.candidate.moves and pays(own, layer)
+            step_ms = moved_ms if moves else fixed_ms
+            last = own.updates.iloc[-1] if len(own.updates) else None
+            rows.append(
+                {
+                    "layer": layer.case.layer,
+                    "flat_ms": flat_ms,
+                    "step_ms": step_ms,
+                    "speedup": flat_ms / step_ms,
+                    "dispatch": flat_ms / fixed_ms,
+                    "placement": fixed_ms / moved_ms,
+                    "moved_experts": 0 if last is None else int(last["moved_experts"]),
+                    "moved_ms": own.moved_ms,
+                    "break_even_steps": math.inf if last is None else float(last["break_even_steps"]),
+                    "moves": moves,
+                    "dimensions": ", ".join(map(str, (own.held_out if moves else own.fixed).dimensions(cluster))),
+                    "duplication": float(layer.levels["duplication"].iloc[0]),
+                }
+            )
+        return pd.DataFrame(rows)
 
     @cached_property
     def crossing(self) -> pd.DataFrame:

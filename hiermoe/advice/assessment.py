@@ -1,7 +1,7 @@
 """The numbers of a case: what every system takes on held-out iterations, and what placement adds update by update."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from hiermoe.advice.held_out import HeldOut, count_held_out
-from hiermoe.advice.inputs import Case
+from hiermoe.advice.case import Case
+from hiermoe.advice.held_out import HeldOut, HeldOutLayers, count_held_out
 from hiermoe.advice.systems import BASELINE, Candidate
 from hiermoe.analysis.statistics import Estimate, ratio_of_sums
 from hiermoe.measure.predict import simulate
 from hiermoe.measure.workload import CachedRouting, Workload
 from hiermoe.routing.collapse import collapse
-from hiermoe.routing.step import RoutingStep, first_measured, iteration_schedule
+from hiermoe.routing.step import RoutingStep
 from hiermoe.topology.placement import Placement
 
 FEWEST_FOR_INTERVALS = 8  # held-out iterations; a bootstrap of fewer says little
@@ -31,12 +31,16 @@ class Assessed:
     Attributes:
         candidate: the system.
         held_out: its traffic there, experts where its last update before them left them.
+        fixed: the same if no expert had moved.
+        placements: where experts are in the end, by layer.
         speedup: AlltoAll time of the flat AlltoAll over its own, without migration.
         updates: for a system that may move experts, one row per number of updates (see `_updates`); else empty.
     """
 
     candidate: Candidate
-    held_out: HeldOut
+    held_out: HeldOut | HeldOutLayers
+    fixed: HeldOut | HeldOutLayers
+    placements: Mapping[int, Placement]
     speedup: Estimate
     updates: pd.DataFrame
 
@@ -58,6 +62,7 @@ class Assessment:
         num_held_out: iterations that count.
         left_out: label of each system that does not apply, and why.
         collapsed: how routing has collapsed (see `hiermoe.routing.collapse`); None where it has not.
+        layers: of the whole model, the same for each layer; empty for one layer.
     """
 
     case: Case
@@ -67,6 +72,7 @@ class Assessment:
     num_held_out: int
     left_out: tuple[tuple[str, str], ...]
     collapsed: str | None
+    layers: tuple["Assessment", ...] = ()
 
     @property
     def flat(self) -> Assessed:
@@ -110,35 +116,43 @@ def assess(
         progress: called with a label and the number of an iteration that is done.
     """
     assert systems[0].name == BASELINE
-    schedule = iteration_schedule(case.iterations, case.routing.num_distinct)
-    split = first_measured(case.iterations, case.routing.num_distinct)
-    seen, held_out = CachedRouting(_Seen(case.routing, schedule[:split])), schedule[split:]
+    schedule, held_out = case.schedules
+    seen = CachedRouting(_Seen(case.routing, schedule))
     assessed: list[Assessed] = []
     for candidate in systems:
         label, system = candidate.label, candidate.system
-        counted, updates = count_held_out(case, candidate.schemes, case.first_places, held_out), pd.DataFrame()
+        fixed = count_held_out(case, candidate.schemes, case.first_places, held_out)
+        counted, placement, updates = fixed, case.first_places, pd.DataFrame()
         if candidate.moves:
             workload = Workload(
-                system, candidate.schemes, system.build_policy, case.cluster, seen, case.layer, case.sizes, split
+                system,
+                candidate.schemes,
+                system.build_policy,
+                case.cluster,
+                seen,
+                case.layer,
+                case.sizes,
+                len(schedule),
             )
             run = simulate(workload, lambda iteration, label=label: progress(label, iteration))
-            counted, updates = _after_updates(case, candidate, run, counted, held_out)
+            counted, placement, updates = _after_updates(case, candidate, run, fixed, held_out)
         flat = assessed[0].held_out if assessed else counted
         speedup = ratio_of_sums(flat.step_ms(case.cluster), counted.step_ms(case.cluster))
-        assessed.append(Assessed(candidate, counted, speedup, updates))
-        progress(label, split - 1)
-    chosen = [case.routing.step(i).expert_ids_NK.flatten() for i in sorted(set(schedule))]
+        assessed.append(Assessed(candidate, counted, fixed, {case.layer: placement}, speedup, updates))
+        progress(label, len(schedule) - 1)
+    chosen = [case.judging.step(i).expert_ids_NK.flatten() for i in held_out]
     collapsed = collapse(torch.bincount(torch.cat(chosen), minlength=case.sizes.num_experts).numpy())
-    return Assessment(case, tuple(assessed), _levels(case, held_out), split, len(held_out), tuple(left_out), collapsed)
+    levels = _levels(case, held_out)
+    return Assessment(case, tuple(assessed), levels, len(schedule), len(held_out), tuple(left_out), collapsed)
 
 
 def _after_updates(
     case: Case, candidate: Candidate, run: pd.DataFrame, fixed: HeldOut, held_out: Sequence[int]
-) -> tuple[HeldOut, pd.DataFrame]:
+) -> tuple[HeldOut, Placement, pd.DataFrame]:
     """What updates bring on held-out iterations, if the placement then stays as it is; ``fixed`` is after none.
 
     Returns:
-        The traffic after all updates, and a table.
+        The traffic after all updates, where experts are then, and a table.
 
     Columns:
         system, label: of the system.
@@ -176,7 +190,7 @@ def _after_updates(
                 "break_even_steps": break_even_steps(moved_ms, float((fixed_ms - own_ms).mean())),
             }
         )
-    return own, pd.DataFrame(rows)
+    return own, placements[-1], pd.DataFrame(rows)
 
 
 def break_even_steps(moved_ms: float, saved_ms: float) -> float:
@@ -199,7 +213,7 @@ def _levels(case: Case, held_out: Sequence[int]) -> pd.DataFrame:
         lowest, highest: the same for the worst and best routing that there can be.
     """
     hierarchy = case.cluster.hierarchy
-    counts = [case.routing.counts(i, case.first_places, hierarchy) for i in held_out]
+    counts = [case.judging.counts(i, case.first_places, hierarchy) for i in held_out]
     pairs = float(np.mean([int(x.pairs_GS.sum()) for x in counts]))
     rows = []
     for level, (name, groups) in enumerate(zip(hierarchy.names, hierarchy.groups, strict=True), start=1):

@@ -50,7 +50,7 @@ def _name_rows(panel: Axes, rows: pd.DataFrame, answer: Answer) -> None:
     for tick, name in zip(panel.get_yticklabels(), rows["system"], strict=True):
         tick.set_fontweight("bold" if name == answer.found.chosen else "normal")
     panel.grid(axis="y", visible=False)
-    panel.set_xlabel("predicted AlltoAll time of a step and layer, ms")
+    panel.set_xlabel(f"predicted AlltoAll time of {answer.of_what}, ms")
 
 
 def _step_curves(panel: Axes, answer: Answer) -> None:
@@ -122,6 +122,31 @@ def systems(answer: Answer, title: str) -> Figure:
     flat_ms = rows.loc[rows["system"] == BASELINE, "step_ms"].iloc[0]
     panel.axvline(flat_ms, color=style.INK, linewidth=1, linestyle=":", zorder=1)
     figure.legend(loc="outside lower center", ncols=min(len(panel.containers), 4), fontsize=11)
+    return figure
+
+
+def layers(answer: Answer, title: str) -> Figure:
+    """Speed-up of the followed system in every layer, and what of it is dispatch alone."""
+    table, name = answer.layers, answer.found.followed
+    figure, (panel,) = style.grid(title, 1, 1, (13, 4.8))
+    colour, at = answer.color(name), np.arange(len(table))
+    panel.bar(at, table["dispatch"] - 1, 0.7, 1, color=STAGE_TONES[1], label="dispatch, experts in their first places")
+    moves = table["moves"].to_numpy(bool)
+    if moves.any():
+        gain = (table["speedup"] - table["dispatch"])[moves]
+        label = f"{answer.label(name)}: experts moved"
+        panel.bar(at[moves], gain, 0.7, table["dispatch"][moves], color=colour, label=label)
+    panel.axhline(1, color=style.INK, linewidth=1)
+    whole = answer.own.speedup.value
+    panel.axhline(whole, color=style.INK, linewidth=1, linestyle=":")
+    style.note(panel, f"all layers {whole:.2f}×", (len(table) - 0.5, whole), (4, 0), va="center", fontsize=10.5)
+    panel.set_xticks(at, [str(layer) for layer in table["layer"]])
+    panel.set_xlim(-0.6, len(table) - 0.4)
+    panel.set_ylim(min(1.0, float(table["speedup"].min())) - 0.04, float(table["speedup"].max()) * 1.12)
+    panel.set_xlabel("layer")
+    panel.set_ylabel("AlltoAll speed-up over the flat AlltoAll")
+    panel.grid(axis="x", visible=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=11)
     return figure
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hiermoe.advice.inputs import Case
+from hiermoe.advice.case import Case
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP, times_of_stages
 from hiermoe.planner.counts import separating_level
 from hiermoe.planner.scheme import DispatchScheme
@@ -74,12 +74,44 @@ class HeldOut:
         return np.stack(self.crossing_bytes)[chosen_I, np.arange(len(chosen_I))].mean(0)
 
 
+@dataclass(frozen=True)
+class HeldOutLayers:
+    """The same of several layers, one after another in every step."""
+
+    layers: tuple[HeldOut, ...]
+
+    def step_ms(self, cluster: Cluster, share_of_bytes: float = 1.0) -> np.ndarray:
+        """Time of the AlltoAlls of all layers in a step, each under its cheapest scheme: float64 [iteration]."""
+        return np.sum([layer.step_ms(cluster, share_of_bytes) for layer in self.layers], axis=0)
+
+    def mean_stages(self, cluster: Cluster) -> dict[Peers, float]:
+        """Time that each kind of exchange takes in a step, all layers, mean over iterations."""
+        total: dict[Peers, float] = {}
+        for layer in self.layers:
+            for peers, ms in layer.mean_stages(cluster).items():
+                total[peers] = total.get(peers, 0.0) + ms
+        return total
+
+    def dimensions(self, cluster: Cluster) -> dict[int, float]:
+        """Share of iterations and layers in which each dimension is the cheapest (d*), by falling share."""
+        shares: dict[int, float] = {}
+        for layer in self.layers:
+            for dimension, share in layer.dimensions(cluster).items():
+                shares[dimension] = shares.get(dimension, 0.0) + share / len(self.layers)
+        rounded = {dimension: round(share, 12) for dimension, share in shares.items()}
+        return dict(sorted(rounded.items(), key=lambda one: -one[1]))
+
+    def crossing(self, cluster: Cluster) -> np.ndarray:
+        """Bytes across every level of one AlltoAll of every layer, mean over iterations: float64 [D]."""
+        return np.sum([layer.crossing(cluster) for layer in self.layers], axis=0)
+
+
 def count_held_out(
     case: Case, schemes: tuple[DispatchScheme, ...], placement: Placement, iterations: Sequence[int]
 ) -> HeldOut:
-    """Exact bytes of some iterations of a case under one placement."""
+    """Exact bytes of some iterations that a case is judged on, under one placement."""
     hierarchy, row_bytes = case.cluster.hierarchy, case.sizes.row_bytes
-    steps = [case.routing.counts(i, placement, hierarchy) for i in iterations]
+    steps = [case.judging.counts(i, placement, hierarchy) for i in iterations]
     busiest, crossing = [], []
     for scheme in schemes:
         traffic = [exact_traffic(scheme, counts, hierarchy) for counts in steps]

@@ -5,10 +5,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from hiermoe.advice.advice_config import AdviceConfig
-from hiermoe.measure.workload import CachedRouting
+from hiermoe.advice.case import Case, Kind, Question
 from hiermoe.model import LayerSizes, ModelConfig
 from hiermoe.policies.system import build
 from hiermoe.records.groups import files_of
@@ -19,10 +18,7 @@ from hiermoe.routing.loads import IndependentLoads
 from hiermoe.routing.step import RoutingRequest, RoutingSource, num_slots
 from hiermoe.routing.trace import RecordedRouting, RoutingTrace, TraceMetadata, recorded_path, trace_file
 from hiermoe.topology.cluster import Cluster
-from hiermoe.topology.placement import Placement
 from hiermoe.topology.scaling import laid_out
-
-Kind = Literal["recorded", "loads", "synthetic"]
 
 DEFAULT_ELEMENT_BYTES = 2  # bf16
 SIZES = {
@@ -38,101 +34,70 @@ FEWEST_ITERATIONS, MOST_ITERATIONS = 16, 128
 
 
 @dataclass(frozen=True)
-class Case:
-    """One question, ready to be computed.
-
-    Attributes:
-        name: of the output folder.
-        kind: where routing comes from.
-        routing_words: the same, as a phrase.
-        routing: the steps, laid out over the cluster's GPUs.
-        layer: model layer that they stand for; 0 where there is none.
-        cluster: hierarchy and constants.
-        model_words: whose sizes these are.
-        sizes: of the model's layer.
-        tokens_per_rank: T.
-        iterations: to walk through.
-        share: of the AlltoAlls in the user's step; None where it is not known.
-        notes: what a reader must know about all this, in sentences.
-    """
-
-    name: str
-    kind: Kind
-    routing_words: str
-    routing: CachedRouting
-    layer: int
-    cluster: Cluster
-    model_words: str
-    sizes: LayerSizes
-    tokens_per_rank: int
-    iterations: int
-    share: float | None
-    notes: tuple[str, ...]
-
-    @property
-    def first_places(self) -> Placement:
-        """Experts before any has moved."""
-        return Placement.first(self.sizes.num_experts, self.cluster.hierarchy.num_ranks)
-
-
-@dataclass(frozen=True)
 class _Opened:
     """Routing, and what it says of itself."""
 
     kind: Kind
     name: str
     words: str
-    source: RoutingSource
-    layer: int
+    sources: tuple[RoutingSource, ...]  # of each layer
+    judged_on: tuple[RoutingSource | None, ...]
+    layers: tuple[int, ...]
     num_experts: int
     topk: int
     notes: tuple[str, ...] = ()
 
 
-def resolve(config: AdviceConfig) -> tuple[Case, Path | None]:
-    """Everything that the assessment needs, and the file that routing came from, if any.
+def resolve(config: AdviceConfig) -> Question:
+    """Everything that the assessment needs.
 
     Raises:
         ValueError: what is given does not fit together, in one line.
         OSError: a file is missing.
     """
     cluster = config.cluster if config.ep_size is None else laid_out(config.cluster, config.ep_size, config.across)
-    path, model = None, config.model
+    files, model = [], config.model
     if config.loads is not None:
-        path = Path(config.loads)
-        opened = _from_loads(config, path, cluster)
+        files = [Path(config.loads)]
+        opened = _from_loads(config, files[0], cluster)
     elif config.routing is not None and "path" not in config.routing.source:
         opened = _synthetic(config, cluster)
     else:
-        path = _trace_file(config, cluster)
-        trace = RoutingTrace.load(path)
-        model = model or model_of(trace.metadata)
-        opened = _recorded(config, path, trace, model, cluster)
+        files = _trace_files(config, cluster)
+        traces = [RoutingTrace.load(path) for path in files]
+        model = model or model_of(traces[0].metadata)
+        opened = _recorded(config, files, traces, model, cluster)
     hidden, ffn = _sizes(config, model, opened.words, "hidden_size", "moe_ffn_hidden_size")
     element_bytes = _value(config, model, "element_bytes") or DEFAULT_ELEMENT_BYTES
-    iterations = WALKED_TOKENS // (cluster.hierarchy.num_ranks * config.tokens_per_rank)
-    case = Case(
-        name=_name(config, opened, model, cluster),
-        kind=opened.kind,
-        routing_words=opened.words,
-        routing=CachedRouting(opened.source),
-        layer=opened.layer,
-        cluster=cluster,
-        model_words=f"{_whose_sizes(config, model)}: M = {hidden}, expert FFN {ffn}",
-        sizes=LayerSizes(opened.num_experts, opened.topk, hidden, element_bytes, expert_parameters=3 * hidden * ffn),
-        tokens_per_rank=config.tokens_per_rank,
-        iterations=config.iterations or min(max(iterations, FEWEST_ITERATIONS), MOST_ITERATIONS),
-        share=config.share,
-        notes=(*opened.notes, *_left_aside(config, opened.kind, model, cluster, opened.num_experts)),
+    iterations = WALKED_TOKENS // (cluster.hierarchy.num_ranks * config.tokens_per_rank * len(opened.layers))
+    cases = tuple(
+        Case(
+            name=_name(config, opened, model, cluster),
+            kind=opened.kind,
+            routing_words=opened.words if len(opened.layers) == 1 else f"{opened.words}, layer {layer}",
+            source=source,
+            judged_on=judged_on,
+            layer=layer,
+            cluster=cluster,
+            model_words=f"{_whose_sizes(config, model)}: M = {hidden}, expert FFN {ffn}",
+            sizes=LayerSizes(
+                opened.num_experts, opened.topk, hidden, element_bytes, expert_parameters=3 * hidden * ffn
+            ),
+            tokens_per_rank=config.tokens_per_rank,
+            iterations=config.iterations or min(max(iterations, FEWEST_ITERATIONS), MOST_ITERATIONS),
+            share=config.share,
+            notes=(*opened.notes, *_left_aside(config, opened.kind, model, cluster, opened.num_experts)),
+        )
+        for source, judged_on, layer in zip(opened.sources, opened.judged_on, opened.layers, strict=True)
     )
-    return case, path
+    return Question(cases, opened.words, tuple(files), model and model.num_layers)
 
 
 def _name(config: AdviceConfig, opened: _Opened, model: ModelConfig | None, cluster: Cluster) -> str:
     """Of the output folder: legible, and another one for every other question."""
     asked = config.model_dump_json(exclude={"output", "picture"})
     parts = [opened.name, *([] if model is None else [model.name]), cluster.name]
-    parts += [] if config.layer == 0 else [f"layer{config.layer}"]
+    parts += [] if config.layer is None else [f"layer{config.layer}"]
     digest = hashlib.sha256(asked.encode()).hexdigest()[:8]
     return re.sub(r"[^\w.-]", "_", "-".join([*dict.fromkeys(parts), digest]))
 
@@ -205,20 +170,25 @@ def model_of(metadata: TraceMetadata) -> ModelConfig | None:
     return None
 
 
-def _trace_file(config: AdviceConfig, cluster: Cluster) -> Path:
+def _trace_files(config: AdviceConfig, cluster: Cluster) -> list[Path]:
+    """Of trace=, or of routing=; those of judged_on= behind."""
     if config.trace is None:
         assert config.routing is not None
         if config.model is None:
             raise ValueError(f"model=... is missing: routing={config.routing.name} is that of a model")
         request = _request(config, config.model.num_experts, config.model.topk, cluster)
-        return recorded_path(config.routing.source["path"], request)
-    return trace_file(config.trace)
+        return [recorded_path(config.routing.source["path"], request)]
+    return [trace_file(name) for name in (*_names(config.trace), *_names(config.judged_on))]
+
+
+def _names(given: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if given is None else (given,) if isinstance(given, str) else given
 
 
 def _recorded(
-    config: AdviceConfig, path: Path, trace: RoutingTrace, model: ModelConfig | None, cluster: Cluster
+    config: AdviceConfig, files: list[Path], traces: list[RoutingTrace], model: ModelConfig | None, cluster: Cluster
 ) -> _Opened:
-    meta = trace.metadata
+    meta, ranks = traces[0].metadata, cluster.hierarchy.num_ranks
     if config.num_experts not in (None, meta.num_experts):
         raise ValueError(f"num_experts={config.num_experts}: the trace has num_experts={meta.num_experts}")
     for key in ("num_experts", "topk"):
@@ -228,45 +198,78 @@ def _recorded(
                 f"the trace has {key}={mine}, model {model.name} has {theirs}: name the trace's model, or state "
                 f"{key}={mine} to use the sizes of {model.name} alone"
             )
-    num_slots(meta.num_experts, cluster.hierarchy.num_ranks)  # or some GPUs have no expert
-    ranks, tokens = trace.expert_ids.shape[2:4]
-    regrouped = trace.reshard(cluster.hierarchy.num_ranks, config.tokens_per_rank)
-    source = RecordedRouting(regrouped, config.layer, config.topk or meta.topk)
-    number = meta.layers[config.layer]
-    if source.num_distinct < 2:
+    num_slots(meta.num_experts, ranks)  # or some GPUs have no expert
+    regrouped = [trace.reshard(ranks, config.tokens_per_rank) for trace in traces]
+    judges = len(_names(config.judged_on))
+    whole = RoutingTrace.joined(regrouped)  # refuses those that do not fit together
+    decided = RoutingTrace.joined(regrouped[: len(regrouped) - judges]) if judges else whole
+    judged = RoutingTrace.joined(regrouped[-judges:]) if judges else None
+    topk, count = config.topk or meta.topk, len(decided.num_tokens)
+    positions = range(len(meta.layers)) if config.layer is None else [config.layer]
+    sources = tuple(RecordedRouting(decided.only(layer), 0, topk) for layer in positions)
+    if judged is None and count < 2:
         raise ValueError(
-            f"trace of {meta.model} has one iteration of {cluster.hierarchy.num_ranks} x {config.tokens_per_rank} "
-            "tokens; at least two are needed, one of them held out: take fewer tokens_per_rank, or a longer trace"
+            f"trace of {meta.model} has one iteration of {ranks} x {config.tokens_per_rank} tokens; at least two are "
+            "needed, one of them held out: take fewer tokens_per_rank, or a longer trace"
         )
-    notes = []
+    layers = tuple(meta.layers[position] for position in positions)
+    words = f"recorded routing of {meta.model}, "
+    words += f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers"
+    return _Opened(
+        "recorded",
+        "-".join(path.stem for path in files),
+        words,
+        sources,
+        tuple(judged and RecordedRouting(judged.only(layer), 0, topk) for layer in positions),
+        layers,
+        meta.num_experts,
+        topk,
+        tuple(_notes_on_trace(config, files, traces, decided, judged, topk)),
+    )
+
+
+def _notes_on_trace(
+    config: AdviceConfig,
+    files: list[Path],
+    traces: list[RoutingTrace],
+    decided: RoutingTrace,
+    judged: RoutingTrace | None,
+    topk: int,
+) -> Iterator[str]:
+    meta, (ranks, tokens) = traces[0].metadata, traces[0].expert_ids.shape[2:4]
     if meta.model.endswith("_narrow"):
-        notes.append(
+        yield (
             f"The trace is of a narrow sibling ({meta.model}): real routing, but not that of the model at its full "
             "width."
         )
-    if regrouped is not trace:
-        notes.append(
-            f"The trace's {ranks} ranks of {tokens} tokens are regrouped in their order to "
-            f"{cluster.hierarchy.num_ranks} of {config.tokens_per_rank}: {source.num_distinct} iterations."
+    if judged is not None:
+        judges = len(_names(config.judged_on))
+        first, last = (", ".join(path.name for path in some) for some in (files[:-judges], files[-judges:]))
+        yield f"Placements are decided on {first} ({len(decided.num_tokens)} iterations) and judged on {last}."
+    if len(traces) > 1 or decided is not traces[0]:
+        into_ranks, into_tokens = decided.expert_ids.shape[2:4]
+        yield (
+            f"The trace's {ranks} ranks of {tokens} tokens are regrouped in their order to {into_ranks} of "
+            f"{into_tokens}: {len(decided.num_tokens)} iterations."
         )
-    if source.topk != meta.topk:
-        notes.append(f"K = {source.topk} cuts or extends the ranking of a router that was trained with {meta.topk}.")
-    if len(meta.layers) > 1:
-        notes.append(f"One of the trace's layers {meta.layers}: layer={config.layer} is number {number}.")
-    words = f"recorded routing of {meta.model}, layer {number}"
-    return _Opened("recorded", path.stem, words, source, number, meta.num_experts, source.topk, tuple(notes))
+    if topk != meta.topk:
+        yield f"K = {topk} cuts or extends the ranking of a router that was trained with {meta.topk}."
+    if config.layer is not None and len(meta.layers) > 1:
+        number = meta.layers[config.layer]
+        yield f"One of the trace's layers {meta.layers}: layer={config.layer} is number {number}; layer=null takes all."
 
 
 def _from_loads(config: AdviceConfig, path: Path, cluster: Cluster) -> _Opened:
     stated = _value(config, config.model, "num_experts")
-    table = read_loads(path, stated, config.layer)
+    table = read_loads(path, stated, config.layer or 0)
     load_E = table.load_E
     topk, *_ = _sizes(config, config.model, f"loads of {path.name}", "topk", "hidden_size", "moe_ffn_hidden_size")
     source = IndependentLoads(_request(config, len(load_E), topk, cluster), load_E)
     assert len(source.rates_E)  # impossible loads end here, before anything is computed
     layer = "" if table.layer is None else f", layer {table.layer}"
     words = f"loads of {path.name}{layer}, experts independent"
-    return _Opened("loads", path.stem, words, source, table.layer or 0, len(load_E), topk, table.notes)
+    number = (table.layer or 0,)
+    return _Opened("loads", path.stem, words, (source,), (None,), number, len(load_E), topk, table.notes)
 
 
 def _synthetic(config: AdviceConfig, cluster: Cluster) -> _Opened:
@@ -279,7 +282,7 @@ def _synthetic(config: AdviceConfig, cluster: Cluster) -> _Opened:
     except NotApplicable as error:
         raise ValueError(f"routing={routing.name}: {error}") from None
     words = f"synthetic routing: {routing.name.replace('_', '-')}"
-    return _Opened("synthetic", routing.name, words, source, 0, num_experts, topk)
+    return _Opened("synthetic", routing.name, words, (source,), (None,), (0,), num_experts, topk)
 
 
 def _request(config: AdviceConfig, num_experts: int, topk: int, cluster: Cluster) -> RoutingRequest:

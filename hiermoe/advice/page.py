@@ -1,6 +1,5 @@
 """The answer as files: advice.html, advice.md, and figures with their numbers."""
 
-import hashlib
 import math
 import sys
 from pathlib import Path
@@ -9,14 +8,18 @@ import matplotlib as mpl
 
 from hiermoe.advice import figures, figures_of_change, phrases, recommendation
 from hiermoe.advice.answer_tables import Answer, exchange_words
+from hiermoe.advice.case import Question
 from hiermoe.analysis.figures.spec import DPI
 from hiermoe.analysis.figures.style import SETTINGS
 from hiermoe.analysis.render import environment, to_html
 from hiermoe.records.provenance import collect
+from hiermoe.records.run_id import file_digest
 from hiermoe.records.whole_file import whole, write_whole
+from hiermoe.topology.placement_files import write_placements
 
 FIGURES = {  # in the order of the page
     "overview": (phrases.title_of_overview, figures.overview),
+    "layers": (phrases.title_of_layers, figures.layers),
     "systems": (phrases.title_of_systems, figures.systems),
     "traffic": (phrases.title_of_traffic, figures.traffic),
     "placement": (phrases.title_of_placement, figures_of_change.placement),
@@ -24,19 +27,20 @@ FIGURES = {  # in the order of the page
 }
 
 
-def write_page(answer: Answer, folder: Path, routing_file: Path | None) -> Path:
+def write_page(answer: Answer, folder: Path, question: Question) -> Path:
     """Write everything into a folder.
 
     Args:
         answer: what to say.
         folder: made where it is not there.
-        routing_file: that routing came from, to be named by its content; None for what was drawn.
+        question: that was asked; files that routing came from are named by their content.
 
     Returns:
         The page.
     """
     tables = {
         "overview": answer.systems,
+        "layers": answer.layers,
         "systems": answer.systems,
         "traffic": answer.assessment.levels,
         "placement": answer.updates,
@@ -47,6 +51,7 @@ def write_page(answer: Answer, folder: Path, routing_file: Path | None) -> Path:
     tables = {name: table for name, table in tables.items() if len(table)}
     for name, table in tables.items():
         write_whole(folder / "figures" / f"{name}.csv", table.to_csv(index=False).encode())
+    placed = _write_placements(answer, folder, question.num_layers)
     titles = {name: title_of(answer) for name, (title_of, _) in FIGURES.items() if name in tables}
     for name, title in titles.items():
         with mpl.rc_context(SETTINGS), whole(folder / "figures" / f"{name}.png") as path:
@@ -67,9 +72,24 @@ def write_page(answer: Answer, folder: Path, routing_file: Path | None) -> Path:
         rules=recommendation,
         command=" ".join(["hiermoe", "advise", *sys.argv[1:]]),
         made=made,
-        digest=routing_file and hashlib.sha256(routing_file.read_bytes()).hexdigest()[:16],
+        placed=placed,
+        digests=[(path.name, file_digest(path)) for path in question.files],
     )
     write_whole(folder / "advice.md", text.encode())
     page = folder / "advice.html"
     write_whole(page, to_html(text, title, folder).encode())
     return page
+
+
+def _write_placements(answer: Answer, folder: Path, num_layers: int | None) -> list[str]:
+    """Where the answer has experts, as files; none where it leaves them or nobody says in which layer they are.
+
+    Returns:
+        Names of the files.
+    """
+    placements = answer.own.placements
+    spread = any(x.num_slots % answer.assessment.case.cluster.hierarchy.num_ranks for x in placements.values())
+    empty = any(x.num_experts != answer.assessment.case.sizes.num_experts for x in placements.values())
+    if answer.found.outcome != "placement" or spread or empty or not all(placements):
+        return []
+    return [path.name for path in write_placements(folder, placements, num_layers)]

@@ -71,7 +71,8 @@ def _placement(answer: Answer) -> str:
     cost = "moves nothing"
     if last["moved_ms"]:
         seconds = last["moved_ms"] / 1000
-        cost = f"costs {f'{seconds:.3g} s' if seconds >= 1 else f'{seconds * 1000:.0f} ms'} a layer once"
+        amount = f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
+        cost = f"costs {amount} {'for all layers' if answer.assessment.layers else 'a layer'} once"
         if math.isfinite(last["break_even_steps"]):
             cost += f" and has paid after {last['break_even_steps']:.0f} steps"
     return (
@@ -94,6 +95,20 @@ def title_of_overview(answer: Answer) -> str:
         "unresolved": f"{label}'s {speedup} is within what the model cannot resolve",
     }.get(answer.found.outcome, f"Predicted: {label} makes AlltoAll {speedup} as fast")
     return f"{said} ({case.cluster.name}, {case.routing_words})"
+
+
+def title_of_layers(answer: Answer) -> str:
+    """Where in the model the followed system gains most and least."""
+    table = answer.layers
+    ordered = table.sort_values("speedup", kind="stable")
+    worst, best = ordered.iloc[0], ordered.iloc[-1]
+    said = (
+        f"{answer.label(answer.found.followed)} makes AlltoAll {worst['speedup']:.2f} (layer {worst['layer']}) to "
+        f"{best['speedup']:.2f} times (layer {best['layer']}) as fast"
+    )
+    if answer.own.candidate.moves:
+        said += f"; moving experts pays in {table['moves'].sum()} of {len(table)} layers"
+    return said
 
 
 def title_of_systems(answer: Answer) -> str:

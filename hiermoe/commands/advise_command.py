@@ -19,8 +19,8 @@ from hiermoe.advice.figures import best_of_families
 from hiermoe.advice.inputs import resolve
 from hiermoe.advice.page import write_page
 from hiermoe.advice.systems import candidates
+from hiermoe.advice.whole_model import assess_layers
 from hiermoe.analysis.report import small_copy
-from hiermoe.routing.step import first_measured
 
 
 def advise_and_print(config: AdviceConfig) -> Path:
@@ -38,23 +38,31 @@ def advise_and_print(config: AdviceConfig) -> Path:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("reading routing", total=None)
-        case, routing_file = resolve(config)
+        question = resolve(config)
+        case = question.cases[0]
         systems, left_out = candidates(case.cluster.hierarchy, config.systems)
-        seen = first_measured(case.iterations, case.routing.num_distinct)
-        progress.update(task, total=seen * sum(one.moves for one in systems) or 1, completed=0)
+        if len(question.cases) == 1:
+            seen, _ = case.schedules
+            progress.update(task, total=len(seen) * sum(one.moves for one in systems) or 1, completed=0)
 
-        def walked(label: str, iteration: int) -> None:
-            progress.update(task, description=label, advance=1 if iteration >= 0 else 0)
+            def walked(label: str, iteration: int) -> None:
+                progress.update(task, description=label, advance=1 if iteration >= 0 else 0)
 
-        answer = Answer.of(assess(case, systems, left_out, walked))
+            assessment = assess(case, systems, left_out, walked)
+        else:
+            progress.update(task, description="layer by layer", total=len(question.cases), completed=0)
+            assessment = assess_layers(question, systems, left_out, lambda _layer: progress.advance(task))
+        answer = Answer.of(assessment)
         progress.update(task, description="drawing")
         folder = Path(config.output) if config.output else Path("advice") / case.name  # where the user stands
-        page = write_page(answer, folder, routing_file)
+        page = write_page(answer, folder, question)
         if config.picture is not None:
             small_copy(folder / "figures" / "overview.png", Path(config.picture))
     console.print(
-        Panel(escape(phrases.headline(answer)), title=f"{case.routing_words} · {case.cluster.name}", title_align="left")
+        Panel(escape(phrases.headline(answer)), title=f"{question.words} · {case.cluster.name}", title_align="left")
     )
+    if answer.assessment.layers:
+        console.print(f"{phrases.title_of_layers(answer)}.")
     for condition in phrases.conditions(answer):
         console.print(f"· {escape(condition)}")
     console.print(_table(answer))

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -16,6 +15,7 @@ from hiermoe.commands.arguments import Parser
 from hiermoe.commands.help_text import help_text
 from hiermoe.commands.plain_letters import print_plain_letters_where_needed
 from hiermoe.records.choices import unknown
+from hiermoe.records.interrupts import Interrupted, is_interrupted
 from hiermoe.records.project import CONF, WORKPLACE
 from hiermoe.records.strict import BrokenRules, Schema, checked
 
@@ -57,24 +57,23 @@ def main() -> None:
     if command not in commands:
         _fail(unknown("command", command, commands))
     sys.argv[0] = f"hiermoe {command}"  # in provenance, of worker processes too
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as on Ctrl-C
     sys.path.append(str(WORKPLACE))  # for what a user's own conf/ names in _target_
     try:
         commands[command]()
     except (ValueError, OSError) as error:
         _fail(error)
-    except KeyboardInterrupt:
-        _fail("interrupted; finished runs are kept, the same command goes on with the rest", code=130)
 
 
-def _fail(error: object, code: int = 2) -> NoReturn:
+def _fail(error: object) -> NoReturn:
     """Say what is wrong in one line, or where several values break rules in one for each, and end."""
+    if is_interrupted():
+        raise Interrupted
     lines = [str(error).splitlines()[0]]
     if isinstance(error, BrokenRules) and len(error.lines) > 1:
         of = f" of {error.origin}" if error.origin else ""
         lines = [f"{len(error.lines)} values{of} break a rule:", *(f"  {line}" for line in error.lines)]
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(chr(10).join(lines))}")
-    sys.exit(code)
+    sys.exit(2)
 
 
 def _run() -> None:
@@ -137,7 +136,7 @@ def _composed(
     """
     from hydra.core.hydra_config import HydraConfig
 
-    from hiermoe.ranks.launch import RankFailedError
+    from hiermoe.ranks.server import RankFailedError
     from hiermoe.runs.compose import REFUSED, plain, refusal, register
 
     if {"-h", "--help"} & set(sys.argv):

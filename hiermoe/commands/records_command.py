@@ -74,6 +74,8 @@ def main(arguments: list[str]) -> None:
         console.print("hiermoe records --columns says what each column means")
     elif len(rows):
         console.print(table(rows))
+    elif damaged and not shown and not stale:
+        console.print(f"all {len(damaged)} runs in {store.folder} are damaged", soft_wrap=True)
     else:
         console.print(f"no record is so, of {len(shown)} runs in {store.folder}", soft_wrap=True)
     print_stale(renewals(stale), console)

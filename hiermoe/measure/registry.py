@@ -11,7 +11,7 @@ from hiermoe.measure.replay import Replay
 from hiermoe.measure.self_test import SelfTest
 from hiermoe.measure.train import Train
 from hiermoe.measure.workload import OfWorkloads
-from hiermoe.ranks.launch import preload
+from hiermoe.ranks.server import preload
 
 MEASUREMENTS: Mapping[str, Measurement] = {
     "predict": OfWorkloads(simulate, "simulated"),

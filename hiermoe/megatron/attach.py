@@ -2,6 +2,7 @@
 
 import copy
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from hiermoe.policies.protocol import PlacementPolicy, StaticPolicy
 from hiermoe.policies.system import SystemConfig
 from hiermoe.records.status import NotApplicable
 from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.placement import Placement
+from hiermoe.topology.placement_files import read_placements
 
 _FLEX_BACKENDS = {"deepep": "HAVE_DEEP_EP", "hybridep": "HAVE_HYBRIDEP"}  # flag in Megatron: whether it is installed
 _BEFORE = "_before_attach"  # on a layer: its own dispatcher, and the placement that it has meanwhile
@@ -38,6 +41,7 @@ def attach(
     system: SystemConfig | str,
     cluster: Cluster | str,
     *,
+    placements: str | Path | None = None,
     meter: Meter | None = None,
     timeout: timedelta | None = None,
 ) -> ExpertPlacement:
@@ -49,6 +53,8 @@ def attach(
         model: a Megatron-Core model with AlltoAll dispatchers, wrapped or not, or the list of its chunks.
         system: a system, or the name of one in conf/system/.
         cluster: hierarchy and constants of the cluster that the ranks run on, or the name of one in conf/cluster/.
+        placements: file of expert placements (`placement.json` of `hiermoe advise`), to which the experts' weights move
+            now; before the optimizer has any state. None: experts begin in their own slots.
         meter: times and counts what the dispatchers do.
         timeout: of a collective inside the system's own process groups; None for torch's default.
 
@@ -57,7 +63,8 @@ def attach(
         nothing there.
 
     Raises:
-        ValueError: no MoE layer, a setting that is not supported, or ranks that do not fit the hierarchy.
+        ValueError: no MoE layer, a setting that is not supported, ranks that do not fit the hierarchy, placements that
+            do not fit the model, or a system that cannot follow any.
         NotApplicable: the system needs what this machine lacks.
         RuntimeError: a system is attached already.
     """
@@ -68,6 +75,7 @@ def attach(
         raise RuntimeError("a system is attached already: call detach() first")
     for layer in layers:
         check_supported(layer.config)
+    wanted = None if placements is None else _read(Path(placements), layers)
     context = dispatch_context(system, cluster, get_default_pg_collection().ep, timeout)
     moving = []
     for layer in layers:
@@ -78,14 +86,18 @@ def attach(
             if layer.shared_expert_overlap:
                 dispatcher.set_shared_experts(layer.shared_experts)
             policy = system.build_policy()
-            if not isinstance(policy, StaticPolicy):
+            if wanted is not None or not isinstance(policy, StaticPolicy):
                 placement = _place_experts(layer, dispatcher.dispatcher, policy)
                 moving.append(placement)
+        elif wanted is not None:
+            raise ValueError(f"system {system.name} leaves experts where stock Megatron has them: no placements=")
         if meter is not None:
             dispatcher = MeteredDispatcher(dispatcher, layer.layer_number or 0, meter)
         layer.token_dispatcher = dispatcher
         setattr(layer, _BEFORE, (original, placement))
-    return ExpertPlacement(moving)
+    placed = ExpertPlacement(moving)
+    placed.move_to(wanted or {}, None)
+    return placed
 
 
 def detach(model: torch.nn.Module | list[torch.nn.Module]) -> None:
@@ -214,6 +226,19 @@ def new_dispatcher(
     config.moe_token_dispatcher_type = "flex"
     config.moe_flex_dispatcher_backend = installed[0]  # type: ignore[assignment]
     return MoEFlexTokenDispatcher(stock.num_local_experts, stock.local_expert_indices, config, pg_collection)
+
+
+def _read(path: Path, layers: list[MoELayer]) -> dict[int, Placement]:
+    """Placements of a file for every layer.
+
+    Raises:
+        ValueError: the file does not fit, or lacks a layer.
+    """
+    found = read_placements(path, layers[0].config.num_moe_experts or 0)
+    missing = [layer.layer_number for layer in layers if layer.layer_number not in found]
+    if missing:
+        raise ValueError(f"{path} has {len(found)} layers, the model has experts in layers {missing} too")
+    return found
 
 
 def _place_experts(layer: MoELayer, dispatcher: Dispatcher, policy: PlacementPolicy) -> LayerPlacement:

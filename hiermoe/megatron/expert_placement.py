@@ -16,7 +16,7 @@ Not supported, and refused: the distributed optimizer, grouped experts, and para
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hiermoe.dispatch.dispatcher import Dispatcher
 from hiermoe.megatron.migration import check_optimizer, migrate
-from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate, StepContext
+from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate, StaticPolicy, StepContext
 from hiermoe.topology.placement import Placement
 
 
@@ -86,7 +86,8 @@ class LayerPlacement:
         self.measuring_ms = 0.0
         self.iteration = 0
         self._is_training = is_training
-        dispatcher.observe = self.observe
+        if not isinstance(policy, StaticPolicy):
+            dispatcher.observe = self.observe
 
     def release(self) -> None:
         """Let the dispatcher go. Experts stay where they are, so they must be at home.
@@ -176,7 +177,7 @@ class ExpertPlacement:
         if optimizer is not None and self.layers:
             check_optimizer(optimizer)
         started = time.perf_counter()
-        updates = self._decide() if self.layers else []
+        updates = self._decide() if any(not isinstance(x.policy, StaticPolicy) for x in self.layers) else []
         self.planning_ms = (time.perf_counter() - started) * 1e3 + sum(layer.measuring_ms for layer in self.layers)
         done = [self._move(layer, update, optimizer) for layer, update in updates]
         self._start_iteration(self._iteration + 1)
@@ -188,11 +189,23 @@ class ExpertPlacement:
         Raises:
             ValueError: an optimizer that keeps state elsewhere.
         """
+        homes = {x.number: Placement.identity(x.dispatcher.placement.num_experts) for x in self.layers}
+        self.move_to(homes, optimizer)
+
+    def move_to(self, placements: Mapping[int, Placement], optimizer: MegatronOptimizer | None) -> list[LayerUpdate]:
+        """Move experts to where they are told to be. *Collective: every rank must call it.*
+
+        Args:
+            placements: by layer number; layers without one stay as they are.
+            optimizer: whose state moves with the weights; None where it has none yet.
+
+        Raises:
+            ValueError: an optimizer that keeps state elsewhere.
+        """
         if optimizer is not None:
             check_optimizer(optimizer)
-        for layer in self.layers:
-            home = Placement.identity(layer.dispatcher.placement.num_experts)
-            self._move(layer, PlacementUpdate(home, None), optimizer)
+        wanted = [(layer, placements[layer.number]) for layer in self.layers if layer.number in placements]
+        return [self._move(layer, PlacementUpdate(placement, None), optimizer) for layer, placement in wanted]
 
     def state_dict(self) -> dict[str, Any]:
         """Placements and what policies remember, the same on every rank; belongs beside a checkpoint."""

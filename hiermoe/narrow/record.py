@@ -14,7 +14,8 @@ from hiermoe.megatron.checkpoint_folder import finished_steps, newest_first
 from hiermoe.narrow.corpus import Corpus, training_corpus
 from hiermoe.narrow.record_config import RecordConfig
 from hiermoe.narrow.recording_progress import recording_progress
-from hiermoe.ranks.launch import preload, run_ranks
+from hiermoe.ranks.launch import run_ranks
+from hiermoe.ranks.server import preload
 from hiermoe.records.project import in_workplace
 from hiermoe.routing.trace import RoutingTrace, TraceMetadata
 

@@ -161,7 +161,7 @@ class Crew:
             self._send(order)
             failures = self._obey(order)
             self._in_order = False
-            collected = collect(folder, self.world_size)
+            collected = collect(folder, self.world_size, finished=not failures)
         for failure in failures:
             if failure.not_applicable:
                 raise NotApplicable(failure.message)

@@ -1,20 +1,20 @@
 """Starts gloo ranks on this machine, collects what they return, and ends all of them when one fails."""
 
+import faulthandler
+import io
 import json
-import multiprocessing.util
 import os
 import re
 import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
-from multiprocessing import connection, get_context, parent_process
-from multiprocessing.context import ForkServerContext
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -26,42 +26,22 @@ from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUs
 from hiermoe.dispatch.communicators import HOST_VARIABLE
 from hiermoe.ranks.emulated.namespaces import enter
 from hiermoe.ranks.memory import OWN_BYTES, check_memory, kills_for_memory
+from hiermoe.ranks.own_folder import process_folder
+from hiermoe.ranks.server import STOPPED, RankFailedError, Watch, end_with_parent, fork_server, watched
+from hiermoe.records.interrupts import held
 from hiermoe.records.status import NotApplicable
-
-# What the fork server imports once, for all that comes from it: the caller's main module, and what `preload` adds.
-_PRELOAD = ["__main__"]
+from hiermoe.records.whole_file import naming, write_whole
 
 # What gloo says in a rank whose peer has gone. This process hears of that peer from the fork server, after the rank may
 # have ended too: at once, or late where the machine is busy.
 _PEER_GONE = re.compile(r"onnection (closed|reset) by peer|Broken pipe")
 _PATIENCE_SECONDS = 60.0
-_LONGEST_TMPDIR = 60  # bytes; the paths of sockets below it have at most 107
-
-
-class RankFailedError(RuntimeError):
-    """A rank of a multi-process run failed; the message names it."""
-
-
-def preload(module: str) -> None:
-    """Have the fork server import a module too, so that no rank pays for it. To be called before the first rank starts.
-
-    Safe to fork after must be: it starts no thread of its own and touches no device.
-    """
-    if module not in _PRELOAD:
-        _PRELOAD.append(module)
-
-
-def fork_server() -> ForkServerContext:
-    """Where ranks and simulating workers come from. A process has one such server only, whoever starts it first."""
-    if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TMPDIR:
-        told, tempfile.tempdir = tempfile.tempdir, "/tmp"
-        try:
-            multiprocessing.util.get_temp_dir()  # made once, and used for all sockets
-        finally:
-            tempfile.tempdir = told
-    context = get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    return context
+_TIMED_OUT = re.compile(r"[Tt]imed? ?out")
+_FRAME = re.compile(r'File "(.+)", line (\d+) in (.+)')
+_WHERE = signal.SIGUSR1  # has a rank write its stack
+_MOMENT_SECONDS = 1.0
+_JOIN_SECONDS = 30.0  # of processes that were killed
+_NO_ROOM = 74  # exit code of a rank that could not even write why it failed; EX_IOERR
 
 
 def run_ranks(
@@ -103,31 +83,21 @@ def run_ranks(
     ends = None if deadline is None else time.monotonic() + deadline.total_seconds()
     check_memory(world_size, OWN_BYTES, "start fewer")
     context, killed_before = fork_server(), kills_for_memory()
-    with tempfile.TemporaryDirectory(prefix="hiermoe-ranks-") as name:
+    with tempfile.TemporaryDirectory(prefix="ranks-", dir=process_folder()) as name, watched() as watch:
         folder = Path(name)
         # Written once and not sent to each process, which would also share the memory of tensors among them.
-        torch.save((function, args, dict(os.environ), world_size, timeout, hosts, namespaces), folder / "job.pt")
+        _save((function, args, dict(os.environ), world_size, timeout, hosts, namespaces), folder / "job.pt")
         # Daemons, because an interrupted parent would wait for any other child.
         ranks = [context.Process(target=_rank_main, args=(rank, folder), daemon=True) for rank in range(world_size)]
         try:
             for process in ranks:
-                process.start()
-            _wait(ranks, folder, ends, deadline, killed_before)
+                with held():  # one that was made and is not told what to do would complain
+                    process.start()
+            watch.all_started()
+            _wait(ranks, folder, ends, deadline, killed_before, watch)
         finally:
             _end(ranks)
         return [torch.load(_result_path(folder, rank), weights_only=False) for rank in range(world_size)]
-
-
-def end_with_parent() -> None:
-    """Make sure that this process does not outlive the one that started it, however that ends."""
-    parent = parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 def _wait(
@@ -136,6 +106,7 @@ def _wait(
     ends: float | None,
     deadline: timedelta | None,
     killed_before: int | None,
+    watch: Watch,
 ) -> None:
     """Return once every rank has left its result.
 
@@ -157,7 +128,8 @@ def _wait(
                 if not all(_succeeded(ranks[rank], folder, rank) or _saw_a_peer_go(folder, rank) for rank in ended):
                     break
                 ended.extend(running.pop(sentinel) for sentinel in connection.wait(list(running), left))
-            raise _first_failure(ranks, folder, ended, killed_before)
+            late = _late(ranks, folder, running, ended)
+            raise _first_failure(ranks, folder, ended, killed_before, watch, late)
 
 
 def _succeeded(process: BaseProcess, folder: Path, rank: int) -> bool:
@@ -165,12 +137,50 @@ def _succeeded(process: BaseProcess, folder: Path, rank: int) -> bool:
 
 
 def _saw_a_peer_go(folder: Path, rank: int) -> bool:
+    return _said(folder, rank, _PEER_GONE)
+
+
+def _said(folder: Path, rank: int, what: re.Pattern[str]) -> bool:
     path = _report_path(folder, rank)
-    return path.exists() and _PEER_GONE.search(path.read_text(encoding="utf-8")) is not None
+    return path.exists() and what.search(path.read_text(encoding="utf-8")) is not None
+
+
+def _late(ranks: Sequence[BaseProcess], folder: Path, running: dict[Any, int], ended: list[int]) -> str:
+    """After a time-out: which ranks were in code of their own while others waited, and where; empty if none was.
+
+    A rank that waits too is about to fail; it gets a moment, in which it joins those that have ended.
+    """
+    if not any(_said(folder, rank, _TIMED_OUT) for rank in ended):
+        return ""
+    stop = time.monotonic() + _MOMENT_SECONDS
+    while running and (left := stop - time.monotonic()) > 0:
+        ended.extend(running.pop(sentinel) for sentinel in connection.wait(list(running), left))
+    for rank in running.values():
+        with suppress(ProcessLookupError):
+            os.kill(ranks[rank].pid or 0, _WHERE)
+    time.sleep(_MOMENT_SECONDS if running else 0)
+    places = {rank: _own_place(_stack_path(folder, rank)) for rank in sorted(running.values())}
+    return ", ".join(
+        f"rank {rank} of {len(ranks)} did not come: it was in {where}" for rank, where in places.items() if where
+    )
+
+
+def _own_place(stack: Path) -> str:
+    """The innermost frame of a stack, as ``faulthandler`` writes it; empty where it is in torch.distributed."""
+    frames = _FRAME.findall(stack.read_text(encoding="utf-8")) if stack.exists() else []
+    if not frames or any("/torch/distributed/" in path for path, _, _ in frames):
+        return ""
+    path, line, function = frames[0]
+    return f"{function}, {path}:{line}"
 
 
 def _first_failure(
-    ranks: Sequence[BaseProcess], folder: Path, ended: list[int], killed_before: int | None
+    ranks: Sequence[BaseProcess],
+    folder: Path,
+    ended: list[int],
+    killed_before: int | None,
+    watch: Watch,
+    late: str,
 ) -> Exception:
     """Says who failed first and why, the traceback below.
 
@@ -187,9 +197,15 @@ def _first_failure(
             reason = f"died by signal {signal.Signals(-code).name}" if code < 0 else f"died by exit code {code}"
             if code == -signal.SIGKILL and kills_for_memory() != killed_before:
                 reason = "was killed for memory by the kernel: start fewer ranks, or narrower ones"
+            if ranks[rank].pid in watch.stopped:
+                reason = STOPPED
+            if code == _NO_ROOM:
+                reason = f"failed and could not write why to {folder}: is that disk full, or the folder gone?"
             return RankFailedError(f"rank {rank} of {len(ranks)} {reason}")
         reports.append(json.loads(path.read_text(encoding="utf-8")) | {"rank": rank})
     first = min(reports, key=lambda report: report["monotonic_ns"])
+    if late and _TIMED_OUT.search(first["cause"]):
+        return RankFailedError(f"{late}; rank {first['rank']} waited: {first['cause']}\n{first['trace']}")
     if first["not_applicable"] is not None:
         return NotApplicable(first["not_applicable"])
     return RankFailedError(f"rank {first['rank']} of {len(ranks)} failed: {first['cause']}\n{first['trace']}")
@@ -200,12 +216,29 @@ def _end(ranks: Sequence[BaseProcess]) -> None:
     for process in started:
         process.kill()
     for process in started:
-        process.join()
-        process.close()
+        process.join(_JOIN_SECONDS)
+        with suppress(ValueError):  # one that the kernel cannot end yet; it ends with its server
+            process.close()
 
 
 def _result_path(folder: Path, rank: int) -> Path:
     return folder / f"result-{rank}.pt"
+
+
+def _stack_path(folder: Path, rank: int) -> Path:
+    return folder / f"stack-{rank}.txt"
+
+
+def _save(content: object, path: Path) -> None:
+    """As `torch.save` does, which on a full disk says much and not where."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    try:
+        with naming(path):
+            path.write_bytes(buffer.getbuffer())
+    except OSError:
+        path.unlink(missing_ok=True)  # what fills the disk leaves no room for the report
+        raise
 
 
 def _report_path(folder: Path, rank: int) -> Path:
@@ -214,9 +247,10 @@ def _report_path(folder: Path, rank: int) -> Path:
 
 def _rank_main(rank: int, folder: Path) -> None:
     """A rank's process, from the group's start to the result or the report of a failure."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
     end_with_parent()
     try:
+        # For whoever waits for this rank: asks where it is.
+        faulthandler.register(_WHERE, _stack_path(folder, rank).open("w"), all_threads=False)
         job = torch.load(folder / "job.pt", weights_only=False)
         function, args, environment, world_size, timeout, hosts, namespaces = job
         os.environ.update(environment)  # the fork server may be older than the caller's
@@ -232,7 +266,7 @@ def _rank_main(rank: int, folder: Path) -> None:
         store.set_timeout(timeout)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
         dist.barrier()  # or one that has nothing to do would be gone before the last one has connected
-        torch.save(function(rank, *args), _result_path(folder, rank))
+        _save(function(rank, *args), _result_path(folder, rank))
     except BaseException as error:
         report = {
             "monotonic_ns": time.monotonic_ns(),
@@ -240,11 +274,12 @@ def _rank_main(rank: int, folder: Path) -> None:
             "trace": traceback.format_exc().strip(),
             "not_applicable": str(error) if isinstance(error, NotApplicable) else None,
         }
-        _report_path(folder, rank).write_text(json.dumps(report), encoding="utf-8")
+        with suppress(OSError):
+            write_whole(_report_path(folder, rank), json.dumps(report).encode())
         # At once, without closing the group, so that the others fail too and do not wait.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(1 if _report_path(folder, rank).exists() else _NO_ROOM)
     dist.destroy_process_group()
 
 

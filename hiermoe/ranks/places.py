@@ -14,7 +14,8 @@ from pydantic import Field, model_validator
 from hiermoe.dispatch.communicators import played_hosts
 from hiermoe.ranks.crew import Crew, CrewEnded, leave
 from hiermoe.ranks.emulated.network import EmulatedNetwork
-from hiermoe.ranks.launch import RankFailedError, run_ranks
+from hiermoe.ranks.launch import run_ranks
+from hiermoe.ranks.server import RankFailedError
 from hiermoe.ranks.streams import collect, streaming
 from hiermoe.ranks.world import Device, Progress, Source, World, no_progress
 from hiermoe.records.groups import file_of
@@ -62,7 +63,7 @@ class NewRanks:
                 run_ranks(function, len(hosts), (*args, folder), self.timeout, hosts=hosts, namespaces=namespaces)
             except RankFailedError as error:
                 raise RunDied(str(error).splitlines()[0], collect(folder, len(hosts))) from error
-            return collect(folder, len(hosts))
+            return collect(folder, len(hosts), finished=True)
 
 
 PLACES: Mapping[str, Source] = {"local": "local", "emulated": "emulated", "allocation": "cluster"}

@@ -1,8 +1,8 @@
 """Rows of a run on several ranks: every rank streams its own to a file, so that what it measured outlives it."""
 
 import json
-import tempfile
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -10,9 +10,10 @@ from typing import Any, Self
 
 import pandas as pd
 
+from hiermoe.ranks.own_folder import own_folder
 from hiermoe.ranks.world import Progress
 from hiermoe.records.project import SCRATCH
-from hiermoe.records.whole_file import write_whole
+from hiermoe.records.whole_file import naming, write_whole
 
 _POLL_SECONDS = 0.2
 
@@ -21,8 +22,8 @@ _POLL_SECONDS = 0.2
 def shared_folder() -> Iterator[Path]:
     """A temporary folder that every rank can read and write, on other machines too: below the results."""
     SCRATCH.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=SCRATCH) as name:
-        yield Path(name)
+    with own_folder(SCRATCH) as folder:
+        yield folder
 
 
 class RowStream:
@@ -36,10 +37,9 @@ class RowStream:
             rank: of the world.
             start: first iteration that will be written; rows of earlier ones that the file has already stay.
         """
-        path = _path(folder, rank)
-        kept = [json.dumps(rows) + "\n" for rows in _finished(path) if rows[0]["iteration"] < start]
-        write_whole(path, "".join(kept).encode())
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path = _path(folder, rank)
+        write_whole(path, b"".join(_line(rows) for rows in _finished(path) if rows[0]["iteration"] < start))
+        self._file = path.open("ab", buffering=0)
 
     def __enter__(self) -> Self:
         return self
@@ -48,9 +48,15 @@ class RowStream:
         self._file.close()
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Append all rows of one finished iteration; each has the key ``iteration``."""
-        self._file.write(json.dumps(rows) + "\n")
-        self._file.flush()
+        """Append all rows of one finished iteration; each has the key ``iteration``.
+
+        Raises:
+            OSError: the disk is full; names the file.
+        """
+        line = memoryview(_line(rows))
+        with naming(self._path):
+            while line:
+                line = line[self._file.write(line) :]
 
 
 @contextmanager
@@ -82,18 +88,49 @@ def _path(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.jsonl"
 
 
+def _line(rows: Sequence[dict[str, Any]]) -> bytes:
+    """An iteration, after a checksum by which a line is known to be whole."""
+    content = json.dumps(rows).encode()
+    return b"%08x %s\n" % (zlib.crc32(content), content)
+
+
 def _finished(path: Path) -> list[list[dict[str, Any]]]:
-    """Whole iterations of a file; a last line that was cut short is left out."""
-    if not path.exists():
-        return []
-    content = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in content[: content.rfind("\n") + 1].splitlines()]
+    """Iterations of a file up to the first line that is not whole."""
+    iterations = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        content = line[9:-1]
+        if line != b"%08x %s\n" % (zlib.crc32(content), content):
+            break
+        iterations.append(json.loads(content))
+    return iterations
 
 
-def collect(folder: Path, world_size: int) -> pd.DataFrame:
-    """Rows of all ranks, of the iterations that every rank has finished."""
+def collect(folder: Path, world_size: int, *, finished: bool = False) -> pd.DataFrame:
+    """Rows of all ranks, of the iterations that every rank has finished.
+
+    Args:
+        folder: of all ranks' files.
+        world_size: number of ranks.
+        finished: all ranks have ended well, so that every one must have left the same iterations.
+
+    Raises:
+        OSError: some are missing; names the file.
+    """
     ranks = [_finished(_path(folder, rank)) for rank in range(world_size)]
     common = min(len(iterations) for iterations in ranks)
+    if finished:
+        longest = max(len(iterations) for iterations in ranks)
+        for path in (_path(folder, rank) for rank in range(world_size)):
+            if not path.exists():
+                raise OSError(f"{path} is gone: something removed it under the run, whose rows it had; run it again")
+        for rank, iterations in enumerate(ranks):
+            path = _path(folder, rank)
+            lines = len(path.read_bytes().splitlines())
+            if len(iterations) < max(lines, longest):
+                raise OSError(
+                    f"{path} was altered under the run: line {len(iterations) + 1} is not what rank {rank} wrote; "
+                    "run it again"
+                )
     return pd.DataFrame([row for iterations in ranks for rows in iterations[:common] for row in rows])
 
 

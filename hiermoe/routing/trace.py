@@ -1,6 +1,7 @@
 """Recorded routing: what a model's routers chose, step after step, in one compact, checked file."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,41 @@ class RoutingTrace:
             num_tokens=np.full((count, num_ranks), tokens_per_rank, dtype=np.int32),
             metadata=self.metadata.model_copy(update=kept),
             weights=None if self.weights is None else regroup(self.weights),
+        )
+
+    def only(self, layer: int) -> "RoutingTrace":
+        """One layer, by position.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        self.check(layer, 1)
+        here = slice(layer, layer + 1)
+        return replace(
+            self,
+            expert_ids=self.expert_ids[:, here],
+            metadata=self.metadata.model_copy(update={"layers": self.metadata.layers[here]}),
+            weights=None if self.weights is None else self.weights[:, here],
+        )
+
+    @classmethod
+    def joined(cls, traces: Sequence["RoutingTrace"]) -> "RoutingTrace":
+        """Traces of one model one after another, ids alone.
+
+        Raises:
+            ValueError: they differ in experts, layers, ranks or tokens of a rank.
+        """
+        first, *others = traces
+        for other in others:
+            for name in ("num_experts", "topk", "num_recorded", "layers"):
+                one, another = getattr(first.metadata, name), getattr(other.metadata, name)
+                if one != another:
+                    raise ValueError(f"traces cannot be joined: {name}={one} in one, {another} in another")
+        added = {name: [x for one in traces for x in getattr(one.metadata, name)] for name in ("training_step", "loss")}
+        return cls(
+            np.concatenate([one.expert_ids for one in traces]),
+            np.concatenate([one.num_tokens for one in traces]),
+            first.metadata.model_copy(update=added),
         )
 
     def check(self, layer: int, topk: int) -> None:

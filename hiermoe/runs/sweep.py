@@ -1,21 +1,14 @@
 """Runs of sweeps, on all cores, and resumed."""
 
-import ctypes
-import signal
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 
-import torch
-
-from hiermoe.ranks.launch import end_with_parent, fork_server, preload
+from hiermoe.ranks.server import preload
+from hiermoe.ranks.workers import worker_pools
 from hiermoe.records.keep import Outcome, kept
 from hiermoe.records.store import RunStore
 from hiermoe.runs.execute import execute
 from hiermoe.runs.run_config import RunConfig
-
-_M_MMAP_THRESHOLD = -3  # as in malloc.h
-_LARGE_BLOCK_BYTES = 2**22
 
 
 def run_all(
@@ -40,6 +33,7 @@ def run_all(
 
     Raises:
         ValueError: a worker was killed.
+        ServerGone: the process that workers come from was.
         Exception: whatever a worker could not turn into a failed record, e.g. a full disk; nothing further is started.
     """
     store = store or RunStore()
@@ -56,9 +50,8 @@ def run_all(
         return outcomes
     preload("hiermoe.runs.sweep")
     queue = sorted(groups.values(), key=len, reverse=True)
-    pools = [ProcessPoolExecutor(1, fork_server(), _start_worker) for _ in range(min(workers, len(queue)))]
-    left: dict[ProcessPoolExecutor, list[RunConfig]] = {pool: queue.pop(0) for pool in pools}
-    try:
+    with worker_pools(min(workers, len(queue)), 1, "; --workers 1 takes less. Finished runs are kept") as pools:
+        left: dict[ProcessPoolExecutor, list[RunConfig]] = {pool: queue.pop(0) for pool in pools}
         running = {pool.submit(execute, left[pool].pop(0), store): pool for pool in pools}
         while running:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -70,14 +63,6 @@ def run_all(
                     left[pool] = queue.pop(0) if queue else _half_of(max(left.values(), key=len))
                 if left[pool]:
                     running[pool.submit(execute, left[pool].pop(0), store)] = pool
-    except BrokenProcessPool as error:
-        raise ValueError(
-            f"a simulating process was killed, most likely for want of memory: {workers} of them ran, --workers 1 "
-            "takes less. Finished runs are kept"
-        ) from error
-    finally:
-        for pool in pools:
-            pool.shutdown(wait=False, cancel_futures=True)
     return outcomes
 
 
@@ -86,22 +71,3 @@ def _half_of(group: list[RunConfig]) -> list[RunConfig]:
     kept = (len(group) + 1) // 2
     taken, group[kept:] = group[kept:], []
     return taken
-
-
-def _start_worker() -> None:
-    """One core a worker, and none outlives the process that it works for, however that ends."""
-    torch.set_num_threads(1)
-    _give_large_blocks_back()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    end_with_parent()
-
-
-def _give_large_blocks_back() -> None:
-    """Let memory that large tensors leave go back to the system.
-
-    glibc would keep it, and put the small ones that stay (counts) into its middle: in worlds of thousands of GPUs a
-    worker grew to twenty times what it held.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc alone
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)

@@ -7,7 +7,8 @@ import pytest
 
 from hiermoe.advice.advice_config import AdviceConfig
 from hiermoe.advice.assessment import Assessment, assess
-from hiermoe.advice.inputs import Case, resolve
+from hiermoe.advice.case import Case
+from hiermoe.advice.inputs import resolve
 from hiermoe.advice.systems import candidates
 from hiermoe.routing.step import RoutingRequest
 from hiermoe.routing.synthetic import Topic
@@ -60,7 +61,7 @@ def config_of(**more: object) -> AdviceConfig:
 @pytest.fixture(scope="session")
 def case(trace_file: Path) -> Case:
     """The tiny trace on the paper's single node."""
-    return resolve(config_of(trace=str(trace_file)))[0]
+    return resolve(config_of(trace=str(trace_file))).cases[0]
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hiermoe.advice.assessment import Assessment, assess, break_even_steps
+from hiermoe.advice.case import Case
 from hiermoe.advice.held_out import crossing_rows
-from hiermoe.advice.inputs import Case
 from hiermoe.advice.recommendation import STAY_BELOW_GAIN, option, recommend
 from hiermoe.advice.sensitivity import assumptions, sensitivity, tokens_needed
 from hiermoe.advice.systems import BASELINE, candidates

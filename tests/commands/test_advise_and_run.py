@@ -24,7 +24,7 @@ SMALL = ["routing=uniform", "model=deepseek_v3", "tokens_per_rank=32", "iteratio
 def advised(cluster: str, ep_size: int, across: bool) -> Any:
     """What `advise` answers for, or why not."""
     overrides = [*SMALL, f"cluster={cluster}", f"ep_size={ep_size}", f"across={across}"]
-    return resolve(compose("advise", overrides, AdviceConfig))[0]
+    return resolve(compose("advise", overrides, AdviceConfig)).cases[0]
 
 
 def run(cluster: str, ep_size: int, across: bool) -> RunConfig:

@@ -1,5 +1,7 @@
 """A model gets a system and gives it back; settings that the dispatchers do not support are refused by name."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,8 @@ from hiermoe.megatron.adapter import StagedTokenDispatcher  # noqa: E402
 from hiermoe.megatron.attach import attach, check_supported, detach, moe_layers, with_system  # noqa: E402
 from hiermoe.policies.system import SystemConfig  # noqa: E402
 from hiermoe.ranks.launch import run_ranks  # noqa: E402
+from hiermoe.topology.placement import Placement  # noqa: E402
+from hiermoe.topology.placement_files import write_placements  # noqa: E402
 from tests.dispatch import models  # noqa: E402
 from tests.dispatch.worlds import DEADLINE, TIMEOUT, World, start_megatron  # noqa: E402
 
@@ -32,6 +36,7 @@ def observe(rank: int) -> Seen:
     _wrapped(gpt, rank, seen)
     _from_spec(gpt, model, rank, seen)
     _overlapped_shared_expert(model, rank, seen)
+    _placed(gpt, rank, seen)
     return seen
 
 
@@ -50,6 +55,31 @@ def _attach_and_detach(gpt: torch.nn.Module, rank: int, seen: Seen) -> None:
     seen["given_back"] = [layer.token_dispatcher is x for layer, x in zip(moe_layers(gpt), stock, strict=True)]
     loss_after, after = models.step(gpt, rank)
     seen["same_bits_after"] = loss_after == loss and all(torch.equal(after[n], gradients[n]) for n in gradients)
+
+
+def _placed(gpt: torch.nn.Module, rank: int, seen: Seen) -> None:
+    """Experts begin where a file says."""
+    loss, gradients = models.step(gpt, rank)
+    experts = moe_layers(gpt)[0].config.num_moe_experts or 0
+    numbers = [layer.layer_number or 0 for layer in moe_layers(gpt)]
+    orders = {number: torch.randperm(experts, generator=torch.Generator().manual_seed(number)) for number in numbers}
+    with TemporaryDirectory() as folder:
+        path, _ = write_placements(Path(folder), {number: Placement(order) for number, order in orders.items()})
+        placement = attach(gpt, "hd2", WORLD.cluster, placements=path)
+        seen["placed"] = [
+            torch.equal(x.dispatcher.placement.expert_at_S, orders[x.number]) for x in placement.layers
+        ] + [placement.step(None) == []]
+        seen["placed_error"] = abs(models.step(gpt, rank)[0] - loss)
+        placement.go_home(None)
+        detach(gpt)
+        after_loss, after = models.step(gpt, rank)
+        seen["placed_and_back"] = after_loss == loss and all(torch.equal(after[n], gradients[n]) for n in gradients)
+        seen["not_placed"] = []
+        for system in ("megatron_reordered", "hd2"):
+            with pytest.raises(ValueError) as caught:
+                attach(gpt, system, WORLD.cluster, placements=path)
+            seen["not_placed"].append(str(caught.value))
+            write_placements(Path(folder), {1: Placement.identity(experts)})
 
 
 def _refusals(gpt: torch.nn.Module, rank: int, seen: Seen) -> None:
@@ -162,6 +192,17 @@ def test_what_cannot_be_attached_is_refused_on_every_rank_and_leaves_nothing_beh
     seen: list[Seen], system: str, message: str
 ) -> None:
     assert all(result["refused", system].startswith(message) for result in seen)
+
+
+def test_experts_begin_where_a_file_says_and_that_changes_nothing_but_roundings(seen: list[Seen]) -> None:
+    for result in seen:
+        assert result["placed"] == [True, True, True]
+        assert result["placed_error"] < 1e-12
+        assert result["placed_and_back"]
+        assert result["not_placed"][0] == (
+            "system megatron_reordered leaves experts where stock Megatron has them: no placements="
+        )
+        assert result["not_placed"][1].endswith("has 1 layers, the model has experts in layers [2, 3] too")
 
 
 @pytest.mark.parametrize("how", ["ddp", "chunks"])

@@ -16,7 +16,7 @@ cpu.expect_fallbacks()
 from hiermoe.megatron.checkpoint_folder import checkpoint_path, finished_steps, newest_first  # noqa: E402
 from hiermoe.narrow.corpus import Corpus, training_corpus  # noqa: E402
 from hiermoe.narrow.training_config import TrainingConfig  # noqa: E402
-from hiermoe.ranks.launch import RankFailedError  # noqa: E402
+from hiermoe.ranks.server import RankFailedError  # noqa: E402
 from hiermoe.records.checksums import Damaged  # noqa: E402
 from tests.megatron.moving import HIERMOE, SHUFFLED, STATIC, STOCK, Run, joined, largest_error, launch, small, system  # noqa: E402
 

@@ -14,7 +14,8 @@ cpu.expect_fallbacks()
 from hiermoe.narrow.corpus import Corpus, training_corpus  # noqa: E402
 from hiermoe.narrow.training_config import TrainingConfig  # noqa: E402
 from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, price_migration  # noqa: E402
-from hiermoe.ranks.launch import RankFailedError, run_ranks  # noqa: E402
+from hiermoe.ranks.launch import run_ranks  # noqa: E402
+from hiermoe.ranks.server import RankFailedError  # noqa: E402
 from hiermoe.topology.placement import Placement  # noqa: E402
 from tests.megatron.moving import DEADLINE, SHUFFLED, TIMEOUT, Run, cluster_of, launch, small  # noqa: E402
 

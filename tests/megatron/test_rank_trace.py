@@ -10,7 +10,8 @@ import torch
 
 from hiermoe.narrow.corpus import Corpus, training_corpus
 from hiermoe.narrow.training_config import TrainingConfig
-from hiermoe.ranks.launch import RankFailedError, run_ranks
+from hiermoe.ranks.launch import run_ranks
+from hiermoe.ranks.server import RankFailedError
 from hiermoe.routing.importers import megatron_jsonl
 from hiermoe.routing.importers.as_trace import to_trace
 from hiermoe.routing.importers.recording import Source

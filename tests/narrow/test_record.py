@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from hiermoe.megatron.checkpoint_folder import finished_steps
 from hiermoe.narrow.record import max_over_mean_load, record
 from hiermoe.narrow.record_config import BalancingWarmup
-from hiermoe.ranks.launch import RankFailedError
+from hiermoe.ranks.server import RankFailedError
 from hiermoe.routing.trace import RoutingTrace
 from tests.narrow.tiny_run import composed, tiny_record_config
 

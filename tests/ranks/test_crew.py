@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from hiermoe.ranks import crew as crew_module
 from hiermoe.ranks.crew import Crew, CrewEnded, leave
-from hiermoe.ranks.launch import fork_server
+from hiermoe.ranks.server import fork_server
 from hiermoe.ranks.streams import RowStream
 from hiermoe.records.keep import RunDied
 from hiermoe.records.status import NotApplicable

@@ -20,7 +20,8 @@ from pyroute2.netlink.exceptions import NetlinkError
 from hiermoe.ranks.emulated import requirements
 from hiermoe.ranks.emulated.network import EmulatedNetwork
 from hiermoe.ranks.emulated.requirements import missing_requirement
-from hiermoe.ranks.launch import RankFailedError, run_ranks
+from hiermoe.ranks.launch import run_ranks
+from hiermoe.ranks.server import RankFailedError
 from hiermoe.records.store import RunStore
 from hiermoe.runs.execute import execute
 from hiermoe.topology.cluster import Cluster

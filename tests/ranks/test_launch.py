@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from hiermoe.dispatch.communicators import HOST_VARIABLE
-from hiermoe.ranks.launch import RankFailedError, run_ranks
+from hiermoe.ranks.launch import run_ranks
+from hiermoe.ranks.server import RankFailedError
 from hiermoe.records.status import NotApplicable
 
 TIMEOUT = timedelta(hours=1)  # no test lasts so long, so what ends did not wait for it
@@ -111,7 +112,10 @@ def test_a_collective_waits_no_longer_than_the_timeout(tmp_path: Path) -> None:
             run_ranks(stall_on_rank_one, 2, (folder,), timedelta(seconds=seconds))
         if len(list(folder.iterdir())) == 2:
             break
-    assert re.match(r"rank 0 of 2 failed: RuntimeError: .*[Tt]imed out", str(caught.value))
+    late = (
+        r"rank 1 of 2 did not come: it was in stall_on_rank_one, .*test_launch\.py:\d+; rank 0 waited: RuntimeError: "
+    )
+    assert re.match(late + ".*[Tt]imed out", str(caught.value))
 
 
 def test_a_run_takes_no_longer_than_its_deadline(tmp_path: Path) -> None:

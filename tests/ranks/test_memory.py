@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from hiermoe.ranks import launch, memory
-from hiermoe.ranks.launch import RankFailedError, run_ranks
+from hiermoe.ranks.launch import run_ranks
 from hiermoe.ranks.memory import COPIES, OWN_BYTES, SHARED_BYTES, bytes_of_rank, check_memory, ranks_that_fit
+from hiermoe.ranks.server import RankFailedError
 from hiermoe.records import free_memory
 from hiermoe.records.store import RunStore
 from hiermoe.runs.execute import execute
