@@ -152,43 +152,51 @@ class Answer:
         ]
 
     @cached_property
+    def mover(self) -> str:
+        """The system that the answer speaks of if it moves experts, else the fastest that does; else the former."""
+        movers = [x for x in self.assessment.systems if x.candidate.moves and not x.candidate.lossy]
+        if self.own.candidate.moves or not movers:
+            return self.found.followed
+        return min(movers, key=lambda x: self.option(x.candidate.name).mean_ms).candidate.name
+
+    @cached_property
     def layers(self) -> pd.DataFrame:
-        """One row per layer of the whole model: what the followed system brings there; empty for one layer.
+        """One row per layer of the whole model: what the `mover` brings there; empty for one layer.
 
         Columns:
             layer: number in the model.
-            flat_ms, step_ms: AlltoAll of a held-out step, flat and under the followed system.
-            speedup: of the latter over the former.
-            dispatch: the same with experts in their first places.
-            placement: what moving experts adds.
-            moved_experts, moved_ms: what moving takes, once.
+            flat_ms, fixed_ms, moved_ms: AlltoAll of a held-out step: flat, and under the mover with experts in their
+                first places and moved.
+            dispatch: speed-up of its dispatch with experts in their first places over the flat AlltoAll.
+            placement: what moving experts adds to that.
+            moves: whether it has paid within `HORIZON_STEPS`, so that the plan has it.
+            moved_experts, migration_ms: what moving takes, once.
             break_even_steps: until it has paid; infinite where it saves nothing.
-            moves: whether experts of the layer move in the plan.
-            dimensions: d*.
+            dimensions: d*, of what the plan has.
             duplication: at the outermost level.
         """
         cluster = self.assessment.case.cluster
         rows = []
         for layer in self.assessment.layers:
-            flat_ms = float(layer.flat.held_out.step_ms(cluster).mean())
-            own = layer.named(self.found.followed)
-            fixed_ms, moved_ms = (float(x.step_ms(cluster).mean()) for x in (own.fixed, own.held_out))
-            moves = own.candidate.moves and pays(own, layer)
-            step_ms = moved_ms if moves else fixed_ms
+            own = layer.named(self.mover)
+            planned = own.held_out if pays(own, layer) else own.fixed
+            flat_ms, fixed_ms, moved_ms = (
+                float(x.step_ms(cluster).mean()) for x in (layer.flat.held_out, own.fixed, own.held_out)
+            )
             last = own.updates.iloc[-1] if len(own.updates) else None
             rows.append(
                 {
                     "layer": layer.case.layer,
                     "flat_ms": flat_ms,
-                    "step_ms": step_ms,
-                    "speedup": flat_ms / step_ms,
+                    "fixed_ms": fixed_ms,
+                    "moved_ms": moved_ms,
                     "dispatch": flat_ms / fixed_ms,
                     "placement": fixed_ms / moved_ms,
+                    "moves": planned is own.held_out,
                     "moved_experts": 0 if last is None else int(last["moved_experts"]),
-                    "moved_ms": own.moved_ms,
+                    "migration_ms": own.moved_ms,
                     "break_even_steps": math.inf if last is None else float(last["break_even_steps"]),
-                    "moves": moves,
-                    "dimensions": ", ".join(map(str, (own.held_out if moves else own.fixed).dimensions(cluster))),
+                    "dimensions": ", ".join(map(str, planned.dimensions(cluster))),
                     "duplication": float(layer.levels["duplication"].iloc[0]),
                 }
             )

@@ -126,27 +126,31 @@ def systems(answer: Answer, title: str) -> Figure:
 
 
 def layers(answer: Answer, title: str) -> Figure:
-    """Speed-up of the followed system in every layer, and what of it is dispatch alone."""
-    table, name = answer.layers, answer.found.followed
+    """Speed-up of dispatch in every layer, and what moving experts adds to it, where it pays and where not."""
+    table, name = answer.layers, answer.mover
     figure, (panel,) = style.grid(title, 1, 1, (13, 4.8))
-    colour, at = answer.color(name), np.arange(len(table))
+    at, moves, label = np.arange(len(table)), table["moves"].to_numpy(bool), answer.label(name)
+    reached = (table["dispatch"] * table["placement"]).to_numpy(float)
     panel.bar(at, table["dispatch"] - 1, 0.7, 1, color=STAGE_TONES[1], label="dispatch, experts in their first places")
-    moves = table["moves"].to_numpy(bool)
-    if moves.any():
-        gain = (table["speedup"] - table["dispatch"])[moves]
-        label = f"{answer.label(name)}: experts moved"
-        panel.bar(at[moves], gain, 0.7, table["dispatch"][moves], color=colour, label=label)
+    for which, face, words in ((moves, answer.color(name), "pays"), (~moves, "none", "does not pay")):
+        if answer.assessment.named(name).candidate.moves and which.any():
+            look = {"facecolor": face, "edgecolor": answer.color(name), "linewidth": 1.5}
+            gain = reached[which] - table["dispatch"][which]
+            panel.bar(
+                at[which], gain, 0.7, table["dispatch"][which], label=f"experts moved by {label}: {words}", **look
+            )
     panel.axhline(1, color=style.INK, linewidth=1)
     whole = answer.own.speedup.value
     panel.axhline(whole, color=style.INK, linewidth=1, linestyle=":")
-    style.note(panel, f"all layers {whole:.2f}×", (len(table) - 0.5, whole), (4, 0), va="center", fontsize=10.5)
+    words = f"all layers, {answer.label(answer.found.followed)}: {whole:.2f}×"
+    style.note(panel, words, (-0.5, whole), (4, 6), fontsize=10.5)
     panel.set_xticks(at, [str(layer) for layer in table["layer"]])
     panel.set_xlim(-0.6, len(table) - 0.4)
-    panel.set_ylim(min(1.0, float(table["speedup"].min())) - 0.04, float(table["speedup"].max()) * 1.12)
+    panel.set_ylim(min(1.0, *reached, *table["dispatch"]) - 0.04, max(*reached, *table["dispatch"]) * 1.12)
     panel.set_xlabel("layer")
-    panel.set_ylabel("AlltoAll speed-up over the flat AlltoAll")
+    panel.set_ylabel("AlltoAll speed-up over flat")
     panel.grid(axis="x", visible=False)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=11)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=11)
     return figure
 
 

@@ -98,17 +98,18 @@ def title_of_overview(answer: Answer) -> str:
 
 
 def title_of_layers(answer: Answer) -> str:
-    """Where in the model the followed system gains most and least."""
-    table = answer.layers
-    ordered = table.sort_values("speedup", kind="stable")
-    worst, best = ordered.iloc[0], ordered.iloc[-1]
+    """Where in the model dispatch gains most and least, and in how many layers moving experts pays."""
+    table = answer.layers.sort_values("dispatch", kind="stable")
+    worst, best = table.iloc[0], table.iloc[-1]
     said = (
-        f"{answer.label(answer.found.followed)} makes AlltoAll {worst['speedup']:.2f} (layer {worst['layer']}) to "
-        f"{best['speedup']:.2f} times (layer {best['layer']}) as fast"
+        f"By layer, dispatch makes AlltoAll {worst['dispatch']:.2f} ({worst['layer']}) to {best['dispatch']:.2f} times "
+        f"({best['layer']}) as fast"
     )
-    if answer.own.candidate.moves:
-        said += f"; moving experts pays in {table['moves'].sum()} of {len(table)} layers"
-    return said
+    if not answer.assessment.named(answer.mover).candidate.moves:
+        return said
+    gains = table["placement"][table["moves"]]
+    more = f", {gains.min():.2f} to {gains.max():.2f} times more" if len(gains) else ""
+    return f"{said}; moving experts pays in {len(gains)} of {len(table)} layers{more}"
 
 
 def title_of_systems(answer: Answer) -> str:

@@ -93,13 +93,9 @@ def summed(question: Question, layers: Sequence[Assessment]) -> Assessment:
 
 def pays(part: Assessed, layer: Assessment) -> bool:
     """Whether a layer's moved experts save more than they cost within `HORIZON_STEPS`."""
-    return part.moved_ms < HORIZON_STEPS * saved_ms(part, layer)
-
-
-def saved_ms(part: Assessed, layer: Assessment) -> float:
-    """AlltoAll time of a held-out step that moved experts save."""
     cluster = layer.case.cluster
-    return float((part.fixed.step_ms(cluster) - part.held_out.step_ms(cluster)).mean())
+    saved_ms = float((part.fixed.step_ms(cluster) - part.held_out.step_ms(cluster)).mean())
+    return part.moved_ms < HORIZON_STEPS * saved_ms
 
 
 def _layers(parts: Iterator[HeldOut | HeldOutLayers]) -> Iterator[HeldOut]:
