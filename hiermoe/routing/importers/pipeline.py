@@ -3,7 +3,8 @@
 Ranks of a stage follow each other in Megatron's usual order (stages outermost), so the i-th of P equal parts of the
 sorted ranks is stage i, and the ranks at one place of all stages hold the same tokens. A stage with V chunks runs them
 in turn, P micro-batches each, as Megatron's interleaved schedule does; the model's order is chunk after chunk, in each
-stage after stage. What comes out is checked: equal tokens in all stages, equal layers in all forwards of a chunk.
+stage after stage. A chunk has as many layers as the highest number in it says: layers without experts at its end are in
+no file. What comes out is checked: equal tokens in all stages, equal layers in all forwards of a chunk.
 """
 
 from collections import Counter
@@ -46,19 +47,19 @@ def numbered_through(source: Source, forwards: Forwards, through_model: bool) ->
             was said.
     """
     stages, chunks = 1, 1
-    if source.pipeline == 1 and (source.chunks or 1) > 1:
+    ranks = sorted({rank for _, rank in forwards})
+    if len(ranks) % (source.pipeline or 1):
+        raise ValueError(f"{source.path}: pipeline={source.pipeline} does not divide its {len(ranks)} ranks")
+    if (source.pipeline or 1) == 1 and (source.chunks or 1) > 1:
         raise ValueError(
-            f"chunks={source.chunks}: stages of one chunk alone are where there is no pipeline, pipeline=1"
+            f"{source.path}: chunks={source.chunks} are of an interleaved pipeline: say --pipeline P, above 1"
         )
     if through_model:
         if (source.pipeline or 1) > 1 or (source.chunks or 1) > 1:
             raise ValueError(f"{source.path}: its layers are numbered through the model; leave pipeline and chunks out")
     else:
-        _ask(source, forwards)
+        _ask(source, forwards, ranks)
         stages, chunks = source.pipeline or 1, source.chunks or 1
-    ranks = sorted({rank for _, rank in forwards})
-    if len(ranks) % stages:
-        raise ValueError(f"{source.path}: pipeline={stages} does not divide its {len(ranks)} ranks")
     each = len(ranks) // stages
     parts: dict[tuple[int, int], dict[int, Forwards]] = {}  # of (chunk, stage): lines of a layer by (step, place)
     for (step, rank), lines in sorted(forwards.items(), key=lambda one: one[0]):
@@ -81,16 +82,16 @@ def numbered_through(source: Source, forwards: Forwards, through_model: bool) ->
     )
 
 
-def _ask(source: Source, forwards: Forwards) -> None:
+def _ask(source: Source, forwards: Forwards, ranks: list[int]) -> None:
     """Refuse what may be read in two ways."""
-    ranks = sorted({rank for _, rank in forwards})
     tell = "say --pipeline P, the stages that the files are of (1: no pipeline)"
     if source.pipeline is None and len(ranks) > 1:
-        of_rank = {
-            rank: sorted({x.layer for key, each in forwards.items() if key[1] == rank for x in each}) for rank in ranks
-        }
-        if odd := next((rank for rank in ranks if of_rank[rank] != of_rank[ranks[0]]), None):
-            shown = f"rank {ranks[0]} has layers {of_rank[ranks[0]]}, rank {odd} has {of_rank[odd]}"
+        of_rank: dict[int, set[int]] = {rank: set() for rank in ranks}
+        for (_, rank), lines in forwards.items():
+            of_rank[rank].update(line.layer for line in lines)
+        odd = next((rank for rank in ranks if of_rank[rank] != of_rank[ranks[0]]), None)
+        if odd is not None:
+            shown = " and ".join(f"rank {rank} has layers {sorted(of_rank[rank])}" for rank in (ranks[0], odd))
             raise ValueError(f"{source.path}: {shown}, as stages of a pipeline have: {tell}")
         possible = [stages for stages in range(2, len(ranks) + 1) if _may_be_stages(forwards, ranks, stages)]
         if not possible:

@@ -81,8 +81,9 @@ def test_layers_are_those_of_the_model(stages: int, chunks: int, batches: int, t
             {"pipeline": 2},
             "rank 0 has 4 lines of layer 0 in step 0, micro-batches or chunks .*: say --chunks V",
         ),
-        (2, 1, 1, {"pipeline": 1, "chunks": 2}, "chunks=2: stages of one chunk alone are where there is no pipeline"),
-        (2, 1, 1, {"pipeline": 3}, "pipeline=3 does not divide its 4 ranks"),
+        (2, 1, 1, {"pipeline": 1, "chunks": 2}, "chunks=2 are of an interleaved pipeline: say --pipeline P, above 1"),
+        (2, 1, 1, {"chunks": 2}, "chunks=2 are of an interleaved pipeline: say --pipeline P, above 1"),
+        (2, 1, 2, {"pipeline": 3}, "pipeline=3 does not divide its 4 ranks"),
         (2, 1, 3, {"pipeline": 2, "chunks": 2}, "the 3 forwards of its step and rank are not 2 chunks"),
     ],
 )
@@ -102,7 +103,9 @@ def test_one_rank_with_several_lines_is_asked_about(tmp_path: Path) -> None:
 def test_stages_are_recognised_by_ranks_with_other_layers(tmp_path: Path) -> None:
     lines = [record(0, layer, rank, ids_of(0, 0, 0, layer)) for rank, layer in ((0, 1), (1, 0), (1, 1))]
     path = write_lines(tmp_path / "a.jsonl", lines)
-    with pytest.raises(ValueError, match=r"rank 0 has layers \[1\], rank 1 has \[0, 1\], as stages of a pipeline have"):
+    with pytest.raises(
+        ValueError, match=r"rank 0 has layers \[1\] and rank 1 has layers \[0, 1\], as stages of a pipeline have"
+    ):
         imported("megatron", path)
     assert imported("megatron", path, pipeline=2).metadata.layers == [1, 2, 3]
 
