@@ -10,8 +10,9 @@ from rich.markup import escape
 
 from hiermoe.commands.arguments import Parser
 from hiermoe.routing.collapse import collapsed_layers
-from hiermoe.routing.importers import IMPORTERS
+from hiermoe.routing.importers import IMPORTERS, OF_SOME
 from hiermoe.routing.importers.as_trace import to_trace
+from hiermoe.routing.importers.detection import detected
 from hiermoe.routing.importers.recording import Source
 from hiermoe.routing.step import dividing
 from hiermoe.routing.trace import RoutingTrace, trace_file
@@ -38,16 +39,18 @@ def _parser() -> Parser:
     load = commands.add_parser(
         "import",
         help="make a trace of routing that others recorded",
-        description="Make a trace of routing that others recorded. Formats:\n" + formats,
-        epilog="What one row means in each format: the head of its file in hiermoe/routing/importers/.",
+        description="Make a trace of routing that others recorded. Formats, found out where none is named:\n" + formats,
+        epilog="What one row means in each format: the head of its file in hiermoe/routing/importers/; docs/forms.md.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    load.add_argument("format", choices=sorted(IMPORTERS), help="of the file: see above")
-    load.add_argument("path", type=Path, help="a file; for megatron and parquet also a folder of them")
+    load.add_argument(
+        "format", nargs="?", choices=sorted(IMPORTERS), help="of the file: see above (default: what it looks like)"
+    )
+    load.add_argument("path", type=Path, help="a file; or a folder, where a form has one a rank, layer or request")
     load.add_argument("--output", type=Path, required=True, help="the trace to write")
     load.add_argument("--num-experts", type=_experts, help="E; or infer: the largest id + 1, up to a multiple of ranks")
     load.add_argument("--topk", type=int, help="K; needed where the format does not say it")
-    load.add_argument("--layers", type=int, nargs="+", help="only these, numbered as in the file")
+    load.add_argument("--layers", type=int, nargs="+", help="only these, numbered as in the trace")
     load.add_argument("--ranks", type=int, help="G to lay tokens out over (default: the file's ranks, else 1)")
     load.add_argument("--tokens-per-rank", type=int, help="T of an iteration (default: one iteration of all tokens)")
     load.add_argument("--tokens", type=int, help="only so many, the first ones")
@@ -56,7 +59,10 @@ def _parser() -> Parser:
     )
     load.add_argument("--chunks", type=int, help="megatron: chunks of the model on a stage, 1 for none (interleaved)")
     load.add_argument(
-        "--zeros", choices=("expert", "none"), help="npy: what 0 is at K = 1, expert 0 or no routing; asked for"
+        "--first-layer", type=int, help="number of the first layer in forms that count them by place (default: 0)"
+    )
+    load.add_argument(
+        "--zeros", choices=("expert", "none"), help="what 0 is at K = 1, expert 0 or no routing; asked for"
     )
     load.add_argument("--model", help="name to state in the trace (default: the file's name)")
     load.set_defaults(run=_import)
@@ -104,20 +110,26 @@ def _import(chosen: argparse.Namespace) -> None:
         max_tokens=chosen.tokens,
         pipeline=chosen.pipeline,
         chunks=chosen.chunks,
+        first_layer=chosen.first_layer,
         zeros=chosen.zeros,
     )
-    for name, only in {"pipeline": "megatron", "chunks": "megatron", "zeros": "npy"}.items():
-        if getattr(chosen, name) is not None and chosen.format != only:
-            raise ValueError(f"{name}={getattr(chosen, name)} is of the format {only}, not of {chosen.format}")
     if isinstance(chosen.num_experts, int) and chosen.num_experts < 1:
         raise ValueError(f"num_experts={chosen.num_experts} must be at least 1")
-    recording = IMPORTERS[chosen.format].read(source)
+    console = Console(highlight=False, soft_wrap=True)
+    form, words = chosen.format, None
+    if form is None:
+        form, words = detected(chosen.path)
+    for name, only in OF_SOME.items():
+        if getattr(chosen, name) is not None and form not in only:
+            raise ValueError(f"{name}={getattr(chosen, name)} is of the format {' or '.join(only)}, not of {form}")
+    recording = IMPORTERS[form].read(source)
     model = chosen.model or chosen.path.name.split(".")[0]
     command = shlex.join(["hiermoe", "trace", *sys.argv[1:]])
-    trace = to_trace(recording, source, chosen.format, model, chosen.num_experts, command)
+    trace = to_trace(recording, source, form, model, chosen.num_experts, command)
     trace.save(chosen.output)
+    if words is not None:
+        console.print(escape(f"{chosen.path}: {words} (form {form})"))
     iterations, layers, ranks, tokens, topk = trace.expert_ids.shape
-    console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"{chosen.output}: {iterations} iterations x {layers} layers x {ranks} ranks x {tokens} tokens x {topk} of "
         f"{trace.metadata.num_experts} experts"

@@ -67,6 +67,14 @@ def parts(path: Path) -> Iterator[bytes]:
             yield part
 
 
+def beginning(path: Path) -> bytes:
+    """The first megabytes of a text, unpacked; nothing of what is no text."""
+    try:
+        return next(parts(path), b"")
+    except ValueError:
+        return b""
+
+
 def line_blocks(path: Path, size: int = 2**26) -> Iterator[tuple[int, bytes]]:
     """Whole lines: the number of the first, from 1, and about ``size`` bytes.
 

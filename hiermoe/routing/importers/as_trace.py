@@ -11,6 +11,8 @@ from hiermoe.routing.importers.recording import CHUNK_TOKENS, Recording, Source
 from hiermoe.routing.importers.unrouted import without_unrouted
 from hiermoe.routing.trace import RoutingTrace, TraceMetadata, has_twice
 
+MOST_NAMED = 64  # files with a hash of their own in a trace's notes
+
 
 def check_experts(recording: Recording, num_experts: int) -> None:
     """Every id below E, no expert twice in a token.
@@ -36,13 +38,17 @@ def known_experts(recording: Recording, num_experts: int | str | None, ranks: in
 
     Args:
         recording: what was read.
-        num_experts: E; "infer" for the largest id + 1, rounded up to a multiple of ``ranks``; None is refused, because
-            an expert that was never chosen is in no file.
+        num_experts: E; "infer" for the largest id + 1, rounded up to a multiple of ``ranks``; None for what the file
+            says, and refused where it says nothing, because an expert that was never chosen is in no file.
         ranks: G.
 
     Raises:
-        ValueError: None was given.
+        ValueError: None was given and the file does not say it, or it says another one.
     """
+    if (said := recording.num_experts) is not None:
+        if isinstance(num_experts, int) and num_experts != said:
+            raise ValueError(f"{recording.files[0]}: it has num_experts={said}, num_experts={num_experts} does not fit")
+        return said
     if isinstance(num_experts, int):
         return num_experts
     largest = max(int(ids.max()) for ids in recording.ids.values())
@@ -87,7 +93,8 @@ def to_trace(
             out_IRTK[:] = ids_NK.reshape(out_IRTK.shape)
         else:
             out_IRTK[np.arange(out_IRTK.shape[2]) < num_tokens[:, :, None]] = ids_NK
-    inferred = "" if isinstance(num_experts, int) else f" num_experts={experts} was inferred from the largest id."
+    stated = recording.num_experts is not None or isinstance(num_experts, int)
+    inferred = "" if stated else f" num_experts={experts} was inferred from the largest id."
     unsaid = "" if recording.steps is not None else " training_step counts iterations of the import, not of a training."
     return RoutingTrace(
         expert_ids=expert_ids,
@@ -140,9 +147,12 @@ def _layout(recording: Recording, source: Source) -> np.ndarray:
 
 
 def _named(files: tuple[Path, ...]) -> str:
-    """Names and hashes of files."""
-    parts = []
+    """Names and hashes of files; many files have one hash, of their hashes in order."""
+    hashes = []
     for path in files:
         with path.open("rb") as file:
-            parts.append(f"{path.name} (sha256 {hashlib.file_digest(file, 'sha256').hexdigest()})")
-    return ", ".join(parts)
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    if len(files) > MOST_NAMED:
+        together = hashlib.sha256("".join(hashes).encode()).hexdigest()
+        return f"{len(files)} files, {files[0].name} to {files[-1].name} (sha256 of their sha256s {together})"
+    return ", ".join(f"{path.name} (sha256 {each})" for path, each in zip(files, hashes, strict=True))

@@ -20,7 +20,7 @@ import pyarrow.csv as pacsv
 
 from hiermoe.routing.column_names import find_columns
 from hiermoe.routing.importers.recording import Recording, Source, narrowed
-from hiermoe.routing.text_file import line_blocks
+from hiermoe.routing.text_file import beginning, line_blocks
 
 _NEEDED = ("layer", "expert")
 
@@ -37,6 +37,22 @@ class _Form:
         """A line that is no row."""
         whole = rb"[ \t]*-?\d+[ \t]*"
         return re.compile(rb"^(?!" + whole + self.separator + whole + rb"\r?$).*$", re.MULTILINE)
+
+
+def recognized(path: Path) -> str | None:
+    """What the file is, in words; None where it is of another form."""
+    start = b"" if path.is_dir() else beginning(path)
+    first, _, rest = start.partition(b"\n")
+    if rest and re.search(rb"[A-Za-z]", first):
+        try:
+            form = _form(path, 1, first)
+        except ValueError:
+            return None
+        first = rest.partition(b"\n")[0]
+    else:
+        form = _Form(next((mark for mark in (b";", b"\t") if mark in first), b","))
+    whole = first and not form.bad_line.search(first)
+    return "rows of layer and expert, as llama.cpp's moe-trace writes them" if whole else None
 
 
 def read(source: Source) -> Recording:

@@ -26,6 +26,7 @@ import pyarrow as pa
 from hiermoe.routing.importers.json_records import batches
 from hiermoe.routing.importers.pipeline import Forwards, Line, numbered_through
 from hiermoe.routing.importers.recording import Recording, Source, from_lists
+from hiermoe.routing.text_file import beginning
 
 _SCHEMA = pa.schema(
     [
@@ -40,6 +41,14 @@ _SCHEMA = pa.schema(
     ]
 )
 _NEEDED = ("step", "layer", "rank", "num_tokens", "topk", "top_indices")
+
+
+def recognized(path: Path) -> str | None:
+    """What the file or folder is, in words; None where it is of another form."""
+    files = sorted({*path.glob("*.jsonl"), *path.glob("*.jsonl.*")}) if path.is_dir() else [path]
+    if not files or b'"top_indices"' not in beginning(files[0]):
+        return None
+    return f"Megatron-LM's router trace, {len(files)} of its files"
 
 
 def read(source: Source) -> Recording:

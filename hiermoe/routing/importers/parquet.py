@@ -28,6 +28,16 @@ _INDICES, _LAYER, _STEP, _TOKEN = "indices", "layer", "step", "token"
 _ORDER = "A token's experts are in the order of the list. Scores, where the file has them, were left out."
 
 
+def recognized(path: Path) -> str | None:
+    """What the file or folder is, in words; None where it is of another form."""
+    files = sorted(path.glob("layer_*.parquet")) if path.is_dir() else [path]
+    if not files:
+        return None
+    with files[0].open("rb") as file:
+        starts = file.read(4) == b"PAR1"
+    return f"Parquet of indices, {len(files)} of its files" if starts else None
+
+
 def read(source: Source) -> Recording:
     """Read one file, or one file a layer.
 

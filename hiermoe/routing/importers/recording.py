@@ -18,13 +18,14 @@ class Source:
 
     Attributes:
         path: a file, or a folder of files where the format has one a rank or one a layer.
-        layers: layers to keep, numbered as in the file; None for all.
+        layers: layers to keep, numbered as the trace has them; None for all.
         topk: K; None to take it from the file where the file says it.
         ranks: G that the tokens are laid out over; None for what the file says, else 1.
         tokens_per_rank: T of an iteration; None for one iteration of all tokens.
         max_tokens: use only so many tokens, the first ones; None for all.
         pipeline: stages of a pipeline that the file's ranks are of, where layers count within a stage; None if unknown.
         chunks: parts of the model that a stage has in turn (an interleaved pipeline); None if unknown.
+        first_layer: number of the first layer, where the form counts layers by place alone; None if unknown.
         zeros: what zeros are at K = 1 where a form has them for tokens without routing; None if unknown.
     """
 
@@ -36,6 +37,7 @@ class Source:
     max_tokens: int | None = None
     pipeline: int | None = None
     chunks: int | None = None
+    first_layer: int | None = None
     zeros: Literal["expert", "none"] | None = None
 
     def __post_init__(self) -> None:
@@ -43,6 +45,8 @@ class Source:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if self.first_layer is not None and self.first_layer < 0:
+            raise ValueError(f"first_layer={self.first_layer} must be at least 0")
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path}: there is no such file or folder")
 
@@ -90,6 +94,7 @@ class Recording:
         notes: what the file does not say, in sentences.
         left_out: what of the file was not taken, and why; to be told to whoever imports it.
         filled_with_zeros: whether the form has zeros where it knows no routing.
+        num_experts: E, where the file says it.
     """
 
     ids: Mapping[int, np.ndarray]
@@ -100,6 +105,7 @@ class Recording:
     steps: tuple[int, ...] | None = None
     left_out: tuple[str, ...] = ()
     filled_with_zeros: bool = False
+    num_experts: int | None = None
 
 
 def from_lists(lists: pa.Array, topk: int | None, where: Callable[[int], str]) -> np.ndarray:

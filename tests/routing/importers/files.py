@@ -73,3 +73,23 @@ def write_megatron(folder: Path, ids_ILGTK: np.ndarray, num_tokens: np.ndarray |
         ]
         write_lines(folder / f"router_trace_rank{rank}.jsonl", records)
     return folder
+
+
+def write_esft(folder: Path, ids_LNK: Ids, first_layer: int = 1, sequences: int = 3) -> Path:
+    """A file a layer, a line a sequence: ids by tabs, two tabs, weights by tabs."""
+    folder.mkdir(exist_ok=True)
+    for layer, ids_NK in enumerate(ids_LNK, first_layer):
+        lines = []
+        for part in np.array_split(ids_NK, min(sequences, len(ids_NK))):
+            ids = "\t".join(map(str, part.ravel()))
+            lines.append(f"{ids}\t\t{chr(9).join('0.1250' for _ in range(part.size))}\n")
+        (folder / f"expert_weights_{layer}.txt").write_text("".join(lines))
+    return folder
+
+
+def write_npz(path: Path, ids_LNK: Ids) -> Path:
+    """ids [tokens, layers, K] and the lengths of two sequences."""
+    tokens = ids_LNK.shape[1]
+    lengths = np.array([tokens // 3, tokens - tokens // 3], np.int32)
+    np.savez_compressed(path, ids=ids_LNK.transpose(1, 0, 2).astype(np.uint16), seq_len=lengths)
+    return path

@@ -19,11 +19,13 @@ from hiermoe.routing.trace import RoutingTrace
 from tests.routing.importers.files import (
     record,
     some_ids,
+    write_esft,
     write_flame,
     write_lines,
     write_llama,
     write_megatron,
     write_npy,
+    write_npz,
     write_parquet,
 )
 from tests.routing.test_text_file import PACKERS
@@ -31,6 +33,8 @@ from tests.routing.test_text_file import PACKERS
 # Writers of [layer, N, K], with the number that the first layer gets.
 WRITERS = {
     "npy": (lambda folder, ids: write_npy(folder / "a.npy", ids), 0),
+    "npz": (lambda folder, ids: write_npz(folder / "a.npz", ids), 0),
+    "esft": (lambda folder, ids: write_esft(folder / "law", ids), 2),
     "llama-csv": (lambda folder, ids: write_llama(folder / "a.csv", ids), 0),
     "parquet": (lambda folder, ids: write_flame(folder / "iter_0540", ids), 2),
     "megatron": (lambda folder, ids: write_megatron(folder / "m", ids[None, :, None]), 0),
