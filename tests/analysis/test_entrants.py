@@ -86,6 +86,7 @@ def seen(spec: FigureSpec, results: Results) -> tuple[Figure, str]:
 SIMULATED = [spec for spec in FIGURES if spec.sweep in SWEEPS and "simulated" in spec.sources]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SIMULATED, ids=lambda spec: spec.name)
 def test_new_system_is_in_every_figure_that_compares_systems(spec: FigureSpec, entered: Results) -> None:
     figure, written = seen(spec, entered)
@@ -93,6 +94,7 @@ def test_new_system_is_in_every_figure_that_compares_systems(spec: FigureSpec, e
     assert spec.name == "heat_map" or COLOR in colors(figure)  # whose colours are times
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fig10", "fig11", "balance", "heat_map"])
 def test_new_model_is_in_every_figure_that_compares_models(name: str, entered: Results) -> None:
     figure, _ = seen(next(spec for spec in FIGURES if spec.name == name), entered)

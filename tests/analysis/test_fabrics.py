@@ -53,6 +53,7 @@ def test_scaling_leaves_out_worlds_that_lack_a_system(beyond: dict[str, list[Cel
     assert sorted(set(table["world_size"])) == [8, 256]
 
 
+@pytest.mark.slow
 def test_scaling_takes_in_large_worlds_when_there_are_records(
     beyond: dict[str, list[Cell]], small_store: RunStore
 ) -> None:

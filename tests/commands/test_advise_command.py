@@ -106,6 +106,7 @@ def test_model_is_that_of_the_trace_and_part_of_a_cluster_is_said_to_be(tmp_path
     assert "32 ranks of 256 tokens are regrouped in their order to 8 of 1024" in plain(text)
 
 
+@pytest.mark.slow
 def test_new_policy_appears_by_its_file_alone(
     trace_file: Path, tmp_path: Path, hiermoe: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +197,7 @@ def test_trace_of_a_known_model_needs_no_model(tmp_path: Path, hiermoe: Command)
 FOUR = {"num_experts": 40, "topk": 3, "hidden_size": 512, "moe_ffn_hidden_size": 192}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelled", ["options", "file"])
 def test_four_sizes_are_enough(spelled: str, tmp_path: Path, hiermoe: Command) -> None:
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(FOUR))

@@ -16,6 +16,7 @@ def last_table(out: str) -> list[str]:
     return out[out.index("All runs") :].splitlines()
 
 
+@pytest.mark.slow
 def test_multirun_ends_with_a_table_of_eighty_columns_that_has_failed_runs_too(
     hiermoe: Command, store: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

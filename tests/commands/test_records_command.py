@@ -115,6 +115,7 @@ def test_export_has_every_row_and_column(ending: str, hiermoe: Command, runs: Ru
     assert found["predicted_ms"].sum() == pytest.approx(everything["predicted_ms"].sum())
 
 
+@pytest.mark.slow
 def test_stale_records_are_left_out_counted_and_named_with_what_renews_them(
     hiermoe: Command, made: RunStore, store: RunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +142,7 @@ def test_bad_filters_end_with_one_line(arguments: list[str], message: str, hierm
     assert code == 2 and message in " ".join(err.split()) and out == ""
 
 
+@pytest.mark.slow
 def test_every_column_is_explained(hiermoe: Command, runs: RunStore) -> None:
     code, out, _ = hiermoe("records", "--columns")
     assert code == 0

@@ -28,6 +28,7 @@ def use(folder: Path, *arguments: str, variables: dict[str, str] | None = None) 
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variables",
     [

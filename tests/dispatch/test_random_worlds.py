@@ -119,6 +119,7 @@ def check(case: Case, schemes: tuple[DispatchScheme, ...], seed: int) -> None:
             assert stage.receive_rows == [int(plan.traffic.rows_SGG[index, peer, rank]) for peer in members]
 
 
+@pytest.mark.slow
 @examples(12)
 @given(case=cases(depths=(2, 3), most_ranks=8, most_tokens=5), seed=st.integers(0, 99))
 def test_dispatch_and_combine_are_adjoint(case: Case, seed: int) -> None:

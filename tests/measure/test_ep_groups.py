@@ -108,6 +108,7 @@ def test_expert_parallelism_is_bounded_by_experts_and_gpus(composed: Composer) -
     assert sizes == {8: (8, 1), 128: (128, 1), 1024: (128, 8)}  # 128 experts
 
 
+@pytest.mark.slow
 def test_trace_that_is_too_short_for_all_groups_does_not_apply(composed: Composer) -> None:
     long = ("cluster=h100_ib400", "tokens_per_rank=1024", "max_ep_size=64")
     assert open_workload(composed(*long, "routing=recorded", "world_size=512")).routing.num_distinct == 2

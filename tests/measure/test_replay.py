@@ -110,6 +110,7 @@ def test_a_system_that_does_not_apply_ends_no_other(composed: Composer, store: R
     assert execute(configs[0], store).cached
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", ["hiermoe_search", "hiermoe_search_online"])
 def test_ranks_search_alike_and_experts_move_between_them(system: str, composed: Composer, store: RunStore) -> None:
     """All ranks decide from summed sketches; a rank that found another placement would end the run."""

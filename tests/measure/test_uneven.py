@@ -121,7 +121,7 @@ def test_no_placement_goes_below_the_bound(clusters: dict[str, str]) -> None:
 @pytest.mark.parametrize(("name", "experts"), [("3x8", 160), ("6x4", 160), ("72", 160), ("72", 384)])
 def test_advice_and_runs_answer_to_the_digit(name: str, experts: int, clusters: dict[str, str]) -> None:
     sizes = [f"num_experts={experts}", "topk=6", "hidden_size=7168", "moe_ffn_hidden_size=2048"]
-    case = resolve(compose("advise", [*SMALL, f"cluster={clusters[name]}", *sizes], AdviceConfig))[0]
+    case = resolve(compose("advise", [*SMALL, f"cluster={clusters[name]}", *sizes], AdviceConfig)).cases[0]
     assert any(f"{experts} experts on" in note for note in case.notes)
     ours = assess(case, candidates(case.cluster.hierarchy, ["hd_moe"])[0]).named("hd_moe").held_out
     steps = simulate(open_workload(run(clusters[name], experts, "system=hd_moe"))).query("phase == 'step' and counted")

@@ -136,6 +136,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
     return {name: x for name, x in run.copied().items() if name.endswith(" weight")}
 
 
+@pytest.mark.slow
 def test_megatrons_own_functions_save_and_load_logical_experts(cache_dir: str, tmp_path: Path) -> None:
     config = small("qwen3_30b_a3b", cache_dir)
     ranks = launch(plain_megatron, config, training_corpus(config), tmp_path)
@@ -173,6 +174,7 @@ def killed_in_the_third_save(rank: int, config: TrainingConfig, corpus: Corpus, 
         save(run, folder, keep=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "where", [*(pytest.param(where, marks=pytest.mark.slow) for where in ("moved", "begun")), "written"]
 )
@@ -227,6 +229,7 @@ def save_on_a_bad_disk(rank: int, config: TrainingConfig, corpus: Corpus, folder
     return errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["no folder", "full"])
 def test_a_disk_that_takes_no_checkpoint_is_an_error_on_every_rank_and_training_can_go_on(
     kind: str, cache_dir: str, tmp_path: Path

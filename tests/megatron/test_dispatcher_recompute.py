@@ -121,6 +121,7 @@ def seen() -> list[Seen]:
 in_both_ways = pytest.mark.parametrize("how", RECOMPUTED)
 
 
+@pytest.mark.slow
 @in_both_ways
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_recomputation_gives_the_same_gradients(seen: list[Seen], how: str, system: str) -> None:

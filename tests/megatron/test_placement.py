@@ -82,11 +82,13 @@ def check_equal_to_static(runs: dict[str, Seen], num_layers: int) -> None:
     assert len(set(static["losses"])) == len(static["losses"])
 
 
+@pytest.mark.slow
 @both
 def test_moved_experts_change_neither_loss_nor_what_training_goes_on_from(model: str, cache_dir: str) -> None:
     check_equal_to_static(trained(small(model, cache_dir), ["static", "swapped", "repacked", "hiermoe"], 4), 2)
 
 
+@pytest.mark.slow
 def test_replicas_of_experts_move_together_and_stay_equal(cache_dir: str) -> None:
     config = small("deepseek_v3", cache_dir, data_parallel=2)
     check_equal_to_static(trained(config, ["static", "shuffled"], 4), 2)

@@ -81,6 +81,7 @@ def test_files_of_all_ranks_become_one_trace_of_what_the_routers_chose(
         assert result["left"] == [], "the model is as it was"
 
 
+@pytest.mark.slow
 def test_a_bound_on_the_file_stops_all_ranks_after_the_same_step(cache_dir: str, tmp_path: Path) -> None:
     # 64 tokens of two layers, two experts of a digit each: at most 2 x (64 x 8 + 160) = 1344 bytes a step.
     results = traced(tiny_training("qwen3_30b_a3b", cache_dir), tmp_path, max_bytes=3000)
@@ -89,6 +90,7 @@ def test_a_bound_on_the_file_stops_all_ranks_after_the_same_step(cache_dir: str,
     assert megatron_jsonl.read(Source(tmp_path)).steps == (10, 11)
 
 
+@pytest.mark.slow
 def test_a_bound_below_one_step_is_refused(cache_dir: str, tmp_path: Path) -> None:
     with pytest.raises(RankFailedError, match="max_bytes=1000 does not hold a step"):
         traced(tiny_training("qwen3_30b_a3b", cache_dir), tmp_path, max_bytes=1000)

@@ -22,6 +22,7 @@ TINY = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @examples(24)
 @given(
     world=st.sampled_from(TINY), topk=st.integers(1, 4), skew=st.sampled_from([0.0, 1.0, 3.0]),

@@ -213,6 +213,7 @@ def test_ranks_live_in_their_leaf(network: EmulatedNetwork) -> None:
         run_ranks(interface_of, 2, (), TIMEOUT, namespaces=network.namespace_of_rank)
 
 
+@pytest.mark.slow
 @needs_namespaces
 def test_nothing_is_left_of_a_run_that_failed() -> None:
     namespaces: set[int] = set()

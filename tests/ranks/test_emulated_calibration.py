@@ -14,6 +14,7 @@ from tests.conftest import Command
 needs_namespaces = pytest.mark.skipif(missing_requirement() is not None, reason=missing_requirement() or "")
 
 
+@pytest.mark.slow
 @needs_namespaces
 def test_calibration_finds_what_links_carry(
     hiermoe: Command, store: RunStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

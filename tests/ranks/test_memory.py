@@ -70,6 +70,7 @@ def test_a_world_that_nobody_measures_the_width_of_is_refused_too(monkeypatch: p
         run_ranks(kill_rank_one, 3, (), timedelta(seconds=60))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fit", "cores", "ranks"), [(40, 64, 32), (31, 64, 16), (9, 64, 8), (5, 64, 4), (0, 64, 2), (40, 2, 8)]
 )

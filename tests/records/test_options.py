@@ -135,6 +135,7 @@ def test_what_has_a_column_counts_for_the_name_and_what_has_none_does_not() -> N
         assert bool(columns) == (run_id(other, ()) != name) == (not is_told(path, value)), path
 
 
+@pytest.mark.slow
 def test_filtering_by_four_names_cannot_hide_what_else_differs(composed: Composer, tmp_path: Path) -> None:
     store, base = RunStore(tmp_path), composed()
     variants = {

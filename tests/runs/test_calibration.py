@@ -95,6 +95,7 @@ def test_cluster_file_is_found_by_name_and_by_path(
     assert code != 0 and "mine" in err  # among the choices
 
 
+@pytest.mark.slow
 def test_calibration_on_local_ranks(clusters: Path, hiermoe: Command, store: RunStore) -> None:
     code, out, err = hiermoe("calibrate", *SMALL, "largest_bytes=262144", "repeats=2")
     assert code == 0, err

@@ -34,6 +34,7 @@ def test_every_system_runs_on_four_nodes(system: str, composed: Composer, store:
     assert len(steps) == 4 and (steps["predicted_ms"] > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("routing", "model"), MODELS_ROUTED)
 def test_every_model_runs_under_every_synthetic_routing(
     routing: str, model: str, composed: Composer, store: RunStore

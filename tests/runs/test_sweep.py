@@ -12,6 +12,7 @@ from hiermoe.runs.sweep import run_all
 from tests.conftest import Composer
 
 
+@pytest.mark.slow
 def test_done_runs_are_skipped_and_failed_ones_tried_again(composed: Composer, store: RunStore) -> None:
     good, bad = composed("system=hd_moe"), composed("system=hd_moe", "routing=topic", "routing.source.num_topics=1000")
     seen: list[Outcome] = []

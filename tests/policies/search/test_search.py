@@ -23,7 +23,8 @@ def searched(ids_NK: torch.Tensor, experts: int, cluster: Cluster, steps: int = 
     return search_placement(ids_NK, experts, cluster, 4096, schemes, budget_s=None, steps=steps, seed=seed)
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 6))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
 def test_the_best_of_all_placements_is_found_where_all_can_be_tried(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     ids_NK = random_step([20] * 4, 8, 3, generator, skew=1.0).expert_ids_NK
