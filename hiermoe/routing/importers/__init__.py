@@ -7,7 +7,21 @@ for all formats (ranges, distinct experts, ranks) is checked and laid out in `re
 and one entry here.
 """
 
-from hiermoe.routing.importers import esft_text, llama_csv, megatron_jsonl, parquet, routed_experts, sequences_npz
+from hiermoe.routing.importers import (
+    esft_text,
+    http_responses,
+    llama_csv,
+    megatron_jsonl,
+    parquet,
+    replay_lists,
+    request_json,
+    rollout_samples,
+    routed_experts,
+    router_logits,
+    sequences_npz,
+    sglang_recorder,
+    tensorrt_llm,
+)
 
 IMPORTERS = {
     "megatron": megatron_jsonl,
@@ -16,12 +30,20 @@ IMPORTERS = {
     "npz": sequences_npz,
     "llama-csv": llama_csv,
     "esft": esft_text,
+    "sglang": sglang_recorder,
+    "responses": http_responses,
+    "rollouts": rollout_samples,
+    "replay": replay_lists,
+    "logits": router_logits,
+    "requests": request_json,
+    "tensorrt-llm": tensorrt_llm,
 }
 
+_BY_PLACE = ("npy", "npz", "responses", "rollouts", "replay", "logits")
 OF_SOME: dict[str, tuple[str, ...]] = {
     "pipeline": ("megatron",),
     "chunks": ("megatron",),
-    "zeros": ("npy", "npz"),
-    "first_layer": ("npy", "npz"),
+    "zeros": ("npy", "npz", "responses", "rollouts"),
+    "first_layer": _BY_PLACE,
 }
 """Options that not every format has a use for: the formats that have."""

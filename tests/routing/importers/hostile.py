@@ -12,7 +12,8 @@ def check_refused(hiermoe: Command, form: str, path: Path, message: str, *option
     """The command refuses the file in one line that holds the message."""
     output = path.parent / "out" / "a.trace"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    code, out, err = hiermoe("trace", "import", *form.split(), str(path), "--output", str(output), *options)
+    name, more = form.split()[:1], form.split()[1:]
+    code, out, err = hiermoe("trace", "import", *name, str(path), "--output", str(output), *more, *options)
     assert code == 2, (out, err)
     assert message in err
     assert len(err.strip().splitlines()) == 1 and out == ""

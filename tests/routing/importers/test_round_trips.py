@@ -28,16 +28,32 @@ from tests.routing.importers.files import (
     write_npz,
     write_parquet,
 )
+from tests.routing.importers.others import (
+    write_logits,
+    write_recorder,
+    write_replay,
+    write_requests,
+    write_rollouts,
+    write_sglang_responses,
+    write_tensorrt_llm,
+)
 from tests.routing.test_text_file import PACKERS
 
-# Writers of [layer, N, K], with the number that the first layer gets.
+# Writers of [layer, N, K] and E, with the number that the first layer gets.
 WRITERS = {
-    "npy": (lambda folder, ids: write_npy(folder / "a.npy", ids), 0),
-    "npz": (lambda folder, ids: write_npz(folder / "a.npz", ids), 0),
-    "esft": (lambda folder, ids: write_esft(folder / "law", ids), 2),
-    "llama-csv": (lambda folder, ids: write_llama(folder / "a.csv", ids), 0),
-    "parquet": (lambda folder, ids: write_flame(folder / "iter_0540", ids), 2),
-    "megatron": (lambda folder, ids: write_megatron(folder / "m", ids[None, :, None]), 0),
+    "npy": (lambda folder, ids, experts=16: write_npy(folder / "a.npy", ids), 0),
+    "npz": (lambda folder, ids, experts=16: write_npz(folder / "a.npz", ids), 0),
+    "esft": (lambda folder, ids, experts=16: write_esft(folder / "law", ids), 2),
+    "llama-csv": (lambda folder, ids, experts=16: write_llama(folder / "a.csv", ids), 0),
+    "parquet": (lambda folder, ids, experts=16: write_flame(folder / "iter_0540", ids), 2),
+    "sglang": (lambda folder, ids, experts=16: write_recorder(folder / "a.pt", ids, experts), 2),
+    "responses": (lambda folder, ids, experts=16: write_sglang_responses(folder / "a.jsonl", ids), 2),
+    "rollouts": (lambda folder, ids, experts=16: write_rollouts(folder / "a.pt", ids), 2),
+    "replay": (lambda folder, ids, experts=16: write_replay(folder / "a.pt", ids), 0),
+    "logits": (lambda folder, ids, experts=16: write_logits(folder / "a.pt", ids, experts), 0),
+    "requests": (lambda folder, ids, experts=16: write_requests(folder / "requests", ids), 4),
+    "tensorrt-llm": (lambda folder, ids, experts=16: write_tensorrt_llm(folder / "statistic", ids, experts), 4),
+    "megatron": (lambda folder, ids, experts=16: write_megatron(folder / "m", ids[None, :, None]), 0),
 }
 all_formats = pytest.mark.parametrize("name", WRITERS)
 
@@ -69,7 +85,7 @@ def test_round_trip(name: str, layers: int, tokens: int, topk: int, num_experts:
     ids_LNK = some_ids(layers, tokens, topk, num_experts, seed)
     write, first_layer = WRITERS[name]
     with TemporaryDirectory() as folder:
-        trace = imported(name, write(Path(folder), ids_LNK), num_experts, topk=topk, zeros="expert")
+        trace = imported(name, write(Path(folder), ids_LNK, num_experts), num_experts, topk=topk, zeros="expert")
         saved = Path(folder) / "a.trace"
         trace.save(saved)
         again = RoutingTrace.load(saved)
@@ -103,7 +119,7 @@ def test_one_layer_of_several(name: str, tmp_path: Path) -> None:
 def test_metadata_says_where_it_is_from_and_leaves_the_rest_unknown(name: str, tmp_path: Path) -> None:
     path = WRITERS[name][0](tmp_path, some_ids(layers=1))
     meta = imported(name, path, topk=3).metadata
-    file = next(path.iterdir()) if path.is_dir() else path
+    file = min(path.iterdir()) if path.is_dir() else path
     assert f"importer {name} from {file.name}" in meta.notes
     assert hashlib.sha256(file.read_bytes()).hexdigest() in meta.notes
     assert "seed and loss are unknown" in meta.notes
@@ -111,7 +127,18 @@ def test_metadata_says_where_it_is_from_and_leaves_the_rest_unknown(name: str, t
     assert (meta.router, meta.corpus) == ("unknown", "unknown")
 
 
-@all_formats
+SAY_HOW_MANY = ("sglang", "logits", "tensorrt-llm")  # experts there are
+
+
+@pytest.mark.parametrize("name", SAY_HOW_MANY)
+def test_number_of_experts_is_the_files_where_it_says_it(name: str, tmp_path: Path) -> None:
+    path = WRITERS[name][0](tmp_path, some_ids(), 40)
+    assert imported(name, path, None, topk=3).metadata.num_experts == 40
+    with pytest.raises(ValueError, match="it has num_experts=40, num_experts=41 does not fit"):
+        imported(name, path, 41, topk=3)
+
+
+@pytest.mark.parametrize("name", [name for name in WRITERS if name not in SAY_HOW_MANY])
 def test_number_of_experts_is_asked_for_unless_inferring_was(name: str, tmp_path: Path) -> None:
     ids_LNK = some_ids()
     path = WRITERS[name][0](tmp_path, ids_LNK)
