@@ -82,11 +82,14 @@ class GroupedQueryAttention(Strict):
 
 
 class LatentAttention(Strict):
-    """Multi-head latent attention (MLA) of DeepSeek-V3; `qk_norm` normalises the compressed queries and key-values."""
+    """Multi-head latent attention (MLA) of DeepSeek; `qk_norm` normalises what is compressed.
+
+    Queries are not where `q_lora_rank` is null (DeepSeek-V2-Lite).
+    """
 
     kind: Literal["mla"]
     num_heads: PositiveInt
-    q_lora_rank: PositiveInt
+    q_lora_rank: PositiveInt | None
     kv_lora_rank: PositiveInt
     qk_head_dim: PositiveInt
     qk_pos_emb_head_dim: PositiveInt

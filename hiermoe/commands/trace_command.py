@@ -67,6 +67,15 @@ def _parser() -> Parser:
     load.add_argument("--model", help="name to state in the trace (default: the file's name)")
     load.set_defaults(run=_import)
 
+    get = commands.add_parser(
+        "fetch",
+        help="bring what published models routed, from public sets; alone: list them",
+        description="Bring a public set by git and make its trace, .cache/public/NAME.trace; without a name, list all.",
+    )
+    get.add_argument("name", nargs="?", help="of the set")
+    get.add_argument("--from", dest="folder", type=Path, help="a folder that has it already, in place of the network")
+    get.set_defaults(run=_fetch)
+
     show = commands.add_parser("show", help="shape, loads, and duplication at every level of a cluster")
     show.add_argument("trace", help=_TRACE)
     show.add_argument("--cluster", default="a6000_4x8", help="whose levels (default: a6000_4x8)")
@@ -138,6 +147,25 @@ def _import(chosen: argparse.Namespace) -> None:
         console.print(escape(f"  left out: {each}"))
     for each in collapsed_layers(trace):
         console.print(f"  {each}")
+
+
+def _fetch(chosen: argparse.Namespace) -> None:
+    from hiermoe.commands.fetching import fetch
+    from hiermoe.records.project import PUBLIC
+    from hiermoe.routing.public import public_set, public_sets
+
+    console = Console(highlight=False, soft_wrap=True)
+    if chosen.name is not None:
+        fetch(
+            public_set(chosen.name), chosen.folder, PUBLIC / f"{chosen.name}.trace", lambda x: console.print(escape(x))
+        )
+        return
+    if chosen.folder is not None:
+        raise ValueError(f"from={chosen.folder}: name the set that it has")
+    for known in public_sets().values():
+        here = "here" if (PUBLIC / f"{known.name}.trace").is_file() else known.needs or "not here yet"
+        sizes = f"E={known.num_experts or 'several'} K={known.topk or 'several'}"
+        console.print(escape(f"{known.name}: {known.what}; {sizes}; {known.url}; licence: {known.licence}; {here}"))
 
 
 def _show(chosen: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ RUNS = WORKPLACE / "results" / "runs"  # that the command was started in
 CLUSTERS = WORKPLACE / "results" / "clusters"  # calibrated ones
 JOBS = WORKPLACE / "results" / "jobs"  # of Slurm
 REPORTS = WORKPLACE / "reports"
+PUBLIC = WORKPLACE / ".cache" / "public"  # traces of public sets that were fetched
 SCRATCH = WORKPLACE / ".cache" / "scratch"  # what ranks of one run share, gone after it
 
 

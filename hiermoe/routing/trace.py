@@ -9,7 +9,7 @@ import torch
 from pydantic import model_validator
 
 from hiermoe.records.choices import or_else, unknown
-from hiermoe.records.project import TRACES, find_file, shown
+from hiermoe.records.project import PUBLIC, TRACES, find_file, shown
 from hiermoe.records.status import NotApplicable
 from hiermoe.records.strict import Strict, checked
 from hiermoe.routing.step import RoutingRequest, RoutingStep, make_step
@@ -271,16 +271,17 @@ def load_recorded(request: RoutingRequest, path: str) -> RoutingTrace:
 
 
 def trace_file(name: str) -> Path:
-    """The file of a trace: one in results/traces/ by its name, else any by its path.
+    """The file of a trace: one in results/traces/ or a fetched public one by its name, else any by its path.
 
     Raises:
         ValueError: there is neither.
     """
-    shipped = TRACES / f"{name}.trace"
-    if shipped.is_file():
-        return shipped
+    for folder in (TRACES, PUBLIC):
+        if (file := folder / f"{name}.trace").is_file():
+            return file
     if not Path(name).is_file():
-        raise unknown("trace", name, sorted(path.stem for path in TRACES.glob("*.trace")), ", or name a file")
+        known = sorted(path.stem for folder in (TRACES, PUBLIC) for path in folder.glob("*.trace"))
+        raise unknown("trace", name, known, ", or name a file")
     return Path(name)
 
 

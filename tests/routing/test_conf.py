@@ -13,7 +13,7 @@ from hiermoe.routing.step import RoutingRequest, RoutingSource, RoutingStep
 from tests.routing.worlds import a_request
 
 FILES = sorted((CONF / "routing").glob("*.yaml"))
-SYNTHETIC = [file for file in FILES if file.stem not in ("recorded", "resampled")]
+SYNTHETIC = [file for file in FILES if file.stem not in ("recorded", "resampled", "public")]
 REQUESTS = {
     "paper": a_request(num_groups=8, group_topk=4),
     "one_node": a_request(num_experts=64, topk=6, num_ranks=8, num_groups=8, group_topk=2),

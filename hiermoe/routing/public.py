@@ -1,0 +1,90 @@
+"""Routing of published models that others made public: which sets there are, and a run on one that was fetched."""
+
+import yaml
+from pydantic import PositiveInt
+
+from hiermoe.records.choices import unknown
+from hiermoe.records.project import CONF
+from hiermoe.records.status import NotApplicable
+from hiermoe.records.strict import Strict, checked
+from hiermoe.routing.resampled import Resampled, open_resampled
+from hiermoe.routing.step import RoutingRequest
+from hiermoe.routing.trace import recorded_path
+
+SETS = CONF / "public"
+
+
+class PublicSet(Strict):
+    """One file in conf/public/.
+
+    Attributes:
+        name: of the set.
+        what: it is, in words.
+        url: of its repository, for git.
+        commit: of the repository; None for its newest.
+        path: of the set in the repository; None for all of it.
+        form: name of the importer.
+        licence: in words.
+        model: name of its file in conf/model/, where there is one.
+        num_experts: E; None where the set has several models.
+        topk: K; None where the set has several models.
+        first_layer: number of the first layer, for copies of the set that number none.
+        needs: what somebody has to do before it can be had; None where git alone brings it.
+    """
+
+    name: str
+    what: str
+    url: str
+    commit: str | None
+    path: str | None
+    form: str
+    licence: str
+    model: str | None
+    num_experts: PositiveInt | None
+    topk: PositiveInt | None
+    first_layer: int | None
+    needs: str | None
+
+
+def public_sets() -> dict[str, PublicSet]:
+    """All sets by name.
+
+    Raises:
+        ValueError: a file breaks a rule.
+    """
+    sets = (checked(yaml.safe_load(file.read_text()), PublicSet, file) for file in sorted(SETS.glob("*.yaml")))
+    return {each.name: each for each in sets}
+
+
+def public_set(name: str) -> PublicSet:
+    """A set by its name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    sets = public_sets()
+    if name not in sets:
+        raise unknown("public set", name, sets)
+    return sets[name]
+
+
+def open_public(request: RoutingRequest, name: str, path: str, layer: int = 0) -> Resampled:
+    """A fetched set to draw sequences from.
+
+    Args:
+        request: G, T, E and K of the run.
+        name: of the set.
+        path: where its trace is.
+        layer: position of the layer in the trace.
+
+    Raises:
+        NotApplicable: it was not fetched.
+        ValueError: there is no such set, or its E or K is not the model's.
+    """
+    known = public_set(name)
+    if not recorded_path(path, request).exists():
+        raise NotApplicable(f"the public set {name} is not here; bring it by: hiermoe trace fetch {name}")
+    if known.num_experts not in (None, request.num_experts):
+        hint = f"; it is of model={known.model}" if known.model else ""
+        raise ValueError(f"{name} has num_experts={known.num_experts}, the model has {request.num_experts}{hint}")
+    return open_resampled(request, path, layer)
