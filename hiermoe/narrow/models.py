@@ -42,7 +42,7 @@ def transformer_config(
         return MLATransformerConfig(
             **settings,
             num_attention_heads=attention.num_heads,
-            q_lora_rank=attention.q_lora_rank,
+            q_lora_rank=attention.q_lora_rank,  # type: ignore[arg-type] - None: queries are not compressed
             kv_lora_rank=attention.kv_lora_rank,
             qk_head_dim=attention.qk_head_dim,
             qk_pos_emb_head_dim=attention.qk_pos_emb_head_dim,
