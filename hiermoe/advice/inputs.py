@@ -58,8 +58,9 @@ def resolve(config: AdviceConfig) -> Question:
     cluster = config.cluster if config.ep_size is None else laid_out(config.cluster, config.ep_size, config.across)
     files, model = [], config.model
     if config.loads is not None:
-        files = [Path(config.loads)]
-        opened = _from_loads(config, files[0], cluster)
+        loads = Path(config.loads)
+        files = sorted(each for each in loads.iterdir() if each.is_file()) if loads.is_dir() else [loads]
+        opened = _from_loads(config, loads, cluster)
     elif config.routing is not None and "path" not in config.routing.source:
         opened = _synthetic(config, cluster)
     else:

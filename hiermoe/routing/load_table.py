@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from hiermoe.routing.column_names import find_columns
+from hiermoe.routing.load_forms import LOAD_FORMS
 from hiermoe.routing.text_file import read_text
 from hiermoe.routing.trace import MOST_EXPERTS
 
@@ -42,9 +43,10 @@ def read_loads(path: Path, num_experts: int | None = None, layer: int = 0) -> Lo
     """Loads of all experts of a layer.
 
     Args:
-        path: CSV with a column of experts (0 to E - 1, each once in a layer, in any order), one of loads (at least 0),
-            and perhaps one of layers; ``expert_id`` or ``count`` for instance will do as names. Separated by commas,
-            semicolons or tabs, packed or not. Files may follow each other with their headers: loads are then added.
+        path: a file or folder of one of the forms in hiermoe/routing/load_forms/, else CSV with a column of experts (0
+            to E - 1, each once in a layer, in any order), one of loads (at least 0), and perhaps one of layers;
+            ``expert_id`` or ``count`` for instance will do as names. Separated by commas, semicolons or tabs, packed or
+            not. Files may follow each other with their headers: loads are then added.
         num_experts: E, if it is known; rows that are not there then have no load.
         layer: position among the file's layers.
 
@@ -52,6 +54,8 @@ def read_loads(path: Path, num_experts: int | None = None, layer: int = 0) -> Lo
         OSError: there is no such file.
         ValueError: malformed; the message names the rule.
     """
+    if (counted := _counted(path, num_experts, layer)) is not None:
+        return counted
     separator, rows = _rows(path)
     if not rows:
         raise ValueError(f"{path} is no CSV file of expert,load: it is empty")
@@ -85,6 +89,25 @@ def read_loads(path: Path, num_experts: int | None = None, layer: int = 0) -> Lo
     if left_out:
         notes.append(f"{left_out} experts have no row in the file and were given no load.")
     return LoadTable(load_E, number, tuple(notes))
+
+
+def _counted(path: Path, num_experts: int | None, layer: int) -> LoadTable | None:
+    """Loads of a form of others; None where the file is of none."""
+    if not path.exists():
+        return None
+    for form in LOAD_FORMS.values():
+        if (words := form.recognized(path)) is None:
+            continue
+        found = form.read(path)
+        there = sorted(found.loads)
+        if not 0 <= layer < len(there):
+            raise ValueError(f"{path}: layer={layer} is not among its {len(there)} layers")
+        load_E = found.loads[there[layer]]
+        if num_experts not in (None, len(load_E)):
+            raise ValueError(f"{path} has {len(load_E)} experts, not {num_experts}: state num_experts={len(load_E)}")
+        which = f" One of the layers {there}: layer={layer} is number {there[layer]}." if len(there) > 1 else ""
+        return LoadTable(load_E, there[layer], (f"{path.name}: {words}. {found.notes}{which}",))
+    return None
 
 
 def _rows(path: Path) -> tuple[str, list[tuple[int, list[str]]]]:

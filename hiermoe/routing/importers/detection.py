@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from hiermoe.routing.importers import IMPORTERS
+from hiermoe.routing.load_forms import LOAD_FORMS
 
 
 def detected(path: Path) -> tuple[str, str]:
@@ -18,6 +19,8 @@ def detected(path: Path) -> tuple[str, str]:
     found = {name: words for name, words in answers.items() if words}
     if len(found) == 1:
         return next(iter(found.items()))
+    if not found and (loads := [words for form in LOAD_FORMS.values() if (words := form.recognized(path))]):
+        raise ValueError(f"{path}: {loads[0]}: loads alone, no tokens; hiermoe advise loads={path} takes them")
     if not found:
         raise ValueError(f"{path}: no form is recognized in it; name one of {', '.join(sorted(IMPORTERS))} before it")
     both = "; ".join(f"{name}: {words}" for name, words in found.items())
