@@ -17,6 +17,8 @@ from hiermoe.routing.trace_archive import read_archive, write_archive
 
 MOST_EXPERTS = 2**16 - 1  # of a layer; no model has as many, and tables over experts are made of them
 
+_CHECKED_TOKENS = 2**20  # of all layers together, looked at at once: temporaries stay below a hundred megabytes
+
 
 class TraceMetadata(Strict):
     """How a trace came to be. Whoever records it states every field; None is what an imported file does not say."""
@@ -94,16 +96,18 @@ class RoutingTrace:
         self._check_tokens()
 
     def _check_tokens(self) -> None:
-        """Range and distinctness of every token that is not padding, one iteration at a time (bounded memory)."""
-        tokens = self.expert_ids.shape[3]
+        """Range and distinctness of every token that is not padding, some layers of an iteration at a time."""
+        _, layers, ranks, tokens, _ = self.expert_ids.shape
+        num_experts, some = self.metadata.num_experts, max(1, _CHECKED_TOKENS // max(1, ranks * tokens))
         for iteration, counts in enumerate(self.num_tokens):
             valid = np.arange(tokens)[None, :] < counts[:, None]
-            ids = self.expert_ids[iteration][:, valid]
-            where, num_experts = f"trace of {self.metadata.model}: iteration {iteration}", self.metadata.num_experts
-            if ids.size and int(ids.max()) >= num_experts:
-                raise ValueError(f"{where} names expert {int(ids.max())}, num_experts is {num_experts}")
-            if has_twice(ids).any():
-                raise ValueError(f"{where} has a token with an expert twice")
+            where = f"trace of {self.metadata.model}: iteration {iteration}"
+            for layer in range(0, layers, some):
+                ids = self.expert_ids[iteration, layer : layer + some][:, valid]
+                if ids.size and int(ids.max()) >= num_experts:
+                    raise ValueError(f"{where} names expert {int(ids.max())}, num_experts is {num_experts}")
+                if has_twice(ids).any():
+                    raise ValueError(f"{where} has a token with an expert twice")
 
     def save(self, path: str | Path) -> None:
         """Write the trace as a zip of .npy files (``numpy.load`` reads it) and metadata.json with checksums."""
