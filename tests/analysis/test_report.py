@@ -22,6 +22,9 @@ SIMULATED = [spec for spec in FIGURES if "simulated" in spec.sources]
 DRAWN = ["main", *(spec.name for spec in SIMULATED), "planner_cost_local"]
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def written(
     cells: dict[str, list[Cell]], filled: RunStore, tmp_path_factory: pytest.TempPathFactory

@@ -182,6 +182,7 @@ def test_a_broken_trace_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert f"{second}.trace is truncated or not a trace" in broken
 
 
+@pytest.mark.slow
 def test_command_reports_on_this_machine_in_json_and_ends() -> None:
     command = [sys.executable, "-m", "hiermoe", "doctor", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -32,6 +32,9 @@ STOP, STEPS = 2, 5
 Seen = dict[Any, Any]
 
 
+pytestmark = pytest.mark.slow
+
+
 def save(run: Run, folder: Path, **options: Any) -> None:
     run.trainer.save(folder, run.finished, run.placement, **options)
 

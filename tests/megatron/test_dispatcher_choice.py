@@ -39,6 +39,9 @@ SAME_CASE, OTHER_CASE = "zipf", "even"
 Seen = dict[Any, Any]
 
 
+pytestmark = pytest.mark.slow
+
+
 def _cost(alpha_ms: float, beta_ms_per_byte: float) -> AlphaBeta:
     return AlphaBeta(alpha_ms=alpha_ms, beta_ms_per_byte=beta_ms_per_byte, source="chosen so that each d wins")
 

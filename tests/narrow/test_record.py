@@ -97,6 +97,7 @@ def test_a_run_that_was_ended_goes_on_from_its_checkpoint_to_the_same_traces(cac
         assert resumed.metadata == uninterrupted.metadata
 
 
+@pytest.mark.slow
 def test_a_stage_whose_trace_is_gone_is_recorded_again(cache_dir: str, tmp_path: Path) -> None:
     stages = ["+stages.early={after: 1, steps: 1}", "stages.late.after=4", "checkpoint_every=3"]
     stages.append(f"checkpoint_dir={tmp_path / 'checkpoints'}")

@@ -105,6 +105,7 @@ def test_bf16_trains_on_fp32_masters_and_gradients_near_the_fp32_run(model: str,
     assert seen["losses"] != reference["losses"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16"])
 def test_recomputation_runs_the_layer_twice_and_changes_no_bit_of_the_loss(dtype: str, cache_dir: str) -> None:
     kept = trained(tiny_training("deepseek_v3", cache_dir, dtype=dtype))
@@ -114,6 +115,7 @@ def test_recomputation_runs_the_layer_twice_and_changes_no_bit_of_the_loss(dtype
     assert recomputed["losses"] == kept["losses"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "router"),
     # Megatron scales the loss that balances over all ranks by their number, so it cannot be the same.

@@ -116,6 +116,7 @@ def kill_a_rank_after_step(folder: Path, rank: int, steps: int) -> None:
     os.kill(ranks[rank], signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("system", "reason"),
     [("h4", "dimension=4 is outside 1..2"), ("megatron_flex", "flex dispatcher needs a GPU")],
@@ -132,6 +133,7 @@ def test_a_system_without_meaning_here_keeps_a_row_with_its_reason(
     assert code == 0 and "not applicable" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
