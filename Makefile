@@ -49,7 +49,7 @@ reference: reproduce losses debian ## the small copy of the report that is commi
 TRACES := $(addprefix results/traces/qwen3_30b_a3b_e,64.trace 256.trace)
 
 traces: setup ## record what is not shipped: other E (hours on two cores)
-	@echo "recording $(words $(TRACES)) traces, about two hours each on two cores; those that exist are kept"
+	@echo "recording $(words $(TRACES)) traces, hours each on two cores; those that exist are kept"
 	@$(MAKE) --no-print-directory $(TRACES)
 
 results/traces/qwen3_30b_a3b_e%.trace:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from hiermoe.records.groups import file_of
+from hiermoe.records.groups import read_named
 from hiermoe.records.project import shown
 from hiermoe.records.strict import Strict, checked
 
@@ -244,7 +244,7 @@ class ModelConfig(Strict):
         Raises:
             ValueError: there is none, or a value breaks a rule.
         """
-        return cls.from_yaml(file_of("model", name))
+        return read_named("model", name, cls)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:

@@ -173,24 +173,40 @@ def _after_updates(
         so_far = acting.iloc[:updates]
         if updates:
             own = count_held_out(case, candidate.schemes, placements[updates], held_out)
-        own_ms = own.step_ms(case.cluster)
-        gain, moved_ms = ratio_of_sums(fixed_ms, own_ms), float(so_far["migration_link_ms"].sum())
-        rows.append(
-            {
-                "system": candidate.name,
-                "label": candidate.label,
-                "updates": updates,
-                "step": int(so_far["iteration"].iloc[-1]) + 1 if updates else 0,
-                "moved_experts": int(so_far["moved_experts"].sum()),
-                "step_ms": float(own_ms.mean()),
-                "value": gain.value,
-                "low": gain.low,
-                "high": gain.high,
-                "moved_ms": moved_ms,
-                "break_even_steps": break_even_steps(moved_ms, float((fixed_ms - own_ms).mean())),
-            }
-        )
+        moved = {
+            "updates": updates,
+            "step": int(so_far["iteration"].iloc[-1]) + 1 if updates else 0,
+            "moved_experts": int(so_far["moved_experts"].sum()),
+        }
+        own_ms, moved_ms = own.step_ms(case.cluster), float(so_far["migration_link_ms"].sum())
+        rows.append(update_row(candidate, moved, fixed_ms, own_ms, moved_ms))
     return own, placements[-1], pd.DataFrame(rows)
+
+
+def update_row(
+    candidate: Candidate, moved: Mapping[str, int], fixed_ms: np.ndarray, own_ms: np.ndarray, moved_ms: float
+) -> dict[str, object]:
+    """A row of the table of updates.
+
+    Args:
+        candidate: the system.
+        moved: entries ``updates``, ``step`` and ``moved_experts``.
+        fixed_ms: AlltoAll time of every held-out step before the first update: float64 [iteration].
+        own_ms: the same after these.
+        moved_ms: migration of all of these.
+    """
+    gain = ratio_of_sums(fixed_ms, own_ms)
+    return {
+        "system": candidate.name,
+        "label": candidate.label,
+        **moved,
+        "step_ms": float(own_ms.mean()),
+        "value": gain.value,
+        "low": gain.low,
+        "high": gain.high,
+        "moved_ms": moved_ms,
+        "break_even_steps": break_even_steps(moved_ms, float((fixed_ms - own_ms).mean())),
+    }
 
 
 def break_even_steps(moved_ms: float, saved_ms: float) -> float:

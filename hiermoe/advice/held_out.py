@@ -78,7 +78,7 @@ class HeldOut:
 class HeldOutLayers:
     """The same of several layers, one after another in every step."""
 
-    layers: tuple[HeldOut, ...]
+    layers: tuple["HeldOut | HeldOutLayers", ...]
 
     def step_ms(self, cluster: Cluster, share_of_bytes: float = 1.0) -> np.ndarray:
         """Time of the AlltoAlls of all layers in a step, each under its cheapest scheme: float64 [iteration]."""

@@ -202,9 +202,10 @@ def _recorded(
     num_slots(meta.num_experts, ranks)  # or some GPUs have no expert
     regrouped = [trace.reshard(ranks, config.tokens_per_rank) for trace in traces]
     judges = len(_names(config.judged_on))
-    whole = RoutingTrace.joined(regrouped)  # refuses those that do not fit together
-    decided = RoutingTrace.joined(regrouped[: len(regrouped) - judges]) if judges else whole
+    decided = RoutingTrace.joined(regrouped[: len(regrouped) - judges])
     judged = RoutingTrace.joined(regrouped[-judges:]) if judges else None
+    if judged is not None:
+        decided.check_alike(judged)
     topk, count = config.topk or meta.topk, len(decided.num_tokens)
     positions = range(len(meta.layers)) if config.layer is None else [config.layer]
     sources = tuple(RecordedRouting(decided.only(layer), 0, topk) for layer in positions)

@@ -87,9 +87,8 @@ def _write_placements(answer: Answer, folder: Path, num_layers: int | None) -> l
     Returns:
         Names of the files.
     """
-    placements = answer.own.placements
-    spread = any(x.num_slots % answer.assessment.case.cluster.hierarchy.num_ranks for x in placements.values())
-    empty = any(x.num_experts != answer.assessment.case.sizes.num_experts for x in placements.values())
-    if answer.found.outcome != "placement" or spread or empty or not all(placements):
+    placements, experts = answer.own.placements, answer.assessment.case.sizes.num_experts
+    has_empty_slots = any(placement.num_slots != experts for placement in placements.values())  # no file has a word for
+    if answer.found.outcome != "placement" or has_empty_slots or 0 in placements:
         return []
     return [path.name for path in write_placements(folder, placements, num_layers)]

@@ -102,13 +102,13 @@ def title_of_layers(answer: Answer) -> str:
     table = answer.layers.sort_values("dispatch", kind="stable")
     worst, best = table.iloc[0], table.iloc[-1]
     said = (
-        f"By layer, dispatch makes AlltoAll {worst['dispatch']:.2f} ({worst['layer']}) to {best['dispatch']:.2f} times "
-        f"({best['layer']}) as fast"
+        f"Dispatch makes AlltoAll {worst['dispatch']:.2f} (layer {worst['layer']}) to {best['dispatch']:.2f} times "
+        f"(layer {best['layer']}) as fast"
     )
     if not answer.assessment.named(answer.mover).candidate.moves:
         return said
     gains = table["placement"][table["moves"]]
-    more = f", {gains.min():.2f} to {gains.max():.2f} times more" if len(gains) else ""
+    more = f" and adds {gains.min() - 1:.0%} to {gains.max() - 1:.0%}" if len(gains) else ""
     return f"{said}; moving experts pays in {len(gains)} of {len(table)} layers{more}"
 
 

@@ -1,21 +1,20 @@
 """All layers of a model as one question: each is assessed alone, in processes of its own, and their times add up."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
-from hiermoe.advice.assessment import Assessed, Assessment, assess, break_even_steps
-from hiermoe.advice.case import Question
-from hiermoe.advice.held_out import HeldOut, HeldOutLayers
+from hiermoe.advice.assessment import Assessed, Assessment, assess, update_row
+from hiermoe.advice.case import Case, Question
+from hiermoe.advice.held_out import HeldOutLayers
 from hiermoe.advice.recommendation import HORIZON_STEPS
 from hiermoe.advice.systems import Candidate
 from hiermoe.analysis.statistics import ratio_of_sums
 from hiermoe.ranks.server import preload
 from hiermoe.ranks.workers import worker_pools
-from hiermoe.topology.cluster import Cluster
 
 
 def assess_layers(
@@ -43,14 +42,14 @@ def assess_layers(
     with worker_pools(1, count, "") as (pool,):
         running = [pool.submit(_assess_layer, replace(one), systems, left_out) for one in question.cases]
         for case, future in zip(question.cases, running, strict=True):
-            layers.append(replace(future.result(), case=case))
+            layers.append(replace(future.result(), case=case))  # this process has the routing already
             finished(case.layer)
     return summed(question, layers)
 
 
-def _assess_layer(case: object, systems: Sequence[Candidate], left_out: Sequence[tuple[str, str]]) -> Assessment:
-    """In a process of its own: without the case, whose routing the caller has."""
-    return replace(assess(case, systems, left_out), case=None)  # type: ignore[arg-type]
+def _assess_layer(case: Case, systems: Sequence[Candidate], left_out: Sequence[tuple[str, str]]) -> Assessment:
+    """In a process of its own; what the case has kept of its routing meanwhile stays there."""
+    return replace(assess(case, systems, left_out), case=replace(case))
 
 
 def summed(question: Question, layers: Sequence[Assessment]) -> Assessment:
@@ -64,10 +63,8 @@ def summed(question: Question, layers: Sequence[Assessment]) -> Assessment:
     for position, first in enumerate(layers[0].systems):
         parts = [layer.systems[position] for layer in layers]
         moved = [pays(part, layer) for part, layer in zip(parts, layers, strict=True)]
-        own = HeldOutLayers(
-            tuple(_layers(part.held_out if x else part.fixed for part, x in zip(parts, moved, strict=True)))
-        )
-        fixed = HeldOutLayers(tuple(_layers(part.fixed for part in parts)))
+        own = HeldOutLayers(tuple(part.held_out if x else part.fixed for part, x in zip(parts, moved, strict=True)))
+        fixed = HeldOutLayers(tuple(part.fixed for part in parts))
         placements = {
             layer.case.layer: part.placements[layer.case.layer] if x else layer.case.first_places
             for part, layer, x in zip(parts, layers, moved, strict=True)
@@ -76,9 +73,8 @@ def summed(question: Question, layers: Sequence[Assessment]) -> Assessment:
         speedup = ratio_of_sums(flat.step_ms(case.cluster), own.step_ms(case.cluster))
         updates = pd.DataFrame()
         if first.candidate.moves:
-            updates = _updates(
-                [part for part, x in zip(parts, moved, strict=True) if x], first, fixed, own, case.cluster
-            )
+            last = [part.updates.iloc[-1] for part, x in zip(parts, moved, strict=True) if x]
+            updates = _updates(first.candidate, last, fixed.step_ms(case.cluster), own.step_ms(case.cluster))
         assessed.append(Assessed(first.candidate, own, fixed, placements, speedup, updates))
     fallen = [f"layer {layer.case.layer}, {layer.collapsed}" for layer in layers if layer.collapsed is not None]
     return replace(
@@ -98,48 +94,18 @@ def pays(part: Assessed, layer: Assessment) -> bool:
     return part.moved_ms < HORIZON_STEPS * saved_ms
 
 
-def _layers(parts: Iterator[HeldOut | HeldOutLayers]) -> Iterator[HeldOut]:
-    for part in parts:
-        assert isinstance(part, HeldOut)
-        yield part
-
-
-def _updates(
-    moved: Sequence[Assessed], first: Assessed, fixed: HeldOutLayers, own: HeldOutLayers, cluster: Cluster
-) -> pd.DataFrame:
-    """As `Assessed.updates`, before the first and after the last, all layers that move together."""
-    last = [part.updates.iloc[-1] for part in moved]
-    before_ms, after_ms = fixed.step_ms(cluster), own.step_ms(cluster)
-    gain, moved_ms = ratio_of_sums(before_ms, after_ms), float(sum(row["moved_ms"] for row in last))
-    rows = [
-        {
-            "updates": 0,
-            "step": 0,
-            "moved_experts": 0,
-            "step_ms": float(before_ms.mean()),
-            "value": 1.0,
-            "low": 1.0,
-            "high": 1.0,
-            "moved_ms": 0.0,
-            "break_even_steps": 0.0,
-        }
-    ]
+def _updates(candidate: Candidate, last: Sequence[pd.Series], fixed_ms: np.ndarray, own_ms: np.ndarray) -> pd.DataFrame:
+    """As `Assessed.updates`, before the first and after the last, of all layers that move together."""
+    none = {"updates": 0, "step": 0, "moved_experts": 0}
+    moved = {
+        "updates": int(sum(row["updates"] for row in last)),
+        "step": int(max((row["step"] for row in last), default=0)),
+        "moved_experts": int(sum(row["moved_experts"] for row in last)),
+    }
+    rows = [update_row(candidate, none, fixed_ms, fixed_ms, 0.0)]
     if last:
-        rows.append(
-            {
-                "updates": int(sum(row["updates"] for row in last)),
-                "step": int(max(row["step"] for row in last)),
-                "moved_experts": int(sum(row["moved_experts"] for row in last)),
-                "step_ms": float(after_ms.mean()),
-                "value": gain.value,
-                "low": gain.low,
-                "high": gain.high,
-                "moved_ms": moved_ms,
-                "break_even_steps": break_even_steps(moved_ms, float((before_ms - after_ms).mean())),
-            }
-        )
-    named = {"system": first.candidate.name, "label": first.candidate.label}
-    return pd.DataFrame([named | row for row in rows])
+        rows.append(update_row(candidate, moved, fixed_ms, own_ms, float(sum(row["moved_ms"] for row in last))))
+    return pd.DataFrame(rows)
 
 
 def _levels(layers: Sequence[Assessment]) -> pd.DataFrame:

@@ -150,8 +150,8 @@ def _import(chosen: argparse.Namespace) -> None:
 
 
 def _fetch(chosen: argparse.Namespace) -> None:
-    from hiermoe.commands.fetching import fetch
     from hiermoe.records.project import PUBLIC
+    from hiermoe.routing.fetching import fetch
     from hiermoe.routing.public import public_set, public_sets
 
     console = Console(highlight=False, soft_wrap=True)

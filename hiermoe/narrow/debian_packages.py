@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def unpacked(names: list[str], cache: Path) -> dict[str, Path]:
-    """A folder for each package: its newest version that is in the cache already, else the one that apt has.
+    """A folder for each package: one that is in the cache already (of several the last by name), else what apt has.
 
     Args:
         names: of packages.

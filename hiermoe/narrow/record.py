@@ -54,7 +54,7 @@ def train_and_record(
     cpu.expect_fallbacks()
     # Only the ranks need megatron; the fork server has imported it for them.
     from hiermoe.megatron.recorder import RouterRecorder, gather_ranks
-    from hiermoe.narrow.joint import compute_jointly
+    from hiermoe.narrow.joint_compute import compute_jointly
     from hiermoe.narrow.trainer import Trainer
 
     trainer = Trainer(config, timeout, compute_jointly)
@@ -71,10 +71,11 @@ def train_and_record(
             loss = trainer.step(trainer.batch(corpus, step))
             drained = recorder.drain()
             stage = config.stage_at(step)
+            own_LNK = torch.stack([drained[layer][0].flatten(0, 1) for layer in layers]).numpy()
+            show(step, loss, max_over_mean_load(own_LNK, config.model.num_experts, config.model.topk))
             if stage is None:
-                show(step, loss, _loads(drained, layers, config))
                 if (step + 1) % config.checkpoint_every == 0:
-                    trainer.save(checkpoints, step + 1, keep=1)
+                    trainer.save(checkpoints, step + 1, keep=2)
                 continue
             # [layer, b * s, k]: token after token of a sequence, sequence after sequence.
             ids_LTK = torch.stack([drained[layer][0].transpose(0, 1).flatten(0, 1) for layer in layers])
@@ -82,18 +83,11 @@ def train_and_record(
             if gathered is None:
                 continue
             ids_LNK = gathered.transpose(0, 1).flatten(1, 2).numpy()
-            show(step, loss, max_over_mean_load(ids_LNK, config.model.num_experts, config.model.topk))
             losses.append(loss)
             recorded.append(ids_LNK.astype(np.uint16))
             if config.stage_at(step + 1) != stage:
                 write_trace(config, stage, corpus, command, np.stack(recorded), losses)
                 recorded, losses = [], []
-
-
-def _loads(drained: dict[int, list[torch.Tensor]], layers: list[int], config: RecordConfig) -> np.ndarray:
-    """As `max_over_mean_load`, of this rank's tokens."""
-    ids_LNK = torch.stack([drained[layer][0].flatten(0, 1) for layer in layers]).numpy()
-    return max_over_mean_load(ids_LNK, config.model.num_experts, config.model.topk)
 
 
 def max_over_mean_load(ids_LNK: np.ndarray, num_experts: int, topk: int) -> np.ndarray:

@@ -26,7 +26,7 @@ def recording_progress(
 
     Yields:
         Shows one finished step, given its number (from 0), the mean loss per token, and the most loaded expert over the
-        mean expert of every recorded layer.
+        mean expert of every recorded layer, by the tokens of this rank.
     """
     console = Console(quiet=rank != 0)
     bar = Progress(

@@ -2,13 +2,11 @@
 
 from typing import Literal, Self
 
-import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from hiermoe.model import ModelConfig
-from hiermoe.records.groups import file_of
-from hiermoe.records.project import shown
-from hiermoe.records.strict import Strict, checked
+from hiermoe.records.groups import read_named
+from hiermoe.records.strict import Strict
 
 
 class TextKind(Strict):
@@ -37,8 +35,7 @@ class CorpusConfig(Strict):
         Raises:
             ValueError: there is none, or it breaks a rule.
         """
-        path = file_of("corpus", name)
-        return checked(yaml.safe_load(path.read_text(encoding="utf-8")), cls, shown(path))
+        return read_named("corpus", name, cls)
 
 
 class TrainingConfig(Strict):

@@ -3,14 +3,12 @@
 from importlib import import_module
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field
 
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.policies.protocol import PlacementPolicy, StaticPolicy
-from hiermoe.records.groups import file_of
-from hiermoe.records.project import shown
-from hiermoe.records.strict import Strict, checked
+from hiermoe.records.groups import read_named
+from hiermoe.records.strict import Strict
 from hiermoe.topology.hierarchy import Hierarchy
 
 Executor = Literal["staged", "stock", "reordered", "flex"]
@@ -72,8 +70,7 @@ class SystemConfig(Strict):
         Raises:
             ValueError: there is none, or it breaks a rule.
         """
-        path = file_of("system", name)
-        return checked(yaml.safe_load(path.read_text(encoding="utf-8")), cls, shown(path))
+        return read_named("system", name, cls)
 
 
 def build(spec: dict[str, Any], **context: Any) -> Any:

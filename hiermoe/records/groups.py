@@ -7,8 +7,11 @@ them.
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
+
 from hiermoe.records.choices import unknown
 from hiermoe.records.project import CLUSTERS, CONF, SWEEPS, WORKPLACE, shown
+from hiermoe.records.strict import Schema, checked
 
 OWN = WORKPLACE / "conf"
 BY_PATH = ("cluster", "model")  # groups of which a command may name any file
@@ -51,6 +54,16 @@ def file_of(group: str, name: str) -> Path:
     if name not in known:
         raise unknown(group, name, known, ", or name a .yaml file" if by_path else "")
     return known[name]
+
+
+def read_named(group: str, name: str, schema: type[Schema]) -> Schema:
+    """What the file of a group says, as its schema has it.
+
+    Raises:
+        ValueError: there is no such file, or it breaks a rule.
+    """
+    path = file_of(group, name)
+    return checked(yaml.safe_load(path.read_text(encoding="utf-8")), schema, shown(path))
 
 
 def is_group(name: str) -> bool:

@@ -1,17 +1,13 @@
 """Routing of published models that others made public: which sets there are, and a run on one that was fetched."""
 
-import yaml
 from pydantic import PositiveInt
 
-from hiermoe.records.choices import unknown
-from hiermoe.records.project import CONF
+from hiermoe.records.groups import files_of, read_named
 from hiermoe.records.status import NotApplicable
-from hiermoe.records.strict import Strict, checked
+from hiermoe.records.strict import Strict
 from hiermoe.routing.resampled import Resampled, open_resampled
 from hiermoe.routing.step import RoutingRequest
 from hiermoe.routing.trace import recorded_path
-
-SETS = CONF / "public"
 
 
 class PublicSet(Strict):
@@ -52,20 +48,16 @@ def public_sets() -> dict[str, PublicSet]:
     Raises:
         ValueError: a file breaks a rule.
     """
-    sets = (checked(yaml.safe_load(file.read_text()), PublicSet, file) for file in sorted(SETS.glob("*.yaml")))
-    return {each.name: each for each in sets}
+    return {name: public_set(name) for name in files_of("public")}
 
 
 def public_set(name: str) -> PublicSet:
     """A set by its name.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none of that name, or its file breaks a rule.
     """
-    sets = public_sets()
-    if name not in sets:
-        raise unknown("public set", name, sets)
-    return sets[name]
+    return read_named("public", name, PublicSet)
 
 
 def open_public(request: RoutingRequest, name: str, path: str, layer: int = 0) -> Resampled:

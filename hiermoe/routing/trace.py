@@ -183,23 +183,33 @@ class RoutingTrace:
 
     @classmethod
     def joined(cls, traces: Sequence["RoutingTrace"]) -> "RoutingTrace":
-        """Traces of one model one after another, ids alone.
+        """Traces of one model and equal ranks, one after another; several have ids alone, without weights.
 
         Raises:
-            ValueError: they differ in experts, layers, ranks or tokens of a rank.
+            ValueError: they differ in experts or layers.
         """
         first, *others = traces
+        if not others:
+            return first
         for other in others:
-            for name in ("num_experts", "topk", "num_recorded", "layers"):
-                one, another = getattr(first.metadata, name), getattr(other.metadata, name)
-                if one != another:
-                    raise ValueError(f"traces cannot be joined: {name}={one} in one, {another} in another")
+            first.check_alike(other)
         added = {name: [x for one in traces for x in getattr(one.metadata, name)] for name in ("training_step", "loss")}
         return cls(
             np.concatenate([one.expert_ids for one in traces]),
             np.concatenate([one.num_tokens for one in traces]),
             first.metadata.model_copy(update=added),
         )
+
+    def check_alike(self, other: "RoutingTrace") -> None:
+        """Refuse a trace of other experts or layers.
+
+        Raises:
+            ValueError: names what differs.
+        """
+        for name in ("num_experts", "topk", "num_recorded", "layers"):
+            one, another = getattr(self.metadata, name), getattr(other.metadata, name)
+            if one != another:
+                raise ValueError(f"the traces do not go together: {name}={one} in one, {another} in another")
 
     def check(self, layer: int, topk: int) -> None:
         """Refuse what was not recorded.

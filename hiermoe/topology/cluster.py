@@ -5,12 +5,10 @@ import operator
 from itertools import accumulate, pairwise
 from typing import Any
 
-import yaml
 from pydantic import Field, model_validator
 
-from hiermoe.records.groups import file_of
-from hiermoe.records.project import shown
-from hiermoe.records.strict import Strict, checked, is_valid
+from hiermoe.records.groups import read_named
+from hiermoe.records.strict import Strict, is_valid
 from hiermoe.topology.data_sheet import Port, derived
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.peers import WORLD, AlphaBeta, Peers
@@ -213,5 +211,4 @@ class Cluster(Strict):
         Raises:
             ValueError: there is none, or it breaks a rule.
         """
-        path = file_of("cluster", name)
-        return checked(yaml.safe_load(path.read_text(encoding="utf-8")), cls, shown(path))
+        return read_named("cluster", name, cls)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hiermoe.records.groups import file_of
 from hiermoe.records.project import CODE
 from hiermoe.records.store import RunStore
 from hiermoe.routing import public
@@ -31,21 +32,33 @@ def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def described(folder: Path, monkeypatch: pytest.MonkeyPatch, url: str, commit: str = "null") -> None:
     """The set, in another repository."""
-    text = (public.SETS / f"{NAME}.yaml").read_text()
+    text = file_of("public", NAME).read_text()
     lines = [f"url: {url}" if line.startswith("url:") else line for line in text.splitlines()]
     lines = [f"commit: {commit}" if line.startswith("commit:") else line for line in lines]
-    folder.mkdir()
-    (folder / f"{NAME}.yaml").write_text("\n".join(lines))
-    monkeypatch.setattr(public, "SETS", folder)
+    (folder / "public").mkdir(parents=True)
+    (folder / "public" / f"{NAME}.yaml").write_text("\n".join(lines))
+    for root in ("CONF", "OWN"):  # one folder in a checkout
+        monkeypatch.setattr(f"hiermoe.records.groups.{root}", folder)
 
 
 def test_every_set_is_named_as_its_file_and_of_a_known_form(hiermoe: Command, fetched: Path) -> None:
     code, out, _ = hiermoe("trace", "fetch")
     assert code == 0
     for name, known in public.public_sets().items():
-        assert (public.SETS / f"{name}.yaml").is_file() and known.form in IMPORTERS
+        assert known.name == name and known.form in IMPORTERS
         assert f"{name}: {known.what}" in out and known.url in out and known.licence in out
     assert len(out.splitlines()) == len(public.public_sets())
+
+
+def test_a_set_of_ones_own_is_beside_them(
+    hiermoe: Command, fetched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own" / "public").mkdir(parents=True)
+    text = file_of("public", NAME).read_text().replace(f"name: {NAME}", "name: mine")
+    (tmp_path / "own" / "public" / "mine.yaml").write_text(text)
+    monkeypatch.setattr("hiermoe.records.groups.OWN", tmp_path / "own")
+    code, out, _ = hiermoe("trace", "fetch")
+    assert code == 0 and "mine: " in out and f"{NAME}: " in out
 
 
 def test_git_brings_the_set_alone(
@@ -107,7 +120,7 @@ def test_a_folder_is_taken_instead(place: str, hiermoe: Command, fetched: Path, 
 def test_bad_words_are_refused(hiermoe: Command, fetched: Path, tmp_path: Path) -> None:
     write_npz(tmp_path / "a.npz", IDS)
     for arguments, message in (
-        (["nothing"], "public set=nothing is unknown"),
+        (["nothing"], "public=nothing is unknown"),
         ([NAME, "--from", str(tmp_path / "gone")], "there is no such folder"),
         ([NAME, "--from", str(tmp_path)], "no form is recognized in it"),
         (["flame_moe", "--from", str(write_esft(tmp_path / "law", IDS))], "flame_moe is of the form parquet"),

@@ -65,7 +65,8 @@ def _sizes(config: Any) -> str:
     layers = f"{model.num_layers} layers" + (f", {model.num_dense_layers} of them dense" * (model.num_dense_layers > 0))
     return (
         f"{style.model(model.name)}: {layers}, width {model.hidden_size}, vocabulary "
-        f"{model.vocab_size}, {config.sequences_per_rank} x {config.seq_length} tokens a rank"
+        f"{model.vocab_size}, {config.sequences_per_rank} x {config.seq_length} tokens a rank of the "
+        f"corpus {config.corpus.name.replace('_', ' ')}"
     )
 
 
@@ -144,7 +145,7 @@ def words(table: pd.DataFrame) -> Words:
         f"{'; '.join(best) or 'no baseline'}",
         f"Measured: stock Megatron-Core trains on {first['num_ranks']} {ranks}, {first['dtype']}. Busiest rank, median "
         f"over {table['n'].min()} steps; 95 % block-bootstrap intervals; one run each, one after another. "
-        f"{'. '.join(table['sizes'].unique())}. The corpus is the standard library of Python.",
+        f"{'. '.join(table['sizes'].unique())}.",
         (depends + "Planning and moving experts count as part of the step; neither overlaps with anything.",),
         tuple(_summary(table)),
     )

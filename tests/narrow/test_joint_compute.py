@@ -16,7 +16,7 @@ TIMEOUT = timedelta(minutes=10)
 
 def train_both(rank: int, config: TrainingConfig, corpus: Corpus) -> dict[str, list[Any]]:
     """Losses of four steps and gradients of the first, of stock and of joint training."""
-    from hiermoe.narrow.joint import compute_jointly
+    from hiermoe.narrow.joint_compute import compute_jointly
     from hiermoe.narrow.trainer import Trainer
 
     seen: dict[str, list[Any]] = {}
@@ -47,7 +47,7 @@ def test_losses_and_gradients_are_those_of_stock_megatron(model: str, sizes: dic
 
 
 def test_tokens_that_count_differently_are_refused() -> None:
-    from hiermoe.narrow.joint import _Loss
+    from hiermoe.narrow.joint_compute import _Loss
 
     hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
     losses = _Loss.apply(hidden, weight, torch.tensor([0, 1, 2, 3]))
