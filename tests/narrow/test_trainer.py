@@ -80,6 +80,34 @@ def loss_and_norm_from_outside(rank: int, config: TrainingConfig, corpus: Corpus
     return [loss, own_loss.item()], [norm, torch.cat(gradients).norm().item()]
 
 
+def balanced(rank: int, config: TrainingConfig, corpus: Corpus, times: list[tuple[float, float]]) -> list[Any]:
+    """After one step under each strength of balancing: gradients of all routers, and the largest expert bias."""
+    from hiermoe.narrow.trainer import Trainer
+
+    seen = []
+    for aux_loss_times, bias_rate_times in times:
+        trainer = Trainer(config, TIMEOUT)
+        trainer.balance(aux_loss_times, bias_rate_times)
+        trainer.step(trainer.batch(corpus, 0))
+        routers = [x.main_grad for name, x in trainer.model.named_parameters() if name.endswith("router.weight")]  # type: ignore[attr-defined]
+        biases = [x for name, x in trainer.model.named_buffers() if name.endswith("expert_bias")]
+        seen.append((torch.cat(routers).clone(), max((float(x.abs().max()) for x in biases), default=None)))
+        trainer.close()
+    return seen
+
+
+@both
+def test_balancing_is_as_many_times_stronger_as_it_is_told(model: str, cache_dir: str) -> None:
+    config = tiny_training(model, cache_dir, ep_size=1, router={"aux_loss_coeff": 0.5})
+    times = [(1.0, 1.0), (2.0, 20.0), (3.0, 1.0)]
+    (seen,) = run_ranks(balanced, 1, (config, training_corpus(config), times), TIMEOUT)
+    (plain, bias), (twice, larger_bias), (thrice, same_bias) = seen
+    # Gradients are clipped to one norm, of which the routers' are the part that balancing changes.
+    assert not torch.equal(plain, twice) and not torch.equal(twice, thrice)
+    if model == "deepseek_v3":
+        assert (bias, larger_bias, same_bias) == pytest.approx((0.001, 0.02, 0.001))
+
+
 @both
 def test_fp64_is_float64_in_parameters_gradients_and_moments(model: str, cache_dir: str) -> None:
     seen = trained(tiny_training(model, cache_dir, dtype="fp64"), steps=2)
