@@ -16,13 +16,10 @@ def names(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
-MODELS_ROUTED = [
-    pytest.param(
-        routing, model, marks=() if routing == "uniform" or model.startswith("deepseek_v3") else pytest.mark.slow
-    )
-    for routing in names("routing")
-    for model in names("model")
-    if routing not in ("recorded", "resampled") and model != "mixtral_8x22b"
+SYNTHETIC = [routing for routing in names("routing") if routing not in ("recorded", "resampled", "public")]
+ROUTED = [
+    *(("uniform", model) for model in names("model") if model != "mixtral_8x22b"),
+    *((routing, model) for routing in SYNTHETIC if routing != "uniform" for model in ("deepseek_v3", "qwen3_30b_a3b")),
 ]
 
 
@@ -34,13 +31,13 @@ def test_every_system_runs_on_four_nodes(system: str, composed: Composer, store:
     assert len(steps) == 4 and (steps["predicted_ms"] > 0).all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("routing", "model"), MODELS_ROUTED)
-def test_every_model_runs_under_every_synthetic_routing(
+@pytest.mark.parametrize(("routing", "model"), ROUTED)
+def test_every_model_and_every_synthetic_routing_runs(
     routing: str, model: str, composed: Composer, store: RunStore
 ) -> None:
-    outcome = execute(composed(f"routing={routing}", f"model={model}", "system=hiermoe"), store)
-    if routing == "group_limited" and model.startswith("qwen3"):
+    config = composed(f"routing={routing}", f"model={model}", "system=hiermoe")
+    outcome = execute(config, store)
+    if routing == "group_limited" and config.model.router.num_groups is None:
         assert outcome.status == "not_applicable" and "no group limit" in outcome.reason
     else:
         assert (outcome.status, outcome.reason) == ("ok", "")
