@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from hiermoe.analysis.claims import BEST_OF, Claim, Rules
 from hiermoe.analysis.frames import Results, Run
+from hiermoe.records.index import over
 
 GROUPED_BY = ("source", "routing", "model", "cluster")
 SETTINGS = ("measure", "ranks", "iterations", "tokens_per_rank", "narrowed")  # of how, not of what, is measured
+OVER = "real_models"  # file of sweeps/over/: routing of models other than the claims'
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Case:
         model: name.
         baseline: one of the claim's baselines; empty where the claim has none.
         condition: what the sweep varies beyond that, e.g. ``gamma 7``.
+        place: where in a model and its training the routing was recorded, e.g. ``late, MoE layer 2``.
         systems: runs of the claim's system; several for ``best of``; all runs where the claim has neither system of
             ours nor baseline (Table II, Fig. 9).
         baselines: runs of the baseline; several for ``best of``.
@@ -34,6 +38,7 @@ class Case:
     model: str
     baseline: str
     condition: str
+    place: str
     systems: tuple[Run, ...]
     baselines: tuple[Run, ...]
 
@@ -57,18 +62,26 @@ class Case:
 
 
 def cases(claim: Claim, rules: Rules, results: Results) -> Iterator[Case]:
-    """All cases of a claim, in the order of its sweep."""
+    """All cases of a claim, in the order of its sweep; then those on what real models routed, for claims of any model."""
     sweep = claim.sweep(rules)
+    yield from _cases(claim, sweep, rules.baseline_sweep, claim.wanted, results)
+    wanted = {key: value for key, value in claim.wanted.items() if key != "model"}
+    yield from _cases(claim, over(sweep, OVER), over(rules.baseline_sweep, OVER), wanted, results)
+
+
+def _cases(claim: Claim, sweep: str, baseline_sweep: str, wanted: dict[str, Any], results: Results) -> Iterator[Case]:
     groups: dict[tuple, list[Run]] = {}
-    for run in results.find(sweep, **claim.wanted):
-        varied = {key: value for key, value in run.swept.items() if key not in (*GROUPED_BY, "system", *SETTINGS)}
-        key = (*(run.value(name) for name in GROUPED_BY), *varied.items())
+    apart = (*GROUPED_BY, "system", *SETTINGS, "layer")  # a layer is a place
+    for run in results.find(sweep, **wanted):
+        varied = {key: value for key, value in run.swept.items() if key not in apart}
+        key = (*(run.value(name) for name in GROUPED_BY), run.place, *varied.items())
         groups.setdefault(key, []).append(run)
     clusters = {cluster for _, _, _, cluster, *_ in groups}
-    for (source, routing, model, cluster, *varied), runs in groups.items():
+    for (source, routing, model, cluster, place, *varied), runs in groups.items():
         details = [f"{name} {value}" for name, value in varied if name not in claim.wanted]
         for baseline in claim.baselines:
-            others = results.find(rules.baseline_sweep, source=source, routing=routing, model=model, cluster=cluster)
+            alike = results.find(baseline_sweep, source=source, routing=routing, model=model, cluster=cluster)
+            others = [run for run in alike if run.place == place]
             yield Case(
                 claim=claim,
                 sweep=sweep,
@@ -77,6 +90,7 @@ def cases(claim: Claim, rules: Rules, results: Results) -> Iterator[Case]:
                 model=model,
                 baseline=baseline,
                 condition=", ".join([cluster, *details] if len(clusters) > 1 else details),
+                place=place,
                 systems=_of(claim.system, runs) or (() if baseline else tuple(runs)),
                 baselines=_of(baseline, runs) or _of(baseline, others),
             )

@@ -55,6 +55,7 @@ class Rules(Strict):
     baseline_sweep: str
     metrics: dict[str, Rule]
     constructed_pairs: tuple[ConstructedPair, ...]
+    over_places: str  # how a claim is judged over several places of a routing
     headline: tuple[str, ...]
 
     def constructed_pair(self, system: str, baseline: str) -> ConstructedPair | None:

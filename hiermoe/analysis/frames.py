@@ -47,6 +47,17 @@ class Run(IndexedRun):
         return self.keys["routing"]
 
     @property
+    def place(self) -> str:
+        """Where in a model and its training the routing was recorded; empty where it was not."""
+        source = {} if self.config.routing is None else self.config.routing.source
+        words = [
+            source.get("name"),
+            source.get("stage"),
+            f"MoE layer {source['layer'] + 1}" if "layer" in source else "",
+        ]
+        return ", ".join(filter(None, words))
+
+    @property
     def num_ranks(self) -> int:
         """G."""
         return self.keys["num_ranks"]

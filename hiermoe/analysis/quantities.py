@@ -116,9 +116,8 @@ def _swap_share(case: Case, results: Results) -> Quantity:
     """Range over what may move, at which rate, and AlltoAll's share of the step; the value is full state at the "
     "link's rate."""
     run = case.systems[0]
-    (megatron,) = results.find(
-        case.sweep, system="megatron", source=case.source, routing=case.routing, model=case.model
-    )
+    alike = results.find(case.sweep, system="megatron", source=case.source, routing=case.routing, model=case.model)
+    (megatron,) = (other for other in alike if other.place == run.place)
     rows, reference = results.rows(run, "step"), results.rows(megatron, "step")
     share = partial(migration_share, rows, reference)
     shares = {p.label: [share(p, s) for s in PUBLISHED_SHARES] for p in migration_prices()}

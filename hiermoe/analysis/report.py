@@ -20,7 +20,7 @@ from hiermoe.analysis.in_short import six_lines
 from hiermoe.analysis.origins import run_provenance, trace_facts
 from hiermoe.analysis.render import environment, to_html
 from hiermoe.analysis.up_to_date import is_up_to_date, made_from
-from hiermoe.analysis.verdicts import VERDICTS, Judged, judge_all, to_frame
+from hiermoe.analysis.verdicts import VERDICTS, Judged, judge_all, routing_words, to_frame
 from hiermoe.analysis.wording import GLYPHS, cell, in_words, number, system_labels
 from hiermoe.records.index import Index, Renewal
 from hiermoe.records.keep import NONE
@@ -30,7 +30,7 @@ from hiermoe.records.store import RunStore
 from hiermoe.records.whole_file import write_whole
 
 TITLE = "HierMoE, reproduced"
-ROUTINGS = ("recorded", "uniform", "group_limited", NONE)
+ROUTINGS = ("recorded", "public", "uniform", "group_limited", NONE)
 NO_SOURCE = "none"  # of a claim that no sweep has a run for
 SOURCES = ("simulated", "local", "emulated", "cluster")
 KINDS = (*SOURCES, NO_SOURCE)
@@ -197,7 +197,7 @@ def _verdict_context(judged: Sequence[Judged], rules: Rules, results: Results) -
 def _named(source: str, routing: str) -> str:
     """A column's heading; without a source where there was no run to judge."""
     words = {"simulated": "predicted"}.get(source, source)
-    return f"{words}, {routing.replace('_', '-')}" if source != NO_SOURCE else "no run"
+    return f"{words}, {routing_words(routing)}" if source != NO_SOURCE else "no run"
 
 
 def _provenance_context(results: Results) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -20,6 +21,7 @@ from hiermoe.records.keep import NONE
 
 Verdict = Literal["reproduced", "same direction", "contradicted", "by construction", "not testable"]
 VERDICTS: tuple[Verdict, ...] = ("reproduced", "same direction", "contradicted", "by construction", "not testable")
+FROM_BEST: tuple[Verdict, ...] = ("reproduced", "same direction", "by construction", "contradicted")
 STYLES = dict(zip(VERDICTS, ("green", "yellow", "red", "cyan", "dim"), strict=True))
 NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
 
@@ -52,9 +54,36 @@ def judge_all(claims: Sequence[Claim], rules: Rules, results: Results) -> list[J
     """Every claim in every case, in the order of the claims; a claim without any case keeps a row."""
     judged: list[Judged] = []
     for claim in claims:
-        found = [_judge_case(case, rules, results) for case in cases(claim, rules, results)]
-        judged += found or [Judged(claim, None, NOTHING, "not testable", f"sweep {claim.sweep(rules)} has no such run")]
+        found: dict[Case, list[Judged]] = {}
+        for case in cases(claim, rules, results):
+            anywhere = replace(case, place="", systems=(), baselines=())
+            found.setdefault(anywhere, []).append(_judge_case(case, rules, results))
+        judged += [over_places(each) for each in found.values()] or [
+            Judged(claim, None, NOTHING, "not testable", f"sweep {claim.sweep(rules)} has no such run")
+        ]
     return judged
+
+
+def over_places(judged: Sequence[Judged]) -> Judged:
+    """One claim in all places of a routing, as ``over_places`` of the rules says.
+
+    Args:
+        judged: the claim in each place, one at least.
+    """
+    numbered = [one for one in judged if one.estimate.n]
+    if len(judged) == 1 or not numbered:
+        return judged[0]
+    counts = Counter(one.verdict for one in numbered)
+    reached = sorted(counts.elements(), key=FROM_BEST.index)[(len(numbered) - 1) // 2]
+    values = [one.estimate.value for one in numbered]
+    low, high = (pick(numbered, key=lambda one: one.estimate.value) for pick in (min, max))
+    assert low.case is not None and high.case is not None
+    parts = ", ".join(f"{verdict} in {counts[verdict]}" for verdict in FROM_BEST if counts[verdict])
+    ends = f"least in {low.case.place}, most in {high.case.place}"
+    without = f"no number in {len(judged) - len(numbered)} more" if len(numbered) < len(judged) else ""
+    median = Estimate(float(np.median(values)), low.estimate.value, high.estimate.value, len(values))
+    reason = _reason(low.case, f"median of {len(numbered)} places", parts, ends, without)
+    return Judged(low.claim, low.case, median, reached, reason)
 
 
 def _judge_case(case: Case, rules: Rules, results: Results) -> Judged:
@@ -174,6 +203,11 @@ def _rows(judged: Sequence[Judged]) -> Iterator[dict[str, object]]:
         }
 
 
+def routing_words(routing: str) -> str:
+    """A routing, by its name, for readers."""
+    return {NONE: "no routing", "public": "real models"}.get(routing, routing.replace("_", "-"))
+
+
 def verdict_summary(verdicts: pd.DataFrame) -> Table:
     """How many claims got which verdict, one line per source and routing, for the terminal: at most 80 columns wide.
 
@@ -196,6 +230,5 @@ def verdict_summary(verdicts: pd.DataFrame) -> Table:
         if source != last:
             table.add_row(Text("no run" if source == NONE else str(source), style="bold"))
         last, count = source, Counter(group["verdict"])
-        words = "no routing" if routing == NONE else str(routing).replace("_", "-")
-        table.add_row(f"  {words}", *(str(count[verdict]) for verdict in VERDICTS))
+        table.add_row(f"  {routing_words(str(routing))}", *(str(count[verdict]) for verdict in VERDICTS))
     return table

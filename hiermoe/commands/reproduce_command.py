@@ -23,6 +23,7 @@ from hiermoe.runs.compose import Cell, expand, sweep_names
 from hiermoe.runs.execute import execute_together, num_steps
 from hiermoe.runs.indexing import index_runs
 from hiermoe.runs.measured_cells import Amount, MeasuredCell, clusters_of, measured_cells, together
+from hiermoe.runs.routings import sweeps_over_routings
 from hiermoe.runs.run_config import RunConfig, WandbMode
 from hiermoe.runs.stale import stale_in_place_of
 from hiermoe.runs.sweep import run_all
@@ -95,6 +96,8 @@ def reproduce(
             "  as root: [bold]make reproduce[/bold]; what is done is kept"
         )
     outcomes += simulate_all(beyond, session, "report")
+    if amount != "quick":
+        outcomes += simulate_over_routings(session)
     finish(outcomes, session, wandb_mode, cells)
 
 
@@ -131,6 +134,17 @@ def simulate_all(cells: Cells, session: Session, then: str = "report") -> list[O
             progress.advance()
 
         return run_all(configs.values(), session.workers, finished, session.store)
+
+
+def simulate_over_routings(session: Session) -> list[Outcome]:
+    """What the paper claims, on what real models routed, if that was fetched; else say how to."""
+    cells = {name: sweep for name, sweep in sweeps_over_routings().items() if sweep}
+    if not cells:
+        session.console.print(
+            "left out: routing of real models. [bold]hiermoe trace fetch deepseek_v2_lite_law[/bold] brings it (git); "
+            "this command then adds it"
+        )
+    return simulate_all(cells, session)
 
 
 def measure_emulated(amount: Amount, session: Session) -> list[Outcome]:

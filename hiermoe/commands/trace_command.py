@@ -150,20 +150,17 @@ def _import(chosen: argparse.Namespace) -> None:
 
 
 def _fetch(chosen: argparse.Namespace) -> None:
-    from hiermoe.records.project import PUBLIC
     from hiermoe.routing.fetching import fetch
-    from hiermoe.routing.public import public_set, public_sets
+    from hiermoe.routing.public import public_set, public_sets, public_trace
 
     console = Console(highlight=False, soft_wrap=True)
     if chosen.name is not None:
-        fetch(
-            public_set(chosen.name), chosen.folder, PUBLIC / f"{chosen.name}.trace", lambda x: console.print(escape(x))
-        )
+        fetch(public_set(chosen.name), chosen.folder, public_trace(chosen.name), lambda x: console.print(escape(x)))
         return
     if chosen.folder is not None:
         raise ValueError(f"from={chosen.folder}: name the set that it has")
     for known in public_sets().values():
-        here = "here" if (PUBLIC / f"{known.name}.trace").is_file() else known.needs or "not here yet"
+        here = "here" if public_trace(known.name).is_file() else known.needs or "not here yet"
         sizes = f"E={known.num_experts or 'several'} K={known.topk or 'several'}"
         console.print(escape(f"{known.name}: {known.what}; {sizes}; {known.url}; licence: {known.licence}; {here}"))
 

@@ -24,6 +24,16 @@ class IndexedRun:
     swept: dict[str, Any]
 
 
+def over(sweep: str, routings: str) -> str:
+    """Name, in an index, of a sweep on other routing than its own.
+
+    Args:
+        sweep: name of the sweep.
+        routings: file of sweeps/over/.
+    """
+    return f"{sweep} over {routings}"
+
+
 @dataclass(frozen=True)
 class Renewal:
     """What renews records that other code has made.

@@ -1,13 +1,15 @@
 """Routing of published models that others made public: which sets there are, and a run on one that was fetched."""
 
+from pathlib import Path
+
 from pydantic import PositiveInt
 
 from hiermoe.records.groups import files_of, read_named
+from hiermoe.records.project import PUBLIC
 from hiermoe.records.status import NotApplicable
 from hiermoe.records.strict import Strict
 from hiermoe.routing.resampled import Resampled, open_resampled
 from hiermoe.routing.step import RoutingRequest
-from hiermoe.routing.trace import recorded_path
 
 
 class PublicSet(Strict):
@@ -60,13 +62,17 @@ def public_set(name: str) -> PublicSet:
     return read_named("public", name, PublicSet)
 
 
-def open_public(request: RoutingRequest, name: str, path: str, layer: int = 0) -> Resampled:
+def public_trace(name: str) -> Path:
+    """Where the trace of a set is, once it was fetched."""
+    return PUBLIC / f"{name}.trace"
+
+
+def open_public(request: RoutingRequest, name: str, layer: int = 0) -> Resampled:
     """A fetched set to draw sequences from.
 
     Args:
         request: G, T, E and K of the run.
         name: of the set.
-        path: where its trace is.
         layer: position of the layer in the trace.
 
     Raises:
@@ -74,9 +80,9 @@ def open_public(request: RoutingRequest, name: str, path: str, layer: int = 0) -
         ValueError: there is no such set, or its E or K is not the model's.
     """
     known = public_set(name)
-    if not recorded_path(path, request).exists():
+    if not (path := public_trace(name)).exists():
         raise NotApplicable(f"the public set {name} is not here; bring it by: hiermoe trace fetch {name}")
     if known.num_experts not in (None, request.num_experts):
         hint = f"; it is of model={known.model}" if known.model else ""
         raise ValueError(f"{name} has num_experts={known.num_experts}, the model has {request.num_experts}{hint}")
-    return open_resampled(request, path, layer)
+    return open_resampled(request, str(path), layer)

@@ -159,8 +159,12 @@ def large_sweep_names() -> list[str]:
     return [f"large/{name}" for name in files_of("sweeps/large")]
 
 
-def expand(name: str) -> list[Cell]:
+def expand(name: str, over: str | None = None) -> list[Cell]:
     """All runs of a sweep, as ``hiermoe run -m +sweeps=<name>`` would run them.
+
+    Args:
+        name: of the sweep.
+        over: file of sweeps/over/ whose values take the place of the sweep's own (``+sweeps/over=<name>``).
 
     Raises:
         ValueError: no such sweep, or a configuration that breaks a rule.
@@ -168,11 +172,12 @@ def expand(name: str) -> list[Cell]:
     folder, _, stem = f"sweeps/{name}".rpartition("/")
     if stem not in files_of(folder):
         raise unknown("sweep", name, [*sweep_names(), *large_sweep_names()])
-    return expand_file(files_of(folder)[stem], "config", RunConfig)
+    instead = None if over is None else swept(files_of("sweeps/over")[over])
+    return expand_file(files_of(folder)[stem], "config", RunConfig, instead)
 
 
 def expand_file(
-    path: Path, config_name: str, schema: type[C], instead: Mapping[str, str] | None = None
+    path: Path, config_name: str, schema: type[C], instead: Mapping[str, Any] | None = None
 ) -> list[Cell[C]]:
     """All runs of a sweep's file, in Hydra's order.
 

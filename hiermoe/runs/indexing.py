@@ -9,6 +9,7 @@ from hiermoe.records.index import PREDICTIONS, Index, IndexedRun
 from hiermoe.records.store import RunStore
 from hiermoe.runs.compose import Cell, expand, large_sweep_names, sweep_names
 from hiermoe.runs.measured_cells import measured_so_far
+from hiermoe.runs.routings import sweeps_over_routings
 from hiermoe.runs.training import trainings
 
 
@@ -27,12 +28,17 @@ def index_runs(store: RunStore, expanded: Mapping[str, Sequence[Cell]] | None = 
     for one in measured:
         cells[one.sweep].append(one.measured)
     cells[PREDICTIONS] = [one.predicted for one in measured]
+    # Over other routing, and beyond the paper, a report shows what there is.
+    cells |= {name: _done(sweep, store) for name, sweep in sweeps_over_routings().items()}
     # Large sweeps go on from the sweep of their name.
     long = {name.removeprefix("large/"): expand(name) for name in large_sweep_names()} | trainings(store)
     for name, sweep in long.items():
-        done = [cell for cell in sweep if store.has(cell.config.run_id)]
-        cells.setdefault(name, []).extend(done)
+        cells.setdefault(name, []).extend(_done(sweep, store))
     return indexed(cells)
+
+
+def _done(cells: Iterable[Cell[Any]], store: RunStore) -> list[Cell[Any]]:
+    return [cell for cell in cells if store.has(cell.config.run_id)]
 
 
 def indexed(cells: Mapping[str, Iterable[Cell[Any]]]) -> Index:

@@ -20,6 +20,7 @@ ROUTINGS = {
     "recorded": ("o", "recorded routing", 0.0),
     "uniform": ("s", "uniform routing", 0.5),
     "group_limited": ("^", "group-limited routing", 0.5),
+    "public": ("D", "real models' routing", 0.0),
     "none": ("o", "no routing", 0.0),
 }
 INK = "#222222"
