@@ -62,7 +62,7 @@ class Case:
 
 
 def cases(claim: Claim, rules: Rules, results: Results) -> Iterator[Case]:
-    """All cases of a claim, in the order of its sweep; then those on what real models routed, for claims of any model."""
+    """All cases of a claim, in the order of its sweep; then those on what real models routed, of any model."""
     sweep = claim.sweep(rules)
     yield from _cases(claim, sweep, rules.baseline_sweep, claim.wanted, results)
     wanted = {key: value for key, value in claim.wanted.items() if key != "model"}

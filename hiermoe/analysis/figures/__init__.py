@@ -1,6 +1,6 @@
 """The report's figures, one module each; `FIGURES` is their order in the report."""
 
-from hiermoe.analysis.figures.beyond import balance, heat_map, planner_cost
+from hiermoe.analysis.figures.beyond import balance, heat_map, planner_cost, structure
 from hiermoe.analysis.figures.beyond import policies as placement
 from hiermoe.analysis.figures.beyond import searched as search
 from hiermoe.analysis.figures.beyond import world_sizes as scaling
@@ -12,7 +12,21 @@ FIGURES: tuple[FigureSpec, ...] = tuple(
     module.FIGURE
     for module in (
         *(dispatchers, training_steps),
-        *(fig11, fig10, table2, fig9, fig12, fig13, table4, placement, search, swap_policy, swap_cost, balance),
+        *(
+            fig11,
+            fig10,
+            table2,
+            fig9,
+            fig12,
+            fig13,
+            table4,
+            placement,
+            structure,
+            search,
+            swap_policy,
+            swap_cost,
+            balance,
+        ),
         *(scaling, heat_map, planner_cost, losses),
     )
 )

@@ -1,0 +1,97 @@
+"""What swaps gain against what routing leaves to placement: a mark a routing, and where the published gains lie."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from hiermoe.analysis.cases import OVER
+from hiermoe.analysis.claims import Claim
+from hiermoe.analysis.figures import style
+from hiermoe.analysis.figures.spec import FigureSpec, Words
+from hiermoe.analysis.figures.tables import published, row_of
+from hiermoe.analysis.figures.words import counted, span
+from hiermoe.analysis.frames import Results, Run
+from hiermoe.analysis.quantities import speedup
+from hiermoe.records.index import over
+
+SWEEP = "structure"
+PAPER = "published"  # in the place of a routing
+
+
+def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
+    """One row per model, routing and place: HierMoE and the searched placement over experts fixed; then the paper's."""
+    by_place: dict[tuple[str, ...], dict[str, Run]] = {}
+    for run in (*results.find(SWEEP, status="ok"), *results.find(over(SWEEP, OVER), status="ok")):
+        by_place.setdefault((run.config.model.name, run.routing, run.place), {})[run.system] = run
+    rows = []
+    for (_, _, place), runs in by_place.items():
+        if runs.keys() >= {"hd_moe", "hiermoe", "hiermoe_search"}:
+            ours, searched = (speedup(runs[name], runs["hd_moe"], results) for name in ("hiermoe", "hiermoe_search"))
+            more = {"place": place, "searched": searched.value}
+            rows.append(row_of(runs["hiermoe"], ours, **more))
+    return pd.DataFrame([*rows, *_published(claims)] if rows else [])
+
+
+def _published(claims: Sequence[Claim]) -> list[dict[str, object]]:
+    """HierMoE over HD-MoE, from both ratios over Megatron-LM in Fig. 11."""
+    found = []
+    for model in dict.fromkeys(claim.model for claim in claims if claim.where == "Fig. 11" and claim.model != "both"):
+        ours, fixed = (
+            published(claims, where="Fig. 11", system=system, model=model, baseline="megatron")[0]
+            for system in ("hiermoe", "hd_moe")
+        )
+        found.append({"model": model, "routing": PAPER, "place": "", "value": ours / fixed})
+    return found
+
+
+def draw(table: pd.DataFrame, title: str) -> Figure:
+    """One panel: what a search finds to the right, what swaps gain upwards; the paper's gains are lines."""
+    figure, (panel,) = style.grid(title, 1, 1, (11, 6.4))
+    ours, theirs = table[table["routing"] != PAPER], table[table["routing"] == PAPER]
+    for _, row in ours.iterrows():
+        style.ours(panel, row, row["searched"], row["value"], vertical=True)
+    most = 1.02 * max(ours["searched"].max(), ours["high"].max(), theirs["value"].max())
+    panel.plot([1, most], [1, most], color="#888888", linestyle=(0, (4, 2)), linewidth=1.3)
+    panel.text(most, most, "all that a search finds ", ha="right", va="bottom", rotation=30, color="#555555")
+    for _, row in theirs.iterrows():
+        panel.axhline(row["value"], color="black", linewidth=1.2)
+        words = f" published, {style.model(str(row['model']))}: {row['value']:.2f}"
+        panel.text(panel.get_xlim()[0], row["value"], words, va="bottom", fontsize=11)
+    panel.axhline(1, color="#333333", linewidth=1.5)
+    panel.set_xlabel("searched placement over experts fixed: what this routing leaves to placement")
+    panel.set_ylabel("HierMoE over HD-MoE:\nwhat swaps gain")
+    handles = [
+        Line2D([], [], linestyle="", marker=style.ROUTINGS[x][0], color=style.shade("hiermoe", x), markersize=9)
+        for x in style.ordered(ours["routing"])
+    ]
+    panel.legend(handles, [style.ROUTINGS[x][1] for x in style.ordered(ours["routing"])], loc="lower right")
+    return figure
+
+
+def words(table: pd.DataFrame) -> Words:
+    """Per routing: what search finds, what swaps gain, and how many places reach the published gain."""
+    ours, theirs = table[table["routing"] != PAPER], table[table["routing"] == PAPER]
+    least = theirs["value"].min()
+    parts, text = [], []
+    for (routing, model), rows in ours.groupby(["routing", "model"], sort=False):  # type: ignore[misc]
+        reach = int((rows["value"] >= least).sum())
+        name = f"{style.model(str(model))}, {style.ROUTINGS[str(routing)][1]}"
+        parts.append(f"{span(rows['value'])} ({name})")
+        text.append(
+            f"{name}: a search makes held-out AlltoAll {span(rows['searched'])} times as fast as experts fixed, "
+            f"HierMoE's swaps {span(rows['value'])} (median {rows['value'].median():.3f}); {reach} of {len(rows)} "
+            "reach the smaller published gain."
+        )
+    stated = " and ".join(f"{row['value']:.2f} ({style.model(str(row['model']))})" for _, row in theirs.iterrows())
+    return Words(
+        f"HierMoE's swaps over experts fixed: {'; '.join(parts)}; published {stated}",
+        "A mark a model, routing and layer; the same dispatch everywhere. To the right: a placement searched on the "
+        f"first half of a run, judged on the second. Lines: the paper's Fig. 11, of routing that is not published. "
+        f"{counted(ours)}",
+        tuple(text),
+    )
+
+
+FIGURE = FigureSpec("structure", "What routing leaves to placement, and what swaps find", SWEEP, table, draw, words)
