@@ -58,9 +58,9 @@ def judge_all(claims: Sequence[Claim], rules: Rules, results: Results) -> list[J
         for case in cases(claim, rules, results):
             anywhere = replace(case, place="", systems=(), baselines=())
             found.setdefault(anywhere, []).append(_judge_case(case, rules, results))
-        judged += [over_places(each) for each in found.values()] or [
-            Judged(claim, None, NOTHING, "not testable", f"sweep {claim.sweep(rules)} has no such run")
-        ]
+        judged += [over_places(each) for each in found.values()]
+        if not found:
+            judged.append(Judged(claim, None, NOTHING, "not testable", f"sweep {claim.sweep(rules)} has no such run"))
     return judged
 
 

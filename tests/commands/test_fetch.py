@@ -25,7 +25,7 @@ REAL = CODE.parent / "shared" / "data" / "routes"
 def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the set's trace will be."""
     folder = tmp_path / "fetched"
-    for module in ("hiermoe.records.project", "hiermoe.routing.trace"):
+    for module in ("hiermoe.routing.public", "hiermoe.routing.trace"):
         monkeypatch.setattr(f"{module}.PUBLIC", folder)
     return folder / f"{NAME}.trace"
 
@@ -130,22 +130,22 @@ def test_bad_words_are_refused(hiermoe: Command, fetched: Path, tmp_path: Path) 
         assert code == 2 and message in err and len(err.strip().splitlines()) == 1 and out == ""
 
 
-def a_run(hiermoe: Command, path: Path, *more: str) -> tuple[int, str, str]:
+def a_run(hiermoe: Command, *more: str) -> tuple[int, str, str]:
     return hiermoe(
         "run", "system=hiermoe", "cluster=a6000_1x8", "routing=public", f"routing.source.name={NAME}",
-        f"routing.source.path={path}", "iterations=4", "tokens_per_rank=16", "wandb.mode=disabled", *more,
+        "iterations=4", "tokens_per_rank=16", "wandb.mode=disabled", *more,
     )  # fmt: skip
 
 
 def test_a_run_asks_for_the_set_and_then_runs_on_it(
     hiermoe: Command, fetched: Path, tmp_path: Path, store: RunStore
 ) -> None:
-    code, _, err = a_run(hiermoe, fetched, "model=deepseek_v2_lite")
+    code, _, err = a_run(hiermoe, "model=deepseek_v2_lite")
     assert code != 0 and f"bring it by: hiermoe trace fetch {NAME}" in err
     hiermoe("trace", "fetch", NAME, "--from", str(write_esft(tmp_path / "law", IDS)))
-    code, out, err = a_run(hiermoe, fetched, "model=deepseek_v2_lite", "routing.source.layer=1")
+    code, out, err = a_run(hiermoe, "model=deepseek_v2_lite", "routing.source.layer=1")
     assert code == 0 and "HierMoE" in out, err
-    code, _, err = a_run(hiermoe, fetched, "model=qwen3_30b_a3b")
+    code, _, err = a_run(hiermoe, "model=qwen3_30b_a3b")
     assert code != 0 and "num_experts=64, the model has 128; it is of model=deepseek_v2_lite" in err
 
 

@@ -18,6 +18,7 @@ WHY_NOT = {
     r".*(backend=local|BACKEND=slurm|timeout_minutes=10)": "how it was before",
     r"hiermoe (calibrate|train|trace (import|export-matrix|show a\.trace)|run max_ep_size=8)": "a part of one",
     r"hiermoe trace import .*": "needs readers' files: tests/routing/importers imports such files",
+    r"hiermoe (trace fetch \w|run .*(=public|over=real)).*": "needs a set by git: tests/commands/test_fetch.py",
     r"hiermoe record .*": "takes half an hour or more: tests/narrow/test_record.py records a small one",
     r"make (reproduce|report|traces|help)( FULL=1| QUICK=1)?": "takes long: parts of it are the other commands",
     r"(make reproduce ON=slurm|srun|torchrun) .*": "needs a cluster: tests/slurm runs it on one of four nodes",
