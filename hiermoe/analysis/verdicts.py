@@ -74,7 +74,7 @@ def over_places(judged: Sequence[Judged]) -> Judged:
     if len(judged) == 1 or not numbered:
         return judged[0]
     counts = Counter(one.verdict for one in numbered)
-    from_best = [verdict for verdict in FROM_BEST for one in numbered if one.verdict == verdict]
+    from_best: list[Verdict] = [verdict for verdict in FROM_BEST for one in numbered if one.verdict == verdict]
     reached = from_best[(len(numbered) - 1) // 2]
     values = [one.estimate.value for one in numbered]
     low, high = (pick(numbered, key=lambda one: one.estimate.value) for pick in (min, max))
