@@ -158,6 +158,6 @@ def _write_npy(write: Callable[[bytes | memoryview], object], array: np.ndarray)
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
     write(header.getvalue())
-    content = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     for start in range(0, len(content), _PART_BYTES):
         write(content[start : start + _PART_BYTES])
