@@ -41,6 +41,7 @@ class Config:
 
     system: Named
     model: Named = Named("qwen3_30b_a3b_narrow")
+    corpus: Named = Named("standard_library")
     cluster: Named = Named("emulated_4x2_calibrated")
     ranks: Named = EMULATED
     world_size: int = 2

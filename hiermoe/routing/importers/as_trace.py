@@ -63,7 +63,7 @@ def known_experts(recording: Recording, num_experts: int | str | None, ranks: in
 def to_trace(
     recording: Recording, source: Source, importer: str, model: str, num_experts: int | str | None, command: str
 ) -> RoutingTrace:
-    """Check a recording, lay it out over ranks, and say how it came to be.
+    """Check a recording, lay it out over ranks, and say how it came to be. Takes its layers out, one after another.
 
     Args:
         recording: what was read.
@@ -88,7 +88,7 @@ def to_trace(
     dtype = np.min_scalar_type(experts - 1)
     expert_ids = np.zeros((iterations, len(layers), ranks, int(num_tokens.max()), topk), dtype)
     for position, layer in enumerate(layers):
-        out_IRTK, ids_NK = expert_ids[:, position], recording.ids[layer]
+        out_IRTK, ids_NK = expert_ids[:, position], recording.ids.pop(layer)
         if ids_NK.size == out_IRTK.size:
             out_IRTK[:] = ids_NK.reshape(out_IRTK.shape)
         else:

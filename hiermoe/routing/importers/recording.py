@@ -1,6 +1,6 @@
 """What every importer hands over, and what all of them do to lists of experts."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -86,7 +86,7 @@ class Recording:
 
     Attributes:
         ids: for each layer uint16 [N, K], tokens iteration after iteration, rank after rank; all layers of equal N.
-            NO_EXPERT where the file says -1.
+            NO_EXPERT where the file says -1. Whoever goes on with them takes them out.
         num_tokens: int [iteration, rank], where the file says who held which token; None where it does not.
         steps: the file's step of each iteration; None where it has none.
         files: that were read.
@@ -97,7 +97,7 @@ class Recording:
         num_experts: E, where the file says it.
     """
 
-    ids: Mapping[int, np.ndarray]
+    ids: dict[int, np.ndarray]
     files: tuple[Path, ...]
     where: Callable[[int, int], str]
     notes: str

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from hiermoe.routing.importers.recording import Recording, Source
-from hiermoe.routing.importers.stacked import Part, from_parts
+from hiermoe.routing.importers.stacked import ArrayFile, Part, from_parts
 
 
 def recognized(path: Path) -> str | None:
@@ -43,12 +43,9 @@ def _starts(path: Path) -> bool:
         return file.read(6) == b"\x93NUMPY"
 
 
-def _opened(path: Path) -> np.ndarray:
+def _opened(path: Path) -> ArrayFile:
     """The array, not yet read."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        return ArrayFile(path)
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path}: it is truncated or no .npy file: {str(error).splitlines()[0]}") from error
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path}: an archive of arrays; the rule is one array [tokens, layers, K]")
-    return array

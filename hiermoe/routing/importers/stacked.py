@@ -1,5 +1,6 @@
 """Arrays [tokens, layers, K], one or one a request, as a recording: checked a part at a time, put one after another."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,48 @@ class Part:
 
     Attributes:
         where: they stand, for messages.
-        ids: integer [tokens, layers, K].
+        ids: integer [tokens, layers, K], an array or a file of one.
     """
 
     where: str
-    ids: np.ndarray
+    ids: "np.ndarray | ArrayFile"
+
+
+class ArrayFile:
+    """An array that ``numpy.save`` wrote, of which slices along the first axis are read and no more.
+
+    A mapped file would do the same, but its pages count as memory of the process while they are not needed elsewhere.
+
+    Attributes:
+        shape: of the array.
+        dtype: of the array.
+        ndim: number of axes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the header.
+
+        Raises:
+            ValueError: truncated, no such file, or not in C's order.
+        """
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.memmap):
+            raise ValueError("an archive of arrays; the rule is one array [tokens, layers, K]")
+        if not array.flags.c_contiguous:
+            raise ValueError("it is in Fortran's order; the rule is C's")
+        self._path, self._start = path, int(array.offset)
+        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
+
+    def __len__(self) -> int:
+        """Of the first axis."""
+        return self.shape[0]
+
+    def __getitem__(self, some: slice) -> np.ndarray:
+        """A slice along the first axis."""
+        start, stop, _ = some.indices(len(self))
+        row = math.prod(self.shape[1:])
+        offset = self._start + start * row * self.dtype.itemsize
+        return np.fromfile(self._path, self.dtype, (stop - start) * row, offset=offset).reshape(-1, *self.shape[1:])
 
 
 def from_parts(source: Source, files: tuple[Path, ...], parts: Sequence[Part], first: int, notes: str) -> Recording:
@@ -50,10 +88,10 @@ def from_parts(source: Source, files: tuple[Path, ...], parts: Sequence[Part], f
         return f"{parts[part].where}: token {row - (int(ends[part - 1]) if part else 0)}, layer {layer}"
 
     ids = {layer: np.empty((count, topk), np.uint16) for layer in source.kept(range(first, first + layers))}
-    at = 0
+    at, at_once = 0, max(1, CHUNK_TOKENS // layers)
     for part in parts:
-        for start in range(0, min(len(part.ids), count - at), CHUNK_TOKENS):
-            chunk = np.asarray(part.ids[start : min(start + CHUNK_TOKENS, count - at)])
+        for start in range(0, min(len(part.ids), count - at), at_once):
+            chunk = np.asarray(part.ids[start : min(start + at_once, count - at)])
             for layer, out in ids.items():
                 narrow = narrowed(chunk[:, layer - first], lambda row, of=layer, to=at + start: where(of, to + row))
                 out[at + start : at + start + len(chunk)] = narrow

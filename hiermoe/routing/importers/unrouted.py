@@ -18,6 +18,8 @@ MOST_BY_CHANCE = 0.01  # tokens whose zeros in all layers may each be a choice
 def without_unrouted(recording: Recording, source: Source) -> Recording:
     """The recording without layers that have no routing, and without tokens that have none in some other layer.
 
+    Takes the layers out of the given one, so that no two copies of all of them are held.
+
     Raises:
         ValueError: a token has some of its experts only, nothing is left, or nothing tells whether zeros are expert 0.
     """
@@ -41,6 +43,8 @@ def without_unrouted(recording: Recording, source: Source) -> Recording:
     if len(empty) == len(ids) or (source.layers and empty):
         raise ValueError(f"{source.path}: layer {empty[0]} has no routing: all of its rows are -1 or 0")
     kept = {layer: ids_NK for layer, ids_NK in ids.items() if layer not in empty}
+    recording.ids.clear()
+    ids.clear()
     routed_N = ~np.any([none[layer] for layer in kept], axis=0)
     left_out = list(recording.left_out)
     if empty:
@@ -51,14 +55,14 @@ def without_unrouted(recording: Recording, source: Source) -> Recording:
         raise ValueError(f"{source.path}: every token is without routing (-1 or 0) in some layer")
     count = len(routed_N)
     left_out.append(f"{count - int(routed_N.sum())} of {count} tokens, which have no routing (all -1 or 0)")
-    num_tokens, rows = recording.num_tokens, np.flatnonzero(routed_N)
+    num_tokens, rows, where = recording.num_tokens, np.flatnonzero(routed_N), recording.where
     if num_tokens is not None:
         owner_N = np.repeat(np.arange(num_tokens.size), num_tokens.ravel())
         num_tokens = np.bincount(owner_N[rows], minlength=num_tokens.size).reshape(num_tokens.shape)
     return replace(
         recording,
-        ids={layer: ids_NK[rows] for layer, ids_NK in kept.items()},
-        where=lambda layer, row: recording.where(layer, int(rows[row])),
+        ids={layer: kept.pop(layer)[rows] for layer in list(kept)},
+        where=lambda layer, row: where(layer, int(rows[row])),
         num_tokens=num_tokens,
         left_out=tuple(left_out),
     )
