@@ -17,8 +17,9 @@ from hiermoe.topology.cluster import Cluster
 
 preload("hiermoe.narrow.preload")  # ranks of tests need megatron too
 
-# Tests that start ranks take longest. Begun first, they leave the short ones for the end, which keep all workers busy.
-BEGUN_FIRST = ("slurm", "runs", "ranks", "megatron", "dispatch")
+# The documents' commands and tests that start ranks take longest. Begun first, they leave the short ones for the end,
+# which keep all workers busy.
+BEGUN_FIRST = ("slurm", "documents", "runs", "ranks", "megatron", "dispatch", "faults")
 
 
 @pytest.hookimpl(tryfirst=True)

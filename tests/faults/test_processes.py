@@ -25,6 +25,7 @@ from hiermoe.ranks.launch import run_ranks
 from hiermoe.ranks.own_folder import process_folder
 from hiermoe.ranks.server import RankFailedError, fork_server, state_of
 from hiermoe.ranks.streams import RowStream
+from hiermoe.ranks.workers import worker_pools
 from hiermoe.records.project import CODE
 
 SECONDS = 90.0  # within which every injection ends, on a machine however busy
@@ -296,7 +297,29 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-COUNT = sum(map(len, (RANKS, SET_UP, FAILING, SERVER, BEFORE, STOPPED_THEN)))
+SIMULATING = [
+    pytest.param(STOP, "was stopped by a signal for 5 s", id="a simulating process stopped"),
+    pytest.param(KILL, "was killed", id="a simulating process killed"),
+]
+
+
+def signalled(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "how"), SIMULATING)
+def test_a_simulating_process_that_is_stopped_or_killed_is_named(number: int, how: str) -> None:
+    begun = time.monotonic()
+    with (
+        pytest.raises(ValueError, match=f"a simulating process {how}.*; advice"),
+        worker_pools(2, 1, "; advice") as pools,
+    ):
+        pools[1].submit(signalled, number).result()
+    assert time.monotonic() - begun < SECONDS
+
+
+COUNT = sum(map(len, (SIMULATING, RANKS, SET_UP, FAILING, SERVER, BEFORE, STOPPED_THEN)))
 
 
 def test_the_page_on_reliability_counts_these() -> None:
