@@ -1,6 +1,7 @@
 """Training does not depend on the system: in double precision every one gives stock Megatron's losses."""
 
 import json
+from itertools import cycle
 
 import pytest
 
@@ -38,18 +39,21 @@ def schemes_of(system: SystemConfig) -> tuple[DispatchScheme, ...]:
 
 
 def cases() -> list[tuple[str, str]]:
-    """System and model: every lossless scheme with both, and every policy that moves experts with one of them."""
+    """System and model: every lossless scheme and every policy that moves experts, with either model in turn.
+
+    tests/megatron/test_dispatcher_layers.py has every scheme with both, in one layer.
+    """
     systems = [SystemConfig.named(path.stem) for path in sorted((CONF / "system").glob("*.yaml"))]
-    behaviours: dict[str, tuple[str, tuple[str, ...]]] = {}
+    behaviours: dict[str, str] = {}
     for system in systems:
         schemes = schemes_of(system)
         if not schemes or any(scheme.lossy for scheme in schemes) or system.name == "megatron":
             continue
         if isinstance(system.build_policy(), StaticPolicy):
-            behaviours.setdefault(json.dumps([system.schemes, system.executor], sort_keys=True), (system.name, MODELS))
+            behaviours.setdefault(json.dumps([system.schemes, system.executor], sort_keys=True), system.name)
         else:
-            behaviours.setdefault(system.policy["_target_"], (system.name, MODELS[:1]))
-    return [(system, model) for system, models in behaviours.values() for model in models]
+            behaviours.setdefault(system.policy["_target_"], system.name)
+    return list(zip(behaviours.values(), cycle(MODELS), strict=False))
 
 
 def losses(system: str, model: str, store: RunStore) -> list[float]:
