@@ -12,6 +12,7 @@ from hiermoe.model import LayerSizes, ModelConfig
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.memory import RANKS_PER_CORE, bytes_of_rank, cores, ranks_that_fit
 from hiermoe.ranks.places import PLACES, RanksConfig
+from hiermoe.ranks.server import preload
 from hiermoe.records.choices import unknown
 from hiermoe.records.free_memory import total_bytes
 from hiermoe.records.strict import Strict, checked, is_valid
@@ -21,6 +22,8 @@ from hiermoe.routing.trace import recorded_path
 from hiermoe.runs.measurable import keys_of, name_run
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.scaling import laid_out
+
+preload(__name__)  # ranks are told what to do in its terms, and with it come pandas, SciPy and Arrow
 
 WandbMode = Literal["offline", "online", "disabled"]
 

@@ -15,6 +15,7 @@ from hiermoe.narrow.corpus import corpus_key
 from hiermoe.narrow.training_config import CorpusConfig, TrainingConfig
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.places import RanksConfig
+from hiermoe.ranks.server import preload
 from hiermoe.ranks.streams import has_iterations
 from hiermoe.records.checksums import Damaged
 from hiermoe.records.project import SWEEPS, find_file, in_workplace
@@ -28,6 +29,8 @@ from hiermoe.runs.run_config import WandbConfig
 from hiermoe.runs.single import present
 from hiermoe.runs.summary import train_summary
 from hiermoe.topology.cluster import Cluster
+
+preload(__name__)  # as of run_config
 
 NO_CONTENT = {"wandb", "cache_dir", "checkpoint_every", "checkpoint_keep", "checkpoint_dir", "resume"}
 

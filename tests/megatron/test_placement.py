@@ -38,7 +38,6 @@ SYSTEMS = {
     "repacked": REPACKED,
     "hiermoe": HIERMOE,
     "shuffled": SHUFFLED,
-    "reordered": SystemConfig.named("megatron_reordered"),
 }
 Seen = dict[Any, Any]
 both = pytest.mark.parametrize("model", [pytest.param("qwen3_30b_a3b", marks=pytest.mark.slow), "deepseek_v3"])
@@ -104,25 +103,19 @@ def test_mixed_precision_loses_no_bit_of_masters_and_moments(cache_dir: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3000)
-@both
-def test_fifty_steps_of_the_narrow_models_under_moving_experts(model: str, cache_dir: str) -> None:
+@pytest.mark.timeout(1800)
+def test_fifty_steps_of_a_narrow_model_under_moving_experts(cache_dir: str) -> None:
     from hiermoe.model import ModelConfig
 
     # The vocabulary does not pass through the experts, and stock computes experts one after another.
     fewer = {"vocab_size": 1024, "num_experts": 64}
-    narrow = ModelConfig.from_yaml(CONF / "model" / f"{model}_narrow.yaml").model_copy(update=fewer)
-    values = small(model, cache_dir, ep_size=8, sequences_per_step=16, corpus_files=200).model_dump()
+    narrow = ModelConfig.from_yaml(CONF / "model" / "deepseek_v3_narrow.yaml").model_copy(update=fewer)
+    values = small("deepseek_v3", cache_dir, sequences_per_step=16, corpus_files=200).model_dump()
     config = TrainingConfig.model_validate(values | {"model": narrow})
-    systems = ["static", "reordered", "swapped", "repacked", "hiermoe"]
-    runs = trained(config, systems, 50, deadline=timedelta(minutes=45))
-    losses = runs["static"]["losses"]
+    runs = trained(config, ["static", "swapped", "repacked", "hiermoe"], 50, deadline=timedelta(minutes=25))
     for name, run in runs.items():
-        loss = max(abs(a / b - 1) for a, b in zip(run["losses"], losses, strict=True))
-        print(
-            f"{model} {name}: loss {loss:.1e}, tensors {largest_error(run['tensors'], runs['static']['tensors']):.1e}"
-        )
-    del runs["reordered"]  # printed for comparison: what the order of sums alone does to stock Megatron
+        loss = max(abs(a / b - 1) for a, b in zip(run["losses"], runs["static"]["losses"], strict=True))
+        print(f"{name}: loss {loss:.1e}, tensors {largest_error(run['tensors'], runs['static']['tensors']):.1e}")
     check_equal_to_static(runs, narrow.num_moe_layers)
 
 
