@@ -43,9 +43,12 @@ def _starts(path: Path) -> bool:
         return file.read(6) == b"\x93NUMPY"
 
 
-def _opened(path: Path) -> ArrayFile:
+def _opened(path: Path) -> np.ndarray | ArrayFile:
     """The array, not yet read."""
     try:
-        return ArrayFile(path)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path}: it is truncated or no .npy file: {str(error).splitlines()[0]}") from error
+    if not isinstance(array, np.memmap):
+        raise ValueError(f"{path}: an archive of arrays; the rule is one array [tokens, layers, K]")
+    return ArrayFile(path, array) if array.flags.c_contiguous else array  # Fortran's order has no slices of tokens

@@ -34,17 +34,13 @@ class ArrayFile:
         ndim: number of axes.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Read the header.
+    def __init__(self, path: Path, array: np.memmap) -> None:
+        """Take where the array is, not what is in it.
 
-        Raises:
-            ValueError: truncated, no such file, or not in C's order.
+        Args:
+            path: of the file.
+            array: as ``numpy.load`` maps it, in C's order.
         """
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.memmap):
-            raise ValueError("an archive of arrays; the rule is one array [tokens, layers, K]")
-        if not array.flags.c_contiguous:
-            raise ValueError("it is in Fortran's order; the rule is C's")
         self._path, self._start = path, int(array.offset)
         self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
 
