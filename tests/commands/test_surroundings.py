@@ -75,6 +75,7 @@ def test_the_temporary_folder_may_have_any_name(name: str, tmp_path: Path) -> No
     }  # torch's own
 
 
+@pytest.mark.slow
 def test_paths_are_seen_from_the_folder_of_the_command_and_may_have_any_letters(tmp_path: Path) -> None:
     here = tmp_path / "h=e,r{e}"
     here.mkdir()

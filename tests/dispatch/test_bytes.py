@@ -137,6 +137,7 @@ def test_combine_sends_no_more_payload_than_dispatch(contract_results: Results, 
         assert payload("dispatch_backward") <= payload("combine_backward"), case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", [s for s in TRANSPORTS if WORLDS[1].runs(s)])
 def test_deduplicating_systems_send_fewer_rows_than_pairs(contract_results: Results, system: str) -> None:
     world, case = WORLDS[1], "all_experts"

@@ -106,7 +106,13 @@ INJECTIONS: list[tuple[str, Damage, str]] = [
     ("the whole record of another run", of_the_other_run(CONFIG, PROVENANCE, ROWS, LIST), "holds run hd1-"),
     ("checksums no text", lambda folder: (folder / LIST).write_bytes(b"\xff\xfe\x00"), f"{LIST} cannot be read"),
 ]
-injected = pytest.mark.parametrize(("damage", "said"), [pytest.param(d, s, id=what) for what, d, s in INJECTIONS])
+injected = pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        pytest.param(damage, said, id=what, marks=pytest.mark.slow if place % 5 else ())
+        for place, (what, damage, said) in enumerate(INJECTIONS)
+    ],
+)
 
 
 @pytest.fixture(scope="module")

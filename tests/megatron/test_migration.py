@@ -96,7 +96,7 @@ def largest_batch(sent: list[int]) -> int:
     return largest
 
 
-@pytest.fixture(scope="module", params=["fp32", "bf16"])
+@pytest.fixture(scope="module", params=[pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def moves(request: pytest.FixtureRequest, cache_dir: str) -> list[list[dict[str, Any]]]:
     """By rank and round."""
     config = small("qwen3_30b_a3b", cache_dir, dtype=request.param)

@@ -113,7 +113,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
 
 
-both = pytest.mark.parametrize("name", ["qwen3_30b_a3b", "deepseek_v3"])
+both = pytest.mark.parametrize("name", [pytest.param("qwen3_30b_a3b", marks=pytest.mark.slow), "deepseek_v3"])
 
 
 @both

@@ -17,9 +17,11 @@ def names(group: str) -> list[str]:
 
 
 SYNTHETIC = [routing for routing in names("routing") if routing not in ("recorded", "resampled", "public")]
+OTHERS = [routing for routing in SYNTHETIC if routing != "uniform"]
 ROUTED = [
     *(("uniform", model) for model in names("model") if model != "mixtral_8x22b"),
-    *((routing, model) for routing in SYNTHETIC if routing != "uniform" for model in ("deepseek_v3", "qwen3_30b_a3b")),
+    *((routing, "deepseek_v3") for routing in OTHERS),
+    *(pytest.param(routing, "qwen3_30b_a3b", marks=pytest.mark.slow) for routing in OTHERS),
 ]
 
 

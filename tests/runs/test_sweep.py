@@ -23,6 +23,7 @@ def test_done_runs_are_skipped_and_failed_ones_tried_again(composed: Composer, s
     assert {outcome.status: outcome.cached for outcome in second} == {"ok": True, "failed": False}
 
 
+@pytest.mark.slow
 def test_workers_give_the_numbers_of_a_single_run(composed: Composer, store: RunStore, tmp_path) -> None:
     configs = [composed("system=hiermoe"), composed("system=hd2_moe_smart_f1")]
     run_all(configs, 2, lambda outcome: None, store)

@@ -95,6 +95,7 @@ def test_online_moves_at_most_so_many_experts_and_arrives_at_what_offline_finds(
     assert held_out_nodes(a6000, placement) == 1
 
 
+@pytest.mark.slow
 def test_online_follows_routing_that_changes(a6000: Cluster) -> None:
     policy, placement = online(interval=4, max_moved=64), Placement.identity(EXPERTS)
     placement, _ = walk(policy, a6000, range(2), placement)

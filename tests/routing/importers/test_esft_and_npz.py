@@ -92,7 +92,11 @@ TLK = IDS.transpose(1, 0, 2).astype(np.int16)
     [
         (lambda p: archive(p, ids=header((2**40, 2, 3))), "ids.npy has dtype int16, shape (1099511627776, 2, 3)"),
         (lambda p: archive(p, ids=header((1,), "|O") + b"x"), "ids.npy has dtype object"),
-        (lambda p: archive(p, ids=header((2**29,)) + bytes(2**30)), "no routing is that empty"),
+        pytest.param(
+            lambda p: archive(p, ids=header((2**29,)) + bytes(2**30)),
+            "no routing is that empty",
+            marks=pytest.mark.slow,
+        ),
         (lambda p: archive(p, zipfile.ZIP_LZMA, ids=npy(TLK)), "is packed by method 14"),
         (lambda p: archive(p, other=npy(TLK)), "it has no array ids; it has ['other.npy']"),
         (lambda p: archive(p, ids=npy(TLK.astype(float))), "dtype float64; the rule is an integer"),
