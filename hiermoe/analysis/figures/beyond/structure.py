@@ -53,7 +53,7 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
         style.ours(panel, row, row["searched"], row["value"], vertical=True)
     most = 1.02 * table[["searched", "high", "published_high"]].max().max()
     panel.plot([1, most], [1, most], color="#888888", linestyle=(0, (4, 2)), linewidth=1.3)
-    panel.text(most, most, "all that a search finds ", ha="right", va="bottom", rotation=30, color="#555555")
+    style.note(panel, "all that a search finds", (most, most), (-8, 0), ha="right", va="top", color="#555555")
     for stated in table[["published_low", "published_high"]].iloc[0]:
         panel.axhline(stated, color="black", linewidth=1.2)
         panel.text(panel.get_xlim()[0], stated, f" published: {stated:.2f}", va="bottom", fontsize=11)
@@ -64,18 +64,21 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
         Line2D([], [], linestyle="", marker=style.ROUTINGS[x][0], color=style.shade("hiermoe", x), markersize=9)
         for x in style.ordered(table["routing"])
     ]
-    panel.legend(handles, [style.ROUTINGS[x][1] for x in style.ordered(table["routing"])], loc="lower right")
+    panel.legend(handles, [style.ROUTINGS[x][1] for x in style.ordered(table["routing"])], loc="upper left")
     return figure
 
 
 def words(table: pd.DataFrame) -> Words:
     """Per routing: what search finds, what swaps gain, and how many places reach the published gain."""
     least = table["published_low"].iloc[0]
-    parts, text = [], []
+    gains = [
+        f"{span(rows['value'])} on {style.ROUTINGS[str(routing)][1]}"
+        for routing, rows in table.groupby("routing", sort=False)
+    ]
+    text = []
     for (routing, model), rows in table.groupby(["routing", "model"], sort=False):  # type: ignore[misc]
         reach = int((rows["value"] >= least).sum())
         name = f"{style.model(str(model))}, {style.ROUTINGS[str(routing)][1]}"
-        parts.append(f"{span(rows['value'])} ({name})")
         text.append(
             f"{name}: a search makes held-out AlltoAll {span(rows['searched'])} times as fast as experts fixed, "
             f"HierMoE's swaps {span(rows['value'])} (median {rows['value'].median():.3f}); {reach} of {len(rows)} "
@@ -83,9 +86,10 @@ def words(table: pd.DataFrame) -> Words:
         )
     stated = f"{least:.2f} and {table['published_high'].iloc[0]:.2f}"
     return Words(
-        f"HierMoE's swaps over experts fixed: {'; '.join(parts)}; published {stated}",
+        f"HierMoE's swaps make AlltoAll {', '.join(gains)} times as fast as experts fixed; published {stated}",
         "A mark a model, routing and layer; the same dispatch everywhere. To the right: a placement searched on the "
-        f"first half of a run, judged on the second. Lines: the paper's Fig. 11, of routing that is not published. "
+        f"first half of a run, judged on the second. Sequences of a public set's task may share prompt text, in both "
+        "halves. Lines: the paper's Fig. 11, of routing that is not published. "
         f"{counted(table)}",
         tuple(text),
     )
