@@ -16,7 +16,7 @@ from hiermoe.runs.run_config import RunConfig
 from hiermoe.topology.cluster import Cluster
 
 preload("hiermoe.narrow.preload")  # ranks of tests need megatron too
-preload("hiermoe.runs.training")
+preload("hiermoe.runs.training")  # and a training's configuration
 
 # The documents' commands and tests that start ranks take longest. Begun first, they leave the short ones for the end,
 # which keep all workers busy.

@@ -6,11 +6,10 @@ from typing import Any
 
 from hiermoe.analysis.claims import BEST_OF, Claim, Rules
 from hiermoe.analysis.frames import Results, Run
-from hiermoe.records.index import over
+from hiermoe.records.index import REAL_MODELS, over
 
 GROUPED_BY = ("source", "routing", "model", "cluster")
 SETTINGS = ("measure", "ranks", "iterations", "tokens_per_rank", "narrowed")  # of how, not of what, is measured
-OVER = "real_models"  # file of sweeps/over/: routing of models other than the claims'
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def cases(claim: Claim, rules: Rules, results: Results) -> Iterator[Case]:
     sweep = claim.sweep(rules)
     yield from _cases(claim, sweep, rules.baseline_sweep, claim.wanted, results)
     wanted = {key: value for key, value in claim.wanted.items() if key != "model"}
-    yield from _cases(claim, over(sweep, OVER), over(rules.baseline_sweep, OVER), wanted, results)
+    yield from _cases(claim, over(sweep, REAL_MODELS), over(rules.baseline_sweep, REAL_MODELS), wanted, results)
 
 
 def _cases(claim: Claim, sweep: str, baseline_sweep: str, wanted: dict[str, Any], results: Results) -> Iterator[Case]:

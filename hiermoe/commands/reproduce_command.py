@@ -23,7 +23,7 @@ from hiermoe.runs.compose import Cell, expand, sweep_names
 from hiermoe.runs.execute import execute_together, num_steps
 from hiermoe.runs.indexing import index_runs
 from hiermoe.runs.measured_cells import Amount, MeasuredCell, clusters_of, measured_cells, together
-from hiermoe.runs.routings import sweeps_over_routings
+from hiermoe.runs.routings import sweeps_on_real_models
 from hiermoe.runs.run_config import RunConfig, WandbMode
 from hiermoe.runs.stale import stale_in_place_of
 from hiermoe.runs.sweep import run_all
@@ -97,7 +97,7 @@ def reproduce(
         )
     outcomes += simulate_all(beyond, session, "report")
     if amount != "quick":
-        outcomes += simulate_over_routings(session)
+        outcomes += simulate_on_real_models(session)
     finish(outcomes, session, wandb_mode, cells)
 
 
@@ -136,9 +136,9 @@ def simulate_all(cells: Cells, session: Session, then: str = "report") -> list[O
         return run_all(configs.values(), session.workers, finished, session.store)
 
 
-def simulate_over_routings(session: Session) -> list[Outcome]:
+def simulate_on_real_models(session: Session) -> list[Outcome]:
     """What the paper claims, on what real models routed, if that was fetched; else say how to."""
-    cells = {name: sweep for name, sweep in sweeps_over_routings().items() if sweep}
+    cells = {name: sweep for name, sweep in sweeps_on_real_models().items() if sweep}
     if not cells:
         session.console.print(
             "left out: routing of real models. [bold]hiermoe trace fetch deepseek_v2_lite_law[/bold] brings it (git); "

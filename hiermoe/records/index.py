@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PREDICTIONS = "predictions"  # simulated twins of the measured runs
+REAL_MODELS = "real_models"  # file of sweeps/over/: routing of other models than the paper's
 
 
 @dataclass(frozen=True)

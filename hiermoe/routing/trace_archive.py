@@ -26,7 +26,7 @@ HEADER = "metadata.json"
 KINDS = {"expert_ids": ("iu", "an integer"), "num_tokens": ("iu", "an integer"), "weights": ("f", "a float")}
 
 # Routing repeats itself far apart, so LZMA makes it a seventh smaller than bzip2, at 2 MB/s. What is larger than any
-# trace that is shipped is written twenty times as fast, a quarter larger.
+# trace that is shipped is packed by deflate, 17 times as fast and a tenth larger on those that are.
 _SMALL_METHOD, _LARGE_METHOD, _LARGE_BYTES = zipfile.ZIP_LZMA, zipfile.ZIP_DEFLATED, 2**24
 _HEADER_BYTES = 2**26  # a million iterations state their steps and losses in half of that
 _PART_BYTES = 2**22

@@ -6,16 +6,16 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from hiermoe.analysis.cases import OVER, Case
+from hiermoe.analysis.cases import Case
 from hiermoe.analysis.claims import load_claims, load_rules
 from hiermoe.analysis.figures.beyond import structure
 from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.statistics import Estimate
 from hiermoe.analysis.verdicts import Judged, Verdict, judge_all, over_places, to_frame, verdict_summary
-from hiermoe.records.index import over
+from hiermoe.records.index import REAL_MODELS, over
 from hiermoe.runs.compose import expand
 from hiermoe.runs.indexing import indexed
-from hiermoe.runs.routings import JUDGED_OVER
+from hiermoe.runs.routings import JUDGED
 from tests.analysis.conftest import MemoryStore, cell, records_of, write
 
 CLAIMS, RULES = load_claims(), load_rules()
@@ -69,7 +69,7 @@ def on_real_models(tmp_path_factory: pytest.TempPathFactory) -> Results:
         ("fig11", ("megatron", "hd_moe", "hiermoe")),
         ("structure", ("hd_moe", "hiermoe", "hiermoe_search")),
     ):
-        cells[over(sweep, OVER)] = [
+        cells[over(sweep, REAL_MODELS)] = [
             cell({"model": "deepseek_v2_lite", "routing": "public", "routing.source.layer": layer, "system": system})
             for layer in LAYERS
             for system in systems
@@ -108,9 +108,8 @@ def test_figure_says_how_many_layers_reach_the_published_gain(on_real_models: Re
 
 
 def test_sweeps_over_real_models_are_those_of_the_paper_on_its_layers() -> None:
-    for name, sweeps in JUDGED_OVER.items():
-        for sweep in sweeps:
-            base, here = expand(sweep), expand(sweep, name)
-            assert {x.config.system.name for x in here} == {x.config.system.name for x in base}
-            assert {x.config.routing.name for x in here} == {"public"}
-            assert {x.config.routing.source["layer"] for x in here} == set(range(26))
+    for sweep in JUDGED:
+        base, here = expand(sweep), expand(sweep, REAL_MODELS)
+        assert {x.config.system.name for x in here} == {x.config.system.name for x in base}
+        assert {x.config.routing.name for x in here} == {"public"}
+        assert {x.config.routing.source["layer"] for x in here} == set(range(26))

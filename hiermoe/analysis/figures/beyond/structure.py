@@ -6,7 +6,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from hiermoe.analysis.cases import OVER
 from hiermoe.analysis.claims import Claim
 from hiermoe.analysis.figures import style
 from hiermoe.analysis.figures.spec import FigureSpec, Words
@@ -14,7 +13,7 @@ from hiermoe.analysis.figures.tables import published, row_of
 from hiermoe.analysis.figures.words import counted, span
 from hiermoe.analysis.frames import Results, Run
 from hiermoe.analysis.quantities import speedup
-from hiermoe.records.index import over
+from hiermoe.records.index import REAL_MODELS, over
 
 SWEEP = "structure"
 
@@ -22,7 +21,7 @@ SWEEP = "structure"
 def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
     """One row per model, routing and place: HierMoE and the searched placement over experts fixed, and the paper's."""
     by_place: dict[tuple[str, ...], dict[str, Run]] = {}
-    for run in (*results.find(SWEEP, status="ok"), *results.find(over(SWEEP, OVER), status="ok")):
+    for run in (*results.find(SWEEP, status="ok"), *results.find(over(SWEEP, REAL_MODELS), status="ok")):
         by_place.setdefault((run.config.model.name, run.routing, run.place), {})[run.system] = run
     rows, stated = [], _published(claims)
     for (_, _, place), runs in by_place.items():
