@@ -18,7 +18,7 @@ MOST_BY_CHANCE = 0.01  # tokens whose zeros in all layers may each be a choice
 def without_unrouted(recording: Recording, source: Source) -> Recording:
     """The recording without layers that have no routing, and without tokens that have none in some other layer.
 
-    Takes the layers out of the given one, so that no two copies of all of them are held.
+    Takes the layers of the given one, and writes into them, so that no two copies of all of them are held.
 
     Raises:
         ValueError: a token has some of its experts only, nothing is left, or nothing tells whether zeros are expert 0.
@@ -44,7 +44,6 @@ def without_unrouted(recording: Recording, source: Source) -> Recording:
         raise ValueError(f"{source.path}: layer {empty[0]} has no routing: all of its rows are -1 or 0")
     kept = {layer: ids_NK for layer, ids_NK in ids.items() if layer not in empty}
     recording.ids.clear()
-    ids.clear()
     routed_N = ~np.any([none[layer] for layer in kept], axis=0)
     left_out = list(recording.left_out)
     if empty:
@@ -61,11 +60,17 @@ def without_unrouted(recording: Recording, source: Source) -> Recording:
         num_tokens = np.bincount(owner_N[rows], minlength=num_tokens.size).reshape(num_tokens.shape)
     return replace(
         recording,
-        ids={layer: kept.pop(layer)[rows] for layer in list(kept)},
+        ids={layer: _compacted(ids_NK, rows) for layer, ids_NK in kept.items()},
         where=lambda layer, row: where(layer, int(rows[row])),
         num_tokens=num_tokens,
         left_out=tuple(left_out),
     )
+
+
+def _compacted(ids_NK: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Some rows of an array, in its own memory: what is freed between new arrays would not go back to the system."""
+    ids_NK[: len(rows)] = ids_NK[rows]
+    return ids_NK[: len(rows)]
 
 
 def _without_empty_columns(ids: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:

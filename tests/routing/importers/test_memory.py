@@ -10,10 +10,11 @@ import pytest
 
 from hiermoe.records.project import CODE
 
-TOKENS, LAYERS, TOPK, EXPERTS = 60_000, 60, 8, 384  # Kimi-K2's layers and experts
+TOKENS, LAYERS, TOPK, EXPERTS = 120_000, 60, 8, 384  # Kimi-K2's layers and experts
 # The import, then the most memory that the process held, in kibibytes; without arguments: what it takes to get there.
+# getrusage would count what the test's own process held before it became this one.
 IMPORT = """
-import resource
+import re
 import sys
 from pathlib import Path
 from hiermoe.routing.importers import IMPORTERS
@@ -22,7 +23,7 @@ from hiermoe.routing.importers.recording import Source
 if sys.argv[1:]:
     source = Source(Path(sys.argv[1]))
     to_trace(IMPORTERS["npy"].read(source), source, "npy", "m", int(sys.argv[3]), "c").save(sys.argv[2])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 """
 
 
@@ -48,4 +49,4 @@ def test_import_holds_its_ids_once_and_rows_without_routing_cost_no_second_copy(
     np.save(tmp_path / "a.npy", ids_NLK)
     ids_bytes = TOKENS * LAYERS * TOPK * 2
     more_bytes = most_bytes(str(tmp_path / "a.npy"), str(tmp_path / "a.trace"), str(EXPERTS)) - most_bytes()
-    assert more_bytes < 1.6 * ids_bytes
+    assert ids_bytes < more_bytes < 1.7 * ids_bytes
