@@ -27,7 +27,7 @@ from hiermoe.dispatch.communicators import HOST_VARIABLE
 from hiermoe.ranks.emulated.namespaces import enter
 from hiermoe.ranks.memory import OWN_BYTES, check_memory, kills_for_memory
 from hiermoe.ranks.own_folder import process_folder
-from hiermoe.ranks.server import STOPPED, RankFailedError, Watch, end_with_parent, fork_server, watched
+from hiermoe.ranks.server import STOPPED, RankFailedError, RankLost, Watch, end_with_parent, fork_server, watched
 from hiermoe.records.interrupts import held
 from hiermoe.records.status import NotApplicable
 from hiermoe.records.whole_file import naming, write_whole
@@ -41,6 +41,7 @@ _FRAME = re.compile(r'File "(.+)", line (\d+) in (.+)')
 _WHERE = signal.SIGUSR1  # has a rank write its stack
 _MOMENT_SECONDS = 1.0
 _JOIN_SECONDS = 30.0  # of processes that were killed
+_NOBODY_KNOWS = 255  # exit code that multiprocessing makes up where the fork server did not live to tell it
 _NO_ROOM = 74  # exit code of a rank that could not even write why it failed; EX_IOERR
 
 
@@ -201,7 +202,8 @@ def _first_failure(
                 reason = STOPPED
             if code == _NO_ROOM:
                 reason = f"failed and could not write why to {folder}: is that disk full, or the folder gone?"
-            return RankFailedError(f"rank {rank} of {len(ranks)} {reason}")
+            kind = RankLost if code == _NOBODY_KNOWS else RankFailedError
+            return kind(f"rank {rank} of {len(ranks)} {reason}")
         reports.append(json.loads(path.read_text(encoding="utf-8")) | {"rank": rank})
     first = min(reports, key=lambda report: report["monotonic_ns"])
     if late and _TIMED_OUT.search(first["cause"]):

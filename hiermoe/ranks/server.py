@@ -27,6 +27,10 @@ class RankFailedError(RuntimeError):
     """A rank of a multi-process run failed; the message names it."""
 
 
+class RankLost(RankFailedError):
+    """A rank ended, and by its exit code alone the fork server may have."""
+
+
 class ServerGone(RankFailedError, OSError):
     """The fork server ended; the message says why."""
 
@@ -141,7 +145,7 @@ def watched() -> Iterator[Watch]:
     try:
         yield watch
     except Exception as error:
-        if isinstance(error, EOFError | ConnectionError):  # by which it is seen to end, a moment before it has
+        if isinstance(error, EOFError | ConnectionError | RankLost):  # by which it is seen to end, a moment before it has
             _wait_for_end(watch.server)
         if state_of(watch.server) in _ENDED:
             why = watch.problem or "was killed"

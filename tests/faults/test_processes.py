@@ -23,7 +23,7 @@ import torch.distributed as dist
 from hiermoe.ranks import server as ranks_server
 from hiermoe.ranks.launch import run_ranks
 from hiermoe.ranks.own_folder import process_folder
-from hiermoe.ranks.server import RankFailedError, fork_server, state_of
+from hiermoe.ranks.server import RankFailedError, RankLost, ServerGone, fork_server, state_of, watched
 from hiermoe.ranks.streams import RowStream
 from hiermoe.ranks.workers import worker_pools
 from hiermoe.records.project import CODE
@@ -194,6 +194,16 @@ def test_a_server_that_is_stopped_or_killed_under_its_ranks_is_named(
     pid = server_pid()
     assert ended(lambda: run_ranks(signal_server, 2, (moment, 1, number, tmp_path), LONG)) == GONE.format(pid, said)
     assert state_of(pid or 0) in ("", "Z")
+
+
+@pytest.mark.slow
+def test_a_server_whose_end_takes_a_moment_is_still_named() -> None:
+    fork_server()
+    pid = server_pid()
+    assert pid is not None
+    with pytest.raises(ServerGone, match=f"pid {pid}"), watched():
+        threading.Timer(0.3, os.kill, (pid, KILL)).start()
+        raise RankLost("rank 1 of 2 died by exit code 255")
 
 
 BEFORE = [
