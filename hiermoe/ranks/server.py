@@ -145,7 +145,7 @@ def watched() -> Iterator[Watch]:
     try:
         yield watch
     except Exception as error:
-        if isinstance(error, EOFError | ConnectionError | RankLost):  # by which it is seen to end, a moment before it has
+        if isinstance(error, EOFError | ConnectionError | RankLost):  # it is seen to end before it has
             _wait_for_end(watch.server)
         if state_of(watch.server) in _ENDED:
             why = watch.problem or "was killed"
