@@ -62,19 +62,22 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: torch.Tensor, weight_VH: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
         hidden_grad_NH, weight_grad_VH = torch.empty_like(hidden_NH), torch.zeros_like(weight_VH)
-        losses_N = torch.empty(len(hidden_NH), dtype=hidden_NH.dtype)
+        losses_N = hidden_NH.new_empty(len(hidden_NH))
+        all_scores = hidden_NH.new_empty(len(weight_VH) * _TOKENS_AT_ONCE)  # one memory for all: new pages are dear
         for start in range(0, len(hidden_NH), _TOKENS_AT_ONCE):
             some = slice(start, start + _TOKENS_AT_ONCE)
             hidden, labels = hidden_NH[some], labels_N[some].unsqueeze(0)
-            scores_VN = weight_VH @ hidden.T  # this way round, all three products are fast
+            scores_VN = all_scores[: len(weight_VH) * len(hidden)].view(len(weight_VH), -1)
+            torch.mm(weight_VH, hidden.T, out=scores_VN)  # this way round, all three products are fast
             scores_VN -= scores_VN.amax(0)
             losses = -scores_VN.gather(0, labels)
             total = scores_VN.exp_().sum(0)
             losses_N[some] = losses[0] + total.log()
-            scores_VN /= total
-            scores_VN.scatter_add_(0, labels, scores_VN.new_full(labels.shape, -1.0))
+            # Gradients are [probability - 1 for the label] = scores / total, which is divided by where there is less.
+            scores_VN.scatter_add_(0, labels, -total.unsqueeze(0))
             torch.mm(scores_VN.T, weight_VH, out=hidden_grad_NH[some])
-            weight_grad_VH.addmm_(scores_VN, hidden)
+            hidden_grad_NH[some] /= total.unsqueeze(1)
+            weight_grad_VH.addmm_(scores_VN, hidden / total.unsqueeze(1))
         ctx.save_for_backward(hidden_grad_NH, weight_grad_VH)
         return losses_N
 

@@ -1,5 +1,6 @@
 """`hiermoe record`: train a narrow model on real text and record what its routers choose, step after step."""
 
+import ctypes
 import platform
 import shutil
 from datetime import timedelta
@@ -13,11 +14,13 @@ from hiermoe import __version__
 from hiermoe.megatron.checkpoint_folder import finished_steps, newest_first
 from hiermoe.narrow.corpus import Corpus, training_corpus
 from hiermoe.narrow.record_config import RecordConfig
-from hiermoe.narrow.recording_progress import recording_progress
+from hiermoe.narrow.recording_progress import SHOWN_EVERY, recording_progress
 from hiermoe.ranks.launch import run_ranks
 from hiermoe.ranks.server import preload
 from hiermoe.records.project import in_workplace
 from hiermoe.routing.trace import RoutingTrace, TraceMetadata
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # man 3 mallopt
 
 
 def record(config: RecordConfig, command: str) -> None:
@@ -57,22 +60,24 @@ def train_and_record(
     from hiermoe.narrow.joint_compute import compute_jointly
     from hiermoe.narrow.trainer import Trainer
 
+    _keep_freed_memory()
     trainer = Trainer(config, timeout, compute_jointly)
     start = trainer.resume(checkpoints)
     layers = config.recorded_layers
     recorded: list[np.ndarray] = []
     losses: list[float] = []
-    with (
-        RouterRecorder(trainer.model, config.num_recorded, layers) as recorder,
-        recording_progress(rank, config, start) as show,
-    ):
+    with recording_progress(rank, config, start) as show:
         for step in range(start, config.last_step):
-            trainer.balance(*config.balancing_warmup.at(step))
-            loss = trainer.step(trainer.batch(corpus, step))
-            drained = recorder.drain()
             stage = config.stage_at(step)
-            own_LNK = torch.stack([drained[layer][0].flatten(0, 1) for layer in layers]).numpy()
-            show(step, loss, max_over_mean_load(own_LNK, config.model.num_experts, config.model.topk))
+            trainer.balance(*config.balancing_warmup.at(step))
+            if stage is None and step % SHOWN_EVERY and step + 1 < config.last_step:
+                show(step, trainer.step(trainer.batch(corpus, step)), None)
+            else:
+                with RouterRecorder(trainer.model, config.num_recorded, layers) as recorder:
+                    loss = trainer.step(trainer.batch(corpus, step))
+                drained = recorder.drain()
+                own_LNK = torch.stack([drained[layer][0].flatten(0, 1) for layer in layers]).numpy()
+                show(step, loss, max_over_mean_load(own_LNK, config.model.num_experts, config.model.topk))
             if stage is None:
                 if (step + 1) % config.checkpoint_every == 0:
                     trainer.save(checkpoints, step + 1, keep=2)
@@ -88,6 +93,14 @@ def train_and_record(
             if config.stage_at(step + 1) != stage:
                 write_trace(config, stage, corpus, command, np.stack(recorded), losses)
                 recorded, losses = [], []
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep what is freed. It is asked for again in the next layer, and new pages take their time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
+    if mallopt is not None:
+        for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**26)):
+            mallopt(parameter, value)
 
 
 def max_over_mean_load(ids_LNK: np.ndarray, num_experts: int, topk: int) -> np.ndarray:

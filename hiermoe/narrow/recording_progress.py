@@ -10,13 +10,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hiermoe.narrow.record_config import RecordConfig
 
-_LINE_EVERY = 50  # steps, where there is no terminal for a bar
+SHOWN_EVERY = 50  # steps: loads, and all of it where there is no terminal for a bar
 
 
 @contextmanager
 def recording_progress(
     rank: int, config: RecordConfig, start: int
-) -> Iterator[Callable[[int, float, np.ndarray], None]]:
+) -> Iterator[Callable[[int, float, np.ndarray | None], None]]:
     """Progress of a recording, shown by rank 0.
 
     Args:
@@ -26,7 +26,7 @@ def recording_progress(
 
     Yields:
         Shows one finished step, given its number (from 0), the mean loss per token, and the most loaded expert over the
-        mean expert of every recorded layer, by the tokens of this rank.
+        mean expert of every recorded layer, by the tokens of this rank; None for those of an earlier step.
     """
     console = Console(quiet=rank != 0)
     bar = Progress(
@@ -42,15 +42,18 @@ def recording_progress(
     task = bar.add_task("training", total=config.last_step, completed=start, state="")
     if start:
         console.print(f"going on after step {start}, from the checkpoint of an earlier run", highlight=False)
-    began = time.perf_counter()
+    began, load_state = time.perf_counter(), ""
 
-    def update(step: int, loss: float, loads: np.ndarray) -> None:
+    def update(step: int, loss: float, loads: np.ndarray | None) -> None:
+        nonlocal load_state
         per_step = (time.perf_counter() - began) / (step + 1 - start)
         stage = config.stage_at(step)
         phase = "training" if stage is None else f"recording {stage}"
-        state = f"loss {loss:.3f}  max/mean load {' '.join(f'{load:.2f}' for load in loads)}"
+        if loads is not None:
+            load_state = f"max/mean load {' '.join(f'{load:.2f}' for load in loads)}"
+        state = f"loss {loss:.3f}  {load_state}"
         bar.update(task, description=phase, completed=step + 1, state=state)
-        if not console.is_terminal and (step % _LINE_EVERY == 0 or step + 1 == config.last_step):
+        if not console.is_terminal and (step % SHOWN_EVERY == 0 or step + 1 == config.last_step):
             left_minutes = per_step * (config.last_step - step - 1) / 60
             console.print(
                 f"{phase} step {step + 1}/{config.last_step}  {state}  {per_step:.2f} s/step, "

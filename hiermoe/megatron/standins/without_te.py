@@ -21,7 +21,7 @@ def install() -> None:
         """Causal attention by torch, in place of Transformer Engine's kernel.
 
         The stock local module keeps a [batch * heads, s, s] matrix for backward, takes no `k_channels` / `v_channels`
-        and assumes that values are as wide as keys, which MLA's are not.
+        and assumes that values are as wide as keys; MLA's are narrower.
         """
 
         def __init__(self, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **kwargs: Any):
@@ -40,10 +40,12 @@ def install() -> None:
             if attention_mask is not None:
                 raise ValueError("attention here is causal over whole sequences and takes no attention_mask")
             query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+            width = value.shape[-1]
+            value = F.pad(value, (0, key.shape[-1] - width))  # torch has a fast kernel for equal widths alone
             context = F.scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=key.shape[1] != query.shape[1]
             )
-            return context.permute(2, 0, 1, 3).flatten(2)
+            return context[..., :width].permute(2, 0, 1, 3).flatten(2)
 
     backends.DotProductAttention = TorchDotProductAttention  # type: ignore[misc]
     # True although Transformer Engine is missing, which makes TELinear a mock that isinstance() refuses.
