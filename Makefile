@@ -42,19 +42,19 @@ losses: setup ## loss curves of real training under every system, for the report
 reference: reproduce losses debian ## the small copy of the report that is committed: reports/reference
 	@$(BIN)/hiermoe report --reference
 	@$(BIN)/python -m tests.analysis.browser reports/report.html reports/reference
-	@$(BIN)/hiermoe advise trace=qwen3_30b_a3b_e128 cluster=a6000_4x8 share=0.4 \
+	@$(BIN)/hiermoe advise trace=qwen3_30b_a3b_e128_late cluster=a6000_4x8 share=0.4 \
 	  picture=reports/reference/figures/advice_qwen3_a6000.png
 
 # What Table IV asks for beside the shipped traces.
-TRACES := $(addprefix results/traces/qwen3_30b_a3b_e,64.trace 256.trace)
+TRACES := $(addprefix results/traces/qwen3_30b_a3b_e,64_late.trace 256_late.trace)
 
 traces: setup ## record what is not shipped: other E (hours on two cores)
 	@echo "recording $(words $(TRACES)) traces, hours each on two cores; those that exist are kept"
 	@$(MAKE) --no-print-directory $(TRACES)
 
-results/traces/qwen3_30b_a3b_e%.trace:
-	@$(BIN)/hiermoe record model=qwen3_30b_a3b_narrow model.num_experts=$* '~stages.early' layers=[1] output=$@
-	@mv $(basename $@)_late.trace $@
+results/traces/qwen3_30b_a3b_e%_late.trace:
+	@$(BIN)/hiermoe record model=qwen3_30b_a3b_narrow model.num_experts=$* '~stages.early' layers=[1] \
+	  output=results/traces/qwen3_30b_a3b_e$*.trace
 
 # Two workers, so that what waits runs beside what computes; tests/conftest.py says which tests stay together.
 PYTEST := $(BIN)/pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --ignore=tests/benchmarks

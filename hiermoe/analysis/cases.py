@@ -6,7 +6,7 @@ from typing import Any
 
 from hiermoe.analysis.claims import BEST_OF, Claim, Rules
 from hiermoe.analysis.frames import Results, Run
-from hiermoe.records.index import REAL_MODELS, over
+from hiermoe.records.index import REAL_MODELS, RECORDED, over
 
 GROUPED_BY = ("source", "routing", "model", "cluster")
 SETTINGS = ("measure", "ranks", "iterations", "tokens_per_rank", "narrowed")  # of how, not of what, is measured
@@ -61,16 +61,17 @@ class Case:
 
 
 def cases(claim: Claim, rules: Rules, results: Results) -> Iterator[Case]:
-    """All cases of a claim, in the order of its sweep; then those on what real models routed, of any model."""
-    sweep = claim.sweep(rules)
-    yield from _cases(claim, sweep, rules.baseline_sweep, claim.wanted, results)
+    """All cases of a claim, in the order of its sweep; then those of other places, and on real models of any model."""
+    sweep, base = claim.sweep(rules), rules.baseline_sweep
+    yield from _cases(claim, sweep, base, claim.wanted, results)
+    yield from _cases(claim, over(sweep, RECORDED), over(base, RECORDED), claim.wanted, results)
     wanted = {key: value for key, value in claim.wanted.items() if key != "model"}
-    yield from _cases(claim, over(sweep, REAL_MODELS), over(rules.baseline_sweep, REAL_MODELS), wanted, results)
+    yield from _cases(claim, over(sweep, REAL_MODELS), over(base, REAL_MODELS), wanted, results)
 
 
 def _cases(claim: Claim, sweep: str, baseline_sweep: str, wanted: dict[str, Any], results: Results) -> Iterator[Case]:
     groups: dict[tuple, list[Run]] = {}
-    apart = (*GROUPED_BY, "system", *SETTINGS, "layer")  # a layer is a place
+    apart = (*GROUPED_BY, "system", *SETTINGS, "layer", "stage")  # which are a place
     for run in results.find(sweep, **wanted):
         varied = {key: value for key, value in run.swept.items() if key not in apart}
         key = (*(run.value(name) for name in GROUPED_BY), run.place, *varied.items())

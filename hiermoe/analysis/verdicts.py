@@ -54,11 +54,11 @@ def judge_all(claims: Sequence[Claim], rules: Rules, results: Results) -> list[J
     """Every claim in every case, in the order of the claims; a claim without any case keeps a row."""
     judged: list[Judged] = []
     for claim in claims:
-        found: dict[Case, list[Judged]] = {}
+        found: dict[Case, dict[str, Judged]] = {}
         for case in cases(claim, rules, results):
-            anywhere = replace(case, place="", systems=(), baselines=())
-            found.setdefault(anywhere, []).append(_judge_case(case, rules, results))
-        judged += [over_places(each) for each in found.values()]
+            anywhere = replace(case, sweep="", place="", systems=(), baselines=())
+            found.setdefault(anywhere, {}).setdefault(case.place, _judge_case(case, rules, results))
+        judged += [over_places([*each.values()]) for each in found.values()]
         if not found:
             judged.append(Judged(claim, None, NOTHING, "not testable", f"sweep {claim.sweep(rules)} has no such run"))
     return judged

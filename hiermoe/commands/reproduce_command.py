@@ -15,6 +15,7 @@ from hiermoe.analysis.verdicts import verdict_summary
 from hiermoe.commands.progress_line import NO_REPORT, ProgressLine
 from hiermoe.commands.records_command import print_damaged, print_stale
 from hiermoe.ranks.emulated.requirements import missing_requirement
+from hiermoe.records.index import REAL_MODELS
 from hiermoe.records.keep import Outcome
 from hiermoe.records.project import REPORTS
 from hiermoe.records.store import RunStore
@@ -23,7 +24,7 @@ from hiermoe.runs.compose import Cell, expand, sweep_names
 from hiermoe.runs.execute import execute_together, num_steps
 from hiermoe.runs.indexing import index_runs
 from hiermoe.runs.measured_cells import Amount, MeasuredCell, clusters_of, measured_cells, together
-from hiermoe.runs.routings import sweeps_on_real_models
+from hiermoe.runs.routings import sweeps_over_places
 from hiermoe.runs.run_config import RunConfig, WandbMode
 from hiermoe.runs.stale import stale_in_place_of
 from hiermoe.runs.sweep import run_all
@@ -97,7 +98,7 @@ def reproduce(
         )
     outcomes += simulate_all(beyond, session, "report")
     if amount != "quick":
-        outcomes += simulate_on_real_models(session)
+        outcomes += simulate_over_places(session)
     finish(outcomes, session, wandb_mode, cells)
 
 
@@ -136,10 +137,10 @@ def simulate_all(cells: Cells, session: Session, then: str = "report") -> list[O
         return run_all(configs.values(), session.workers, finished, session.store)
 
 
-def simulate_on_real_models(session: Session) -> list[Outcome]:
-    """What the paper claims, on what real models routed, if that was fetched; else say how to."""
-    cells = {name: sweep for name, sweep in sweeps_on_real_models().items() if sweep}
-    if not cells:
+def simulate_over_places(session: Session) -> list[Outcome]:
+    """What the paper claims, layer after layer, on recorded routing and, if it was fetched, on real models'."""
+    cells = sweeps_over_places()
+    if not any(sweep for name, sweep in cells.items() if name.endswith(REAL_MODELS)):
         session.console.print(
             "left out: routing of real models. [bold]hiermoe trace fetch deepseek_v2_lite_law[/bold] brings it (git); "
             "this command then adds it"

@@ -10,6 +10,7 @@ from hiermoe.planner.cost import choose_scheme
 from hiermoe.planner.counts import count_routing, sort_choices
 from hiermoe.policies.system import SystemConfig
 from hiermoe.routing.collapse import collapsed_layers
+from hiermoe.routing.independent import drawn_independently
 from hiermoe.routing.trace import RecordedRouting, RoutingTrace
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
@@ -42,11 +43,12 @@ def show(trace: RoutingTrace, cluster: Cluster) -> list[Table]:
         about.add_row(name, value.replace("[", "\\["))
     hierarchy = cluster.hierarchy
     rows = Table(
-        title=f"max/mean load of experts, and duplication rate on {cluster.name} with experts in their first places",
+        title=f"max/mean load of experts, and duplication rate on {cluster.name} with experts in their first places; "
+        "in brackets of equal loads, a token's experts drawn independently",
         title_justify="left",
     )
     levels = [f"{n} {name}s" for name, n in zip(hierarchy.names, hierarchy.groups, strict=True)]
-    for column in ("layer", "an iteration's load: mean", "max", "whole trace", "never chosen", *levels):
+    for column in ("layer", "load of a step: mean", "max", "whole trace", "never chosen", *levels):
         rows.add_column(column, justify="right")
     for position, layer in enumerate(meta.layers):
         rows.add_row(str(layer), *_of_layer(trace, position, hierarchy))
@@ -60,19 +62,36 @@ def _of_layer(trace: RoutingTrace, position: int, hierarchy: Hierarchy) -> list[
         RecordedRouting(trace, position, trace.metadata.topk),
         Placement.first(trace.metadata.num_experts, hierarchy.num_ranks),
     )
-    loads_IE, distinct_D = [], np.zeros(hierarchy.depth)
+    loads_IE, rng = [], np.random.default_rng(0)
+    distinct_D, independent_D = np.zeros(hierarchy.depth), np.zeros(hierarchy.depth)
     for iteration in range(routing.num_distinct):
         ids_NK = routing.step(iteration).expert_ids_NK
         loads_IE.append(torch.bincount(ids_NK.flatten(), minlength=trace.metadata.num_experts).numpy())
-        whole_step = torch.zeros(len(ids_NK), dtype=torch.int64)
-        needed = sort_choices(ids_NK, first_places, hierarchy).distinct(whole_step, 1, hierarchy)
-        distinct_D += [int(tokens.sum()) for tokens in needed]
+        distinct_D += _distinct(ids_NK, first_places, hierarchy)
+        independent_D += _distinct_if_independent(ids_NK, first_places, hierarchy, rng)
     loads = np.stack(loads_IE).astype(float)
     used = loads[loads.sum(1) > 0]
     ratios, total = used.max(1) / used.mean(1), loads.sum(0)
     figures = [ratios.mean(), ratios.max(), total.max() / total.mean()]
-    duplication_D = 1 - distinct_D / total.sum()
-    return [*(f"{x:.2f}" for x in figures), str(int((total == 0).sum())), *(f"{x:.1%}" for x in duplication_D)]
+    pairs = zip(1 - distinct_D / total.sum(), 1 - independent_D / total.sum(), strict=True)
+    duplication = [f"{x:.1%}\n({'-' if np.isnan(drawn) else f'{100 * drawn:.1f}'})" for x, drawn in pairs]
+    return [*(f"{x:.2f}" for x in figures), str(int((total == 0).sum())), *duplication]
+
+
+def _distinct(ids_NK: torch.Tensor, placement: Placement, hierarchy: Hierarchy) -> np.ndarray:
+    """Rows that a step needs on each level, without duplicates: [depth]."""
+    whole_step = torch.zeros(len(ids_NK), dtype=torch.int64)
+    needed = sort_choices(ids_NK, placement, hierarchy).distinct(whole_step, 1, hierarchy)
+    return np.array([float(tokens.sum()) for tokens in needed])
+
+
+def _distinct_if_independent(
+    ids_NK: torch.Tensor, placement: Placement, hierarchy: Hierarchy, rng: np.random.Generator
+) -> np.ndarray:
+    try:
+        return _distinct(torch.from_numpy(drawn_independently(ids_NK.numpy(), rng)), placement, hierarchy)
+    except ValueError:  # there is no such draw
+        return np.full(hierarchy.depth, np.nan)
 
 
 def traffic_matrices(

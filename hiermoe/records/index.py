@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 PREDICTIONS = "predictions"  # simulated twins of the measured runs
-REAL_MODELS = "real_models"  # file of sweeps/over/: routing of other models than the paper's
+RECORDED = "recorded"  # file of sweeps/over/: all layers and stages of the recorded siblings of the paper's models
+REAL_MODELS = "real_models"  # another: routing of other models than the paper's
 
 
 @dataclass(frozen=True)

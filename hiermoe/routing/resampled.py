@@ -62,16 +62,17 @@ class Resampled:
         return full_step(ids_NK, r)
 
 
-def open_resampled(request: RoutingRequest, path: str, layer: int = 0) -> Resampled:
+def open_resampled(request: RoutingRequest, path: str, layer: int = 0, stage: str = "") -> Resampled:
     """A recorded trace to draw sequences from.
 
     Args:
         request: G, T, E and K of the run.
-        path: the trace; ``{trace}`` stands for the model's trace name and ``{num_experts}`` for E.
+        path: the trace; in it ``{trace}`` is the model's trace name, ``{num_experts}`` E, and ``{stage}`` the stage.
         layer: position of the layer in the trace.
+        stage: of the training that was recorded.
 
     Raises:
         NotApplicable: no such trace was recorded.
         ValueError: the trace is damaged, or its E or K do not fit.
     """
-    return Resampled(load_recorded(request, path), layer, request)
+    return Resampled(load_recorded(request, path, stage), layer, request)

@@ -247,30 +247,31 @@ class RecordedRouting:
         return make_step(ids_GTK, num_tokens_G, self.trace.metadata.num_experts)
 
 
-def open_recorded(request: RoutingRequest, path: str, layer: int = 0) -> RecordedRouting:
+def open_recorded(request: RoutingRequest, path: str, layer: int = 0, stage: str = "") -> RecordedRouting:
     """A recorded trace as a routing source, cut to the ranks and tokens of the run.
 
     Args:
         request: G, T, E and K of the run.
-        path: the trace; ``{trace}`` stands for the model's trace name and ``{num_experts}`` for E.
+        path: the trace; in it ``{trace}`` is the model's trace name, ``{num_experts}`` E, and ``{stage}`` the stage.
         layer: position of the layer in the trace.
+        stage: of the training that was recorded.
 
     Raises:
         NotApplicable: no such trace was recorded.
         ValueError: the trace is damaged, or its E or K do not fit.
     """
-    trace = load_recorded(request, path)
+    trace = load_recorded(request, path, stage)
     return RecordedRouting(trace.reshard(request.num_ranks, request.tokens_per_rank), layer, request.topk)
 
 
-def load_recorded(request: RoutingRequest, path: str) -> RoutingTrace:
-    """The trace of a request's model.
+def load_recorded(request: RoutingRequest, path: str, stage: str = "") -> RoutingTrace:
+    """The trace of a request's model; see :func:`open_recorded`.
 
     Raises:
         NotApplicable: no such trace was recorded.
         ValueError: the trace is damaged, or its E does not fit.
     """
-    file = recorded_path(path, request)
+    file = recorded_path(path, request, stage)
     if not file.exists():
         meant = or_else(file.stem, sorted(path.stem for path in file.parent.glob("*.trace")))
         raise NotApplicable(
@@ -299,9 +300,11 @@ def trace_file(name: str) -> Path:
     return Path(name)
 
 
-def recorded_path(path: str, request: RoutingRequest) -> Path:
-    """The file that a configured path stands for; ``{trace}`` and ``{num_experts}`` are the model's."""
-    return find_file(path.replace("{trace}", str(request.trace)).replace("{num_experts}", str(request.num_experts)))
+def recorded_path(path: str, request: RoutingRequest, stage: str = "") -> Path:
+    """The file that a configured path stands for; see :func:`open_recorded`."""
+    for name, value in (("trace", request.trace), ("num_experts", request.num_experts), ("stage", stage)):
+        path = path.replace(f"{{{name}}}", str(value))
+    return find_file(path)
 
 
 def has_twice(expert_ids: np.ndarray) -> np.ndarray:

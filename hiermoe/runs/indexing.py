@@ -9,7 +9,7 @@ from hiermoe.records.index import PREDICTIONS, Index, IndexedRun
 from hiermoe.records.store import RunStore
 from hiermoe.runs.compose import Cell, expand, large_sweep_names, sweep_names
 from hiermoe.runs.measured_cells import measured_so_far
-from hiermoe.runs.routings import sweeps_on_real_models
+from hiermoe.runs.routings import sweeps_over_places
 from hiermoe.runs.training import trainings
 
 
@@ -28,8 +28,8 @@ def index_runs(store: RunStore, expanded: Mapping[str, Sequence[Cell]] | None = 
     for one in measured:
         cells[one.sweep].append(one.measured)
     cells[PREDICTIONS] = [one.predicted for one in measured]
-    # On real models' routing, and beyond the paper, a report shows what there is.
-    cells |= {name: _done(sweep, store) for name, sweep in sweeps_on_real_models().items()}
+    # Over places, and beyond the paper, a report shows what there is.
+    cells |= {name: _done(sweep, store) for name, sweep in sweeps_over_places().items()}
     # Large sweeps go on from the sweep of their name.
     long = {name.removeprefix("large/"): expand(name) for name in large_sweep_names()} | trainings(store)
     for name, sweep in long.items():

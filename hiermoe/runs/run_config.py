@@ -242,8 +242,8 @@ class RunConfig(Strict):
     @property
     def _inputs(self) -> tuple[Path, ...]:
         """Files that it reads."""
-        path = None if self.routing is None else self.routing.source.get("path")
-        return () if path is None else (recorded_path(path, self.request),)
+        source = {} if self.routing is None else self.routing.source
+        return (recorded_path(source["path"], self.request, source.get("stage", "")),) if "path" in source else ()
 
     @property
     def keys(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -12,7 +13,7 @@ from hiermoe.analysis.figures.beyond import structure
 from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.statistics import Estimate
 from hiermoe.analysis.verdicts import Judged, Verdict, judge_all, over_places, to_frame, verdict_summary
-from hiermoe.records.index import REAL_MODELS, over
+from hiermoe.records.index import REAL_MODELS, RECORDED, over
 from hiermoe.runs.compose import expand
 from hiermoe.runs.indexing import indexed
 from hiermoe.runs.routings import JUDGED
@@ -105,6 +106,29 @@ def test_figure_says_how_many_layers_reach_the_published_gain(on_real_models: Re
     words = structure.FIGURE.words(table)
     assert "2 of 3 reach the smaller published gain" in words.text[0] and "published 1.07 and 1.16" in words.title
     assert structure.FIGURE.draw(table, words.title).axes[0].get_lines()
+
+
+def test_recorded_places_are_judged_with_the_run_of_the_sweep_and_that_one_is_counted_once(
+    tmp_path: Path,
+) -> None:
+    store, systems = MemoryStore(tmp_path), ("megatron", "hiermoe")
+    places = [(layer, stage) for stage in ("early", "late") for layer in range(3)]
+    recorded = {"model": "qwen3_30b_a3b_paper", "routing": "recorded"}
+    cells = {"fig11": [cell({**recorded, "system": system}) for system in systems]}
+    cells[over("fig11", RECORDED)] = [
+        cell({**recorded, "routing.source.layer": layer, "routing.source.stage": stage, "system": system})
+        for layer, stage in places
+        for system in systems
+    ]
+    for one in {one.config.run_id: one.config for sweep in cells.values() for one in sweep}.values():
+        rows = records_of(one)
+        if one.system.name == "hiermoe":
+            rows["predicted_ms"] *= 1 + 0.01 * one.routing.source["layer"]
+        write(store, one, rows)
+    found = judge_all(CLAIMS, RULES, load(indexed(cells), store))
+    (ours,) = (one for one in found if one.claim.claim == "F11-hiermoe-qwen3")
+    assert ours.routing == "recorded" and ours.estimate.n == len(places)
+    assert "least in late, MoE layer 3" in ours.reason or "least in early, MoE layer 3" in ours.reason
 
 
 def test_sweeps_over_real_models_are_those_of_the_paper_on_its_layers() -> None:

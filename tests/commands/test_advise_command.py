@@ -97,7 +97,7 @@ def test_synthetic_routing_is_called_so(tmp_path: Path, hiermoe: Command) -> Non
 
 
 def test_model_is_that_of_the_trace_and_part_of_a_cluster_is_said_to_be(tmp_path: Path, hiermoe: Command) -> None:
-    arguments = ["trace=qwen3_30b_a3b_e128", "cluster=a6000_4x8", "ep_size=8", "systems=[hd2]"]
+    arguments = ["trace=qwen3_30b_a3b_e128_late", "cluster=a6000_4x8", "ep_size=8", "systems=[hd2]"]
     code, out, _ = hiermoe("advise", *arguments, "iterations=4", f"output={tmp_path}")
     assert code == 0
     assert "8 of the 32 GPUs of a6000_4x8" in plain(out) and "narrow sibling" in plain(out)
@@ -130,7 +130,7 @@ def test_new_policy_appears_by_its_file_alone(
         (["trace={trace}", "routing=uniform", *NODE], "given: trace= and routing="),
         (["trace={trace}"], "cluster=... is missing; choose from a"),
         (["trace={trace}", "cluster=moon"], "moon"),
-        (["trace=nowhere", *NODE], "trace=nowhere is unknown; choose from deepseek_v3_e256"),
+        (["trace=nowhere", *NODE], "trace=nowhere is unknown; choose from deepseek_v3_e256_late"),
         (
             ["trace={trace}", *NODE],
             "is missing, M, width of a token: recorded routing of tiny, layer 1 does not say it",

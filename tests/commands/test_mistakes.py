@@ -6,7 +6,7 @@ import pytest
 
 from tests.conftest import Command
 
-TRACE = "qwen3_30b_a3b_e128"
+TRACE = "qwen3_30b_a3b_e128_late"
 BROKEN = """\
 name: broken
 lable: Broken

@@ -80,7 +80,7 @@ def test_paths_are_seen_from_the_folder_of_the_command_and_may_have_any_letters(
     here = tmp_path / "h=e,r{e}"
     here.mkdir()
     trace = here / "my {odd} trace"
-    trace.write_bytes((CODE / "results" / "traces" / "qwen3_30b_a3b_e128.trace").read_bytes())
+    trace.write_bytes((CODE / "results" / "traces" / "qwen3_30b_a3b_e128_late.trace").read_bytes())
     path = "routing.source.path='my {odd} trace'"
     done = use(here, "run", *SMALL, "routing=recorded", path, "wandb.mode=disabled")
     assert done.returncode == 0, done.stderr

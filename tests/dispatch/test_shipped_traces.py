@@ -27,7 +27,7 @@ from tests.dispatch.worlds import (
     transport_of,
 )
 
-TRACES = {"deepseek_v3_e256": 256, "qwen3_30b_a3b_e128": 128}
+TRACES = {"deepseek_v3_e256_late": 256, "qwen3_30b_a3b_e128_late": 128}
 TOPK, HIDDEN = 8, 2048
 LARGEST_SHARE = 0.03  # of metadata in payload, at M = 2048 in bf16 with fp32 weights
 SMALL, SMALL_TOKENS = World((2, 4, 8)), 64

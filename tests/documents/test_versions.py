@@ -15,7 +15,7 @@ from tests.documents.documents import copy_project
 pytestmark = [pytest.mark.versions, pytest.mark.timeout(3600)]
 VERSIONS = ("3.11", "3.12", "3.13")
 FEW = ("routing=recorded", "iterations=4", "wandb.mode=disabled")
-QUESTION = ("trace=qwen3_30b_a3b_e128", "cluster=a6000_1x8", "systems=[hd2,hiermoe]")
+QUESTION = ("trace=qwen3_30b_a3b_e128_late", "cluster=a6000_1x8", "systems=[hd2,hiermoe]")
 
 
 def interpreter(version: str) -> Path | None:

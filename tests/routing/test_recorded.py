@@ -37,9 +37,9 @@ def test_more_experts_than_recorded_are_refused() -> None:
 
 
 def test_open_fills_the_path_and_regroups(tmp_path: Path) -> None:
-    a_trace((4, 2, 2, 6)).save(tmp_path / "small_e16.trace")
+    a_trace((4, 2, 2, 6)).save(tmp_path / "small_e16_early.trace")
     request = a_request(num_experts=16, topk=3, num_ranks=3, tokens_per_rank=4)
-    source = open_recorded(request, str(tmp_path / "small_e{num_experts}.trace"), layer=1)
+    source = open_recorded(request, str(tmp_path / "small_e{num_experts}_{stage}.trace"), layer=1, stage="early")
     assert source.num_distinct == 4
     assert source.step(3).expert_ids_NK.shape == (12, 3)
 

@@ -13,15 +13,16 @@ from hiermoe.analysis.figures.tables import published, row_of
 from hiermoe.analysis.figures.words import counted, span
 from hiermoe.analysis.frames import Results, Run
 from hiermoe.analysis.quantities import speedup
-from hiermoe.records.index import REAL_MODELS, over
+from hiermoe.records.index import REAL_MODELS, RECORDED, over
 
 SWEEP = "structure"
+SWEEPS = (SWEEP, over(SWEEP, RECORDED), over(SWEEP, REAL_MODELS))
 
 
 def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
     """One row per model, routing and place: HierMoE and the searched placement over experts fixed, and the paper's."""
     by_place: dict[tuple[str, ...], dict[str, Run]] = {}
-    for run in (*results.find(SWEEP, status="ok"), *results.find(over(SWEEP, REAL_MODELS), status="ok")):
+    for run in (run for name in SWEEPS for run in results.find(name, status="ok")):
         by_place.setdefault((run.config.model.name, run.routing, run.place), {})[run.system] = run
     rows, stated = [], _published(claims)
     for (_, _, place), runs in by_place.items():
