@@ -1,6 +1,7 @@
 """The ``hiermoe`` command: run, calibrate, train, record, reproduce, report."""
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -96,6 +97,12 @@ def _run() -> None:
 
 
 def _calibrate() -> None:
+    if any(re.match(r"\+*from[.=]", argument) for argument in sys.argv[1:]) or "--commands" in sys.argv:
+        from hiermoe.commands.calibrate_from_command import FromFilesConfig, calibrate_from_and_print
+
+        sys.argv = ["commands=true" if argument == "--commands" else argument for argument in sys.argv]
+        _composed("calibrate_from", FromFilesConfig, calibrate_from_and_print)
+        return
     from hiermoe.commands.calibrate_command import CalibrationConfig, calibrate_and_print
 
     _composed("calibrate", CalibrationConfig, calibrate_and_print)

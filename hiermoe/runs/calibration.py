@@ -1,7 +1,7 @@
 """`hiermoe calibrate`: measure every AlltoAll of a cluster, fit its constants, and write the cluster's file."""
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -182,15 +182,22 @@ def write_cluster(config: CalibrationConfig, store: RunStore) -> Cluster:
     return cluster
 
 
-def with_measured_links(cluster: Cluster) -> Cluster:
+def with_measured_links(cluster: Cluster, measured: Container[Peers] | None = None) -> Cluster:
     """A calibrated cluster whose links carry what they did in the calibration, where nobody has stated their rates.
 
     Of n bytes at each GPU, (k-1)/k leave it in an AlltoAll among k sub-groups, over the link that the GPUs of a
     sub-group share. An AlltoAll does not exceed its links, so they may be faster than this.
+
+    Args:
+        cluster: calibrated.
+        measured: AlltoAlls that were; None for all.
     """
     hierarchy, levels = cluster.hierarchy, []
     for number, level in enumerate(cluster.levels, start=1):
         exchange = Peers.of_siblings(number, hierarchy)
+        if measured is not None and exchange not in measured:
+            levels.append(level)
+            continue
         siblings, beta = exchange.size(hierarchy), cluster.constants(exchange).beta_ms_per_byte
         assert beta > 0, "a calibration whose AlltoAlls take no longer for more bytes has failed"
         gb_per_s = hierarchy.lanes(number) * (siblings - 1) / siblings / beta * 1e-6  # bytes a ms

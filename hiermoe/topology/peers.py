@@ -70,26 +70,45 @@ class Peers:
 WORLD = Peers("intra", 0)
 
 
+class Bend(Strict):
+    """Where a line of small messages meets that of larger ones.
+
+    Attributes:
+        below_bytes: size at which they meet.
+        ms_per_byte: by which the smaller ones take more (or less, negative) for each byte below that.
+    """
+
+    below_bytes: float = Field(gt=0)
+    ms_per_byte: float
+
+
 class AlphaBeta(Strict):
     """t = alpha + n * beta for n bytes at the busiest GPU (paper, Sec. III-B and Fig. 9).
 
     Attributes:
         alpha_ms: start-up time.
         beta_ms_per_byte: time per byte.
+        bends: beyond the paper: the line is that of large messages, and small ones, whose protocols differ, lie off it.
         source: where the constants come from.
         published: False: derived by a reading, or measured; marked wherever it is used.
     """
 
     alpha_ms: float = Field(ge=0)
     beta_ms_per_byte: float = Field(ge=0)
+    bends: tuple[Bend, ...] = ()
     source: str
     published: bool = True
 
     def ms(self, amount: Amount, bytes_each: float = 1.0) -> Amount:
         """Time of ``amount`` bytes, or things of ``bytes_each`` bytes: a number, a tensor or an array of them."""
-        return self.alpha_ms + amount * (self.beta_ms_per_byte * bytes_each)
+        time = self.alpha_ms + amount * (self.beta_ms_per_byte * bytes_each)
+        for bend in self.bends:
+            missing = bend.below_bytes - amount * bytes_each
+            time = time + (missing + abs(missing)) * (bend.ms_per_byte / 2)
+        return time
 
     def times(self, alpha: float, beta: float) -> "AlphaBeta":
         """Both constants multiplied, each by a factor of its own."""
-        changed = {"alpha_ms": self.alpha_ms * alpha, "beta_ms_per_byte": self.beta_ms_per_byte * beta}
+        bends = tuple(bend.model_copy(update={"ms_per_byte": bend.ms_per_byte * beta}) for bend in self.bends)
+        changed = {"alpha_ms": self.alpha_ms * alpha, "beta_ms_per_byte": self.beta_ms_per_byte * beta, "bends": bends}
         return self.model_copy(update=changed)

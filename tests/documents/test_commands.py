@@ -17,6 +17,7 @@ WHY_NOT = {
     r".*(<\w+>|OLD NEW|FILE|FOLDER|=$|\.\.\.|mine\b).*": "a form that readers fill in",
     r".*(backend=local|BACKEND=slurm|timeout_minutes=10)": "how it was before",
     r"hiermoe (calibrate|train|advise|trace (import|export-matrix|show( a\.trace)?)|run max_ep_size=8)": "part of one",
+    r"hiermoe calibrate from=.*": "needs readers' files: tests/commands/test_calibrate_from.py writes such files",
     r"hiermoe trace import .*": "needs readers' files: tests/routing/importers imports such files",
     r"hiermoe (trace fetch \w|run .*(=public|over=real)).*": "needs a set by git: tests/commands/test_fetch.py",
     r"hiermoe record .*": "takes half an hour or more: tests/narrow/test_record.py records a small one",
