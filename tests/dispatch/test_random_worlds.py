@@ -71,6 +71,7 @@ def test_any_scheme_on_any_hierarchy_gives_the_exact_answer(case: Case, data: st
     check(case, schemes, data.draw(st.integers(0, 99)))
 
 
+@pytest.mark.slow
 @examples(25)
 @given(case=cases(depths=(2, 3), most_ranks=8, most_per_rank=2, most_tokens=12), data=st.data())
 def test_a_lossy_scheme_keeps_first_choices_then_early_tokens(case: Case, data: st.DataObject) -> None:

@@ -103,6 +103,7 @@ def _simulated(config) -> pd.DataFrame:
     return records.combine_first(blank).fillna({"moves": ""})
 
 
+@pytest.mark.slow
 def test_a_system_that_does_not_apply_ends_no_other(composed: Composer, store: RunStore) -> None:
     configs = [composed(*SMALL, f"system={system}", "iterations=2") for system in ("hd4", "hd2")]
     outcomes = execute_together(configs, store)

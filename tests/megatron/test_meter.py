@@ -82,6 +82,7 @@ def order(calls: list[dict[str, Any]]) -> list[tuple[int, str]]:
     return [(call["layer"], call["phase"]) for call in calls]
 
 
+@pytest.mark.slow
 @for_every_system
 def test_four_calls_a_layer_and_micro_batch_in_the_order_of_the_work(seen: list[Seen], system: str) -> None:
     for result in seen:
@@ -96,6 +97,7 @@ def test_four_calls_a_layer_and_micro_batch_in_the_order_of_the_work(seen: list[
         assert order(result["no gradient", system]) == forward
 
 
+@pytest.mark.slow
 @for_every_system
 def test_the_wire_takes_part_of_the_whole_call(seen: list[Seen], system: str) -> None:
     for result in seen:
@@ -104,6 +106,7 @@ def test_the_wire_takes_part_of_the_whole_call(seen: list[Seen], system: str) ->
             assert call["wire_ms"] == call["sum_ms"]
 
 
+@pytest.mark.slow
 @for_every_system
 def test_a_call_holds_its_own_transfers_and_no_others(seen: list[Seen], system: str) -> None:
     for result in seen:
@@ -113,6 +116,7 @@ def test_a_call_holds_its_own_transfers_and_no_others(seen: list[Seen], system: 
             assert ("all_gather" in call["operations"]) == (call["phase"] == "dispatch")
 
 
+@pytest.mark.slow
 @for_every_system
 def test_the_four_calls_of_a_layer_follow_one_plan(seen: list[Seen], system: str) -> None:
     for result in seen:
@@ -125,6 +129,7 @@ def test_the_four_calls_of_a_layer_follow_one_plan(seen: list[Seen], system: str
             assert len({call["plan"] for call in calls}) == 2
 
 
+@pytest.mark.slow
 @for_every_system
 def test_nothing_is_measured_while_the_meter_is_not_active(seen: list[Seen], system: str) -> None:
     for result in seen:
@@ -132,6 +137,7 @@ def test_nothing_is_measured_while_the_meter_is_not_active(seen: list[Seen], sys
         assert result["again", system] == 8
 
 
+@pytest.mark.slow
 @for_every_system
 def test_a_metered_layer_gives_the_same_numbers(seen: list[Seen], system: str) -> None:
     assert all(max(result["same", system]) < 1e-12 for result in seen)

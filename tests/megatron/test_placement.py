@@ -93,6 +93,7 @@ def test_replicas_of_experts_move_together_and_stay_equal(cache_dir: str) -> Non
     check_equal_to_static(trained(config, ["static", "shuffled"], 4), 2)
 
 
+@pytest.mark.slow
 def test_mixed_precision_loses_no_bit_of_masters_and_moments(cache_dir: str) -> None:
     # With one expert a token no sum depends on where experts are, so that equality is to the bit.
     config = small("deepseek_v3", cache_dir, topk=1, dtype="bf16")

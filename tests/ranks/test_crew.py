@@ -200,6 +200,7 @@ def test_a_dead_rank_ends_all_and_is_named(tmp_path: Path) -> None:
     assert re.search(r"rank (1, )?2 of 3 is dead", ended.errors[0])  # rank 1 may still be on its way out
 
 
+@pytest.mark.slow
 def test_ranks_do_not_outlive_a_dead_rank_zero(tmp_path: Path) -> None:
     ended = start(leader_dies, tmp_path)
     assert ended.codes == [-signal.SIGKILL, crew_module._FATAL, crew_module._FATAL]
@@ -209,11 +210,13 @@ def test_a_program_that_ends_with_an_error_sends_the_others_home(tmp_path: Path)
     assert start(program_fails, tmp_path).codes == [5, 0, 0]
 
 
+@pytest.mark.slow
 def test_ranks_that_never_come_are_reported(tmp_path: Path) -> None:
     ended = start(collects, tmp_path, ranks=2, timeout=timedelta(seconds=2))
     assert all(ended.codes)
 
 
+@pytest.mark.slow
 def test_ranks_that_wait_for_one_that_stalls_end_after_the_timeout(tmp_path: Path) -> None:
     for seconds in (3, 12, 48):  # on a busy machine the ranks may not even find each other in this time
         folder = tmp_path / str(seconds)

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -69,24 +70,29 @@ def is_told(path: Path_, value: Any) -> bool:
     return path[-1] in TOLD and not isinstance(value, dict)
 
 
-def contents() -> dict[str, dict[str, Any]]:
-    """Configurations that have, together, every kind of system, model, routing, cluster and command."""
+def compositions() -> dict[str, tuple[str, ...]]:
+    """By name what is composed, so that there is, together, every kind of system, model, routing and cluster."""
+    found = {f"{group}={name}": (f"{group}={name}",) for group in ("system", "routing") for name in names(group)}
+    found |= {f"model={name}": (f"model={name}", "cluster=h100_ib400") for name in names("model")}
+    found["ranks=local"] = ("measure=replay", "ranks=local", "world_size=8")
+    found["world_size=512"] = ("cluster=gb200_nvl72_ib400", "world_size=512", "max_ep_size=64")
+    found["measure=self_test"] = ("measure=self_test",)
+    return found
+
+
+COMPOSED = compositions()
+COMMANDS = ("calibrate", "train")
+
+
+@cache
+def content_of(name: str) -> dict[str, Any]:
+    if name == "calibrate":
+        return calibration_config("emulated_4x2", "emulated").content
+    if name == "train":
+        training = compose("train", ["cluster=a6000_1x8", "world_size=8", "ranks=local"], TrainRunConfig)
+        return training.model_dump(mode="json", exclude=KEPT_ELSEWHERE)
     small = ("iterations=4", "tokens_per_rank=64", "wandb.mode=disabled")
-    compositions: dict[str, tuple[str, ...]] = {}
-    compositions |= {
-        f"{group}={name}": (f"{group}={name}",) for group in ("system", "routing") for name in names(group)
-    }
-    compositions |= {f"model={name}": (f"model={name}", "cluster=h100_ib400") for name in names("model")}
-    compositions["ranks=local"] = ("measure=replay", "ranks=local", "world_size=8")
-    compositions["world_size=512"] = ("cluster=gb200_nvl72_ib400", "world_size=512", "max_ep_size=64")
-    compositions["measure=self_test"] = ("measure=self_test",)
-    found = {name: compose("config", [*small, *more], RunConfig).content for name, more in compositions.items()}
-    found["calibrate"] = calibration_config("emulated_4x2", "emulated").content
-    training = compose("train", ["cluster=a6000_1x8", "world_size=8", "ranks=local"], TrainRunConfig)
-    return found | {"train": training.model_dump(mode="json", exclude=KEPT_ELSEWHERE)}
-
-
-CONTENTS = contents()
+    return compose("config", [*small, *COMPOSED[name]], RunConfig).content
 
 
 def fields(schema: Any, path: str = "") -> Iterator[str]:
@@ -105,8 +111,8 @@ def fields(schema: Any, path: str = "") -> Iterator[str]:
 def test_every_field_of_every_schema_is_a_column_or_known_to_change_no_number(schema: type[BaseModel]) -> None:
     found = {
         ".".join(part for part in name.split(".") if not part.isdigit())
-        for c in CONTENTS.values()
-        for name in options(c)
+        for composed in (*COMPOSED, *COMMANDS)
+        for name in options(content_of(composed))
     }
     left_out = KEPT_ELSEWHERE | NAMES_ITS_FILE.get(schema, set())
     for name in fields(schema):
@@ -117,16 +123,16 @@ def test_every_field_of_every_schema_is_a_column_or_known_to_change_no_number(sc
         assert has or name.endswith(".source"), name
 
 
-@pytest.mark.parametrize("name", CONTENTS)
+@pytest.mark.parametrize("name", [*COMPOSED, *COMMANDS])
 def test_columns_tell_runs_apart_that_differ_in_one_option(name: str) -> None:
-    content = CONTENTS[name]
+    content = content_of(name)
     before = option_columns(content)
     for path, value in leaves(content):
         assert (option_columns(changed(content, path)) == before) == is_told(path, value), path
 
 
 def test_what_has_a_column_counts_for_the_name_and_what_has_none_does_not() -> None:
-    content = CONTENTS["system=hiermoe"]
+    content = content_of("system=hiermoe")
     name, one = run_id(content, ()), pd.DataFrame({"value": [1.0]})
     for path, value in leaves(content):
         other = changed(content, path)
