@@ -25,6 +25,7 @@ from hiermoe.megatron.expert_placement import ExpertPlacement, LayerPlacement
 from hiermoe.megatron.logical_names import name_experts_logically
 from hiermoe.megatron.meter import Meter, MeteredDispatcher
 from hiermoe.megatron.migration import expert_parameters
+from hiermoe.megatron.versions import builder_of
 from hiermoe.policies.protocol import PlacementPolicy, StaticPolicy
 from hiermoe.policies.system import SystemConfig
 from hiermoe.records.status import NotApplicable
@@ -132,13 +133,13 @@ def with_system(spec: Any, system: SystemConfig | str, cluster: Cluster | str, *
         ValueError: the spec has no MoE layer.
     """
     spec = copy.deepcopy(spec)
-    layer_specs = getattr(spec, "layer_specs", [spec])
-    found = [layer.submodules.mlp for layer in layer_specs if layer.submodules.mlp.module is MoELayer]
-    if not found:
+    submodules = [layer.submodules for layer in getattr(spec, "layer_specs", [spec])]
+    more = {"system": system, "cluster": cluster, "meter": meter}
+    built = [builder_of(one.mlp, DispatchedMoELayer, **more) for one in submodules]
+    if not any(built):
         raise ValueError("the spec has no MoE layer")
-    for mlp in found:
-        mlp.module = DispatchedMoELayer
-        mlp.params = {**(mlp.params or {}), "system": system, "cluster": cluster, "meter": meter}
+    for one, builder in zip(submodules, built, strict=True):
+        one.mlp = builder or one.mlp
     return spec
 
 

@@ -200,8 +200,19 @@ def _write(state: dict[str, Any], partial: Path) -> None:
 
 
 def _fail(partial: Path, reason: str) -> None:
+    """Say why, with what the disk says itself, which not every version of Megatron passes on."""
+    refusal = _refusal(partial)
     shutil.rmtree(partial, ignore_errors=True)
-    raise OSError(f"cannot write the checkpoint {partial}: {reason}")
+    raise OSError(f"cannot write the checkpoint {partial}: " + "; ".join(filter(None, [refusal, reason])))
+
+
+def _refusal(folder: Path) -> str:
+    """Why a file of a mebibyte cannot be written in a folder; empty where it can."""
+    try:
+        (folder / ".probe").write_bytes(bytes(2**20))
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _digests(partial: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ cpu.expect_fallbacks()
 
 from hiermoe.megatron.adapter import StagedTokenDispatcher  # noqa: E402
 from hiermoe.megatron.attach import attach, check_supported, detach, moe_layers, with_system  # noqa: E402
+from hiermoe.megatron.versions import class_of  # noqa: E402
 from hiermoe.policies.system import SystemConfig  # noqa: E402
 from hiermoe.ranks.launch import run_ranks  # noqa: E402
 from hiermoe.topology.placement import Placement  # noqa: E402
@@ -130,7 +131,7 @@ def _from_spec(gpt: torch.nn.Module, model: Any, rank: int, seen: Seen) -> None:
         return with_system(spec, "hd2", WORLD.cluster)
 
     built = models.build(model, WORLD.num_ranks, with_spec=change)
-    seen["spec_kept"] = [spec.submodules.mlp.module is MoELayer for spec in kept[0].layer_specs]
+    seen["spec_kept"] = [class_of(spec.submodules.mlp) is MoELayer for spec in kept[0].layer_specs]
     seen["spec_types"] = [type(layer.token_dispatcher).__name__ for layer in moe_layers(built)]
     stock = models.build(model, WORLD.num_ranks)
     loss, gradients = models.step(stock, rank)

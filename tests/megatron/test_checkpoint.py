@@ -151,7 +151,7 @@ def test_megatrons_own_functions_save_and_load_logical_experts(cache_dir: str, t
 
 def killed_in_the_third_save(rank: int, config: TrainingConfig, corpus: Corpus, folder: Path, where: str) -> None:
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     from hiermoe.megatron import checkpoint
 
@@ -171,7 +171,7 @@ def killed_in_the_third_save(rank: int, config: TrainingConfig, corpus: Corpus, 
                 case "moved":  # experts are elsewhere than the last checkpoint says
                     die()
                 case "begun":
-                    TorchCommonSaveStrategy.save_common = die  # type: ignore[method-assign]
+                    TorchDistSaveShardedStrategy.async_save = die  # type: ignore[method-assign]
                 case "written":
                     checkpoint.dist_checkpointing.save = then_die
         save(run, folder, keep=2)
@@ -246,7 +246,7 @@ def test_a_disk_that_takes_no_checkpoint_is_an_error_on_every_rank_and_training_
 
 def test_a_rank_that_alone_cannot_write_ends_all_of_them(cache_dir: str, tmp_path: Path) -> None:
     config = small("qwen3_30b_a3b", cache_dir)
-    with pytest.raises(RankFailedError, match=r"rank 0 of 4 failed: OSError: cannot write the checkpoint .*step-0000"):
+    with pytest.raises(RankFailedError, match=r"rank \d of 4 failed: OSError: cannot write the checkpoint .*step-0000"):
         launch(save_on_a_bad_disk, config, training_corpus(config), tmp_path, "full at once")
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000001"]
 
