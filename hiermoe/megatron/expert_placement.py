@@ -10,7 +10,8 @@ What a training loop of one's own needs, with a stock Megatron-Core model, its o
 
 Everything else stays as it is: losses, gradients, logged loads and Megatron's checkpoints are those of fixed experts.
 `hiermoe.megatron.checkpoint` saves and resumes placements and policies too; without it, they start anew.
-Not supported, and refused: the distributed optimizer, grouped experts, and parallelism other than expert and data.
+The distributed optimizer divides masters and moments among replicas; they go from owner to owner. Not supported, and
+refused: grouped experts, and parallelism other than expert and data.
 """
 
 import hashlib
@@ -27,7 +28,8 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from hiermoe.dispatch.dispatcher import Dispatcher
-from hiermoe.megatron.migration import check_optimizer, migrate
+from hiermoe.megatron.expert_state import check_optimizer
+from hiermoe.megatron.migration import migrate
 from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate, StaticPolicy, StepContext
 from hiermoe.topology.placement import Placement
 

@@ -1,21 +1,27 @@
 """Moves experts between ranks: weights, fp32 masters and optimizer moments, in place, between two steps."""
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.optimizer import (
-    ChainedOptimizer,
-    Float16OptimizerWithFloat16Params,
-    FP32Optimizer,
-    MegatronOptimizer,
-)
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from hiermoe.megatron.expert_state import Held, Range, Replicas, held_state, replicas_of
 from hiermoe.routing.step import experts_per_rank
 from hiermoe.topology.placement import Placement
 
 BUFFER_BYTES = 2**25  # at most so much leaves a rank at once, and as much arrives
+_ELEMENT_BYTES = 32  # at most, of one element of a weight with its master and moments
+
+
+class _Move(NamedTuple):
+    """One expert's way, by ranks of the expert-parallel group and local slots."""
+
+    source: int
+    source_slot: int
+    target: int
+    target_slot: int
 
 
 def expert_parameters(experts: torch.nn.Module) -> list[list[torch.nn.Parameter]]:
@@ -33,48 +39,6 @@ def expert_parameters(experts: torch.nn.Module) -> list[list[torch.nn.Parameter]
     return [list(expert.parameters()) for expert in local]
 
 
-def check_optimizer(optimizer: MegatronOptimizer) -> None:
-    """Refuse optimizers whose state of one expert is not at its rank.
-
-    Raises:
-        ValueError: names the optimizer.
-    """
-    for part in _parts(optimizer):
-        if not isinstance(part, FP32Optimizer | Float16OptimizerWithFloat16Params):
-            raise ValueError(
-                f"{type(part).__name__} is not supported where experts move: only Megatron's FP32 and mixed-precision "
-                "optimizers are (use_distributed_optimizer=False)"
-            )
-
-
-def state_tensors(parameter: torch.nn.Parameter, optimizer: MegatronOptimizer | None) -> Iterator[Tensor]:
-    """Everything that must move with a parameter: itself, its fp32 master, and moments; the same order on all ranks.
-
-    Raises:
-        ValueError: the optimizer keeps something else of this parameter.
-    """
-    yield parameter.data
-    if optimizer is None:
-        return
-    master = getattr(parameter, "main_param", None)
-    if master is not None:
-        yield master.data
-    key = parameter if master is None else master
-    for part in _parts(optimizer):
-        state = part.optimizer.state
-        if key in state:
-            for name in sorted(state[key]):
-                value = state[key][name]
-                if not isinstance(value, Tensor) or value.dim() == 0:
-                    continue  # a count of steps, the same for all
-                if value.shape != parameter.shape:
-                    raise ValueError(
-                        f"{name} of shape {list(value.shape)} belongs to a parameter of shape {list(parameter.shape)}: "
-                        "such optimizer state cannot be moved"
-                    )
-                yield value
-
-
 def migrate(
     parameters: list[list[torch.nn.Parameter]],
     optimizer: MegatronOptimizer | None,
@@ -84,8 +48,10 @@ def migrate(
 ) -> int:
     """Bring every expert of one layer from its old slot to its new one, in place.
 
-    *Collective: every rank of the group must call it.* Experts move piece by piece, the same piece of all of them at
-    once, in one message for every pair of ranks; so buffers stay small even if every expert moves.
+    *Collective: every rank of the group, and of the groups of its replicas, must call it.* Experts move piece by
+    piece, the same elements of all of them at once, in one message for every pair of ranks; so buffers stay small even
+    if every expert moves. What the distributed optimizer has divided among replicas goes from the replica that owns it
+    here to the one that owns it there.
 
     Args:
         parameters: of every local expert, by slot.
@@ -100,55 +66,60 @@ def migrate(
     Raises:
         ValueError: state that cannot be moved; nothing has been then.
     """
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    per_rank = experts_per_rank(old.num_experts, size)
+    per_rank = experts_per_rank(old.num_experts, dist.get_world_size(group))
     moved = (old.slot_E != new.slot_E).nonzero().view(-1)
     if not len(moved):
         return 0
-    from_slot, to_slot = old.slot_E[moved], new.slot_E[moved]
-    leaving: dict[int, list[int]] = {}  # local slots by peer, experts by number: the order in which they travel
-    arriving: dict[int, list[int]] = {}
-    for source, target in zip(from_slot.tolist(), to_slot.tolist(), strict=True):
-        if source // per_rank == rank:
-            leaving.setdefault(target // per_rank, []).append(source % per_rank)
-        if target // per_rank == rank:
-            arriving.setdefault(source // per_rank, []).append(target % per_rank)
-    states = [
-        [_bytes_of(tensor) for parameter in expert for tensor in state_tensors(parameter, optimizer)]
-        for expert in parameters
+    moves = [
+        _Move(*divmod(source, per_rank), *divmod(target, per_rank))
+        for source, target in zip(old.slot_E[moved].tolist(), new.slot_E[moved].tolist(), strict=True)
     ]
-    busiest = int(torch.bincount(from_slot // per_rank).max())  # as many leave a rank as arrive there
-    piece = max(1, BUFFER_BYTES // busiest)
+    held = [held_state(same, optimizer) for same in zip(*parameters, strict=True)]
+    replicas = replicas_of(parameters[0][0], optimizer, group)
+    over = group if len(replicas.ranks) == 1 else dist.group.WORLD
+    busiest = int(torch.bincount(old.slot_E[moved] // per_rank).max())  # as many leave a rank as arrive there
+    piece = max(1, BUFFER_BYTES // (_ELEMENT_BYTES * busiest))
     sent_bytes = 0
-    for number, tensor in enumerate(states[0]):
-        for start in range(0, len(tensor), piece):
-            pieces = [expert[number][start : start + piece] for expert in states]
-            sent_bytes += _exchange(pieces, leaving, arriving, rank, group)
+    for parameter, tensors in zip(parameters[0], held, strict=True):
+        for start in range(0, parameter.numel(), piece):
+            window = Range(start, min(start + piece, parameter.numel()))
+            sent_bytes += _exchange(window, tensors, moves, replicas, over)
     return sent_bytes
 
 
 def _exchange(
-    pieces: list[Tensor],
-    leaving: dict[int, list[int]],
-    arriving: dict[int, list[int]],
-    rank: int,
-    group: dist.ProcessGroup,
+    window: Range, held: list[Held], moves: list[_Move], replicas: Replicas, group: dist.ProcessGroup | None
 ) -> int:
-    """Move one piece of every moving expert; nothing is overwritten before all messages are there. *Collective.*
+    """Move some elements of a parameter of every moving expert; nothing is overwritten before all messages are there.
+
+    *Collective.*
 
     Returns:
         Bytes sent over the wire.
     """
+    rank, own = dist.get_rank(), replicas.own
+    here = replicas.ranks[own].index(rank)
+    leaving: dict[int, list[Tensor]] = {}  # by peer, experts by number, then tensors: the order in which they travel
+    arriving: dict[int, list[tuple[int, Tensor]]] = {}  # with the number of the tensor
+    for move in moves:
+        for number, tensor in enumerate(held):
+            if move.source == here:
+                for replica, part in tensor.shared(window, move.source_slot, move.target_slot, own):
+                    peer = replicas.ranks[replica][move.target]
+                    leaving.setdefault(peer, []).append(tensor.bytes_of(move.source_slot, part, own))
+            if move.target == here:
+                for replica, part in tensor.shared(window, move.target_slot, move.source_slot, own):
+                    peer = replicas.ranks[replica][move.source]
+                    arriving.setdefault(peer, []).append((number, tensor.bytes_of(move.target_slot, part, own)))
     outgoing = {
-        peer: pieces[slots[0]] if len(slots) == 1 and peer != rank else torch.cat([pieces[slot] for slot in slots])
-        for peer, slots in leaving.items()
+        peer: parts[0] if len(parts) == 1 and peer != rank else torch.cat(parts) for peer, parts in leaving.items()
     }
     incoming = {
-        peer: outgoing[rank] if peer == rank else pieces[0].new_empty(len(slots) * len(pieces[0]))
-        for peer, slots in arriving.items()
+        peer: outgoing[rank] if peer == rank else parts[0][1].new_empty(sum(len(part) for _, part in parts))
+        for peer, parts in arriving.items()
     }
     operations = [
-        dist.P2POp(operation, buffer, dist.get_global_rank(group, peer), group)
+        dist.P2POp(operation, buffer, peer, group)
         for operation, buffers in ((dist.isend, outgoing), (dist.irecv, incoming))
         for peer, buffer in sorted(buffers.items())
         if peer != rank
@@ -156,18 +127,11 @@ def _exchange(
     if operations:
         for work in dist.batch_isend_irecv(operations):
             work.wait()
-    for peer, slots in arriving.items():
-        for slot, received in zip(slots, incoming[peer].split(len(pieces[0])), strict=True):
-            pieces[slot].copy_(received)
+    writes = [
+        (number, part, received)
+        for peer, parts in arriving.items()
+        for (number, part), received in zip(parts, incoming[peer].split([len(x) for _, x in parts]), strict=True)
+    ]
+    for _, part, received in sorted(writes, key=lambda write: write[0]):
+        part.copy_(received)
     return sum(len(buffer) for peer, buffer in outgoing.items() if peer != rank)
-
-
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    """The tensor's memory: uint8, one-dimensional."""
-    if not tensor.is_contiguous():
-        raise ValueError(f"a tensor of shape {list(tensor.shape)} is not contiguous in memory: cannot move it in place")
-    return tensor.view(-1).view(torch.uint8)

@@ -84,7 +84,12 @@ class Trainer:
         with cpu.cuda_means_cpu(), self._precision():
             self.model = DistributedDataParallel(
                 model.config,
-                DistributedDataParallelConfig(overlap_grad_reduce=False, grad_reduce_in_fp32=config.dtype == "bf16"),
+                DistributedDataParallelConfig(
+                    overlap_grad_reduce=config.overlap,
+                    overlap_param_gather=config.overlap and config.distributed_optimizer,
+                    use_distributed_optimizer=config.distributed_optimizer,
+                    grad_reduce_in_fp32=config.dtype == "bf16",
+                ),
                 Float16Module(model.config, model) if config.dtype == "bf16" else model,
             )
             self.model.broadcast_params()
@@ -205,5 +210,6 @@ def _optimizer_config(config: TrainingConfig) -> OptimizerConfig:
         clip_grad=1.0,
         bf16=config.dtype == "bf16",
         params_dtype=PARAMS_DTYPE[config.dtype],
-        use_distributed_optimizer=False,
+        use_distributed_optimizer=config.distributed_optimizer,
+        overlap_param_gather=config.overlap and config.distributed_optimizer,
     )

@@ -52,6 +52,8 @@ class TrainingConfig(Strict):
         data_parallel: Replicas of the experts, each on `ep_size` ranks.
         dtype: `fp32`, `fp64` (nothing is rounded to less, for parity) or `bf16` (mixed precision with fp32 masters).
         recompute: Whether backward computes the MoE layers again and keeps none of their activations.
+        distributed_optimizer: Whether replicas share masters and moments, and each steps its part.
+        overlap: Whether gradients are reduced, and by the distributed optimizer parameters gathered, beside computing.
         corpus: What to train on.
         corpus_files: Use only so many documents of the corpus; None for all.
         cache_dir: Folder for the corpus: unpacked packages, tokens.
@@ -67,6 +69,8 @@ class TrainingConfig(Strict):
     data_parallel: PositiveInt
     dtype: Literal["fp32", "fp64", "bf16"]
     recompute: bool
+    distributed_optimizer: bool = False
+    overlap: bool = False
     corpus: CorpusConfig
     corpus_files: PositiveInt | None
     cache_dir: str

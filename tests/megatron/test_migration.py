@@ -196,31 +196,42 @@ def test_a_layer_whose_experts_are_half_moved_refuses_to_be_used() -> None:
     assert not dispatcher._half_moved
 
 
-def test_optimizers_whose_state_is_elsewhere_are_refused_by_name() -> None:
+def test_optimizers_whose_state_cannot_be_found_are_refused_by_name() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
+    from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer, MegatronOptimizer
 
-    from hiermoe.megatron.migration import check_optimizer
+    from hiermoe.megatron.expert_state import check_optimizer
 
-    refused, fine = object.__new__(DistributedOptimizer), object.__new__(FP32Optimizer)
+    class Elsewhere(MegatronOptimizer):
+        pass
+
+    Elsewhere.__abstractmethods__ = frozenset()
+    fine, refused = object.__new__(FP32Optimizer), object.__new__(Elsewhere)
     check_optimizer(fine)
     chained = object.__new__(ChainedOptimizer)
     chained.chained_optimizers = [fine, refused]
     for optimizer in (refused, chained):
-        with pytest.raises(ValueError, match=r"DistributedOptimizer is not supported.*use_distributed_optimizer=False"):
+        with pytest.raises(ValueError, match="Elsewhere is not supported where experts move"):
             check_optimizer(optimizer)
+    divided = object.__new__(DistributedOptimizer)
+    divided.is_stub_optimizer = False
+    for fsdp, scales, message in ((True, {}, "use_megatron_fsdp"), (False, {"p": {}}, "moments in fp8 or fp16")):
+        divided.ddp_config = SimpleNamespace(use_megatron_fsdp=fsdp)  # type: ignore[assignment]
+        divided.optimizer = SimpleNamespace(_scales=scales)  # type: ignore[assignment]
+        with pytest.raises(ValueError, match=message):
+            check_optimizer(divided)
 
 
 def test_state_of_another_shape_than_its_parameter_is_refused() -> None:
-    from hiermoe.megatron.migration import state_tensors
+    from hiermoe.megatron.expert_state import held_state
 
     parameter = torch.nn.Parameter(torch.zeros(4, 2))
     state = {parameter: {"step": torch.tensor(1.0), "exp_avg": torch.ones(4, 2)}}
     optimizer: Any = SimpleNamespace(optimizer=SimpleNamespace(state=state))
-    assert [tuple(x.shape) for x in state_tensors(parameter, optimizer)] == [(4, 2), (4, 2)]
+    assert [[tuple(x.shape) for x in held.tensors] for held in held_state([parameter], optimizer)] == [[(8,)], [(8,)]]
     state[parameter]["row_sums"] = torch.ones(4)
     with pytest.raises(ValueError, match=r"row_sums of shape \[4\]"):
-        list(state_tensors(parameter, optimizer))
+        held_state([parameter], optimizer)
 
 
 def test_experts_whose_parameters_cannot_be_told_apart_are_refused() -> None:

@@ -47,7 +47,7 @@ _THE_STREAM = _NoStream()
 class _CudaMeansCpu(TorchFunctionMode):
     """Redirects the device='cuda' literals of factory functions to the CPU, and calls tensors by their CUDA type.
 
-    The latter is how the mixed-precision optimizer tells parameters that need a master copy from others.
+    The latter is how optimizers tell parameters that need a master copy from others; float64 ones need none, like fp32.
     """
 
     def __torch_function__(
@@ -59,7 +59,7 @@ class _CudaMeansCpu(TorchFunctionMode):
             kwargs = {**kwargs, "device": _CPU}
         result = func(*args, **kwargs)
         if func is torch.Tensor.type and isinstance(result, str):
-            return result.replace("torch.", "torch.cuda.", 1)
+            return result.replace("torch.", "torch.cuda.", 1).replace("Double", "Float")
         return result
 
 
