@@ -113,7 +113,8 @@ def check_optimizer(optimizer: MegatronOptimizer) -> None:
         if not isinstance(part, SUPPORTED):
             raise ValueError(f"{type(part).__name__} is not supported where experts move")
         if isinstance(part, DistributedOptimizer) and not getattr(part, "is_stub_optimizer", False):
-            if part.ddp_config.use_megatron_fsdp:
+            settings: Any = part.ddp_config
+            if settings.use_megatron_fsdp:
                 raise ValueError("use_megatron_fsdp is not supported where experts move")
             if getattr(part.optimizer, "_scales", None):
                 raise ValueError(
@@ -170,7 +171,8 @@ def _divided(parameters: Sequence[torch.nn.Parameter], part: DistributedOptimize
     first = next((key for key in keys if key is not None), None)
     if first is None:
         return  # other replicas own all of it, in every slot: nothing is sent from here or arrives
-    overlapped, has_masters = part.ddp_config.overlap_param_gather, first.dtype != parameters[0].dtype
+    settings: Any = part.ddp_config
+    overlapped, has_masters = settings.overlap_param_gather, first.dtype != parameters[0].dtype
     if has_masters or overlapped:
         yield Held([None if key is None else _flat(key.data) for key in keys], ranges)
     if has_masters and overlapped:

@@ -66,21 +66,26 @@ def train_and_record(
     layers = config.recorded_layers
     recorded: list[np.ndarray] = []
     losses: list[float] = []
+
+    def save_at_times(step: int) -> None:
+        if (step + 1) % config.checkpoint_every == 0:
+            trainer.save(checkpoints, step + 1, keep=2)
+
     with recording_progress(rank, config, start) as show:
         for step in range(start, config.last_step):
             stage = config.stage_at(step)
             trainer.balance(*config.balancing_warmup.at(step))
             if stage is None and step % SHOWN_EVERY and step + 1 < config.last_step:
                 show(step, trainer.step(trainer.batch(corpus, step)), None)
-            else:
-                with RouterRecorder(trainer.model, config.num_recorded, layers) as recorder:
-                    loss = trainer.step(trainer.batch(corpus, step))
-                drained = recorder.drain()
-                own_LNK = torch.stack([drained[layer][0].flatten(0, 1) for layer in layers]).numpy()
-                show(step, loss, max_over_mean_load(own_LNK, config.model.num_experts, config.model.topk))
+                save_at_times(step)
+                continue
+            with RouterRecorder(trainer.model, config.num_recorded, layers) as recorder:
+                loss = trainer.step(trainer.batch(corpus, step))
+            drained = recorder.drain()
+            own_LNK = torch.stack([drained[layer][0].flatten(0, 1) for layer in layers]).numpy()
+            show(step, loss, max_over_mean_load(own_LNK, config.model.num_experts, config.model.topk))
             if stage is None:
-                if (step + 1) % config.checkpoint_every == 0:
-                    trainer.save(checkpoints, step + 1, keep=2)
+                save_at_times(step)
                 continue
             # [layer, b * s, k]: token after token of a sequence, sequence after sequence.
             ids_LTK = torch.stack([drained[layer][0].transpose(0, 1).flatten(0, 1) for layer in layers])

@@ -105,7 +105,7 @@ class AlphaBeta(Strict):
         for bend in self.bends:
             missing = bend.below_bytes - amount * bytes_each
             time = time + (missing + abs(missing)) * (bend.ms_per_byte / 2)
-        return time
+        return time  # pyright: ignore[reportReturnType]
 
     def times(self, alpha: float, beta: float) -> "AlphaBeta":
         """Both constants multiplied, each by a factor of its own."""

@@ -228,7 +228,8 @@ def test_state_of_another_shape_than_its_parameter_is_refused() -> None:
     parameter = torch.nn.Parameter(torch.zeros(4, 2))
     state = {parameter: {"step": torch.tensor(1.0), "exp_avg": torch.ones(4, 2)}}
     optimizer: Any = SimpleNamespace(optimizer=SimpleNamespace(state=state))
-    assert [[tuple(x.shape) for x in held.tensors] for held in held_state([parameter], optimizer)] == [[(8,)], [(8,)]]
+    shapes = [[x is not None and tuple(x.shape) for x in held.tensors] for held in held_state([parameter], optimizer)]
+    assert shapes == [[(8,)], [(8,)]]
     state[parameter]["row_sums"] = torch.ones(4)
     with pytest.raises(ValueError, match=r"row_sums of shape \[4\]"):
         held_state([parameter], optimizer)

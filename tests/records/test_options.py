@@ -72,7 +72,8 @@ def is_told(path: Path_, value: Any) -> bool:
 
 def compositions() -> dict[str, tuple[str, ...]]:
     """By name what is composed, so that there is, together, every kind of system, model, routing and cluster."""
-    found = {f"{group}={name}": (f"{group}={name}",) for group in ("system", "routing") for name in names(group)}
+    found: dict[str, tuple[str, ...]] = {}
+    found |= {f"{group}={name}": (f"{group}={name}",) for group in ("system", "routing") for name in names(group)}
     found |= {f"model={name}": (f"model={name}", "cluster=h100_ib400") for name in names("model")}
     found["ranks=local"] = ("measure=replay", "ranks=local", "world_size=8")
     found["world_size=512"] = ("cluster=gb200_nvl72_ib400", "world_size=512", "max_ep_size=64")
