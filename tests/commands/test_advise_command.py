@@ -130,7 +130,7 @@ def test_new_policy_appears_by_its_file_alone(
         (["trace={trace}", "routing=uniform", *NODE], "given: trace= and routing="),
         (["trace={trace}"], "cluster=... is missing; choose from a"),
         (["trace={trace}", "cluster=moon"], "moon"),
-        (["trace=nowhere", *NODE], "trace=nowhere is unknown; choose from deepseek_v3_e256_late"),
+        (["trace=nowhere", *NODE], "trace=nowhere is unknown; choose from deepseek_v3_e256_early"),
         (
             ["trace={trace}", *NODE],
             "is missing, M, width of a token: recorded routing of tiny, layer 1 does not say it",
