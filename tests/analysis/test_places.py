@@ -14,7 +14,7 @@ from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.statistics import Estimate
 from hiermoe.analysis.verdicts import Judged, Verdict, judge_all, over_places, to_frame, verdict_summary
 from hiermoe.records.index import REAL_MODELS, RECORDED, over
-from hiermoe.runs.compose import expand
+from hiermoe.runs.compose import Cell, expand
 from hiermoe.runs.indexing import indexed
 from hiermoe.runs.routings import JUDGED
 from tests.analysis.conftest import MemoryStore, cell, records_of, write
@@ -61,11 +61,21 @@ def test_places_without_a_number_are_counted_and_nothing_else() -> None:
     assert over_places([lacking, lacking]).verdict == "not testable"
 
 
+def slower_by_layer(cells: dict[str, list[Cell]], store: MemoryStore) -> Results:
+    """Made-up records of these runs; HierMoE takes a little longer in every further layer."""
+    for one in {one.config.run_id: one.config for sweep in cells.values() for one in sweep}.values():
+        rows = records_of(one)
+        if one.system.name == "hiermoe":
+            rows["predicted_ms"] *= 1 + 0.01 * one.routing.source["layer"]
+        write(store, one, rows)
+    return load(indexed(cells), store)
+
+
 @pytest.fixture(scope="module")
 def on_real_models(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Made-up records of two sweeps on some layers, each layer a little faster than the one before."""
     store = MemoryStore(tmp_path_factory.mktemp("places"))
-    cells = {}
+    cells: dict[str, list[Cell]] = {}
     for sweep, systems in (
         ("fig11", ("megatron", "hd_moe", "hiermoe")),
         ("structure", ("hd_moe", "hiermoe", "hiermoe_search")),
@@ -75,12 +85,7 @@ def on_real_models(tmp_path_factory: pytest.TempPathFactory) -> Results:
             for layer in LAYERS
             for system in systems
         ]
-    for one in {one.config.run_id: one.config for sweep in cells.values() for one in sweep}.values():
-        rows = records_of(one)
-        if one.system.name == "hiermoe":
-            rows["predicted_ms"] *= 1 + 0.01 * one.routing.source["layer"]
-        write(store, one, rows)
-    return load(indexed(cells), store)
+    return slower_by_layer(cells, store)
 
 
 def test_each_claim_has_one_row_on_real_models_whatever_its_model(on_real_models: Results) -> None:
@@ -120,12 +125,7 @@ def test_recorded_places_are_judged_with_the_run_of_the_sweep_and_that_one_is_co
         for layer, stage in places
         for system in systems
     ]
-    for one in {one.config.run_id: one.config for sweep in cells.values() for one in sweep}.values():
-        rows = records_of(one)
-        if one.system.name == "hiermoe":
-            rows["predicted_ms"] *= 1 + 0.01 * one.routing.source["layer"]
-        write(store, one, rows)
-    found = judge_all(CLAIMS, RULES, load(indexed(cells), store))
+    found = judge_all(CLAIMS, RULES, slower_by_layer(cells, store))
     (ours,) = (one for one in found if one.claim.claim == "F11-hiermoe-qwen3")
     assert ours.routing == "recorded" and ours.estimate.n == len(places)
     assert "least in late, MoE layer 3" in ours.reason or "least in early, MoE layer 3" in ours.reason
