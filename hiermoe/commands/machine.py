@@ -24,6 +24,7 @@ from hiermoe.model import ModelConfig
 from hiermoe.ranks.memory import OWN_BYTES, SHARED_BYTES, bytes_of_rank, cores, ranks_that_fit
 from hiermoe.records.free_memory import free_bytes
 from hiermoe.records.project import CLUSTERS, CONF, RUNS, SHIPPED, TRACES
+from hiermoe.records.provenance import nccl_version
 from hiermoe.routing.trace_archive import read_archive
 
 COMMAND_SECONDS = 20.0
@@ -219,12 +220,8 @@ def gpus() -> Answer:
         done = _run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
         driver = done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else None
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    nccl = None
-    if torch.version.cuda is not None and torch.distributed.is_nccl_available():
-        from torch.cuda import nccl as torch_nccl
-
-        nccl = ".".join(map(str, torch_nccl.version()))
-    return judge_gpus(devices, driver, torch.version.cuda, nccl)
+    nccl = nccl_version()
+    return judge_gpus(devices, driver, torch.version.cuda, None if nccl is None else ".".join(map(str, nccl)))
 
 
 def judge_gpus(devices: Sequence[str], driver: str | None, cuda_build: str | None, nccl: str | None) -> Answer:

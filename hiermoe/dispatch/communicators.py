@@ -9,6 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
+from torch import Tensor
 
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.topology.hierarchy import Hierarchy
@@ -148,3 +149,16 @@ def check_hosts(hosts: Sequence[str], hierarchy: Hierarchy) -> None:
                 f"rank {rank} runs on host {host} like rank {other * lanes}, but the hierarchy has them on different "
                 f"nodes of {lanes} ranks each; where one machine plays several nodes, set {HOST_VARIABLE}"
             )
+
+
+def reduced(tensor: Tensor, operation: Any, group: dist.ProcessGroup | None = None) -> Tensor:
+    """A reduction over ranks of what each has on its CPU: a new tensor, there too. *Collective.*
+
+    Args:
+        tensor: of this rank.
+        operation: of `torch.distributed.ReduceOp`.
+        group: process group; None for the world. One of NCCL takes tensors on GPUs alone.
+    """
+    result = tensor.to("cuda" if dist.get_backend(group) == "nccl" else "cpu", copy=True)
+    dist.all_reduce(result, operation, group=group)
+    return result.cpu()

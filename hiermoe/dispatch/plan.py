@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from hiermoe.dispatch.communicators import Communicator, Communicators
 from hiermoe.dispatch.interposer import staged
-from hiermoe.dispatch.rows import RowCopies
+from hiermoe.dispatch.rows import RowCopies, counted
 from hiermoe.planner.cost import choose_scheme
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.scheme import DispatchScheme
@@ -18,6 +19,8 @@ from hiermoe.routing.step import experts_per_rank
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.placement import Placement
 
+# Slot of every expert for the tokens of a rank. Copied to a GPU once, since the host waits for that.
+_SLOTS_ON_DEVICE: WeakKeyDictionary[Placement, dict[tuple[int, torch.device], Tensor]] = WeakKeyDictionary()
 _FIRST_OF_ROW = -(2**15)  # sign bit of a slot's number in the metadata: a new row starts here
 
 
@@ -121,7 +124,8 @@ def make_plan(
 
     *Collective: every rank of the expert-parallel group must call it.* The numbers of tokens and pairs are gathered
     once; splits of every stage follow from them on every rank by the planner's arithmetic. The metadata of a stage is
-    two bytes and the routing weight for every pair.
+    two bytes and the routing weight for every pair. A host waits for its GPU once, for these numbers: all other sizes
+    follow from them.
 
     Args:
         ids_TK: int64 [T, K], the different (logical) experts of each token in any order; -1: none.
@@ -133,13 +137,19 @@ def make_plan(
     hierarchy, communicators = context.cluster.hierarchy, context.communicators
     per_rank = experts_per_rank(placement.num_slots, hierarchy.num_ranks)
     with torch.no_grad():
-        pairs, index_P = _local_pairs(ids_TK, weights_TK, placement, communicators.rank)
-        counts = _gather_counts(pairs, placement.num_slots, ids_TK.shape[1], context)
+        slot_TK, choice_TK = _chosen_slots(ids_TK, placement, communicators.rank)
+        counts = _gather_counts(slot_TK, placement.num_slots, context)
         chosen = choose_scheme(context.schemes, counts, context.cluster, row_bytes)
         scheme = chosen.scheme
+        num_pairs = int(counts.pairs_GS[communicators.rank].sum())
+        pairs, index_P = _local_pairs(slot_TK, choice_TK, weights_TK, placement.num_slots, num_pairs)
+        rows_per_slot = counts.pairs_GS.sum(0).view(hierarchy.num_ranks, per_rank)[communicators.rank]
+        all_used = num_pairs == ids_TK.numel()  # every row has a pair; after the first stage always
         if scheme.padding:
             capacity = expert_capacity(scheme.padding, counts)
             pairs, index_P = _padded(pairs, index_P, placement.num_slots, capacity, no_pair=ids_TK.numel())
+            rows_per_slot = torch.full((per_rank,), capacity * hierarchy.num_ranks)
+            num_kept = int(counts.pairs_GS[communicators.rank].clamp(max=capacity).sum())
         rows_SGG = chosen.traffic.rows_SGG.tolist()
         pairs_SGG = pair_traffic(scheme, counts, hierarchy).tolist()
         stages = []
@@ -152,13 +162,14 @@ def make_plan(
             if stage.rows == "token":  # else every pair is a row of its own
                 starts_P[1:] = (pairs.row_P[1:] != pairs.row_P[:-1]) | (peer_P[1:] != peer_P[:-1])
             is_first_P = starts_P[order_P]
-            source_R = pairs.row_P[order_P][is_first_P]
-            padded = scheme.padding is not None and index == 0
+            send = [rows_SGG[index][me][peer] for peer in members]
+            source_R = pairs.row_P[order_P][torch.nonzero_static(is_first_P, size=sum(send)).view(-1)]
+            padding = len(source_R) - num_kept if scheme.padding and index == 0 else 0
             plan = StagePlan(
                 name=name,
                 communicator=communicator,
-                copies=RowCopies.of(source_R, pairs.num_rows, padded),
-                send_rows=[rows_SGG[index][me][peer] for peer in members],
+                copies=RowCopies.of(source_R, pairs.num_rows, padding, all_used and not scheme.padding),
+                send_rows=send,
                 receive_rows=[rows_SGG[index][peer][me] for peer in members],
                 pair_order_P=order_P,
                 send_pairs=[pairs_SGG[index][me][peer] for peer in members],
@@ -166,6 +177,7 @@ def make_plan(
             )
             with staged(name):
                 pairs = _exchange_pairs(pairs, order_P, is_first_P, plan)
+            all_used = True
             stages.append(plan)
         local_P = pairs.slot_P - communicators.rank * per_rank
         by_expert_P = torch.argsort(local_P, stable=True)
@@ -174,8 +186,8 @@ def make_plan(
             traffic=chosen.traffic,
             counts=counts,
             stages=tuple(stages),
-            expand=RowCopies.of(pairs.row_P[by_expert_P], pairs.num_rows),
-            rows_per_slot=torch.bincount(local_P, minlength=per_rank).cpu(),
+            expand=RowCopies.of(pairs.row_P[by_expert_P], pairs.num_rows, all_used=all_used),
+            rows_per_slot=rows_per_slot,
             by_expert_P=by_expert_P,
             weights_P=pairs.weight_P[by_expert_P],
             pair_index_P=index_P,
@@ -183,29 +195,38 @@ def make_plan(
         )
 
 
-def _local_pairs(ids_TK: Tensor, weights_TK: Tensor, placement: Placement, rank: int) -> tuple[_Pairs, Tensor]:
+def _chosen_slots(ids_TK: Tensor, placement: Placement, rank: int) -> tuple[Tensor, Tensor]:
+    """Slots of a token's experts, rising, S for none; and which of its choices each is: int64 [T, K] both."""
+    kept = _SLOTS_ON_DEVICE.setdefault(placement, {})
+    if (rank, ids_TK.device) not in kept:
+        every_expert = torch.arange(placement.num_experts)[None]
+        kept[rank, ids_TK.device] = placement.slots_of(every_expert, torch.tensor([rank]))[0].to(ids_TK.device)
+    slot_E = kept[rank, ids_TK.device]
+    return slot_E[ids_TK].masked_fill(ids_TK < 0, placement.num_slots).sort(dim=1)
+
+
+def _local_pairs(
+    slot_TK: Tensor, choice_TK: Tensor, weights_TK: Tensor, num_slots: int, num_pairs: int
+) -> tuple[_Pairs, Tensor]:
     """This rank's pairs by token and slot, and their flat indices into [T, K]."""
-    num_tokens, topk = ids_TK.shape
-    every_expert = torch.arange(placement.num_experts)[None]
-    slot_E = placement.slots_of(every_expert, torch.tensor([rank]))[0].to(ids_TK.device)
-    slot_TK, choice_TK = slot_E[ids_TK].masked_fill(ids_TK < 0, placement.num_slots).sort(dim=1)
-    token_P, place_P = (slot_TK < placement.num_slots).nonzero(as_tuple=True)
-    index_P = token_P * topk + choice_TK[token_P, place_P]
-    return _Pairs(token_P, slot_TK[token_P, place_P], weights_TK.reshape(-1)[index_P], num_tokens), index_P
+    num_tokens, topk = slot_TK.shape
+    place_P = torch.nonzero_static(slot_TK.view(-1) < num_slots, size=num_pairs).view(-1)
+    token_P = place_P // topk
+    index_P = token_P * topk + choice_TK.reshape(-1)[place_P]
+    return _Pairs(token_P, slot_TK.reshape(-1)[place_P], weights_TK.reshape(-1)[index_P], num_tokens), index_P
 
 
-def _gather_counts(pairs: _Pairs, num_slots: int, topk: int, context: DispatchContext) -> RoutingCounts:
+def _gather_counts(slot_TK: Tensor, num_slots: int, context: DispatchContext) -> RoutingCounts:
     """Every rank's counts, from one all-gather of sum(U) + S + 1 numbers a rank. *Collective.*"""
     hierarchy = context.cluster.hierarchy
-    same_row = pairs.row_P[1:] == pairs.row_P[:-1]
     mine = []
     for groups in hierarchy.groups:
-        group_P = pairs.slot_P // (num_slots // groups)
-        first_P = torch.ones_like(pairs.row_P, dtype=torch.bool)
-        first_P[1:] = ~same_row | (group_P[1:] != group_P[:-1])
-        mine.append(torch.bincount(group_P[first_P], minlength=groups))
-    mine.append(torch.bincount(pairs.slot_P, minlength=num_slots))
-    mine.append(pairs.slot_P.new_tensor([pairs.num_rows]))
+        group_TK = slot_TK // (num_slots // groups)  # one more group for the slot of none
+        again_TK = torch.zeros_like(group_TK, dtype=torch.bool)
+        again_TK[:, 1:] = group_TK[:, 1:] == group_TK[:, :-1]
+        mine.append(counted(group_TK.masked_fill(again_TK, groups).view(-1), groups + 1)[:-1])
+    mine.append(counted(slot_TK.view(-1), num_slots + 1)[:-1])
+    mine.append(torch.full((1,), len(slot_TK), device=slot_TK.device))
     counts = torch.cat(mine).int()
     gathered = counts.new_empty(hierarchy.num_ranks * len(counts))
     with staged("counts"):
@@ -213,7 +234,7 @@ def _gather_counts(pairs: _Pairs, num_slots: int, topk: int, context: DispatchCo
     *tokens, pairs_GS, tokens_G1 = (
         gathered.view(hierarchy.num_ranks, -1).cpu().long().split([*hierarchy.groups, num_slots, 1], dim=1)
     )
-    return RoutingCounts(tuple(tokens), pairs_GS, tokens_G1[:, 0], topk)
+    return RoutingCounts(tuple(tokens), pairs_GS, tokens_G1[:, 0], slot_TK.shape[1])
 
 
 def _padded(pairs: _Pairs, index_P: Tensor, num_slots: int, capacity: int, no_pair: int) -> tuple[_Pairs, Tensor]:
@@ -225,22 +246,20 @@ def _padded(pairs: _Pairs, index_P: Tensor, num_slots: int, capacity: int, no_pa
     # Within a token by falling weight; the position there is the choice.
     by_weight = torch.argsort(pairs.weight_P, descending=True, stable=True)
     by_token = by_weight[torch.argsort(pairs.row_P[by_weight], stable=True)]
-    pairs_of_token = torch.bincount(pairs.row_P, minlength=num_tokens)
+    pairs_of_token = counted(pairs.row_P, num_tokens)
     first_of_token = (pairs_of_token.cumsum(0) - pairs_of_token)[pairs.row_P[by_token]]
     choice = torch.arange(len(by_token), device=by_token.device) - first_of_token
     # By slot, then choice, then token: the position there is the place.
     by_choice = by_token[torch.argsort(choice, stable=True)]
     by_place = by_choice[torch.argsort(pairs.slot_P[by_choice], stable=True)]
     slot_P = pairs.slot_P[by_place]
-    pairs_of_slot = torch.bincount(slot_P, minlength=num_slots)
+    pairs_of_slot = counted(slot_P, num_slots)
     place = torch.arange(len(by_place), device=by_place.device) - (pairs_of_slot.cumsum(0) - pairs_of_slot)[slot_P]
-    kept = by_place[place < capacity]
-    target = pairs.slot_P[kept] * capacity + place[place < capacity]
     total = num_slots * capacity
-    row_P = index_P.new_full((total,), num_tokens)
-    weight_P = pairs.weight_P.new_zeros(total)
-    index = index_P.new_full((total,), no_pair)
-    row_P[target], weight_P[target], index[target] = pairs.row_P[kept], pairs.weight_P[kept], index_P[kept]
+    target = torch.where(place < capacity, slot_P * capacity + place, total)  # one more for what is dropped
+    row_P = index_P.new_full((total + 1,), num_tokens).scatter(0, target, pairs.row_P[by_place])[:-1]
+    weight_P = pairs.weight_P.new_zeros(total + 1).scatter(0, target, pairs.weight_P[by_place])[:-1]
+    index = index_P.new_full((total + 1,), no_pair).scatter(0, target, index_P[by_place])[:-1]
     slot_P = torch.arange(num_slots, device=row_P.device).repeat_interleave(capacity)
     return _Pairs(row_P, slot_P, weight_P, num_tokens), index
 
@@ -260,7 +279,8 @@ def _exchange_pairs(pairs: _Pairs, order_P: Tensor, is_first_P: Tensor, plan: St
     slot_P = torch.where(is_first_P, slot_P - _FIRST_OF_ROW, slot_P)
     num_rows = sum(plan.receive_rows)
     row_P = is_first_P.long().cumsum(0) - 1
-    assert int(is_first_P.sum()) == num_rows, "the metadata names another number of rows than the counts"
+    # A GPU would have the host wait for this.
+    assert row_P.is_cuda or int(is_first_P.sum()) == num_rows, "the metadata names another number of rows than counted"
     return _Pairs(row_P, slot_P, weight_P, num_rows)
 
 

@@ -26,23 +26,20 @@ class RowCopies:
     _one_to_one: bool
 
     @classmethod
-    def of(cls, source_R: Tensor, num_inputs: int, padded: bool = False) -> "RowCopies":
-        """Prepare both directions.
+    def of(cls, source_R: Tensor, num_inputs: int, num_padding: int = 0, all_used: bool = False) -> "RowCopies":
+        """Prepare both directions. The host does not wait for a GPU.
 
         Args:
-            source_R: int64 [R], in 0..num_inputs - 1, or up to num_inputs with ``padded``.
+            source_R: int64 [R], in 0..num_inputs - 1; ``num_inputs`` where the output is padding.
             num_inputs: rows of the input.
-            padded: whether some outputs are padding.
+            num_padding: number of outputs that are padding.
+            all_used: whether every input is known to have a copy; saves time where none has two.
         """
-        order_R = torch.argsort(source_R, stable=True)
-        copies_N = torch.bincount(source_R, minlength=num_inputs + 1)
-        num_copies = len(source_R)
-        if padded:
-            num_copies -= int(copies_N[num_inputs])
-            order_R = order_R[:num_copies]
-        copies_N = copies_N[:num_inputs]
-        one_to_one = num_copies == num_inputs and bool((copies_N == 1).all())
-        return cls(source_R, num_inputs, order_R, copies_N.cumsum(0) - copies_N, padded, one_to_one)
+        sorted_R, order_R = torch.sort(source_R, stable=True)
+        num_copies = len(source_R) - num_padding
+        first_N = torch.searchsorted(sorted_R, torch.arange(num_inputs, device=source_R.device))
+        one_to_one = all_used and num_copies == num_inputs
+        return cls(source_R, num_inputs, order_R[:num_copies], first_N, num_padding > 0, one_to_one)
 
     def copy(self, x_NM: Tensor) -> Tensor:
         """Outputs: [R, M] from [num_inputs, M]."""
@@ -61,3 +58,8 @@ class RowCopies:
         if not len(self._order_R):
             return y_RM.new_zeros(self.num_inputs, y_RM.shape[1])
         return F.embedding_bag(self._order_R, y_RM.contiguous(), self._first_N, mode="sum")
+
+
+def counted(values_N: Tensor, num_kinds: int) -> Tensor:
+    """How often each of 0..num_kinds - 1 occurs: int64 [num_kinds]. As `torch.bincount`, which has the host wait."""
+    return values_N.new_zeros(num_kinds).scatter_add_(0, values_N, torch.ones_like(values_N))

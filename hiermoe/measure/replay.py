@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
+from hiermoe.dispatch.communicators import reduced
 from hiermoe.measure.measurement import Measurement, by_job
 from hiermoe.measure.replay_job import ReplayJob
 from hiermoe.measure.walk import realised_gains, start_at
@@ -192,7 +193,7 @@ def _repeat_rows(dispatch: Any, job: ReplayJob) -> dict[str, float]:
             transfer.repeat()
             ends = torch.tensor([-started, time.perf_counter()], dtype=torch.float64)
             if job.one_machine:
-                dist.all_reduce(ends, dist.ReduceOp.MAX)
+                ends = reduced(ends, dist.ReduceOp.MAX)
             alone_ms[transfer.stage] = alone_ms.get(transfer.stage, 0.0) + ends.sum().item() * 1e3
     return alone_ms
 

@@ -109,10 +109,8 @@ def chosen_experts(routing_map_TE: Tensor, topk: int) -> Tensor:
     Raises:
         ValueError: the map does not give every token K experts.
     """
-    token_P, expert_P = routing_map_TE.nonzero(as_tuple=True)
-    expected_P = torch.arange(len(routing_map_TE), device=token_P.device).repeat_interleave(topk)
-    if not torch.equal(token_P, expected_P):
-        raise ValueError(
-            f"the routing map has {len(token_P)} choices of {len(routing_map_TE)} tokens, not {topk} of each"
-        )
-    return expert_P.view(-1, topk)
+    num_tokens, num_experts = routing_map_TE.shape
+    if not bool((routing_map_TE.sum(dim=1) == topk).all()):
+        choices = int(routing_map_TE.sum())
+        raise ValueError(f"the routing map has {choices} choices of {num_tokens} tokens, not {topk} of each")
+    return (torch.nonzero_static(routing_map_TE.view(-1), size=num_tokens * topk) % num_experts).view(-1, topk)

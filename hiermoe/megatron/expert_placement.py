@@ -27,6 +27,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from hiermoe.dispatch.communicators import reduced
 from hiermoe.dispatch.dispatcher import Dispatcher
 from hiermoe.megatron.expert_state import check_optimizer
 from hiermoe.megatron.migration import migrate
@@ -255,7 +256,7 @@ class ExpertPlacement:
         }
         sums: dict[int, Tensor] = {}
         if flat:
-            summed = _reduced(torch.cat(list(flat.values())), dist.ReduceOp.SUM, group)
+            summed = reduced(torch.cat(list(flat.values())), dist.ReduceOp.SUM, group)
             sums = dict(zip(flat, summed.split([len(part) for part in flat.values()]), strict=True))
         updates = []
         for index, layer in enumerate(self.layers):
@@ -293,14 +294,6 @@ def _kind(policy: PlacementPolicy) -> str:
     return f"{type(policy).__module__}.{type(policy).__qualname__}"
 
 
-def _reduced(tensor: Tensor, operation: Any, group: dist.ProcessGroup) -> Tensor:
-    """A reduction over the ranks, on whatever device the group needs, as a new tensor on the CPU. *Collective.*"""
-    device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
-    result = tensor.to(device, copy=True)
-    dist.all_reduce(result, operation, group=group)
-    return result.cpu()
-
-
 def _check_same(decision: Any, group: dist.ProcessGroup) -> None:
     """Compare a hash of a decision over the ranks. *Collective.*
 
@@ -309,5 +302,5 @@ def _check_same(decision: Any, group: dist.ProcessGroup) -> None:
     """
     number = int.from_bytes(hashlib.sha256(json.dumps(decision).encode()).digest()[:4], "big")
     mine = torch.tensor([number, -number])
-    if not torch.equal(_reduced(mine, dist.ReduceOp.MAX, group), mine):
+    if not torch.equal(reduced(mine, dist.ReduceOp.MAX, group), mine):
         raise RuntimeError("ranks decided on different placements: their routing statistics or versions differ")

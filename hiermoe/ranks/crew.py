@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from hiermoe.ranks.allocation import Member
+from hiermoe.ranks.gpus import meet, use_gpu
 from hiermoe.ranks.streams import collect, streaming
 from hiermoe.ranks.world import Device, Progress, no_progress
 from hiermoe.records.keep import RunDied
@@ -95,6 +96,7 @@ class Crew:
             world_size=self.world_size,
             timeout=timeout,
         )
+        meet(device)
         control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
         assert isinstance(control, dist.ProcessGroup)
         self._control = control
@@ -124,7 +126,7 @@ class Crew:
                     f"local rank {member.local_rank} on {host} has no GPU: torch {torch.__version__} sees {found} "
                     "there; DEVICE=cpu asks for gloo instead"
                 )
-            torch.cuda.set_device(index)
+            use_gpu(index)
         torch.set_num_threads(1)
         try:
             return cls(member, member.meet(folder, timeout), host, device, timeout)

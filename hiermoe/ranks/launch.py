@@ -1,4 +1,4 @@
-"""Starts gloo ranks on this machine, collects what they return, and ends all of them when one fails."""
+"""Starts ranks on this machine, collects what they return, and ends all of them when one fails."""
 
 import faulthandler
 import io
@@ -25,9 +25,11 @@ from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUs
 
 from hiermoe.dispatch.communicators import HOST_VARIABLE
 from hiermoe.ranks.emulated.namespaces import enter
+from hiermoe.ranks.gpus import meet, take_gpu
 from hiermoe.ranks.memory import OWN_BYTES, check_memory, kills_for_memory
 from hiermoe.ranks.own_folder import process_folder
 from hiermoe.ranks.server import STOPPED, RankFailedError, RankLost, Watch, end_with_parent, fork_server, watched
+from hiermoe.ranks.world import Device
 from hiermoe.records.interrupts import held
 from hiermoe.records.status import NotApplicable
 from hiermoe.records.whole_file import naming, write_whole
@@ -54,8 +56,9 @@ def run_ranks(
     deadline: timedelta | None = None,
     hosts: Sequence[str] | None = None,
     namespaces: Sequence[Path] | None = None,
+    device: Device = "cpu",
 ) -> list[Any]:
-    """Run ``function(rank, *args)`` on new processes that form one gloo group, one thread each.
+    """Run ``function(rank, *args)`` on new processes that form one group, one thread each.
 
     The processes come from a fork server that has imported torch and what `preload` names. It is started by the first
     call and ends with this process. No rank outlives this process, however that ends.
@@ -69,6 +72,7 @@ def run_ranks(
         hosts: For each rank the name of the host that it plays, put into the rank's environment; None for none.
         namespaces: For each rank the network namespace that it lives in, with one interface besides loopback, which
             the ranks exchange over; None for this process's own.
+        device: cpu: gloo; cuda: NCCL, the ranks taking this machine's GPUs in turn.
 
     Returns:
         What each rank returned, in rank order. Tensors are on the CPU.
@@ -87,7 +91,7 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="ranks-", dir=process_folder()) as name, watched() as watch:
         folder = Path(name)
         # Written once and not sent to each process, which would also share the memory of tensors among them.
-        _save((function, args, dict(os.environ), world_size, timeout, hosts, namespaces), folder / "job.pt")
+        _save((function, args, dict(os.environ), world_size, timeout, hosts, namespaces, device), folder / "job.pt")
         # Daemons, because an interrupted parent would wait for any other child.
         ranks = [context.Process(target=_rank_main, args=(rank, folder), daemon=True) for rank in range(world_size)]
         try:
@@ -254,7 +258,7 @@ def _rank_main(rank: int, folder: Path) -> None:
         # For whoever waits for this rank: asks where it is.
         faulthandler.register(_WHERE, _stack_path(folder, rank).open("w"), all_threads=False)
         job = torch.load(folder / "job.pt", weights_only=False)
-        function, args, environment, world_size, timeout, hosts, namespaces = job
+        function, args, environment, world_size, timeout, hosts, namespaces, device = job
         os.environ.update(environment)  # the fork server may be older than the caller's
         if hosts is not None:
             os.environ[HOST_VARIABLE] = hosts[rank]
@@ -263,11 +267,14 @@ def _rank_main(rank: int, folder: Path) -> None:
             os.environ["GLOO_SOCKET_IFNAME"] = _interface(loopback=False)
         # All ranks are on this host. gloo otherwise asks the host's name for an address, which need not be reachable.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(loopback=True))
+        if device == "cuda":
+            take_gpu(rank, world_size, os.environ.get(HOST_VARIABLE, "localhost"))
         torch.set_num_threads(1)
         store = FileStore(str(folder / "rendezvous"), world_size)  # in a URL a blank would be another path
         store.set_timeout(timeout)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
-        dist.barrier()  # or one that has nothing to do would be gone before the last one has connected
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        meet(device)  # or one that has nothing to do would be gone before the last one has connected
         _save(function(rank, *args), _result_path(folder, rank))
     except BaseException as error:
         report = {

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from hiermoe.dispatch.communicators import played_hosts
 from hiermoe.ranks.crew import Crew, CrewEnded, leave
 from hiermoe.ranks.emulated.network import EmulatedNetwork
+from hiermoe.ranks.gpus import check_gpus
 from hiermoe.ranks.launch import run_ranks
 from hiermoe.ranks.server import RankFailedError
 from hiermoe.ranks.streams import collect, streaming
@@ -60,7 +61,8 @@ class NewRanks:
         namespaces = None if self.namespaces is None else [*self.namespaces] * self.ep_groups
         with streaming(rows, progress) as folder:
             try:
-                run_ranks(function, len(hosts), (*args, folder), self.timeout, hosts=hosts, namespaces=namespaces)
+                where: Any = {"hosts": hosts, "namespaces": namespaces, "device": self.device}
+                run_ranks(function, len(hosts), (*args, folder), self.timeout, **where)
             except RankFailedError as error:
                 raise RunDied(str(error).splitlines()[0], collect(folder, len(hosts))) from error
             return collect(folder, len(hosts), finished=True)
@@ -76,7 +78,8 @@ class RanksConfig(Strict):
     Attributes:
         name: of the place.
         timeout_s: of a collective, and of finding each other.
-        device: of the tensors that ranks exchange: cpu, over gloo, or cuda, over NCCL.
+        device: of the tensors that ranks exchange: cpu, over gloo, or cuda, over NCCL. Local ranks share the GPUs that
+            there are.
     """
 
     name: Literal["local", "emulated", "allocation"]
@@ -91,8 +94,10 @@ class RanksConfig(Strict):
 
     @model_validator(mode="after")
     def _check_device(self) -> Self:
-        if self.device == "cuda" and self.on_this_host:
-            raise ValueError(f"device=cuda: ranks={self.name} are on the CPU; ranks=allocation has GPUs")
+        if self.device == "cuda" and self.name == "emulated":
+            raise ValueError(
+                "device=cuda: ranks=emulated are on the CPU; ranks=local and ranks=allocation may have GPUs"
+            )
         return self
 
     @property
@@ -121,7 +126,9 @@ class RanksConfig(Strict):
         if joined is not None:
             yield joined
         elif self.name == "local":
-            yield NewRanks(cluster.hierarchy, timeout, ep_groups=ep_groups)
+            if self.device == "cuda":
+                check_gpus()
+            yield NewRanks(cluster.hierarchy, timeout, device=self.device, ep_groups=ep_groups)
         elif self.name == "emulated":
             with EmulatedNetwork(cluster) as network:
                 yield NewRanks(cluster.hierarchy, timeout, "emulated", network.namespace_of_rank, ep_groups=ep_groups)

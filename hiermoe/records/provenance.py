@@ -1,5 +1,6 @@
 """What made a number: code, versions, machine, command."""
 
+import ctypes
 import os
 import platform
 import shlex
@@ -48,7 +49,9 @@ def _gpus() -> dict[str, str] | None:
         "topology": ("topo", "-m"),
         "clocks": ("-q", "-d", "CLOCK"),
     }
-    return {name: _nvidia_smi(*arguments) for name, arguments in queries.items()} | {"nccl": _nccl_version()}
+    nccl = nccl_version()
+    loaded = "torch was built without NCCL" if nccl is None else ".".join(map(str, nccl))
+    return {name: _nvidia_smi(*arguments) for name, arguments in queries.items()} | {"nccl": loaded}
 
 
 def _nvidia_smi(*arguments: str) -> str:
@@ -60,13 +63,20 @@ def _nvidia_smi(*arguments: str) -> str:
     return done.stdout if done.returncode == 0 else f"nvidia-smi failed: {(done.stdout + done.stderr).strip()}"
 
 
-def _nccl_version() -> str:
+def nccl_version() -> tuple[int, int, int] | None:
+    """Of the NCCL that this process has loaded, which one that was preloaded decides; None where torch has none."""
     import torch  # seconds; only where there is a GPU
     import torch.cuda.nccl
 
     if not (torch.distributed.is_available() and torch.distributed.is_nccl_available()):
-        return f"torch {torch.__version__} was built without NCCL"
-    return ".".join(map(str, torch.cuda.nccl.version()))
+        return None
+    code = ctypes.c_int()
+    try:
+        ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(code))
+    except (OSError, AttributeError):  # linked into torch, whose headers then tell
+        major, minor, patch = torch.cuda.nccl.version()[:3]
+        return major, minor, patch
+    return code.value // 10000, code.value // 100 % 100, code.value % 100
 
 
 @lru_cache(maxsize=4)  # what a process has loaded stays what it runs

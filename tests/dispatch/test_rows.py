@@ -27,7 +27,9 @@ def integers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def row_copies(source: list[int], num_inputs: int, padded: bool = False) -> RowCopies:
-    return RowCopies.of(torch.tensor(source, dtype=torch.int64), num_inputs, padded)
+    num_padding = source.count(num_inputs) if padded else 0
+    all_used = {*range(num_inputs)} <= {*source}
+    return RowCopies.of(torch.tensor(source, dtype=torch.int64), num_inputs, num_padding, all_used)
 
 
 @examples(200)
