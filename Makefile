@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce report losses traces test test-slow test-browser test-slurm test-versions test-all debian bench lint format reference clean
+.PHONY: help setup reproduce report losses traces test test-slow test-browser test-slurm test-gpu test-versions test-all debian bench lint format reference clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,7 +57,7 @@ results/traces/qwen3_30b_a3b_e%_late.trace:
 	  output=results/traces/qwen3_30b_a3b_e$*.trace
 
 # Two workers, so that what waits runs beside what computes; tests/conftest.py says which tests stay together.
-PYTEST := $(BIN)/pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --ignore=tests/benchmarks
+PYTEST := $(BIN)/pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --ignore=tests/benchmarks --ignore=tests/gpu
 
 test: setup ## the tests, seven minutes on two cores
 	@$(PYTEST) -m 'not slow and not slurm and not browser and not versions'
@@ -71,10 +71,13 @@ test-browser: setup debian ## the report in a real browser, on a desk and on a p
 test-slurm: setup debian ## measured runs under a real Slurm of four nodes on this machine (root; installs slurm-wlm and munge)
 	@$(BIN)/pytest -q -m slurm tests/slurm
 
+test-gpu: setup ## what this machine's GPUs can check: eight ranks over NCCL on however few there are (ten minutes)
+	@$(BIN)/python -m tests.gpu
+
 test-versions: setup ## commands under every Python that this machine has of 3.11 to 3.13 (gigabytes; six minutes in all)
 	@$(BIN)/pytest -q -m versions tests/documents
 
-test-all: setup debian ## all of these but test-versions, and which of them took longest
+test-all: setup debian ## all of these but test-gpu and test-versions, and which of them took longest
 	@$(PYTEST) -m 'not slurm and not versions' --durations=40
 	@$(BIN)/pytest -q -m slurm tests/slurm
 

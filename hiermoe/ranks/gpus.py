@@ -64,7 +64,6 @@ def take_gpu(rank: int, num_ranks: int, host: str) -> None:
         "NCCL_NVLS_ENABLE": "0",
         "NCCL_MAX_CTAS": "2",  # of one collective, so that those of all ranks fit on the GPU together
         "NCCL_SOCKET_IFNAME": "lo",
-        "TORCH_NCCL_BLOCKING_WAIT": "1",  # a rank that waited in vain says so and is not aborted
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
@@ -36,7 +37,7 @@ from hiermoe.records.whole_file import naming, write_whole
 
 # What gloo says in a rank whose peer has gone. This process hears of that peer from the fork server, after the rank may
 # have ended too: at once, or late where the machine is busy.
-_PEER_GONE = re.compile(r"onnection (closed|reset) by peer|Broken pipe")
+_PEER_GONE = re.compile(r"onnection (closed|reset) by peer|Broken pipe|remote process exit")
 _PATIENCE_SECONDS = 60.0
 _TIMED_OUT = re.compile(r"[Tt]imed? ?out")
 _FRAME = re.compile(r'File "(.+)", line (\d+) in (.+)')
@@ -94,116 +95,121 @@ def run_ranks(
         _save((function, args, dict(os.environ), world_size, timeout, hosts, namespaces, device), folder / "job.pt")
         # Daemons, because an interrupted parent would wait for any other child.
         ranks = [context.Process(target=_rank_main, args=(rank, folder), daemon=True) for rank in range(world_size)]
+        started = _Started(ranks, folder, device, watch, killed_before)
         try:
             for process in ranks:
                 with held():  # one that was made and is not told what to do would complain
                     process.start()
             watch.all_started()
-            _wait(ranks, folder, ends, deadline, killed_before, watch)
+            _wait(started, ends, deadline)
         finally:
             _end(ranks)
         return [torch.load(_result_path(folder, rank), weights_only=False) for rank in range(world_size)]
 
 
-def _wait(
-    ranks: Sequence[BaseProcess],
-    folder: Path,
-    ends: float | None,
-    deadline: timedelta | None,
-    killed_before: int | None,
-    watch: Watch,
-) -> None:
+@dataclass(frozen=True)
+class _Started:
+    """Processes of ranks, where they leave what they did, and what is watched beside them."""
+
+    ranks: Sequence[BaseProcess]
+    folder: Path
+    device: Device
+    watch: Watch
+    killed_before: int | None
+
+    def succeeded(self, rank: int) -> bool:
+        """Whether it left its result."""
+        return self.ranks[rank].exitcode == 0 and _result_path(self.folder, rank).exists()
+
+    def said(self, rank: int, what: re.Pattern[str]) -> bool:
+        """Whether its report of a failure does."""
+        path = _report_path(self.folder, rank)
+        return path.exists() and what.search(path.read_text(encoding="utf-8")) is not None
+
+    def aborted(self, rank: int) -> bool:
+        """Whether it ended as NCCL ends a rank that waited longer than the timeout, or whose peer has gone."""
+        return self.device == "cuda" and self.ranks[rank].exitcode == -signal.SIGABRT
+
+
+def _wait(started: _Started, ends: float | None, deadline: timedelta | None) -> None:
     """Return once every rank has left its result.
 
     Raises:
         RankFailedError: a rank failed, or ``ends`` (on the monotonic clock) passed.
         NotApplicable: a rank raised it.
     """
-    running: dict[Any, int] = {process.sentinel: rank for rank, process in enumerate(ranks)}
+    running: dict[Any, int] = {process.sentinel: rank for rank, process in enumerate(started.ranks)}
     while running:
         left = None if ends is None else max(0.0, ends - time.monotonic())
         ended = [running.pop(sentinel) for sentinel in connection.wait(list(running), left)]
         if not ended:
             names = ", ".join(str(rank) for rank in sorted(running.values()))
-            raise RankFailedError(f"deadline of {deadline} passed before rank {names} of {len(ranks)} had finished")
-        if any(not _succeeded(ranks[rank], folder, rank) for rank in ended):
+            raise RankFailedError(
+                f"deadline of {deadline} passed before rank {names} of {len(started.ranks)} had finished"
+            )
+        if any(not started.succeeded(rank) for rank in ended):
             # One failure makes others fail. Wait for the one that no other rank's end explains.
             stop = time.monotonic() + _PATIENCE_SECONDS
             while running and (left := stop - time.monotonic()) > 0:
-                if not all(_succeeded(ranks[rank], folder, rank) or _saw_a_peer_go(folder, rank) for rank in ended):
+                if not all(started.succeeded(rank) or started.said(rank, _PEER_GONE) for rank in ended):
                     break
                 ended.extend(running.pop(sentinel) for sentinel in connection.wait(list(running), left))
-            late = _late(ranks, folder, running, ended)
-            raise _first_failure(ranks, folder, ended, killed_before, watch, late)
+            late = _late(started, running, ended)
+            raise _first_failure(started, ended, late)
 
 
-def _succeeded(process: BaseProcess, folder: Path, rank: int) -> bool:
-    return process.exitcode == 0 and _result_path(folder, rank).exists()
-
-
-def _saw_a_peer_go(folder: Path, rank: int) -> bool:
-    return _said(folder, rank, _PEER_GONE)
-
-
-def _said(folder: Path, rank: int, what: re.Pattern[str]) -> bool:
-    path = _report_path(folder, rank)
-    return path.exists() and what.search(path.read_text(encoding="utf-8")) is not None
-
-
-def _late(ranks: Sequence[BaseProcess], folder: Path, running: dict[Any, int], ended: list[int]) -> str:
+def _late(started: _Started, running: dict[Any, int], ended: list[int]) -> str:
     """After a time-out: which ranks were in code of their own while others waited, and where; empty if none was.
 
     A rank that waits too is about to fail; it gets a moment, in which it joins those that have ended.
     """
-    if not any(_said(folder, rank, _TIMED_OUT) for rank in ended):
+    if not any(started.said(rank, _TIMED_OUT) or started.aborted(rank) for rank in ended):
         return ""
     stop = time.monotonic() + _MOMENT_SECONDS
     while running and (left := stop - time.monotonic()) > 0:
         ended.extend(running.pop(sentinel) for sentinel in connection.wait(list(running), left))
     for rank in running.values():
         with suppress(ProcessLookupError):
-            os.kill(ranks[rank].pid or 0, _WHERE)
+            os.kill(started.ranks[rank].pid or 0, _WHERE)
     time.sleep(_MOMENT_SECONDS if running else 0)
-    places = {rank: _own_place(_stack_path(folder, rank)) for rank in sorted(running.values())}
+    places = {rank: _own_place(_stack_path(started.folder, rank)) for rank in sorted(running.values())}
     return ", ".join(
-        f"rank {rank} of {len(ranks)} did not come: it was in {where}" for rank, where in places.items() if where
+        f"rank {rank} of {len(started.ranks)} did not come: it was in {where}"
+        for rank, where in places.items()
+        if where
     )
 
 
 def _own_place(stack: Path) -> str:
-    """The innermost frame of a stack, as ``faulthandler`` writes it; empty where it is in torch.distributed."""
+    """The innermost frame of a stack, as ``faulthandler`` writes it; empty where it waits for others or for its GPU."""
     frames = _FRAME.findall(stack.read_text(encoding="utf-8")) if stack.exists() else []
-    if not frames or any("/torch/distributed/" in path for path, _, _ in frames):
+    if not frames or any("/torch/distributed/" in path or "/torch/cuda/" in path for path, _, _ in frames):
         return ""
     path, line, function = frames[0]
     return f"{function}, {path}:{line}"
 
 
-def _first_failure(
-    ranks: Sequence[BaseProcess],
-    folder: Path,
-    ended: list[int],
-    killed_before: int | None,
-    watch: Watch,
-    late: str,
-) -> Exception:
+def _first_failure(started: _Started, ended: list[int], late: str) -> Exception:
     """Says who failed first and why, the traceback below.
 
     A rank that was killed left no report and no time. Nobody but this process kills ranks, and that is after this, so
-    such a rank is the cause and the errors of the others its consequence.
+    such a rank is the cause and the errors of the others its consequence. An abort may be either.
     """
+    ranks, folder = started.ranks, started.folder
     reports = []
-    for rank in sorted(ended):
-        if _succeeded(ranks[rank], folder, rank):
+    for rank in sorted(ended, key=lambda rank: (started.aborted(rank), rank)):
+        if started.succeeded(rank):
             continue
         path = _report_path(folder, rank)
         if not path.exists():
             code = ranks[rank].exitcode or 0
             reason = f"died by signal {signal.Signals(-code).name}" if code < 0 else f"died by exit code {code}"
-            if code == -signal.SIGKILL and kills_for_memory() != killed_before:
+            if code == -signal.SIGKILL and kills_for_memory() != started.killed_before:
                 reason = "was killed for memory by the kernel: start fewer ranks, or narrower ones"
-            if ranks[rank].pid in watch.stopped:
+            if ranks[rank].pid in started.watch.stopped:
                 reason = STOPPED
+            if late and started.aborted(rank):
+                reason += f", as NCCL ends a rank that waits too long: {late}"
             if code == _NO_ROOM:
                 reason = f"failed and could not write why to {folder}: is that disk full, or the folder gone?"
             kind = RankLost if code == _NOBODY_KNOWS else RankFailedError

@@ -18,10 +18,12 @@ class Ratios:
 
     Attributes:
         rows: (what, ms, reference, reference ms).
+        counts: (what, number, reference, its number).
         growth: by (what, letter): pairs of (size, ms).
     """
 
     rows: list[tuple[str, float, str, float]] = field(default_factory=list)
+    counts: list[tuple[str, int, str, int]] = field(default_factory=list)
     growth: dict[tuple[str, str], list[tuple[int, float]]] = field(default_factory=lambda: defaultdict(list))
 
 
@@ -105,11 +107,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if not ratios.rows:
         return
     write = terminalreporter.write_line
-    terminalreporter.section("planner speed: shortest CPU times in this run and their ratios, one torch thread")
+    terminalreporter.section(
+        "speed: shortest times in this run and their ratios; of one thread of the CPU, or of the GPU that a row names"
+    )
     widths = [max(len(row[i]) for row in [("what", "", "reference"), *ratios.rows]) for i in (0, 2)]
     write(f"{'what':{widths[0]}}  {'ms':>9}  {'reference':{widths[1]}}  {'ms':>11}  {'ratio':>8}")
     for name, ms, reference, reference_ms in ratios.rows:
         write(f"{name:{widths[0]}}  {ms:9.3f}  {reference:{widths[1]}}  {reference_ms:11.1f}  {reference_ms / ms:8.1f}")
+    for name, number, reference, reference_number in ratios.counts:
+        write(f"{name}: {number}, {reference}: {reference_number}")
     for (curve, letter), points in ratios.growth.items():
         if len(points) > 1:
             curve_text = ", ".join(f"{size}: {ms:.1f}" for size, ms in points)

@@ -1,10 +1,12 @@
 """Local work of the dispatchers on a GPU at DeepSeek-V3's sizes, against stock and against memory bandwidth.
 
-One rank, so nothing crosses a wire (NCCL takes one rank a GPU). The bound is what a device copy of the rows that must
+One rank, so nothing crosses a wire. The bound is what a device copy of the rows that must
 be read and written would take: dispatch writes K rows a token and reads one, combine the other way round.
 """
 
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from hiermoe.policies.system import SystemConfig
 from hiermoe.topology.cluster import Cluster, Level
 from hiermoe.topology.peers import AlphaBeta
 from tests.benchmarks.conftest import RATIOS
+from tests.gpu.waits import host_waits
 
 SYSTEMS = ("megatron", "h1", "hd1")
 ROUNDS = 10
@@ -31,13 +34,18 @@ ONE_GPU = Cluster(
 
 
 def local_work(device: str, backend: str, tokens: int, hidden: int, experts: int, topk: int, folder: Path) -> Any:
-    """Milliseconds of dispatch and combine, forward, by system: {system: {phase: [ms, ...]}}."""
+    """Milliseconds of dispatch and combine, forward, and what they count up to.
+
+    Returns:
+        ``{system: {phase: [ms, ...]}}`` and ``{system: (kernels and copies, host waits)}`` of both together.
+    """
     from hiermoe.measure.bench_layer import Question, bench_layer
     from hiermoe.megatron.meter import Meter
 
     timeout = timedelta(minutes=2)
     dist.init_process_group(backend, init_method=(folder / "rendezvous").as_uri(), rank=0, world_size=1)
     found: dict[str, dict[str, list[float]]] = {}
+    counts: dict[str, tuple[int, int]] = {}
     meter = Meter()
     with meter:
         for name in SYSTEMS:
@@ -61,8 +69,25 @@ def local_work(device: str, backend: str, tokens: int, hidden: int, experts: int
                 for call in meter.drain():
                     if round_ and call.phase in found[name]:  # the first round warms up
                         found[name][call.phase].append(call.total_ms - call.wire_ms)
+            counts[name] = counted(partial(there_and_back, dispatcher, Question.draw(ids_TK, job, generator)))
+            meter.drain()
     dist.destroy_process_group()
-    return found
+    return found, counts
+
+
+def there_and_back(dispatcher: Any, question: Any) -> None:
+    """Dispatch and combine, forward."""
+    arrived = dispatcher.dispatch(question.x_TM, question.ids_TK, question.weight_TK)
+    dispatcher.combine(arrived.rows_PM, arrived.plan)
+
+
+def counted(work: Callable[[], None]) -> tuple[int, int]:
+    """Kernels and copies on the GPU, and times that the host waits for it without the meter's own."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+    on_gpu = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events() or [])
+    waits = host_waits(work)
+    return on_gpu, sum(number for line, number in waits.items() if not line.startswith("interposer.py"))
 
 
 def copy_ms(num_bytes: int) -> float:
@@ -83,7 +108,7 @@ def copy_ms(num_bytes: int) -> float:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: local work on CUDA tensors cannot be timed here")
 def test_local_work_on_a_gpu(benchmark: Any, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     tokens, hidden, experts, topk = 4096, 7168, 256, 8
-    found = benchmark.pedantic(local_work, ("cuda", "nccl", tokens, hidden, experts, topk, tmp_path), rounds=1)
+    found, counts = benchmark.pedantic(local_work, ("cuda", "nccl", tokens, hidden, experts, topk, tmp_path), rounds=1)
     bound_ms = copy_ms(tokens * (topk + 1) * hidden * 2)
     rows = request.config.stash[RATIOS].rows
     for phase in ("dispatch", "combine"):
@@ -93,3 +118,8 @@ def test_local_work_on_a_gpu(benchmark: Any, request: pytest.FixtureRequest, tmp
             ms = min(found[name][phase])
             rows.append((f"GPU: local work of {phase}, {name}", ms, "stock Megatron", stock_ms))
             rows.append((f"GPU: local work of {phase}, {name}", ms, "memory bandwidth", bound_ms))
+    stock = counts["megatron"]
+    for name in SYSTEMS[1:]:
+        for i, what in enumerate(("kernels and copies", "host waits")):
+            row = (f"GPU: {what} of a layer, {name}", counts[name][i], "stock Megatron", stock[i])
+            request.config.stash[RATIOS].counts.append(row)

@@ -24,7 +24,7 @@ WHY_NOT = {
     r"make (reproduce|report|traces|help)( FULL=1| QUICK=1)?": "takes long: parts of it are the other commands",
     r"(make reproduce ON=slurm|srun|torchrun) .*": "needs a cluster: tests/slurm runs it on one of four nodes",
     r"make (test|test-(all|slurm|browser|versions)|lint|format|bench)": "runs this test, or what CI runs beside it",
-    r"pytest tests/gpu": "needs a GPU",
+    r"make test-gpu": "needs a GPU",
     r"python docs/draw_architecture\.py": "tests/test_architecture.py does it",
 }
 # What writes comes before what reads.

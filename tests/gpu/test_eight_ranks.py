@@ -23,6 +23,7 @@ from tests.conftest import Command, Composer
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 NUM_RANKS = 8
 ELSEWHERE = ("h4", "hd4", "megatron_flex")  # a deeper cluster; DeepEP
+LOSSY = ("tutel_2dh_padded_cf1",)
 TRAINED = ("megatron", "tutel_2dh", "hd_moe", "smartmoe_f1", "hiermoe")
 STEPS = 6
 ON_GPUS = ("ranks=local", "ranks.device=cuda", f"world_size={NUM_RANKS}")
@@ -39,7 +40,8 @@ def test_every_element_is_right_under_every_system(composed: Composer, store: Ru
     for name, outcome in zip(systems, outcomes, strict=True):
         records = store.read(outcome.run_id)
         steps = records[records["phase"] == "step"]
-        assert len(steps) == NUM_RANKS * 2 and (steps["num_wrong"] == 0).all()
+        assert len(steps) == NUM_RANKS * 2
+        assert name in LOSSY or (steps["num_wrong"] == 0).all(), name
         assert (steps["peak_memory_bytes"] > 0).all()
         moved[name] = steps["moved_experts"].sum() if "moved_experts" in steps else 0
     print("experts moved:", {name: int(n) for name, n in moved.items() if n})
@@ -91,5 +93,5 @@ def _asks_for_nothing(rank: int) -> None:
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
-    with pytest.raises(RankFailedError, match="rank 0 of 8 did not come: it was in _asks_for_nothing"):
+    with pytest.raises(RankFailedError, match="waits too long: rank 0 of 8 did not come: it was in _asks_for_nothing"):
         run_ranks(_asks_for_nothing, NUM_RANKS, (), timedelta(seconds=10), device="cuda")
