@@ -76,9 +76,10 @@ def _cases(claim: Claim, sweep: str, baseline_sweep: str, wanted: dict[str, Any]
         varied = {key: value for key, value in run.swept.items() if key not in apart}
         key = (*(run.value(name) for name in GROUPED_BY), run.place, *varied.items())
         groups.setdefault(key, []).append(run)
-    clusters = {cluster for _, _, _, cluster, *_ in groups}
+    clusters = {(source, cluster) for source, _, _, cluster, *_ in groups}
     for (source, routing, model, cluster, place, *varied), runs in groups.items():
         details = [f"{name} {value}" for name, value in varied if name not in claim.wanted]
+        several = sum(of == source for of, _ in clusters) > 1
         for baseline in claim.baselines:
             alike = results.find(baseline_sweep, source=source, routing=routing, model=model, cluster=cluster)
             others = [run for run in alike if run.place == place]
@@ -89,7 +90,7 @@ def _cases(claim: Claim, sweep: str, baseline_sweep: str, wanted: dict[str, Any]
                 routing=routing,
                 model=model,
                 baseline=baseline,
-                condition=", ".join([cluster, *details] if len(clusters) > 1 else details),
+                condition=", ".join([cluster, *details] if several else details),
                 place=place,
                 systems=_of(claim.system, runs) or (() if baseline else tuple(runs)),
                 baselines=_of(baseline, runs) or _of(baseline, others),
