@@ -2,13 +2,25 @@
 
 import argparse
 import re
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hiermoe.records.choices import or_else
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises where another prints its usage and exits."""
+    """A parser that raises where another prints its usage and exits; options may stand between its other arguments."""
+
+    _mixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As another's, which takes all but options for missing once an option has come."""
+        if self._mixing or self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        self._mixing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixing = False
 
     def error(self, message: str) -> NoReturn:
         """Say what may have been meant.

@@ -234,7 +234,7 @@ def judge_gpus(devices: Sequence[str], driver: str | None, cuda_build: str | Non
     ]
     found = ", ".join(parts)
     if devices and cuda_build and nccl:
-        return "ok", found, ""
+        return "ok", f"{found}; `make test-gpu` has eight ranks exchange on them", ""
     if driver is None and not devices:
         more = "" if cuda_build else ", and a CUDA build of torch"
         return "missing", found, f"a machine with NVIDIA GPUs and their driver{more}"

@@ -61,7 +61,7 @@ def packages(python: str = "3.12.1", installed: Mapping[str, str | None] = INSTA
         (
             machine.judge_gpus(H100, "570.1", "12.6", "2.27.3"),
             "ok",
-            "2 GPUs (H100), driver 570.1, torch for CUDA 12.6, NCCL 2.27.3",
+            "2 GPUs (H100), driver 570.1, torch for CUDA 12.6, NCCL 2.27.3; `make test-gpu`",
         ),
         (machine.judge_gpus((), None, None, None), "missing", "and a CUDA build of torch"),
         (machine.judge_gpus((), "570.1", None, None), "limited", "a CUDA build of torch with NCCL"),

@@ -44,6 +44,14 @@ def export(hiermoe: Command, trace: Path, system: str, output: Path, *options: s
     return hiermoe("trace", "export-matrix", str(trace), "--system", system, "--output", str(output), *sizes, *options)
 
 
+@pytest.mark.parametrize("names", [["npy"], []], ids=["named", "found out"])
+def test_options_may_stand_between_the_form_and_the_file(hiermoe: Command, tmp_path: Path, names: list[str]) -> None:
+    array = write_npy(tmp_path / "theirs.npy", some_ids(2, 12, 3, EXPERTS))
+    options = ["--num-experts", str(EXPERTS), "--output", str(tmp_path / "ours.trace")]
+    code, out, err = hiermoe("trace", "import", *names, *options[:2], str(array), *options[2:])
+    assert code == 0 and "12 tokens x 3 of 16 experts" in out, err
+
+
 def test_imported_trace_runs_like_a_recorded_one(hiermoe: Command, store: RunStore, trace: Path) -> None:
     code, out, err = hiermoe(
         "run", "system=hiermoe", "cluster=a6000_1x8", "routing=recorded", f"routing.source.path={trace}",
