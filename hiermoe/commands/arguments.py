@@ -12,7 +12,9 @@ class Parser(argparse.ArgumentParser):
 
     _mixing = False
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride] - overloads differ by Python
+        self, args: Any = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
         """As another's, which takes all but options for missing once an option has come."""
         if self._mixing or self._subparsers is not None:
             return super().parse_known_args(args, namespace)

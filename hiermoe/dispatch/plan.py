@@ -141,7 +141,7 @@ def make_plan(
         counts = _gather_counts(slot_TK, placement.num_slots, context)
         chosen = choose_scheme(context.schemes, counts, context.cluster, row_bytes)
         scheme = chosen.scheme
-        num_pairs = int(counts.pairs_GS[communicators.rank].sum())
+        num_pairs = num_kept = int(counts.pairs_GS[communicators.rank].sum())
         pairs, index_P = _local_pairs(slot_TK, choice_TK, weights_TK, placement.num_slots, num_pairs)
         rows_per_slot = counts.pairs_GS.sum(0).view(hierarchy.num_ranks, per_rank)[communicators.rank]
         all_used = num_pairs == ids_TK.numel()  # every row has a pair; after the first stage always

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from hiermoe.ranks.world import Device
 from hiermoe.records.provenance import nccl_version
 
-_SHARES_A_GPU = (2, 30)  # the first NCCL that takes ranks of one host on the same GPU, where it is asked to
+_SHARES_A_GPU = (2, 30, 0)  # the first NCCL that takes ranks of one host on the same GPU, where it is asked to
 
 
 def check_gpus() -> None:
@@ -57,7 +57,8 @@ def take_gpu(rank: int, num_ranks: int, host: str) -> None:
     use_gpu(rank % num_gpus)
     if num_ranks <= num_gpus:
         return
-    shares = (nccl_version() or (0, 0, 0)) >= _SHARES_A_GPU
+    version = nccl_version()
+    shares = version is not None and version >= _SHARES_A_GPU
     defaults = {
         "NCCL_HOSTID": host if shares else f"{host}-rank{rank}",
         "NCCL_MULTI_RANK_GPU_ENABLE": "1",

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._autograd import DeviceType
 
 from hiermoe.measure.replay_job import ReplayJob
 from hiermoe.model import LayerSizes
@@ -62,14 +63,18 @@ def local_work(device: str, backend: str, tokens: int, hidden: int, experts: int
             )
             dispatcher, _ = bench_layer(SystemConfig.named(name), job, meter)
             found[name] = {"dispatch": [], "combine": []}
-            for round_ in range(ROUNDS + 1):
-                generator = torch.Generator().manual_seed(round_)
+
+            def question(seed: int, job: ReplayJob = job) -> Question:
+                generator = torch.Generator().manual_seed(seed)
                 ids_TK = torch.rand(tokens, experts, generator=generator).topk(topk, dim=1).indices
-                assert Question.draw(ids_TK, job, generator).ask(dispatcher, job) == 0
+                return Question.draw(ids_TK, job, generator)
+
+            for round_ in range(ROUNDS + 1):
+                assert question(round_).ask(dispatcher, job) == 0
                 for call in meter.drain():
                     if round_ and call.phase in found[name]:  # the first round warms up
                         found[name][call.phase].append(call.total_ms - call.wire_ms)
-            counts[name] = counted(partial(there_and_back, dispatcher, Question.draw(ids_TK, job, generator)))
+            counts[name] = counted(partial(there_and_back, dispatcher, question(0)))
             meter.drain()
     dist.destroy_process_group()
     return found, counts
@@ -85,7 +90,7 @@ def counted(work: Callable[[], None]) -> tuple[int, int]:
     """Kernels and copies on the GPU, and times that the host waits for it without the meter's own."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         work()
-    on_gpu = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events() or [])
+    on_gpu = sum(event.device_type == DeviceType.CUDA for event in profile.events() or [])
     waits = host_waits(work)
     return on_gpu, sum(number for line, number in waits.items() if not line.startswith("interposer.py"))
 
