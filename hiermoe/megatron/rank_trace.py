@@ -8,12 +8,14 @@ rank the experts and check them against the router's choice (on a GPU: a few sma
 after the step, to write 140 kB.
 """
 
+import math
 import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from hiermoe.megatron.recorder import RouterRecorder, find_routers
 
@@ -31,7 +33,8 @@ class RankTrace:
         >>> trace.close()
 
     Attributes:
-        path: This rank's file; None on ranks that route the same tokens as another one.
+        path: This rank's file; None on ranks that route the same tokens as another one, or that have none of the
+            layers, as a pipeline stage may.
         steps: Steps to record, fewer than asked for where they would not fit `max_bytes`.
     """
 
@@ -51,7 +54,7 @@ class RankTrace:
             model: A Megatron model, wrapped or not, or the list of its pipeline chunks on this rank.
             folder: Where the files go, one a rank; each may be on a disk of its own and be copied together later.
             steps: Training steps to record.
-            layers: Layer numbers (counted from 1) to record; None for every MoE layer.
+            layers: Layer numbers (counted from 1, in the whole model) to record; None for every MoE layer.
             first_step: Number of the first step, for the trace's metadata.
             max_bytes: Size of this rank's file, at most.
 
@@ -62,12 +65,25 @@ class RankTrace:
             raise ValueError(f"steps={steps} and max_bytes={max_bytes} must be at least 1")
         self.steps = steps
         self._first, self._done, self._max_bytes = first_step, 0, max_bytes
-        router = next(iter(find_routers(model).values()))
+        self.path, self._recorder = None, None
+        is_stage = parallel_state.get_pipeline_model_parallel_world_size() > 1
+        routers = find_routers(model, may_lack=is_stage)
+        if not routers:
+            return  # other stages have them
+        router = next(iter(routers.values()))
+        in_model, here = _moe_layers(router.config), layers
+        if is_stage and layers:
+            if missing := sorted(set(layers) - in_model):
+                raise ValueError(f"layers={missing} have no router; MoE layers are {sorted(in_model)}")
+            here = [layer for layer in layers if layer in routers]
+            if not here:
+                return
         self._topk, self._expert_bytes = router.topk, len(str(router.weight.shape[0] - 1)) + 2
+        self._num_layers = len(layers) if layers else len(in_model)
         self._rank, alone = _data_rank(bool(router.config.sequence_parallel))
-        self.path = Path(folder) / f"router_trace_rank{dist.get_rank()}.jsonl" if alone else None
-        self._recorder = RouterRecorder(model, self._topk, layers)
-        if self.path is not None:
+        self._recorder = RouterRecorder(model, self._topk, here)
+        if alone:
+            self.path = Path(folder) / f"router_trace_rank{dist.get_rank()}.jsonl"
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("", encoding="utf-8")
 
@@ -77,7 +93,7 @@ class RankTrace:
         Raises:
             ValueError: Not even one step fits `max_bytes`.
         """
-        if self._done == self.steps:
+        if self._done == self.steps or self._recorder is None:
             return
         forwards = [
             (layer, ids_SBK.transpose(0, 1).flatten(0, 1))  # sequence after sequence
@@ -85,9 +101,10 @@ class RankTrace:
             for ids_SBK in of_layer
         ]
         if self._done == 0:
-            # From sizes alone, which are the same on all ranks: all stop after the same step.
-            tokens = sum(len(ids_TK) for _, ids_TK in forwards)
-            self._fit(tokens * (self._topk * self._expert_bytes + 2) + len(forwards) * _LINE_BYTES)
+            # From sizes alone, as if this rank had all layers, which are the same on all: all stop after the same step.
+            share = self._num_layers / len(self._recorder.layers)
+            tokens, lines = (share * n for n in (sum(len(ids_TK) for _, ids_TK in forwards), len(forwards)))
+            self._fit(math.ceil(tokens * (self._topk * self._expert_bytes + 2) + lines * _LINE_BYTES))
         if self._done < self.steps and self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 for layer, ids_TK in forwards:
@@ -98,7 +115,8 @@ class RankTrace:
 
     def close(self) -> None:
         """Give the routers their own methods back. Safe to call again."""
-        self._recorder.detach()
+        if self._recorder is not None:
+            self._recorder.detach()
         self._done = self.steps
 
     def _fit(self, step_bytes: int) -> None:
@@ -117,6 +135,14 @@ class RankTrace:
             f'{{"step": {step}, "block": "decoder", "numbering": "model", "layer": {layer}, "rank": {self._rank}, '
             f'"num_tokens": {len(ids_TK)}, "topk": {self._topk}, "top_indices": {experts}}}\n'
         )
+
+
+def _moe_layers(config: TransformerConfig) -> set[int]:
+    """Numbers of those of the whole model, as Megatron reads ``moe_layer_freq``."""
+    freq = config.moe_layer_freq
+    return {
+        index + 1 for index in range(config.num_layers) if (index % freq == 0 if isinstance(freq, int) else freq[index])
+    }
 
 
 def _data_rank(sequence_parallel: bool) -> tuple[int, bool]:

@@ -194,8 +194,12 @@ def gather_ranks(ids_TK: torch.Tensor, group: dist.ProcessGroup | None = None) -
     return torch.stack(parts) if parts is not None else None
 
 
-def find_routers(model: torch.nn.Module | list[torch.nn.Module]) -> dict[int, TopKRouter]:
+def find_routers(model: torch.nn.Module | list[torch.nn.Module], may_lack: bool = False) -> dict[int, TopKRouter]:
     """The routers of a model's decoder, or of the list of its chunks, by Megatron's layer number.
+
+    Args:
+        model: A Megatron model, wrapped or not, or the list of its pipeline chunks on this rank.
+        may_lack: Whether it may have none, being a part of a model.
 
     Raises:
         ValueError: There is none, or their layers are not numbered.
@@ -209,7 +213,7 @@ def find_routers(model: torch.nn.Module | list[torch.nn.Module]) -> dict[int, To
             if module.layer_number is None or module.layer_number in routers:
                 raise ValueError(f"router {name} has layer_number={module.layer_number}, which is missing or taken")
             routers[module.layer_number] = module
-    if not routers:
+    if not routers and not may_lack:
         raise ValueError("the model has no TopKRouter to record")
     return routers
 

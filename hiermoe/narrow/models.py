@@ -27,7 +27,7 @@ def transformer_config(
     """
     if model.num_experts % ep_size:
         raise ValueError(f"num_experts={model.num_experts} is not divisible by ep_size={ep_size}")
-    settings = {**_shape(model), **_router(model), **_NO_FUSIONS}
+    settings = {**_shape(model), **_router(model), **NO_FUSIONS}
     settings |= {
         "expert_model_parallel_size": ep_size,
         "params_dtype": params_dtype,
@@ -89,7 +89,7 @@ def build_model(
     )
 
 
-_NO_FUSIONS: dict[str, Any] = {
+NO_FUSIONS: dict[str, Any] = {
     "bias_activation_fusion": False,
     "bias_dropout_fusion": False,
     "masked_softmax_fusion": False,
@@ -98,6 +98,7 @@ _NO_FUSIONS: dict[str, Any] = {
     "persist_layer_norm": False,
     "moe_grouped_gemm": False,
 }
+"""Settings of Megatron's by which it uses no kernel that only a GPU has."""
 
 
 def _shape(model: ModelConfig) -> dict[str, Any]:

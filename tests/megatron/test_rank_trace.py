@@ -16,6 +16,7 @@ from hiermoe.routing.importers import megatron_jsonl
 from hiermoe.routing.importers.as_trace import to_trace
 from hiermoe.routing.importers.recording import Source
 from tests.conftest import Command
+from tests.megatron.pipelined import EXPERTS, SEQUENCE, TOPK, VOCABULARY, Pipelined
 from tests.narrow.tiny_training import tiny_training
 
 TIMEOUT = timedelta(minutes=10)
@@ -79,6 +80,38 @@ def test_files_of_all_ranks_become_one_trace_of_what_the_routers_chose(
             ids = torch.from_numpy(trace.expert_ids[:, position, rank].astype(np.int64))
             assert torch.equal(torch.zeros_like(seen).scatter(2, ids, True), seen)
         assert result["left"] == [], "the model is as it was"
+
+
+def pipelined_with_trace(rank: int, has_experts: list[int], virtual: int | None, folder: str) -> list[int]:
+    """Two steps of four micro-batches."""
+    from hiermoe.megatron.rank_trace import RankTrace
+
+    pipelined = Pipelined(has_experts, virtual=virtual)
+    trace = RankTrace([*pipelined.chunks], folder, steps=2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        pipelined.step(torch.randint(VOCABULARY, (4, 2, SEQUENCE), generator=generator))
+        trace.step()
+    trace.close()
+    from hiermoe.megatron.recorder import find_routers
+
+    return sorted(find_routers([*pipelined.chunks], may_lack=True))
+
+
+@pytest.mark.parametrize(
+    ("has_experts", "virtual", "layers"),
+    [([0, 0, 1, 1], None, [[], [3, 4]]), ([0, 1, 1, 1], 2, [[3], [2, 4]])],
+    ids=["one stage is dense", "two chunks a stage"],
+)
+def test_stages_of_a_pipeline_write_the_layers_that_they_have(
+    tmp_path: Path, has_experts: list[int], virtual: int | None, layers: list[list[int]]
+) -> None:
+    arguments = (has_experts, virtual, str(tmp_path / "theirs"))
+    assert run_ranks(pipelined_with_trace, 2, arguments, TIMEOUT) == layers
+    source = Source(tmp_path / "theirs", pipeline=1)
+    trace = to_trace(megatron_jsonl.read(source), source, "megatron", "tiny", EXPERTS, "test")
+    assert trace.metadata.layers == sorted(layers[0] + layers[1])
+    assert trace.expert_ids.shape == (2, len(trace.metadata.layers), 1, 4 * 2 * SEQUENCE, TOPK)
 
 
 @pytest.mark.slow

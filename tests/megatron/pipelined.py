@@ -1,0 +1,113 @@
+"""A small model over the stages of a pipeline, trained by Megatron's own schedules."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+HIDDEN, SEQUENCE, VOCABULARY, EXPERTS, TOPK = 32, 16, 64, 8, 2
+
+
+class Pipelined:
+    """This rank's chunks of a model of four layers, and one step of forwards and backwards over micro-batches.
+
+    Attributes:
+        chunks: of the model, one for each virtual stage of this rank.
+    """
+
+    def __init__(self, has_experts: list[int], stages: int = 2, virtual: int | None = None, ep_size: int = 1) -> None:
+        """Set Megatron up. *Collective.*
+
+        Args:
+            has_experts: for each layer 1, or 0 where it is dense.
+            stages: of the pipeline.
+            virtual: chunks of each, None for one.
+            ep_size: ranks that share the experts of a layer.
+        """
+        from hiermoe.megatron.standins import cpu, without_te
+
+        cpu.expect_fallbacks()
+        cpu.install()
+        without_te.install()
+        from megatron.core import parallel_state
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+        from megatron.core.models.gpt.gpt_model import GPTModel
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+        from megatron.core.transformer.transformer_config import TransformerConfig
+
+        from hiermoe.narrow.models import NO_FUSIONS
+
+        parallel_state.initialize_model_parallel(
+            pipeline_model_parallel_size=stages,
+            virtual_pipeline_model_parallel_size=virtual,
+            expert_model_parallel_size=ep_size,
+        )
+        torch.manual_seed(1)
+        model_parallel_cuda_manual_seed(1)
+        config = TransformerConfig(
+            **NO_FUSIONS,
+            num_layers=len(has_experts),
+            hidden_size=HIDDEN,
+            ffn_hidden_size=HIDDEN,
+            num_attention_heads=2,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            normalization="RMSNorm",
+            add_bias_linear=False,
+            num_moe_experts=EXPERTS,
+            moe_router_topk=TOPK,
+            moe_ffn_hidden_size=HIDDEN // 2,
+            moe_layer_freq=has_experts,
+            moe_token_dispatcher_type="alltoall",
+            expert_model_parallel_size=ep_size,
+            pipeline_model_parallel_size=stages,
+            virtual_pipeline_model_parallel_size=virtual,
+            pipeline_dtype=torch.float32,
+        )
+        self._config = config
+        self.chunks = []
+        for stage in range(virtual or 1):
+            of = {} if virtual is None else {"vp_stage": stage}
+            spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", **of)
+            with cpu.cuda_means_cpu():
+                chunk = GPTModel(
+                    config=config,
+                    transformer_layer_spec=spec,
+                    vocab_size=VOCABULARY,
+                    max_sequence_length=SEQUENCE,
+                    position_embedding_type="rope",
+                    share_embeddings_and_output_weights=False,
+                    pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=virtual is None, **of),
+                    post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=virtual is None, **of),
+                    **of,
+                )
+            self.chunks.append(chunk.train())
+
+    def step(self, tokens_NBS: torch.Tensor) -> list[float]:
+        """Forward and backward of N micro-batches of B sequences.
+
+        Returns:
+            Losses of the micro-batches on the last stage, nothing on others.
+        """
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        from hiermoe.megatron.standins import cpu
+
+        def forward(batches: Iterator[torch.Tensor], model: torch.nn.Module) -> Any:
+            tokens_BS = next(batches)
+            positions = torch.arange(SEQUENCE).expand_as(tokens_BS)
+            loss = model(tokens_BS, positions, attention_mask=None, labels=tokens_BS)
+            return loss, lambda loss: (loss.mean(), {"loss": loss.detach().mean()})
+
+        batches = [iter(tokens_NBS) for _ in self.chunks]
+        with cpu.cuda_means_cpu():
+            losses = get_forward_backward_func()(
+                forward_step_func=forward,
+                data_iterator=batches if len(batches) > 1 else batches[0],
+                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                num_microbatches=len(tokens_NBS),
+                seq_length=SEQUENCE,
+                micro_batch_size=tokens_NBS.shape[1],
+                forward_only=False,
+            )
+        return [float(of["loss"]) for of in losses]
