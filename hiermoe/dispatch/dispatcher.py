@@ -26,7 +26,7 @@ from hiermoe.policies.system import SystemConfig
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.placement import Placement
 
-_MAX_PENDING = 8  # plans that wait for their recomputation; without pipeline parallelism there is one
+_MAX_PENDING = 64  # plans that wait for their recomputation: one for every micro-batch in flight
 
 
 def dispatch_context(
@@ -78,6 +78,7 @@ class Dispatcher:
         plan: of the latest forward.
         row_bytes: M * v of the latest forward.
         observe: called with the ids [T, K] of every forward that is no recomputation; None for nobody.
+        is_training: whether a forward is one of training, and not of an evaluation.
     """
 
     def __init__(self, context: DispatchContext, num_experts: int, recomputes: bool = False) -> None:
@@ -93,6 +94,7 @@ class Dispatcher:
         self.plan: DispatchPlan | None = None
         self.row_bytes = 0
         self.observe: Callable[[Tensor], None] | None = None
+        self.is_training: Callable[[], bool] = lambda: True
         self._half_moved = False
         self._recomputes = recomputes
         self._pending: deque[DispatchPlan] = deque(maxlen=_MAX_PENDING)
@@ -122,7 +124,7 @@ class Dispatcher:
             plan = make_plan(ids_TK, weights_TK.detach(), self.placement, self.context, self.row_bytes)
             if self.observe is not None:
                 self.observe(ids_TK)
-            if self._recomputes and not torch.is_grad_enabled():
+            if self._recomputes and self.is_training() and not torch.is_grad_enabled():
                 self._pending.append(plan)
         self.plan = plan
         return Dispatched(send_rows(x_TM, plan), plan.rows_per_slot, expert_weights(weights_TK, plan), plan)
@@ -144,13 +146,15 @@ class Dispatcher:
     def _replayed(self, ids_TK: Tensor) -> DispatchPlan | None:
         """The plan of the forward that is being recomputed, if this is a recomputation.
 
-        Reentrant checkpointing runs a layer first without and, in backward, with gradients. A forward outside of
-        backward is none, though plans of an evaluation without gradients may be waiting.
+        Reentrant checkpointing runs a layer first without and, in backward, with gradients. A pipeline goes backward
+        through its micro-batches in the order in which it went forward; who went forward without gradients for another
+        reason never comes back.
         """
         in_backward = torch._C._current_graph_task_id() != -1  # as torch's own checkpointing tells
         if not (self._pending and in_backward and torch.is_grad_enabled()):
             return None
-        plan = self._pending.pop()
-        if not torch.equal(plan.ids_TK, ids_TK):
-            raise RuntimeError("recomputation routed other tokens than its forward: the plan cannot be replayed")
-        return plan
+        while self._pending:
+            plan = self._pending.popleft()
+            if torch.equal(plan.ids_TK, ids_TK):
+                return plan
+        raise RuntimeError("recomputation routed other tokens than its forward: the plan cannot be replayed")

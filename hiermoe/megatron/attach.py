@@ -25,6 +25,7 @@ from hiermoe.megatron.expert_placement import ExpertPlacement, LayerPlacement
 from hiermoe.megatron.logical_names import name_experts_logically
 from hiermoe.megatron.meter import Meter, MeteredDispatcher
 from hiermoe.megatron.migration import expert_parameters
+from hiermoe.megatron.pipeline_stage import is_stage
 from hiermoe.megatron.versions import builder_of
 from hiermoe.policies.protocol import PlacementPolicy, StaticPolicy
 from hiermoe.policies.system import SystemConfig
@@ -76,6 +77,8 @@ def attach(
         raise RuntimeError("a system is attached already: call detach() first")
     for layer in layers:
         check_supported(layer.config)
+    if not layers:
+        return ExpertPlacement([])
     wanted = None if placements is None else _read(Path(placements), layers)
     context = dispatch_context(system, cluster, get_default_pg_collection().ep, timeout)
     moving = []
@@ -84,6 +87,7 @@ def attach(
         assert original is not None
         dispatcher: Any = new_dispatcher(system, original, layer.config, get_default_pg_collection(), context)
         if isinstance(dispatcher, StagedTokenDispatcher):
+            dispatcher.dispatcher.is_training = lambda layer=layer: layer.training
             if layer.shared_expert_overlap:
                 dispatcher.set_shared_experts(layer.shared_experts)
             policy = system.build_policy()
@@ -136,7 +140,7 @@ def with_system(spec: Any, system: SystemConfig | str, cluster: Cluster | str, *
     submodules = [layer.submodules for layer in getattr(spec, "layer_specs", [spec])]
     more = {"system": system, "cluster": cluster, "meter": meter}
     built = [builder_of(one.mlp, DispatchedMoELayer, **more) for one in submodules]
-    if not any(built):
+    if not any(built) and not is_stage():
         raise ValueError("the spec has no MoE layer")
     for one, builder in zip(submodules, built, strict=True):
         one.mlp = builder or one.mlp
@@ -155,14 +159,14 @@ class DispatchedMoELayer(MoELayer):
 
 
 def moe_layers(model: torch.nn.Module | list[torch.nn.Module]) -> list[MoELayer]:
-    """All MoE layers of a model, in order.
+    """All MoE layers of a model, in order; a stage of a pipeline may have none.
 
     Raises:
         ValueError: there is none.
     """
     chunks = model if isinstance(model, list) else [model]
     layers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, MoELayer)]
-    if not layers:
+    if not layers and not is_stage():
         raise ValueError("the model has no MoE layer")
     return layers
 
@@ -176,12 +180,11 @@ def check_supported(config: TransformerConfig) -> None:
     sizes = (
         "tensor_model_parallel_size",
         "expert_tensor_parallel_size",
-        "pipeline_model_parallel_size",
         "context_parallel_size",
     )
     for name in sizes:
         if (getattr(config, name, None) or 1) > 1:
-            raise ValueError(f"{name}={getattr(config, name)} is not supported: only expert and data parallelism are")
+            raise ValueError(f"{name}={getattr(config, name)} is not supported: expert, data and pipeline ones are")
     unsupported = {
         "moe_token_dispatcher_type": config.moe_token_dispatcher_type != "alltoall",
         "moe_expert_capacity_factor": config.moe_expert_capacity_factor is not None,
@@ -247,4 +250,4 @@ def _place_experts(layer: MoELayer, dispatcher: Dispatcher, policy: PlacementPol
     parameters = expert_parameters(layer.experts)
     name_experts_logically(layer, dispatcher)
     size = sum(parameter.numel() for parameter in parameters[0])
-    return LayerPlacement(layer.layer_number or 0, dispatcher, policy, parameters, size, lambda: layer.training)
+    return LayerPlacement(layer.layer_number or 0, dispatcher, policy, parameters, size)

@@ -17,7 +17,7 @@ refused: grouped experts, and parallelism other than expert and data.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,6 @@ class LayerPlacement:
         policy: PlacementPolicy,
         parameters: list[list[torch.nn.Parameter]],
         expert_parameters: int,
-        is_training: Callable[[], bool] = lambda: True,
     ) -> None:
         """Make the dispatcher report its routing.
 
@@ -81,14 +80,12 @@ class LayerPlacement:
             policy: of the layer.
             parameters: of every local expert, by slot; what moves.
             expert_parameters: of one expert, for the policy's estimate of what a move costs.
-            is_training: whether a forward counts.
         """
         self.number, self.dispatcher, self.policy, self.parameters = number, dispatcher, policy, parameters
         self.expert_parameters = expert_parameters
         self.measured: Tensor | None = None
         self.measuring_ms = 0.0
         self.iteration = 0
-        self._is_training = is_training
         if not isinstance(policy, StaticPolicy):
             dispatcher.observe = self.observe
 
@@ -104,7 +101,7 @@ class LayerPlacement:
 
     def observe(self, ids_TK: Tensor) -> None:
         """Measure one micro-batch; evaluation does not count."""
-        if not self._is_training():
+        if not self.dispatcher.is_training():
             return
         started = time.perf_counter()
         hierarchy = self.dispatcher.context.cluster.hierarchy

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from hiermoe.megatron.pipeline_stage import is_stage
 from hiermoe.megatron.recorder import RouterRecorder, find_routers
 
 _LINE_BYTES = 180  # of a line, without its experts
@@ -66,13 +67,12 @@ class RankTrace:
         self.steps = steps
         self._first, self._done, self._max_bytes = first_step, 0, max_bytes
         self.path, self._recorder = None, None
-        is_stage = parallel_state.get_pipeline_model_parallel_world_size() > 1
-        routers = find_routers(model, may_lack=is_stage)
+        routers = find_routers(model, may_lack=is_stage())
         if not routers:
             return  # other stages have them
         router = next(iter(routers.values()))
         in_model, here = _moe_layers(router.config), layers
-        if is_stage and layers:
+        if is_stage() and layers:
             if missing := sorted(set(layers) - in_model):
                 raise ValueError(f"layers={missing} have no router; MoE layers are {sorted(in_model)}")
             here = [layer for layer in layers if layer in routers]

@@ -1,4 +1,4 @@
-"""A small model over the stages of a pipeline, trained by Megatron's own schedules."""
+"""A small model over the stages of a pipeline, trained by Megatron's own schedules, in fp64."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,13 +9,21 @@ HIDDEN, SEQUENCE, VOCABULARY, EXPERTS, TOPK = 32, 16, 64, 8, 2
 
 
 class Pipelined:
-    """This rank's chunks of a model of four layers, and one step of forwards and backwards over micro-batches.
+    """This rank's chunks of a model, and Megatron's optimizer; a step is forwards and backwards of micro-batches.
 
     Attributes:
         chunks: of the model, one for each virtual stage of this rank.
+        optimizer: of all chunks.
     """
 
-    def __init__(self, has_experts: list[int], stages: int = 2, virtual: int | None = None, ep_size: int = 1) -> None:
+    def __init__(
+        self,
+        has_experts: list[int],
+        stages: int = 2,
+        virtual: int | None = None,
+        ep_size: int = 1,
+        recompute: bool = False,
+    ) -> None:
         """Set Megatron up. *Collective.*
 
         Args:
@@ -23,6 +31,7 @@ class Pipelined:
             stages: of the pipeline.
             virtual: chunks of each, None for one.
             ep_size: ranks that share the experts of a layer.
+            recompute: whether backward computes whole layers again.
         """
         from hiermoe.megatron.standins import cpu, without_te
 
@@ -30,13 +39,21 @@ class Pipelined:
         cpu.install()
         without_te.install()
         from megatron.core import parallel_state
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
         from megatron.core.models.gpt.gpt_model import GPTModel
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
         from megatron.core.transformer.transformer_config import TransformerConfig
 
         from hiermoe.narrow.models import NO_FUSIONS
+        from hiermoe.narrow.precision import float32_means_float64, make_float64
 
+        parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
             pipeline_model_parallel_size=stages,
             virtual_pipeline_model_parallel_size=virtual,
@@ -44,8 +61,10 @@ class Pipelined:
         )
         torch.manual_seed(1)
         model_parallel_cuda_manual_seed(1)
+        recomputed: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": "uniform"}
         config = TransformerConfig(
             **NO_FUSIONS,
+            **(recomputed | {"recompute_num_layers": 1} if recompute else {}),
             num_layers=len(has_experts),
             hidden_size=HIDDEN,
             ffn_hidden_size=HIDDEN,
@@ -58,18 +77,22 @@ class Pipelined:
             moe_router_topk=TOPK,
             moe_ffn_hidden_size=HIDDEN // 2,
             moe_layer_freq=has_experts,
+            moe_router_dtype="fp64",
             moe_token_dispatcher_type="alltoall",
             expert_model_parallel_size=ep_size,
             pipeline_model_parallel_size=stages,
             virtual_pipeline_model_parallel_size=virtual,
-            pipeline_dtype=torch.float32,
+            params_dtype=torch.float64,
+            pipeline_dtype=torch.float64,
+            attention_softmax_in_fp32=False,
+            finalize_model_grads_func=finalize_model_grads,
         )
-        self._config = config
-        self.chunks = []
+        self._precision = float32_means_float64
+        self.chunks: list[torch.nn.Module] = []
         for stage in range(virtual or 1):
             of = {} if virtual is None else {"vp_stage": stage}
             spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", **of)
-            with cpu.cuda_means_cpu():
+            with cpu.cuda_means_cpu(), self._precision():
                 chunk = GPTModel(
                     config=config,
                     transformer_layer_spec=spec,
@@ -81,10 +104,16 @@ class Pipelined:
                     post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=virtual is None, **of),
                     **of,
                 )
-            self.chunks.append(chunk.train())
+                make_float64(chunk)
+                self.chunks.append(DistributedDataParallel(config, DistributedDataParallelConfig(), chunk).train())
+        with cpu.cuda_means_cpu(), self._precision():
+            settings = OptimizerConfig(optimizer="adam", lr=1e-2, weight_decay=0.1, params_dtype=torch.float64)
+            self.optimizer = get_megatron_optimizer(settings, self.chunks)  # type: ignore[arg-type]
+        for group in self.optimizer.param_groups:
+            group["lr"] = 1e-2
 
     def step(self, tokens_NBS: torch.Tensor) -> list[float]:
-        """Forward and backward of N micro-batches of B sequences.
+        """Train on N micro-batches of B sequences.
 
         Returns:
             Losses of the micro-batches on the last stage, nothing on others.
@@ -96,11 +125,15 @@ class Pipelined:
         def forward(batches: Iterator[torch.Tensor], model: torch.nn.Module) -> Any:
             tokens_BS = next(batches)
             positions = torch.arange(SEQUENCE).expand_as(tokens_BS)
-            loss = model(tokens_BS, positions, attention_mask=None, labels=tokens_BS)
+            with self._precision():
+                loss = model(tokens_BS, positions, attention_mask=None, labels=tokens_BS)
             return loss, lambda loss: (loss.mean(), {"loss": loss.detach().mean()})
 
         batches = [iter(tokens_NBS) for _ in self.chunks]
-        with cpu.cuda_means_cpu():
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        self.optimizer.zero_grad()
+        with cpu.cuda_means_cpu(), self._precision():
             losses = get_forward_backward_func()(
                 forward_step_func=forward,
                 data_iterator=batches if len(batches) > 1 else batches[0],
@@ -110,4 +143,5 @@ class Pipelined:
                 micro_batch_size=tokens_NBS.shape[1],
                 forward_only=False,
             )
+            self.optimizer.step()
         return [float(of["loss"]) for of in losses]

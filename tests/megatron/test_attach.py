@@ -229,7 +229,6 @@ def settings(**changes: Any) -> Any:
     supported = {
         "tensor_model_parallel_size": 1,
         "expert_tensor_parallel_size": None,
-        "pipeline_model_parallel_size": 1,
         "context_parallel_size": 1,
         "moe_token_dispatcher_type": "alltoall",
         "moe_expert_capacity_factor": None,
@@ -245,7 +244,6 @@ def settings(**changes: Any) -> Any:
     [
         ("tensor_model_parallel_size", 2),
         ("expert_tensor_parallel_size", 2),
-        ("pipeline_model_parallel_size", 2),
         ("context_parallel_size", 4),
         ("moe_token_dispatcher_type", "allgather"),
         ("moe_token_dispatcher_type", "flex"),

@@ -1,0 +1,9 @@
+"""Whether a rank has all of a model's layers, or those of a stage of a pipeline."""
+
+from megatron.core import parallel_state
+
+
+def is_stage() -> bool:
+    """Whether other ranks have other layers, so that this one may have none with experts."""
+    initialised = parallel_state.model_parallel_is_initialized()
+    return initialised and parallel_state.get_pipeline_model_parallel_world_size() > 1
