@@ -53,7 +53,7 @@ from hiermoe.records.checksums import Damaged, digest_of
 def save_checkpoint(
     folder: Path,
     step: int,
-    model: torch.nn.Module,
+    model: torch.nn.Module | list[torch.nn.Module],
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
     placement: ExpertPlacement | None = None,
@@ -65,7 +65,7 @@ def save_checkpoint(
     Args:
         folder: of all checkpoints of the run and of nothing else, on a disk that all ranks share.
         step: finished training steps.
-        model: wrapped or not.
+        model: wrapped or not, or the list of its pipeline chunks on this rank.
         optimizer: its optimizer.
         schedule: its learning-rate schedule.
         placement: from `attach`; None for stock Megatron.
@@ -94,7 +94,7 @@ def save_checkpoint(
 
 def load_latest(
     folder: Path,
-    model: torch.nn.Module,
+    model: torch.nn.Module | list[torch.nn.Module],
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
     placement: ExpertPlacement | None = None,
@@ -131,7 +131,7 @@ def load_latest(
 
 def load_checkpoint(
     checkpoint: Path,
-    model: torch.nn.Module,
+    model: torch.nn.Module | list[torch.nn.Module],
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
     placement: ExpertPlacement | None = None,
@@ -140,7 +140,7 @@ def load_checkpoint(
 
     Args:
         checkpoint: from `save_checkpoint`.
-        model: wrapped or not.
+        model: wrapped or not, or the list of its pipeline chunks on this rank.
         optimizer: its optimizer.
         schedule: its learning-rate schedule.
         placement: of the system that goes on; experts go where the checkpoint's system had them, or stay where they
@@ -164,18 +164,28 @@ def load_checkpoint(
         except CheckpointException as error:  # names ranks alone
             reason = next((str(failure) for failure, _ in error.failures.values()), str(error))
             raise ValueError(f"{checkpoint} does not fit this model: {reason.splitlines()[0]}") from error
-    unwrapped: Any = unwrap_model(model)
-    unwrapped.load_state_dict(state["model"])
+    for name, chunk in _chunks(model).items():
+        chunk.load_state_dict(state[name])
     optimizer.load_state_dict(state["optimizer"])
     schedule.num_steps = 0  # to which Megatron adds the stored number
     schedule.load_state_dict(common["opt_param_scheduler"])
     return step
 
 
-def _sharded(model: torch.nn.Module, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
+def _sharded(
+    model: torch.nn.Module | list[torch.nn.Module], optimizer: MegatronOptimizer, is_loading: bool
+) -> dict[str, Any]:
+    shards = {name: chunk.sharded_state_dict() for name, chunk in _chunks(model).items()}
+    of_optimizer = shards["model"] if len(shards) == 1 else shards
+    return {**shards, "optimizer": optimizer.sharded_state_dict(of_optimizer, is_loading=is_loading)}
+
+
+def _chunks(model: torch.nn.Module | list[torch.nn.Module]) -> dict[str, Any]:
+    """Unwrapped, by the names that Megatron-LM gives them in a checkpoint."""
     unwrapped: Any = unwrap_model(model)
-    shards = unwrapped.sharded_state_dict()
-    return {"model": shards, "optimizer": optimizer.sharded_state_dict(shards, is_loading=is_loading)}
+    if not isinstance(unwrapped, list) or len(unwrapped) == 1:
+        return {"model": unwrapped[0] if isinstance(unwrapped, list) else unwrapped}
+    return {f"model{i}": chunk for i, chunk in enumerate(unwrapped)}
 
 
 def _start(partial: Path) -> None:

@@ -10,8 +10,8 @@ What a training loop of one's own needs, with a stock Megatron-Core model, its o
 
 Everything else stays as it is: losses, gradients, logged loads and Megatron's checkpoints are those of fixed experts.
 `hiermoe.megatron.checkpoint` saves and resumes placements and policies too; without it, they start anew.
-The distributed optimizer divides masters and moments among replicas; they go from owner to owner. Not supported, and
-refused: grouped experts, and parallelism other than expert and data.
+The distributed optimizer divides masters and moments among replicas; they go from owner to owner. Stages of a
+pipeline each look after their own layers. Not supported, and refused: grouped experts, tensor and context parallelism.
 """
 
 import hashlib
@@ -31,6 +31,7 @@ from hiermoe.dispatch.communicators import reduced
 from hiermoe.dispatch.dispatcher import Dispatcher
 from hiermoe.megatron.expert_state import check_optimizer
 from hiermoe.megatron.migration import migrate
+from hiermoe.megatron.pipeline_stage import is_stage
 from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate, StaticPolicy, StepContext
 from hiermoe.topology.placement import Placement
 
@@ -208,18 +209,25 @@ class ExpertPlacement:
         return [self._move(layer, PlacementUpdate(placement, None), optimizer) for layer, placement in wanted]
 
     def state_dict(self) -> dict[str, Any]:
-        """Placements and what policies remember, the same on every rank; belongs beside a checkpoint."""
-        return {
-            "iteration": self._iteration,
-            "layers": [
-                {
-                    "slot_E": layer.dispatcher.placement.slot_E.clone(),
-                    "policy": _kind(layer.policy),
-                    "policy_state": layer.policy.state_dict(),
-                }
-                for layer in self.layers
-            ],
-        }
+        """Placements and what policies remember, the same on every rank; belongs beside a checkpoint.
+
+        *Collective where there are stages of a pipeline: every rank must call it.*
+        """
+        layers = [
+            {
+                "layer": layer.number,
+                "slot_E": layer.dispatcher.placement.slot_E.clone(),
+                "policy": _kind(layer.policy),
+                "policy_state": layer.policy.state_dict(),
+            }
+            for layer in self.layers
+        ]
+        if is_stage():
+            group: Any = parallel_state.get_pipeline_model_parallel_group()
+            of_stages: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(of_stages, layers, group=group)
+            layers = sorted((layer for stage in of_stages for layer in stage), key=lambda layer: layer["layer"])
+        return {"iteration": self._iteration, "layers": layers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take placements over, before the weights are loaded: experts are not moved.
@@ -230,10 +238,12 @@ class ExpertPlacement:
         Raises:
             ValueError: the state of a model with other layers.
         """
-        stored = state["layers"]
-        if stored and self.layers and len(stored) != len(self.layers):
-            raise ValueError(f"the stored placement has {len(stored)} layers, the model has {len(self.layers)}")
-        for layer, values in zip(self.layers, stored, strict=False):
+        stored = {values["layer"]: values for values in state["layers"]}
+        missing = [layer.number for layer in self.layers if layer.number not in stored]
+        if stored and missing:
+            raise ValueError(f"the stored placement has layers {sorted(stored)}, the model has {missing} too")
+        for layer in self.layers if stored else []:
+            values = stored[layer.number]
             layer.dispatcher.placement = Placement.of_slots(values["slot_E"])
             if values["policy"] == _kind(layer.policy):
                 layer.policy.load_state_dict(values["policy_state"])

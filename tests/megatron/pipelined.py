@@ -14,6 +14,7 @@ class Pipelined:
     Attributes:
         chunks: of the model, one for each virtual stage of this rank.
         optimizer: of all chunks.
+        schedule: of its learning rate, which is constant.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Pipelined:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
         from megatron.core.models.gpt.gpt_model import GPTModel
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+        from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
         from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -109,8 +111,20 @@ class Pipelined:
         with cpu.cuda_means_cpu(), self._precision():
             settings = OptimizerConfig(optimizer="adam", lr=1e-2, weight_decay=0.1, params_dtype=torch.float64)
             self.optimizer = get_megatron_optimizer(settings, self.chunks)  # type: ignore[arg-type]
-        for group in self.optimizer.param_groups:
-            group["lr"] = 1e-2
+        self.schedule = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=1e-2,
+            min_lr=1e-2,
+            lr_warmup_steps=0,
+            lr_decay_steps=1,
+            lr_decay_style="constant",
+            start_wd=0.1,
+            end_wd=0.1,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+        self.schedule.step(1)
 
     def step(self, tokens_NBS: torch.Tensor) -> list[float]:
         """Train on N micro-batches of B sequences.
@@ -144,4 +158,5 @@ class Pipelined:
                 forward_only=False,
             )
             self.optimizer.step()
+        self.schedule.step(1)
         return [float(of["loss"]) for of in losses]

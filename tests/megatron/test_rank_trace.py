@@ -100,8 +100,10 @@ def pipelined_with_trace(rank: int, has_experts: list[int], virtual: int | None,
 
 @pytest.mark.parametrize(
     ("has_experts", "virtual", "layers"),
-    [([0, 0, 1, 1], None, [[], [3, 4]]), ([0, 1, 1, 1], 2, [[3], [2, 4]])],
-    ids=["one stage is dense", "two chunks a stage"],
+    [
+        pytest.param([0, 0, 1, 1], None, [[], [3, 4]], id="one stage is dense"),
+        pytest.param([0, 1, 1, 1], 2, [[3], [2, 4]], id="two chunks a stage", marks=pytest.mark.slow),
+    ],
 )
 def test_stages_of_a_pipeline_write_the_layers_that_they_have(
     tmp_path: Path, has_experts: list[int], virtual: int | None, layers: list[list[int]]
