@@ -36,7 +36,12 @@ SIMULATION_BYTES = 500 * 10**6
 RESULTS_BYTES = 500 * 10**6
 
 # What `make reproduce` walks through with routing=recorded.
-SHIPPED_TRACES = ("qwen3_30b_a3b_e128_late", "deepseek_v3_e256_early", "deepseek_v3_e256_late")
+SHIPPED_TRACES = (
+    "qwen3_30b_a3b_e128_early",
+    "qwen3_30b_a3b_e128_late",
+    "deepseek_v3_e256_early",
+    "deepseek_v3_e256_late",
+)
 
 # Megatron-Core's optional back ends, and the modules they are found by.
 BACK_ENDS = {

@@ -1,13 +1,13 @@
 """Sweeps once more, layer after layer: on what published models routed."""
 
-from hiermoe.records.index import REAL_MODELS, over
+from hiermoe.records.index import REAL_MODELS, RECORDED, over
 from hiermoe.routing.public import public_trace
 from hiermoe.runs.compose import Cell, expand
 from hiermoe.runs.run_config import RunConfig
 
 JUDGED = ("fig10", "fig11", "structure")
 """Sweeps whose claims are judged over places. Table II's are not: its numbers are of another E than real models'."""
-ROUTINGS = (REAL_MODELS,)  # not RECORDED yet: Qwen3's sibling has one layer, of one stage
+ROUTINGS = (RECORDED, REAL_MODELS)
 
 
 def sweeps_over_places() -> dict[str, list[Cell]]:
