@@ -1,4 +1,4 @@
-"""Sweeps once more, layer after layer: on what published models routed."""
+"""Sweeps once more, layer after layer: on recorded routing of two stages, and on what published models routed."""
 
 from hiermoe.records.index import REAL_MODELS, RECORDED, over
 from hiermoe.routing.public import public_trace
