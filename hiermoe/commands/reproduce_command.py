@@ -138,7 +138,7 @@ def simulate_all(cells: Cells, session: Session, then: str = "report") -> list[O
 
 
 def simulate_over_places(session: Session) -> list[Outcome]:
-    """What the paper claims, layer after layer: on recorded routing; on real models', if it is here, else say how to."""
+    """What the paper claims, layer after layer: on recorded routing, and on real models' if it is here."""
     cells = sweeps_over_places()
     if not any(sweep for name, sweep in cells.items() if name.endswith(REAL_MODELS)):
         session.console.print(
