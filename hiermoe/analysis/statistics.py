@@ -47,7 +47,8 @@ def bootstrap(statistic: Statistic, *series: np.ndarray) -> Estimate:
     """A statistic of paired series and its percentile interval.
 
     Args:
-        statistic: reduces the last axis of each series, e.g. from [n] or [resamples, n].
+        statistic: reduces the last axis of each series, e.g. from [n] or [resamples, n]; NaN where a resample says
+            nothing, which then counts nowhere.
         series: float [n] each, in order of iteration.
 
     Raises:
@@ -60,7 +61,7 @@ def bootstrap(statistic: Statistic, *series: np.ndarray) -> Estimate:
     drawn = block_indices(n)
     values = statistic(*(x[drawn] for x in series))
     tail = (1 - CONFIDENCE) / 2 * 100
-    low, high = np.percentile(values, [tail, 100 - tail])
+    low, high = np.nanpercentile(values, [tail, 100 - tail])
     return Estimate(float(statistic(*series)), float(low), float(high), n)
 
 
@@ -83,10 +84,14 @@ def ratio_of_medians(numerator: np.ndarray, denominator: np.ndarray) -> Estimate
 
 
 def ratio_of_variation(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
-    """Coefficient of variation (standard deviation over mean) of one series over that of another."""
+    """Coefficient of variation (standard deviation over mean) of one series over that of another.
+
+    Of few iterations a resample may be one of them again and again; such a one varies in neither series.
+    """
 
     def statistic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return (a.std(-1) / a.mean(-1)) / (b.std(-1) / b.mean(-1))
+        theirs = b.std(-1) / b.mean(-1)
+        return (a.std(-1) / a.mean(-1)) / np.where(theirs > 0, theirs, np.nan)
 
     return bootstrap(statistic, numerator, denominator)
 
