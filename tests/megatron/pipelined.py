@@ -63,10 +63,12 @@ class Pipelined:
         )
         torch.manual_seed(1)
         model_parallel_cuda_manual_seed(1)
-        recomputed: dict[str, Any] = {"recompute_granularity": "full", "recompute_method": "uniform"}
+        recomputed: dict[str, Any] = {}
+        if recompute:
+            recomputed = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
         config = TransformerConfig(
             **NO_FUSIONS,
-            **(recomputed | {"recompute_num_layers": 1} if recompute else {}),
+            **recomputed,
             num_layers=len(has_experts),
             hidden_size=HIDDEN,
             ffn_hidden_size=HIDDEN,
@@ -92,7 +94,7 @@ class Pipelined:
         self._precision = float32_means_float64
         self.chunks: list[torch.nn.Module] = []
         for stage in range(virtual or 1):
-            of = {} if virtual is None else {"vp_stage": stage}
+            of: Any = {} if virtual is None else {"vp_stage": stage}
             spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", **of)
             with cpu.cuda_means_cpu(), self._precision():
                 chunk = GPTModel(

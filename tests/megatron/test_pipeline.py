@@ -22,7 +22,7 @@ def train(rank: int, has_experts: list[int], virtual: int | None, recompute: boo
 
     cluster = Cluster.named("a6000_4x8").reduced(EP_SIZE)
     seen: dict[str, Any] = {}
-    # Where a stage has no experts, stock Megatron cannot load what its plain optimizer saved.
+    # Where the first stage has no experts, Megatron's plain optimizer fails to load what it saved.
     resumed = ("resumed", "resumed by stock") if min(sum(has_experts[:2]), sum(has_experts[2:])) else ()
     for name in ("stock", "moving", *resumed):
         pipelined = Pipelined(has_experts, STAGES, virtual, EP_SIZE, recompute)
