@@ -61,7 +61,8 @@ def bootstrap(statistic: Statistic, *series: np.ndarray) -> Estimate:
     drawn = block_indices(n)
     values = statistic(*(x[drawn] for x in series))
     tail = (1 - CONFIDENCE) / 2 * 100
-    low, high = np.nanpercentile(values, [tail, 100 - tail])
+    telling = values[~np.isnan(values)]
+    low, high = np.percentile(telling, [tail, 100 - tail]) if len(telling) else (np.nan, np.nan)
     return Estimate(float(statistic(*series)), float(low), float(high), n)
 
 

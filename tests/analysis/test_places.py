@@ -13,10 +13,12 @@ from hiermoe.analysis.figures.beyond import structure
 from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.statistics import Estimate
 from hiermoe.analysis.verdicts import Judged, Verdict, judge_all, over_places, to_frame, verdict_summary
+from hiermoe.ranks.places import RanksConfig
 from hiermoe.records.index import REAL_MODELS, RECORDED, over
 from hiermoe.runs.compose import Cell, expand
 from hiermoe.runs.indexing import indexed
 from hiermoe.runs.routings import JUDGED
+from hiermoe.topology.cluster import Cluster
 from tests.analysis.conftest import MemoryStore, cell, records_of, write
 
 CLAIMS, RULES = load_claims(), load_rules()
@@ -119,14 +121,18 @@ def test_recorded_places_are_judged_with_the_run_of_the_sweep_and_that_one_is_co
     store, systems = MemoryStore(tmp_path), ("megatron", "hiermoe")
     places = [(layer, stage) for stage in ("early", "late") for layer in range(3)]
     recorded = {"model": "qwen3_30b_a3b_paper", "routing": "recorded"}
+    # Measured beside it on another cluster, which the row of simulated runs need not tell apart from its own.
     cells = {"fig11": [cell({**recorded, "system": system}) for system in systems]}
+    emulated = {"measure": "replay", "ranks": RanksConfig.named("emulated"), "cluster": Cluster.named("emulated_4x8")}
+    cells["fig11"] += [Cell(one.overrides, one.config.model_copy(update=emulated)) for one in cells["fig11"]]
     cells[over("fig11", RECORDED)] = [
         cell({**recorded, "routing.source.layer": layer, "routing.source.stage": stage, "system": system})
         for layer, stage in places
         for system in systems
     ]
     found = judge_all(CLAIMS, RULES, slower_by_layer(cells, store))
-    (ours,) = (one for one in found if one.claim.claim == "F11-hiermoe-qwen3")
+    ours, beside = (one for one in found if one.claim.claim == "F11-hiermoe-qwen3")
+    assert beside.case is not None and beside.case.source == "emulated"
     assert ours.routing == "recorded" and ours.estimate.n == len(places)
     assert "least in late, MoE layer 3" in ours.reason or "least in early, MoE layer 3" in ours.reason
 

@@ -72,6 +72,11 @@ def test_variation_is_relative_to_the_mean() -> None:
     assert ratio_of_variation(steady, restless).value == pytest.approx((1 / 101) / (1 / 11))
 
 
+def test_resamples_without_variation_say_nothing_about_it() -> None:
+    estimate = ratio_of_variation(np.array([10.0, 11.0, 13.0]), np.array([20.0, 24.0, 21.0]))
+    assert 0 <= estimate.low <= estimate.value <= estimate.high < np.inf
+
+
 def test_series_of_unequal_length_are_refused() -> None:
     with pytest.raises(ValueError, match="lengths"):
         ratio_of_sums(np.ones(3), np.ones(4))
