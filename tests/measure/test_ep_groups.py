@@ -110,10 +110,10 @@ def test_expert_parallelism_is_bounded_by_experts_and_gpus(composed: Composer) -
 
 @pytest.mark.slow
 def test_trace_that_is_too_short_for_all_groups_does_not_apply(composed: Composer) -> None:
-    long = ("cluster=h100_ib400", "tokens_per_rank=1024", "max_ep_size=64")
-    assert open_workload(composed(*long, "routing=recorded", "world_size=512")).routing.num_distinct == 2
-    with pytest.raises(ValueError, match="lasts for 1 iterations of 16 groups of 64 ranks with 1024 tokens"):
-        open_workload(composed(*long, "routing=recorded", "world_size=1024"))
+    long = ("cluster=h100_ib400", "tokens_per_rank=256", "max_ep_size=64")
+    assert open_workload(composed(*long, "routing=recorded", "world_size=256")).routing.num_distinct == 3
+    with pytest.raises(ValueError, match="lasts for 1 iterations of 8 groups of 64 ranks with 256 tokens"):
+        open_workload(composed(*long, "routing=recorded", "world_size=512"))
     assert open_workload(composed(*long, "routing=resampled", "world_size=4096")).routing.ep_groups == 64
 
 
