@@ -37,7 +37,7 @@ class SwapTable:
         self._set_by_expert = torch.argsort(chosen, stable=True) // sets.ids_NK.shape[1]
         ends = torch.bincount(chosen, minlength=sets.num_experts).cumsum(0).tolist()
         self._of_expert = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-        self._packed = self._count(slice(None), placement)
+        self._packed = measure_swaps(sets.ids_NK, placement, cluster.hierarchy, sets.weight_N)
         # Of a mean step, so that alpha and bytes keep their proportion.
         self._scale = float(sets.tokens_S.double().mean()) / max(sets.tokens, 1)
 
@@ -60,8 +60,11 @@ class SwapTable:
         expert_at = self.placement.expert_at_S
         a, b = int(expert_at[r]), int(expert_at[c])
         changed = torch.cat([self._with_only(a, b), self._with_only(b, a)])
+        ids_NK, weight_N = self._sets.ids_NK[changed], self._sets.weight_N[changed]
         after = self.placement.swapped(a, b)
-        self._packed = self._packed + self._count(changed, after) - self._count(changed, self.placement)
+        as_before_NK = torch.where(ids_NK == a, b, torch.where(ids_NK == b, a, ids_NK))  # what they were, seen from after
+        both_NK, signed_N = torch.cat([ids_NK, as_before_NK]), torch.cat([weight_N, -weight_N])
+        self._packed = self._packed + measure_swaps(both_NK, after, self.cluster.hierarchy, signed_N)
         self.placement = after
 
     def copy(self) -> "SwapTable":
@@ -72,10 +75,6 @@ class SwapTable:
         """Sets with expert a and not b: int64 [n]."""
         found = self._set_by_expert[self._of_expert[a]]
         return found[~(self._sets.ids_NK[found] == b).any(1)]
-
-    def _count(self, chosen: Tensor | slice, placement: Placement) -> Tensor:
-        sets = self._sets
-        return measure_swaps(sets.ids_NK[chosen], placement, self.cluster.hierarchy, sets.weight_N[chosen])
 
 
 class Budget:

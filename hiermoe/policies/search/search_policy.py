@@ -81,17 +81,18 @@ class SearchPolicy(PlacementPolicy):
             self._sketch = self._sketch.adapted(summed)
             if step.tokens:  # none where every cell has collisions
                 self._remembered = [*self._remembered, step][-self.window :]
-        if not self._remembered:
+        since = context.iteration + 1 - self.first_search
+        due = since == 0 or (since > 0 and self.interval is not None and since % self.interval == 0)
+        if not self._remembered or not (due or self._target is not None):
             return None
         objective = Objective(context.cluster, (context.scheme,), context.row_bytes)
         sets = TokenSets.joined(self._remembered)
-        since = context.iteration + 1 - self.first_search
-        if since == 0 or (since > 0 and self.interval is not None and since % self.interval == 0):
+        if due:
             found = search(sets, objective, Budget(None, self.steps), self.seed, self._target or placement)
             better = found.modelled_ms < objective.step_ms(sets, placement)
             self._target = aligned(found.placement, placement, context.cluster.hierarchy) if better else None
         update = self._towards_target(sets, objective, placement)
-        if self.interval is None and self._target is None and context.iteration + 1 >= self.first_search:
+        if self.interval is None and self._target is None:
             self._remembered = []
         return update
 

@@ -1,6 +1,7 @@
 """Partitions as placements."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,8 +29,30 @@ def test_experts_that_fire_together_come_to_one_group(kind: SeedKind) -> None:
 def test_a_partition_is_the_same_every_time(kind: SeedKind) -> None:
     ids_NK = torch.rand(2000, 64, generator=torch.Generator().manual_seed(3)).argsort(dim=1)[:, :4]
     sets = TokenSets.of(ids_NK, 64)
-    first, second = (partition_experts(sets, HIERARCHY, kind, seed=5) for _ in range(2))
-    assert torch.equal(first.slot_E, second.slot_E)
+    first = partition_experts(sets, HIERARCHY, kind, seed=5)
+    seeds._partitioned.cache_clear()
+    assert torch.equal(first.slot_E, partition_experts(sets, HIERARCHY, kind, seed=5).slot_E)
+
+
+def test_equal_sets_are_partitioned_once_and_others_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids_NK = torch.rand(500, 16, generator=torch.Generator().manual_seed(3)).argsort(dim=1)[:, :4]
+    blocks: list[int] = []
+    split = seeds._split
+    monkeypatch.setattr(seeds, "_split", lambda block, *rest: blocks.append(len(block)) or split(block, *rest))
+    seeds._partitioned.cache_clear()
+
+    def first_cuts() -> int:
+        return blocks.count(16)
+
+    for _ in range(2):
+        partition_experts(TokenSets.of(ids_NK.clone(), 16), Hierarchy((2, 4)), "pairs", seed=0)
+    assert first_cuts() == 1
+    sets = TokenSets.of(ids_NK, 16)
+    heavier = replace(sets, weight_N=sets.weight_N * torch.arange(1, len(ids_NK) + 1, dtype=torch.int32))
+    partition_experts(heavier, Hierarchy((2, 4)), "pairs", seed=0)
+    partition_experts(sets, Hierarchy((2, 4, 8)), "pairs", seed=0)
+    partition_experts(sets, Hierarchy((2, 4)), "sets", seed=0)
+    assert first_cuts() == 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
