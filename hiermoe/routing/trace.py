@@ -145,8 +145,11 @@ class RoutingTrace:
         ends_I = self.num_tokens.sum(axis=1, dtype=np.int64).cumsum()
         count = int(ends_I[-1] // per_iteration)
         if count == 0:
+            fitting = int(ends_I[-1]) // (2 * num_ranks)
             raise ValueError(
-                f"trace of {self.metadata.model} has {ends_I[-1]} tokens, one iteration asks {per_iteration}"
+                f"trace of {self.metadata.model} has {ends_I[-1]} tokens, one iteration asks {per_iteration}: "
+                f"{tokens_per_rank} on each of {num_ranks} ranks"
+                + (f"; two iterations fit with tokens_per_rank={fitting}" if fitting else "")
             )
         filled_IGT = np.arange(tokens) < self.num_tokens[..., None]
 

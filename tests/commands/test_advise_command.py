@@ -130,7 +130,7 @@ def test_new_policy_appears_by_its_file_alone(
         (["trace={trace}", "routing=uniform", *NODE], "given: trace= and routing="),
         (["trace={trace}"], "cluster=... is missing; choose from a"),
         (["trace={trace}", "cluster=moon"], "moon"),
-        (["trace=nowhere", *NODE], "trace=nowhere is unknown; choose from deepseek_v3_e256_early"),
+        (["trace=nowhere", *NODE], "trace=nowhere is unknown; choose from deepseek_v"),
         (
             ["trace={trace}", *NODE],
             "is missing, M, width of a token: recorded routing of tiny, layer 1 does not say it",
@@ -146,7 +146,7 @@ def test_new_policy_appears_by_its_file_alone(
         ),
         (
             ["trace={trace}", "cluster=a6000_1x8", "tokens_per_rank=4096", *SIZES],
-            "has 16384 tokens, one iteration asks 32768",
+            "asks 32768: 4096 on each of 8 ranks; two iterations fit with tokens_per_rank=1024",
         ),
         (["trace={trace}", *NODE, *SIZES, "ep_size=3"], "do not fill whole groups of"),
         (["trace={trace}", *NODE, *SIZES, "systems=[nothing]"], "system=nothing is unknown"),

@@ -26,7 +26,7 @@ def test_contiguous_tokens_are_cut_anew(old: tuple[int, int, int, int], num_rank
     trace = RoutingTrace(plain.expert_ids, plain.num_tokens, plain.metadata, weights)
     total, per_iteration = old[0] * old[2] * old[3], num_ranks * tokens
     if per_iteration > total:
-        with pytest.raises(ValueError, match=f"has {total} tokens, one iteration asks {per_iteration}"):
+        with pytest.raises(ValueError, match=f"has {total} tokens, one iteration asks {per_iteration}:"):
             trace.reshard(num_ranks, tokens)
         return
     regrouped = trace.reshard(num_ranks, tokens)
