@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hiermoe.advice.case import Case
-from hiermoe.planner.cost import ALLTOALLS_PER_STEP, times_of_stages
+from hiermoe.planner.cost import ALLTOALLS_PER_STEP, time_of_alltoall, times_of_stages
 from hiermoe.planner.counts import separating_level
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.planner.traffic import exact_traffic
@@ -36,6 +36,8 @@ class HeldOut:
     def stage_ms(self, cluster: Cluster, share_of_bytes: float = 1.0) -> list[np.ndarray]:
         """Time of every stage of every scheme in the four AlltoAlls of a step: float64 [iteration, stage] each.
 
+        They add up to the step's: where stages overlap, each counts with its share of all.
+
         Args:
             cluster: constants, of the hierarchy that was counted on.
             share_of_bytes: price only so many of them, as if there were so many tokens.
@@ -43,7 +45,10 @@ class HeldOut:
         found = []
         for scheme, bytes_IS in zip(self.schemes, self.busiest_bytes, strict=True):
             stage_ms = times_of_stages(scheme, (share_of_bytes * bytes_IS).T, cluster)
-            found.append(ALLTOALLS_PER_STEP * np.stack(stage_ms, axis=1))
+            ms_IS = np.stack(stage_ms, axis=1)
+            if scheme.chunks > 1:
+                ms_IS *= (time_of_alltoall(scheme, stage_ms, cluster) / ms_IS.sum(1))[:, None]
+            found.append(ALLTOALLS_PER_STEP * ms_IS)
         return found
 
     def chosen(self, cluster: Cluster) -> np.ndarray:

@@ -4,11 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hiermoe.planner.cost import check_overlap
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.policies.system import SystemConfig
 from hiermoe.records.groups import files_of
 from hiermoe.records.status import NotApplicable
-from hiermoe.topology.hierarchy import Hierarchy
+from hiermoe.topology.cluster import Cluster
 
 BASELINE = "megatron"  # the flat AlltoAll, what everybody has
 CONTROL = "reordered"  # executor of a control that only reorders sums
@@ -47,12 +48,12 @@ class Candidate:
 
 
 def candidates(
-    hierarchy: Hierarchy, names: Sequence[str] | None = None
+    cluster: Cluster, names: Sequence[str] | None = None
 ) -> tuple[list[Candidate], list[tuple[str, str]]]:
-    """All systems on a hierarchy, equal ones together, the flat AlltoAll first.
+    """All systems on a cluster, equal ones together, the flat AlltoAll first.
 
     Args:
-        hierarchy: groups of GPUs.
+        cluster: hierarchy, and whether its stages are known to overlap.
         names: only these, and the flat AlltoAll; None for all of conf/system/.
 
     Returns:
@@ -68,11 +69,13 @@ def candidates(
         if system.executor == CONTROL:
             continue
         try:
-            schemes = system.build_schemes(hierarchy)
+            schemes = system.build_schemes(cluster.hierarchy)
+            for scheme in schemes:
+                check_overlap(scheme, cluster)
         except NotApplicable as error:
             left_out.append((system.label, str(error)))
             continue
-        rows = [(scheme.stages, scheme.padding) for scheme in schemes]
+        rows = [(scheme.stages, scheme.padding, scheme.chunks) for scheme in schemes]
         alike.setdefault(f"{rows} {json.dumps(system.policy, sort_keys=True)}", []).append((system, schemes))
     found = [
         Candidate(

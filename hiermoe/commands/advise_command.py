@@ -40,7 +40,7 @@ def advise_and_print(config: AdviceConfig) -> Path:
         task = progress.add_task("reading routing", total=None)
         question = resolve(config)
         case = question.cases[0]
-        systems, left_out = candidates(case.cluster.hierarchy, config.systems)
+        systems, left_out = candidates(case.cluster, config.systems)
         if len(question.cases) == 1:
             seen, _ = case.schedules
             progress.update(task, total=len(seen) * sum(one.moves for one in systems) or 1, completed=0)

@@ -1,13 +1,13 @@
 """Moves rows along a plan: dispatch to the experts and combine back, each the other's gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hiermoe.dispatch.interposer import staged
-from hiermoe.dispatch.plan import DispatchPlan, exchange
+from hiermoe.dispatch.plan import DispatchPlan, StagePlan, begin_exchange, exchange
 
 
 def send_rows(x_TM: Tensor, plan: DispatchPlan) -> Tensor:
@@ -60,21 +60,51 @@ class _Linear(torch.autograd.Function):
         return ctx.adjoint(gradients[0]), None, None
 
 
-def _out(x_RM: Tensor, plan: DispatchPlan) -> Tensor:
-    for stage in plan.stages:
-        x_RM = stage.copies.copy(x_RM)
-        with staged(stage.name):
-            x_RM = exchange(x_RM, stage.send_rows, stage.receive_rows, stage.communicator.group)
-    return plan.expand.copy(x_RM)
+Leg = Callable[[Tensor, bool], Callable[[], Tensor]]
+"""One stage of a chunk: begins to exchange, beside others or not, and hands out what waits for the rows."""
+
+
+def _out(x_TM: Tensor, plan: DispatchPlan) -> Tensor:
+    def leg(stage: StagePlan) -> Leg:
+        def begin(x_RM: Tensor, beside_others: bool) -> Callable[[], Tensor]:
+            sent = stage.copies.copy(x_RM)
+            with staged(stage.name):
+                return begin_exchange(
+                    sent, stage.send_rows, stage.receive_rows, stage.communicator.group, beside_others
+                )
+
+        return begin
+
+    return plan.expand.copy(_in_waves(x_TM, [leg(stage) for stage in plan.stages], plan.scheme.chunks))
 
 
 def _back(y_PM: Tensor, plan: DispatchPlan) -> Tensor:
-    y_RM = plan.expand.sum(y_PM)
-    for stage in reversed(plan.stages):
-        with staged(stage.name):
-            y_RM = exchange(y_RM, stage.receive_rows, stage.send_rows, stage.communicator.group)
-        y_RM = stage.copies.sum(y_RM)
-    return y_RM
+    def leg(stage: StagePlan) -> Leg:
+        def begin(y_RM: Tensor, beside_others: bool) -> Callable[[], Tensor]:
+            with staged(stage.name):
+                arrived = begin_exchange(
+                    y_RM, stage.receive_rows, stage.send_rows, stage.communicator.group, beside_others
+                )
+            return lambda: stage.copies.sum(arrived())
+
+        return begin
+
+    legs = [leg(stage) for stage in reversed(plan.stages)]
+    return _in_waves(plan.expand.sum(y_PM), legs, plan.scheme.chunks)
+
+
+def _in_waves(x_RM: Tensor, legs: Sequence[Leg], chunks: int) -> Tensor:
+    """Columns in chunks through all legs: in wave w chunk c passes leg w - c, all of them at a time.
+
+    Sums are over rows, so how columns are cut changes no value.
+    """
+    parts = list(x_RM.tensor_split(chunks, dim=1))
+    for wave in range(len(legs) + chunks - 1):
+        passing = [c for c in range(chunks) if 0 <= wave - c < len(legs)]  # those ahead begin first
+        begun = [legs[wave - c](parts[c], chunks > 1) for c in passing]
+        for c, arrived in zip(passing, begun, strict=True):
+            parts[c] = arrived()
+    return parts[0] if chunks == 1 else torch.cat(parts, dim=1)
 
 
 def _unpermuted(x_P: Tensor, order_P: Tensor) -> Tensor:

@@ -6,10 +6,11 @@ Megatron's classes are counted by the same code.
 """
 
 import inspect
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -30,7 +31,9 @@ class Transfer:
             ``metadata``: everything else (counts, expert numbers, routing weights and their gradients).
         sent_bytes: to every member, own share included; of an operation without a certain receiver, the same to all.
         received_bytes: from every member, own share included.
-        wire_ms: from the call until the result is there; of an asynchronous call, until it returns.
+        started_s: when it was called, by the interposer's clock.
+        ended_s: when the result was there: of an asynchronous AlltoAll when waiting for it ended, of another
+            asynchronous call when it returned.
         phase: what was going on, as named by the caller (``dispatch``, ``combine_backward``); empty for nothing.
         stage: which stage of a scheme this was (``1:inter1``); empty for none.
         repeat: sends the same again, over what it received; None where the `Interposer` does not keep it.
@@ -41,10 +44,25 @@ class Transfer:
     kind: Kind
     sent_bytes: tuple[int, ...]
     received_bytes: tuple[int, ...]
-    wire_ms: float
+    started_s: float
+    ended_s: float
     phase: str
     stage: str
     repeat: Callable[[], None] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def wire_ms(self) -> float:
+        """From the call until the result is there."""
+        return (self.ended_s - self.started_s) * 1e3
+
+
+def busy_ms(transfers: Iterable[Transfer]) -> float:
+    """Time in which at least one of them was on its way."""
+    total_s, until_s = 0.0, -math.inf
+    for one in sorted(transfers, key=lambda one: one.started_s):
+        total_s += max(0.0, one.ended_s - max(one.started_s, until_s))
+        until_s = max(until_s, one.ended_s)
+    return total_s * 1e3
 
 
 # What a method of ProcessGroup is called in the versions of torch that this project supports, and how to read its call.
@@ -140,7 +158,7 @@ class Interposer:
             if work is not None and not asynchronous:
                 work.wait()
                 synchronise(tensor.device)
-            elapsed_ms = (self._clock() - started) * 1e3
+            ended = self._clock()
             kind: Kind = "payload" if tensor.is_floating_point() and tensor.dim() == 2 else "metadata"
             members = tuple(dist.get_process_group_ranks(group))
 
@@ -151,12 +169,36 @@ class Interposer:
                 synchronise(tensor.device)
 
             kept = repeat if self._repeatable else None
-            self._transfers.append(
-                Transfer(operation, members, kind, sent, received, elapsed_ms, self.phase, self.stage, kept)
-            )
-            return work
+            position = len(self._transfers)
+            transfer = Transfer(operation, members, kind, sent, received, started, ended, self.phase, self.stage, kept)
+            self._transfers.append(transfer)
+            if not asynchronous or operation != "all_to_all":
+                return work
+
+            def waited() -> None:
+                synchronise(tensor.device)
+                if position < len(self._transfers) and self._transfers[position] is transfer:  # not drained before
+                    self._transfers[position] = replace(transfer, ended_s=self._clock())
+
+            return _Awaited(work, waited)
 
         return recorded
+
+
+class _Awaited:
+    """Work of an asynchronous call that tells when it has been waited for."""
+
+    def __init__(self, work: Any, waited: Callable[[], None]) -> None:
+        self._work, self._waited = work, waited
+
+    def wait(self, *args: Any) -> bool:
+        """As torch's."""
+        done = self._work.wait(*args)
+        self._waited()
+        return done
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
 
 
 @contextmanager

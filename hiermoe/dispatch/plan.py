@@ -1,6 +1,6 @@
 """The plan of one layer's dispatch in one micro-batch: made once from the routing, then only replayed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -296,8 +296,21 @@ def exchange(rows: Tensor, send: list[int], receive: list[int], group: dist.Proc
     Returns:
         [sum(receive), ...], grouped by sender.
     """
+    return begin_exchange(rows, send, receive, group, beside_others=False)()
+
+
+def begin_exchange(
+    rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, beside_others: bool
+) -> Callable[[], Tensor]:
+    """As `exchange`, but what comes back waits for the result; with ``beside_others``, that is not waited for here."""
     if group.size() == 1:
-        return rows
-    received = rows.new_empty(sum(receive), *rows.shape[1:])
-    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
-    return received
+        return lambda: rows
+    received, rows = rows.new_empty(sum(receive), *rows.shape[1:]), rows.contiguous()
+    work = dist.all_to_all_single(received, rows, receive, send, group=group, async_op=beside_others)
+
+    def arrived() -> Tensor:
+        if work is not None:
+            work.wait()
+        return received
+
+    return arrived

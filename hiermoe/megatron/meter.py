@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from hiermoe.dispatch.interposer import Interposer, Transfer, synchronise
+from hiermoe.dispatch.interposer import Interposer, Transfer, busy_ms, synchronise
 from hiermoe.dispatch.plan import DispatchPlan
 from hiermoe.megatron.delegating import DelegatingDispatcher
 
@@ -35,8 +35,8 @@ class Call:
 
     @property
     def wire_ms(self) -> float:
-        """Time in collectives, those of counts and metadata included."""
-        return sum(transfer.wire_ms for transfer in self.transfers)
+        """Time in collectives, those of counts and metadata included; what overlaps counts once."""
+        return busy_ms(self.transfers)
 
 
 class Meter:

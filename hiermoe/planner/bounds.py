@@ -171,6 +171,6 @@ def least_traffic(
         if not scheme.deduplicates:
             raise ValueError(f"scheme {scheme.name} sends token-expert pairs; its traffic has no such bound")
         stage_bytes = [least[stage.level(hierarchy) - 1] * row_bytes for stage in scheme.stages]
-        times.append(time_of_alltoall(times_of_stages(scheme, stage_bytes, cluster)))
+        times.append(time_of_alltoall(scheme, times_of_stages(scheme, stage_bytes, cluster), cluster))
     best = cheapest(times)
     return LeastTraffic(schemes[best], times[best], rows)

@@ -2,10 +2,16 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.planner.traffic import Traffic, exact_traffic
+from hiermoe.records.status import NotApplicable
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.peers import Amount
 
@@ -13,7 +19,7 @@ ALLTOALLS_PER_STEP = 4  # dispatch and combine, forward and backward (paper, Sec
 
 
 def times_of_stages(scheme: DispatchScheme, stage_bytes: Iterable[Amount], cluster: Cluster) -> tuple[Amount, ...]:
-    """Time of every stage (paper, Sec. III-B), in ms.
+    """Time of every stage (paper, Sec. III-B) over all chunks, in ms.
 
     Args:
         scheme: whose stages.
@@ -21,12 +27,54 @@ def times_of_stages(scheme: DispatchScheme, stage_bytes: Iterable[Amount], clust
         cluster: alpha and beta.
     """
     exchanges = (cluster.constants(stage.peers) for stage in scheme.stages)
-    return tuple(constants.ms(amount) for constants, amount in zip(exchanges, stage_bytes, strict=True))
+    return tuple(
+        constants.ms(amount, parts=scheme.chunks)
+        for constants, amount in zip(exchanges, stage_bytes, strict=True)
+    )
 
 
-def time_of_alltoall(stage_ms: Iterable[Amount]) -> Amount:
-    """t_d of stages that follow one another: their sum."""
-    return sum(stage_ms)  # type: ignore[return-value] - of at least one stage
+def time_of_alltoall(scheme: DispatchScheme, stage_ms: Sequence[Amount], cluster: Cluster) -> Amount:
+    """t_d of one AlltoAll, in ms.
+
+    In one chunk stages follow one another: the sum of their times (paper, Sec. III-B). In C chunks, beyond the paper, the
+    longest stage is never idle, and of every other one a C-th part is seen alone, before it or after it (fill and
+    drain); of the rest as much passes beside the longest as the cluster's stages overlap.
+
+    Args:
+        scheme: whose stages.
+        stage_ms: of each, over all chunks: numbers, or tensors or arrays of them.
+        cluster: says how far stages overlap.
+
+    Raises:
+        NotApplicable: several chunks, and the cluster does not say.
+    """
+    total: Amount = sum(stage_ms)  # type: ignore[assignment] - of at least one stage
+    if scheme.chunks == 1:
+        return total
+    others = total - reduce(_larger, stage_ms)
+    return total - others * (check_overlap(scheme, cluster) * (scheme.chunks - 1) / scheme.chunks)
+
+
+def check_overlap(scheme: DispatchScheme, cluster: Cluster) -> float:
+    """How far a scheme's stages overlap on a cluster; 0 for one chunk.
+
+    Raises:
+        NotApplicable: several chunks, and the cluster does not say.
+    """
+    if scheme.chunks == 1:
+        return 0.0
+    if cluster.overlap is None:
+        raise NotApplicable(
+            f"it sends in several chunks, and cluster {cluster.name} does not say how far its stages overlap "
+            "(overlap: 0 to 1; `hiermoe calibrate` measures it)"
+        )
+    return cluster.overlap
+
+
+def _larger(a: Amount, b: Amount) -> Amount:
+    if isinstance(a, Tensor):
+        return torch.maximum(a, b)
+    return np.maximum(a, b) if isinstance(a, np.ndarray) else max(a, b)
 
 
 def time_by_groups(
@@ -47,9 +95,11 @@ def time_by_groups(
         raise ValueError(f"group counts price deduplicated traffic; scheme {scheme.name} sends token-expert pairs")
     hierarchy = cluster.hierarchy
     levels = [(stage, stage.level(hierarchy)) for stage in scheme.stages]
-    return time_of_alltoall(
-        cluster.constants(stage.peers).ms(busiest(level), row_bytes / hierarchy.lanes(level)) for stage, level in levels
-    )
+    stage_ms = [
+        cluster.constants(stage.peers).ms(busiest(level), row_bytes / hierarchy.lanes(level), scheme.chunks)
+        for stage, level in levels
+    ]
+    return time_of_alltoall(scheme, stage_ms, cluster)
 
 
 def cheapest(times: Sequence[float]) -> int:
@@ -65,18 +115,15 @@ class Price:
         scheme: what was priced.
         traffic: its rows.
         stage_bytes: bytes at the busiest GPU of each stage.
-        stage_ms: alpha + n * beta of each stage (paper, Sec. III-B).
+        stage_ms: alpha + n * beta of each stage (paper, Sec. III-B), over all chunks.
+        alltoall_ms: t_d.
     """
 
     scheme: DispatchScheme
     traffic: Traffic
     stage_bytes: tuple[int, ...]
     stage_ms: tuple[float, ...]
-
-    @property
-    def alltoall_ms(self) -> float:
-        """t_d, the sum over the stages."""
-        return time_of_alltoall(self.stage_ms)
+    alltoall_ms: float
 
 
 def price(scheme: DispatchScheme, counts: RoutingCounts, cluster: Cluster, row_bytes: int) -> Price:
@@ -93,7 +140,8 @@ def price(scheme: DispatchScheme, counts: RoutingCounts, cluster: Cluster, row_b
     """
     traffic = exact_traffic(scheme, counts, cluster.hierarchy)
     stage_bytes = tuple(rows * row_bytes for rows in traffic.busiest_rows().tolist())
-    return Price(scheme, traffic, stage_bytes, times_of_stages(scheme, stage_bytes, cluster))
+    stage_ms = times_of_stages(scheme, stage_bytes, cluster)
+    return Price(scheme, traffic, stage_bytes, stage_ms, time_of_alltoall(scheme, stage_ms, cluster))
 
 
 def choose_scheme(
@@ -101,7 +149,8 @@ def choose_scheme(
 ) -> Price:
     """Algorithm 1: price every candidate on the step's own routing and take the cheapest, the first one on ties.
 
-    With HD1 ... HDD as candidates the result's dimension is the paper's d*.
+    With HD1 ... HDD as candidates the result's dimension is the paper's d*; with each in several numbers of chunks, C is
+    chosen together with it.
     """
     prices = [price(scheme, counts, cluster, row_bytes) for scheme in candidates]
     return prices[cheapest([one.alltoall_ms for one in prices])]

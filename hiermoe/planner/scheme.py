@@ -1,5 +1,6 @@
 """A dispatch algorithm as data: the stages that rows pass through on their way to the experts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -51,15 +52,24 @@ class DispatchScheme:
     """Stages that together bring every selected token to the GPUs of its experts.
 
     The planner derives traffic and time from it, the executor runs it.
+
+    Attributes:
+        name: as records have it.
+        stages: one after another.
+        padding: equal splits; None for what routing asks.
+        chunks: C, parts that rows are cut into, by columns. While part c passes a stage, part c - 1 passes the next one.
     """
 
     name: str
     stages: tuple[Stage, ...]
     padding: Padding | None = None
+    chunks: int = 1
 
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError(f"scheme {self.name} has no stages")
+        if self.chunks < 1 or (self.chunks > 1 and len(self.stages) == 1):
+            raise ValueError(f"scheme {self.name}: chunks={self.chunks} of {len(self.stages)} stages have no meaning")
         if self.padding and any(stage.rows != "pair" for stage in self.stages):
             raise ValueError(f"scheme {self.name}: only token-expert pairs can be padded per expert")
         if any(a.rows == "pair" and b.rows == "token" for a, b in pairwise(self.stages)):
@@ -88,13 +98,14 @@ class DispatchScheme:
         return all(stage.rows == "token" for stage in self.stages)
 
 
-def hierarchical(dimension: int, deduplicate: bool, hierarchy: Hierarchy) -> DispatchScheme:
+def hierarchical(dimension: int, deduplicate: bool, hierarchy: Hierarchy, chunks: int = 1) -> DispatchScheme:
     """Hd or HDd (paper, Sec. III-A): Inter-level-1 ... Inter-level-(d-1), then Intra-level-(d-1).
 
     Args:
         dimension: d, from 1 (one AlltoAll over all GPUs) to D.
         deduplicate: HDd if true, Hd if not.
         hierarchy: gives D.
+        chunks: C, beyond the paper; ``HDdxC`` where there are several.
 
     Raises:
         NotApplicable: d outside 1..D.
@@ -102,9 +113,9 @@ def hierarchical(dimension: int, deduplicate: bool, hierarchy: Hierarchy) -> Dis
     if not 1 <= dimension <= hierarchy.depth:
         raise NotApplicable(f"dimension={dimension} is outside 1..{hierarchy.depth}, the levels of the hierarchy")
     rows = "token" if deduplicate else "pair"
-    name = f"{'HD' if deduplicate else 'H'}{dimension}"
+    name = f"{'HD' if deduplicate else 'H'}{dimension}" + (f"x{chunks}" if chunks > 1 else "")
     inter = tuple(Stage(Peers("inter", level), rows) for level in range(1, dimension))
-    return DispatchScheme(name, (*inter, Stage(Peers("intra", dimension - 1), rows)))
+    return DispatchScheme(name, (*inter, Stage(Peers("intra", dimension - 1), rows)), chunks=chunks)
 
 
 def fixed_dimension(hierarchy: Hierarchy, dimension: int, deduplicate: bool = True) -> tuple[DispatchScheme, ...]:
@@ -115,6 +126,23 @@ def fixed_dimension(hierarchy: Hierarchy, dimension: int, deduplicate: bool = Tr
 def every_dimension(hierarchy: Hierarchy) -> tuple[DispatchScheme, ...]:
     """HD1 ... HDD, the candidates that Algorithm 1 chooses from (HierD-AlltoAll)."""
     return tuple(hierarchical(d, True, hierarchy) for d in range(1, hierarchy.depth + 1))
+
+
+def pipelined(
+    hierarchy: Hierarchy, dimensions: Sequence[int] | None = None, chunks: Sequence[int] = (1, 2, 4, 8)
+) -> tuple[DispatchScheme, ...]:
+    """HDd in every number of chunks, so that Algorithm 1 chooses C together with d.
+
+    Args:
+        hierarchy: gives D.
+        dimensions: d; None for 1 ... D.
+        chunks: C; of d = 1 there is one.
+    """
+    return tuple(
+        hierarchical(d, True, hierarchy, parts)
+        for d in dimensions or range(1, hierarchy.depth + 1)
+        for parts in (chunks if d > 1 else (1,))
+    )
 
 
 @lru_cache(maxsize=64)

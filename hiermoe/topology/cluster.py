@@ -78,6 +78,8 @@ class Cluster(Strict):
         world: alpha and beta among all GPUs; derived where left out.
         levels: outermost first.
         beyond: levels around these in a larger cluster, outermost first; for :func:`hiermoe.topology.scaling.scaled`.
+        overlap: where two stages of different chunks run at a time, the share of the shorter that passes beside the
+            longer one: 1 where links are independent, 0 where all share one. None where it is not known.
 
     Raises:
         ValueError: levels that do not divide, missing constants, negative alpha or beta.
@@ -90,6 +92,7 @@ class Cluster(Strict):
     world: AlphaBeta | None = None
     levels: tuple[Level, ...] = Field(min_length=1)
     beyond: tuple[OuterLevel, ...] = ()
+    overlap: float | None = Field(default=None, ge=0, le=1)
 
     @model_validator(mode="before")
     @classmethod

@@ -99,11 +99,14 @@ class AlphaBeta(Strict):
     source: str
     published: bool = True
 
-    def ms(self, amount: Amount, bytes_each: float = 1.0) -> Amount:
-        """Time of ``amount`` bytes, or things of ``bytes_each`` bytes: a number, a tensor or an array of them."""
-        time = self.alpha_ms + amount * (self.beta_ms_per_byte * bytes_each)
+    def ms(self, amount: Amount, bytes_each: float = 1.0, parts: int = 1) -> Amount:
+        """Time of ``amount`` bytes, or things of ``bytes_each`` bytes: a number, a tensor or an array of them.
+
+        In ``parts`` equal parts, one after another, each starts up anew.
+        """
+        time = self.alpha_ms * parts + amount * (self.beta_ms_per_byte * bytes_each)
         for bend in self.bends:
-            missing = bend.below_bytes - amount * bytes_each
+            missing = bend.below_bytes * parts - amount * bytes_each
             time = time + (missing + abs(missing)) * (bend.ms_per_byte / 2)
         return time  # pyright: ignore[reportReturnType]
 

@@ -67,4 +67,4 @@ def case(trace_file: Path) -> Case:
 @pytest.fixture(scope="session")
 def assessment(case: Case) -> Assessment:
     """Some systems on it."""
-    return assess(case, *candidates(case.cluster.hierarchy, SYSTEMS))
+    return assess(case, *candidates(case.cluster, SYSTEMS))

@@ -116,7 +116,7 @@ def test_duplication_beside_what_chance_and_any_routing_would_give(assessment: A
 
 
 def test_systems_that_no_count_tells_apart_stand_together(case: Case) -> None:
-    found, left_out = candidates(case.cluster.hierarchy)
+    found, left_out = candidates(case.cluster)
     labels = {one.name: one.labels for one in found}
     assert found[0].name == BASELINE and labels["megatron"] == ("Megatron-LM", "H1")
     assert set(labels["hd2"]) == {"HD2", "HD2-MoE", "Megatron-LM (flex)"}
@@ -133,7 +133,7 @@ def test_other_assumptions_price_what_a_new_assessment_would(case: Case, assessm
     for one in assumptions(case.cluster, case.tokens_per_rank):
         if one.share_of_bytes != 1:
             continue
-        systems, _ = candidates(case.cluster.hierarchy, ["hd2"])
+        systems, _ = candidates(case.cluster, ["hd2"])
         anew = assess(replace(case, cluster=one.cluster), systems)
         assert table.loc[one.words, "value"] == pytest.approx(anew.named("hd2").speedup.value)
     assert table["value"].nunique() == len(table)

@@ -37,7 +37,7 @@ def question(folder: Path) -> Question:
 
 @pytest.fixture(scope="module")
 def layers(question: Question) -> list[Assessment]:
-    systems, left_out = candidates(question.cases[0].cluster.hierarchy, SYSTEMS)
+    systems, left_out = candidates(question.cases[0].cluster, SYSTEMS)
     return [assess(case, systems, left_out) for case in question.cases]
 
 
@@ -94,7 +94,7 @@ def test_a_layer_that_costs_too_much_to_move_is_left_out(question: Question, lay
 
 def test_processes_find_what_one_finds(question: Question, whole: Assessment) -> None:
     seen: list[int] = []
-    again = assess_layers(question, *candidates(question.cases[0].cluster.hierarchy, SYSTEMS), seen.append, workers=2)
+    again = assess_layers(question, *candidates(question.cases[0].cluster, SYSTEMS), seen.append, workers=2)
     assert seen == [1, 2, 3]
     for one, other in zip(again.systems, whole.systems, strict=True):
         assert one.speedup == other.speedup
@@ -127,7 +127,7 @@ def test_another_trace_judges(folder: Path) -> None:
     seen, held_out = case.schedules
     assert case.source.num_distinct == 24 and len(seen) == ITERATIONS and set(seen) == set(range(24))
     assert held_out == list(range(8))
-    found = assess(case, *candidates(case.cluster.hierarchy, SYSTEMS))
+    found = assess(case, *candidates(case.cluster, SYSTEMS))
     assert found.num_held_out == 8 and found.num_seen == ITERATIONS
     alone = resolve(config_of(trace=paths["b"], layer=0)).cases[0]
     flat_ms = [alone.routing.counts(i, case.first_places, case.cluster.hierarchy).pairs_GS.sum() for i in range(8)]

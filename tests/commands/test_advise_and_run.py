@@ -59,7 +59,7 @@ def test_a_group_of_no_stated_size_cannot_lie_across(config: str, schema: Any) -
 @pytest.mark.parametrize(("name", "ep_size"), [("gb200_nvl72_ib400", 64), ("h100_ib400", 8), ("h100_ib400", 32)])
 def test_both_answer_to_the_digit(name: str, ep_size: int) -> None:
     case = advised(name, ep_size, False)
-    assessment = assess(case, candidates(case.cluster.hierarchy, ["hd_moe"])[0])
+    assessment = assess(case, candidates(case.cluster, ["hd_moe"])[0])
     workload = open_workload(run(name, ep_size, False))
     steps = simulate(workload).query("phase == 'step' and counted")
     ours = assessment.named("hd_moe").held_out.step_ms(case.cluster)

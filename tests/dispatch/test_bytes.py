@@ -99,8 +99,13 @@ def test_bytes_of_every_stage_source_and_destination_are_the_planners(
             assert not wrong, (case, where, wrong)
 
 
+def waves(names: list[str], chunks: int) -> list[str]:
+    """Stages in the order in which they begin: of those of a wave, the chunk that is furthest first."""
+    return [names[w - c] for w in range(len(names) + chunks - 1) for c in range(chunks) if 0 <= w - c < len(names)]
+
+
 @for_every_system
-def test_counts_are_gathered_once_and_every_stage_exchanges_once_a_phase(
+def test_counts_are_gathered_once_and_every_stage_exchanges_once_a_phase_and_chunk(
     contract_results: Results, world: World, system: str
 ) -> None:
     for case, where, placement in runs_of(world, system):
@@ -112,15 +117,17 @@ def test_counts_are_gathered_once_and_every_stage_exchanges_once_a_phase(
             assert [phase for phase, _ in outcome.calls] == PHASES
             assert outcome.scheme in ("", scheme.name)
             by_phase = dict(outcome.calls)
+            onwards = waves(names, scheme.chunks)
+            back = waves(names[::-1], scheme.chunks)
 
             def stages(transfers: tuple[Transfer, ...], kind: str) -> list[str]:
                 return [transfer.stage for transfer in transfers if transfer.kind == kind]
 
             assert stages(by_phase["dispatch"], "metadata") == ["counts", *names], case
-            assert stages(by_phase["dispatch"], "payload") == names, case
-            assert stages(by_phase["combine"], "payload") == names[::-1], case
-            assert stages(by_phase["combine_backward"], "payload") == names, case
-            assert stages(by_phase["dispatch_backward"], "payload") == names[::-1], case
+            assert stages(by_phase["dispatch"], "payload") == onwards, case
+            assert stages(by_phase["combine"], "payload") == back, case
+            assert stages(by_phase["combine_backward"], "payload") == onwards, case
+            assert stages(by_phase["dispatch_backward"], "payload") == back, case
             assert stages(by_phase["dispatch_backward"], "metadata") == names[::-1], case
             assert not stages(by_phase["combine"] + by_phase["combine_backward"], "metadata"), case
 
