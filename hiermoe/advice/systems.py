@@ -47,9 +47,7 @@ class Candidate:
         return any(scheme.lossy for scheme in self.schemes)
 
 
-def candidates(
-    cluster: Cluster, names: Sequence[str] | None = None
-) -> tuple[list[Candidate], list[tuple[str, str]]]:
+def candidates(cluster: Cluster, names: Sequence[str] | None = None) -> tuple[list[Candidate], list[tuple[str, str]]]:
     """All systems on a cluster, equal ones together, the flat AlltoAll first.
 
     Args:

@@ -1,5 +1,9 @@
-"""Times the AlltoAll of every kind of peers of a cluster, over message sizes: what alpha and beta are fitted to."""
+"""Times the AlltoAll of every kind of peers of a cluster, over message sizes: what alpha and beta are fitted to.
 
+And two of them at a time, which tells how far the stages of different chunks overlap.
+"""
+
+import math
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -14,7 +18,7 @@ from pydantic import Field
 from hiermoe.dispatch.communicators import Communicators
 from hiermoe.dispatch.interposer import synchronise
 from hiermoe.measure.measurement import Measurement
-from hiermoe.planner.fit import SMALLEST_FITTED_BYTES, fit_exchanges
+from hiermoe.planner.fit import OVERLAPPING, SMALLEST_FITTED_BYTES, fit_exchanges
 from hiermoe.planner.scheme import every_dimension
 from hiermoe.ranks.streams import RowStream
 from hiermoe.ranks.world import Device, Progress, World
@@ -54,12 +58,27 @@ class CalibrationJob(Strict):
             sizes.append(sizes[-1] * 2)
         return sizes
 
-    def measurements(self) -> Iterator[tuple[int, Peers, int]]:
-        """Round (negative: warm-up), peers and bytes per pair. Rounds are outermost, so that drift meets all alike."""
+    def overlap_bytes(self) -> list[int]:
+        """Bytes at a GPU for both exchanges of `OVERLAPPING` at a time, falling; none on a single level."""
+        if not set(OVERLAPPING) <= set(self.cluster.exchanges):
+            return []
+        sizes = [exchange.size(self.cluster.hierarchy) for exchange in OVERLAPPING]
+        most = min(self.pair_bytes(x)[-1] * size for x, size in zip(OVERLAPPING, sizes, strict=True))
+        step = math.lcm(*sizes)
+        return sorted({max(most // part // step, 1) * step for part in (1, 2, 4)}, reverse=True)
+
+    def measurements(self) -> Iterator[tuple[int, tuple[Peers, ...], int]]:
+        """Round (negative: warm-up), exchanges at a time, and bytes at a GPU in each.
+
+        Rounds are outermost, so that drift meets all alike.
+        """
+        hierarchy = self.cluster.hierarchy
         for repeat in range(-self.warm_ups, self.repeats):
             for exchange in self.cluster.exchanges:
                 for pair_bytes in self.pair_bytes(exchange):
-                    yield repeat, exchange, pair_bytes
+                    yield repeat, (exchange,), pair_bytes * exchange.size(hierarchy)
+            for num_bytes in self.overlap_bytes():
+                yield repeat, OVERLAPPING, num_bytes
 
 
 class Calibrate(Measurement):
@@ -119,23 +138,27 @@ def calibrate(rank: int, job: CalibrationJob, timeout: timedelta, device: Device
     world = dist.group.WORLD
     assert world is not None
     communicators = Communicators(world, hierarchy, every_dimension(hierarchy), timeout)
-    largest = max(n * exchange.size(hierarchy) for _, exchange, n in job.measurements())
+    largest = max(num_bytes for _, _, num_bytes in job.measurements())
     source = torch.zeros(largest, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+    targets = [torch.empty_like(source) for _ in OVERLAPPING]
     with RowStream(folder, rank) as stream:
-        for repeat, exchange, pair_bytes in job.measurements():
-            num_bytes = pair_bytes * exchange.size(hierarchy)
-            group = communicators.of(exchange).group
+        for repeat, exchanges, num_bytes in job.measurements():
+            groups = [communicators.of(exchange).group for exchange in exchanges]
             dist.barrier()
-            synchronise(target.device)
+            synchronise(source.device)
             time.sleep(_SETTLE_SECONDS)
             started = time.perf_counter()
-            dist.all_to_all_single(target[:num_bytes], source[:num_bytes], group=group)
-            synchronise(target.device)
+            begun = [
+                dist.all_to_all_single(target[:num_bytes], source[:num_bytes], group=group, async_op=True)
+                for target, group in zip(targets, groups, strict=False)
+            ]
+            for work in begun:
+                work.wait()  # type: ignore[union-attr] - of an asynchronous call
+            synchronise(source.device)
             elapsed_ms = (time.perf_counter() - started) * 1e3
             row = {
                 "phase": "calibration",
-                "stage": str(exchange),
+                "stage": "+".join(map(str, exchanges)),
                 "iteration": repeat,
                 "routing_iteration": -1,
                 "counted": True,

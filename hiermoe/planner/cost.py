@@ -28,8 +28,7 @@ def times_of_stages(scheme: DispatchScheme, stage_bytes: Iterable[Amount], clust
     """
     exchanges = (cluster.constants(stage.peers) for stage in scheme.stages)
     return tuple(
-        constants.ms(amount, parts=scheme.chunks)
-        for constants, amount in zip(exchanges, stage_bytes, strict=True)
+        constants.ms(amount, parts=scheme.chunks) for constants, amount in zip(exchanges, stage_bytes, strict=True)
     )
 
 

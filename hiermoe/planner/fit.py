@@ -8,12 +8,14 @@ from scipy import stats
 from scipy.optimize import nnls
 
 from hiermoe.topology.cluster import Cluster
-from hiermoe.topology.peers import Peers
+from hiermoe.topology.peers import AlphaBeta, Peers
 
 # Below, start-up decides and the line is not one.
 SMALLEST_FITTED_BYTES = 64 * 1024
 # What the source of a constant begins with that was measured.
 CALIBRATED = "calibrated on"
+# The two stages of HD2, timed at once as well.
+OVERLAPPING = (Peers("inter", 1), Peers("intra", 1))
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,10 @@ class Fit:
     alpha_ms: float
     beta_ms_per_byte: float
     r2: float
+
+    def line(self, source: str) -> AlphaBeta:
+        """As constants of an AlltoAll that nobody has published."""
+        return AlphaBeta(alpha_ms=self.alpha_ms, beta_ms_per_byte=self.beta_ms_per_byte, source=source, published=False)
 
 
 def fit_alpha_beta(size_bytes: np.ndarray, time_ms: np.ndarray) -> Fit:
@@ -68,6 +74,23 @@ def fit_exchanges(records: pd.DataFrame, cluster: Cluster) -> dict[Peers, Fit]:
         rows = fitted[fitted["stage"] == str(exchange)]
         found[exchange] = _line(rows["bytes"].to_numpy(float), rows["median_ms"].to_numpy(float))
     return found
+
+
+def fit_overlap(records: pd.DataFrame, cluster: Cluster) -> float | None:
+    """How far the stages of HD2 overlap when they run at a time, see `Cluster.overlap`; None where that was not timed.
+
+    Of each size, what both together take less than one after the other, by the fitted lines, over the time of the
+    shorter one; median over sizes.
+    """
+    table = timings(records)
+    both = table[table["stage"] == "+".join(map(str, OVERLAPPING))]
+    if both.empty:
+        return None
+    fits, size_bytes = fit_exchanges(records, cluster), both["bytes"].to_numpy(float)
+    lines = (fits[x].line(f"the timings of {x}") for x in OVERLAPPING)
+    one, other = (line.ms(size_bytes) for line in lines)
+    shares = (one + other - both["median_ms"].to_numpy(float)) / np.minimum(one, other)
+    return float(np.clip(np.median(shares), 0.0, 1.0))
 
 
 def _line(size_bytes: np.ndarray, time_ms: np.ndarray) -> Fit:

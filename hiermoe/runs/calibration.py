@@ -13,7 +13,7 @@ from rich.table import Table
 from hiermoe.measure.calibrate import CalibrationJob
 from hiermoe.measure.measurement import Measurement
 from hiermoe.measure.registry import MEASUREMENTS
-from hiermoe.planner.fit import CALIBRATED, fit_exchanges, timings
+from hiermoe.planner.fit import CALIBRATED, fit_exchanges, fit_overlap, timings
 from hiermoe.ranks.places import PLACES, RanksConfig
 from hiermoe.ranks.world import Progress, World, no_progress
 from hiermoe.records.groups import files_of
@@ -157,12 +157,13 @@ def write_cluster(config: CalibrationConfig, store: RunStore) -> Cluster:
     date = provenance["time"][:10]
     # Not the host where it belongs to an allocation: the next one may begin with another, and the name would count.
     where = socket.gethostname() if config.ranks.on_this_host else config.cluster.name
-    fits = fit_exchanges(store.read(config.run_id), config.cluster)
+    records = store.read(config.run_id)
+    fits = fit_exchanges(records, config.cluster)
 
     def constants(exchange: Peers) -> AlphaBeta:
         fit = fits[exchange]
         source = f"{CALIBRATED} {where} on {date}, ranks={config.ranks.name}, r^2 = {fit.r2:.4f}"
-        return AlphaBeta(alpha_ms=fit.alpha_ms, beta_ms_per_byte=fit.beta_ms_per_byte, source=source, published=False)
+        return fit.line(source)
 
     levels = [
         level.model_copy(update={kind: constants(Peers(kind, number)) for kind in ("inter", "intra")})
@@ -173,6 +174,7 @@ def write_cluster(config: CalibrationConfig, store: RunStore) -> Cluster:
         "description": f"{config.cluster.description}, calibrated",
         "world": constants(WORLD),
         "levels": (*levels, config.cluster.levels[-1]),
+        "overlap": fit_overlap(records, config.cluster),
     }
     cluster = config.cluster.model_copy(update=update)
     if not config.ranks.on_this_host:
@@ -227,4 +229,9 @@ def calibration_table(records: pd.DataFrame, title: str, cluster: Cluster) -> Ta
         f"n: bytes at a rank, its own share included. Line through n above 64 KiB; times: slowest rank, median of "
         f"{measured['n'].min()} repeats. !: r² below {GOOD_R2}, calibrate again on an idle machine."
     )
+    overlap = fit_overlap(records, cluster)
+    if overlap is not None:
+        table.caption += (
+            f" Between nodes and inside them at a time: {overlap:.0%} of the shorter passes beside the longer."
+        )
     return table

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hiermoe.planner.fit import fit_exchanges, timings
+from hiermoe.planner.fit import fit_exchanges, fit_overlap, timings
 from hiermoe.ranks.world import Device, Source
 from hiermoe.records.store import RunStore
 from hiermoe.runs.calibration import CalibrationConfig, write_cluster
@@ -27,16 +27,22 @@ def configured(*overrides: str) -> CalibrationConfig:
     return compose("calibrate", overrides, CalibrationConfig)
 
 
-def rows_of(config: CalibrationConfig, alpha_ms: float, beta_ms_per_byte: float) -> pd.DataFrame:
-    """Timings on a line, of ranks of which the last is the slowest; the first size and one repeat are far off it."""
+def rows_of(
+    config: CalibrationConfig, alpha_ms: float, beta_ms_per_byte: float, both_at_once: float = 2.0
+) -> pd.DataFrame:
+    """Timings on a line, of ranks of which the last is the slowest; the first size and one repeat are far off it.
+
+    Two exchanges at a time take ``both_at_once`` times as long as one.
+    """
     rows: list[dict[str, Any]] = []
     ranks = config.cluster.hierarchy.num_ranks
-    for repeat, exchange, pair_bytes in config.measurement.prepare(config).measurements():
+    for repeat, exchanges, num_bytes in config.measurement.prepare(config).measurements():
         if repeat < 0:
             continue
-        num_bytes = pair_bytes * exchange.size(config.cluster.hierarchy)
-        time_ms = alpha_ms + num_bytes * beta_ms_per_byte + (100.0 if repeat == 1 or num_bytes <= 2**16 else 0.0)
-        common = {"phase": "calibration", "stage": str(exchange), "iteration": repeat, "routing_iteration": -1}
+        time_ms = (alpha_ms + num_bytes * beta_ms_per_byte) * (both_at_once if len(exchanges) == 2 else 1)
+        time_ms += 100.0 if repeat == 1 or num_bytes <= 2**16 else 0.0
+        stage = "+".join(map(str, exchanges))
+        common = {"phase": "calibration", "stage": stage, "iteration": repeat, "routing_iteration": -1}
         common |= {"counted": True, "layer": -1, "bytes": num_bytes}
         rows += [common | {"rank": rank, "wire_ms": time_ms * (rank + 1) / ranks} for rank in range(ranks)]
     return pd.DataFrame(rows)
@@ -54,6 +60,19 @@ def test_line_goes_through_medians_of_the_slowest_rank_above_64_kib() -> None:
     config = configured(*SMALL)
     for exchange, fit in fit_exchanges(rows_of(config, 3.0, 2e-6), config.cluster).items():
         assert (fit.alpha_ms, fit.beta_ms_per_byte, fit.r2) == pytest.approx((3.0, 2e-6, 1.0)), exchange
+
+
+@pytest.mark.parametrize(("both_at_once", "overlap"), [(1.0, 1.0), (1.25, 0.75), (2.0, 0.0), (2.5, 0.0), (0.9, 1.0)])
+def test_overlap_is_what_both_save_over_the_shorter(both_at_once: float, overlap: float) -> None:
+    config = configured("cluster=emulated_4x8")
+    records = rows_of(config, 3.0, 2e-6, both_at_once)
+    assert fit_overlap(records, config.cluster) == pytest.approx(overlap)
+    assert fit_overlap(records[records["stage"] != "inter1+intra1"], config.cluster) is None
+
+
+def test_a_single_level_has_nothing_to_overlap() -> None:
+    config = configured("ranks=local", "cluster=a6000_1x8", "world_size=2")
+    assert fit_overlap(rows_of(config, 3.0, 2e-6), config.cluster) is None
 
 
 @pytest.mark.parametrize(("alpha_ms", "beta_ms_per_byte"), [(-1.0, 1e-5), (20.0, -1e-6)])
@@ -84,6 +103,7 @@ def test_cluster_file_is_found_by_name_and_by_path(
     written = write_cluster(config, store)
     assert Cluster.named("mine") == written == Cluster.named(str(clusters / "mine.yaml"))
     assert written.hierarchy == config.cluster.hierarchy
+    assert written.overlap == pytest.approx(0.0)
     assert all(written.constants(x).beta_ms_per_byte == pytest.approx(2e-6) for x in written.exchanges)
     date = json.loads((store.path(config.run_id) / "provenance.json").read_text())["time"][:10]
     assert written.constants(WORLD).source.endswith(f"on {date}, ranks=local, r^2 = 1.0000")

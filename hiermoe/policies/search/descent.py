@@ -62,7 +62,9 @@ class SwapTable:
         changed = torch.cat([self._with_only(a, b), self._with_only(b, a)])
         ids_NK, weight_N = self._sets.ids_NK[changed], self._sets.weight_N[changed]
         after = self.placement.swapped(a, b)
-        as_before_NK = torch.where(ids_NK == a, b, torch.where(ids_NK == b, a, ids_NK))  # what they were, seen from after
+        as_before_NK = torch.where(
+            ids_NK == a, b, torch.where(ids_NK == b, a, ids_NK)
+        )  # what they were, seen from after
         both_NK, signed_N = torch.cat([ids_NK, as_before_NK]), torch.cat([weight_N, -weight_N])
         self._packed = self._packed + measure_swaps(both_NK, after, self.cluster.hierarchy, signed_N)
         self.placement = after

@@ -1,0 +1,91 @@
+"""Several chunks: their price against a schedule walked through chunk by chunk, and what Algorithm 1 makes of it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from hiermoe.planner.cost import choose_scheme, price, time_of_alltoall
+from hiermoe.planner.counts import count_routing
+from hiermoe.planner.scheme import DispatchScheme, Stage, hierarchical, pipelined
+from hiermoe.records.status import NotApplicable
+from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.peers import WORLD, AlphaBeta, Bend
+from hiermoe.topology.placement import Placement
+from tests.planner.cases import random_step
+
+CLUSTER = Cluster.named("a6000_4x8").model_copy(update={"overlap": 1.0})
+HIERARCHY = CLUSTER.hierarchy
+COUNTS = count_routing(
+    random_step([40] * 32, 64, 8, torch.Generator().manual_seed(3)), Placement.identity(64), HIERARCHY
+)
+ROW_BYTES = 4096
+
+
+def walked_through(chunk_ms: Sequence[float], chunks: int) -> float:
+    """When the last chunk is through, every stage taking one chunk at a time and each chunk one stage at a time."""
+    free_at = [0.0] * len(chunk_ms)
+    for _ in range(chunks):
+        ready_at = 0.0
+        for stage, ms in enumerate(chunk_ms):
+            ready_at = free_at[stage] = max(ready_at, free_at[stage]) + ms
+    return ready_at
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, 8])
+@pytest.mark.parametrize("stage_ms", [(3.0, 5.0), (5.0, 3.0), (1.0, 7.0, 2.0), (4.0, 4.0, 4.0), (0.0, 6.0)])
+def test_full_overlap_is_the_schedule_walked_through(stage_ms: tuple[float, ...], chunks: int) -> None:
+    scheme = replace(hierarchical(len(stage_ms), True, HIERARCHY), chunks=chunks)
+    found = time_of_alltoall(scheme, stage_ms, CLUSTER)
+    assert found == pytest.approx(walked_through([ms / chunks for ms in stage_ms], chunks))
+    for kind in (torch.tensor, np.array):
+        (array,) = time_of_alltoall(scheme, [kind([ms]) for ms in stage_ms], CLUSTER).tolist()
+        assert array == pytest.approx(found)
+
+
+def test_no_overlap_is_the_sum_and_half_is_half_way() -> None:
+    scheme, stage_ms = hierarchical(3, True, HIERARCHY, chunks=4), (2.0, 6.0, 1.0)
+    none, half, full = (
+        time_of_alltoall(scheme, stage_ms, CLUSTER.model_copy(update={"overlap": share})) for share in (0.0, 0.5, 1.0)
+    )
+    assert none == pytest.approx(9.0) and half == pytest.approx((none + full) / 2)
+
+
+def test_every_chunk_starts_up_and_small_ones_lie_off_the_line() -> None:
+    line = AlphaBeta(
+        alpha_ms=2.0, beta_ms_per_byte=0.01, source="hand", bends=(Bend(below_bytes=300, ms_per_byte=0.1),)
+    )
+    assert line.ms(400.0) == pytest.approx(6.0)
+    assert line.ms(400.0, parts=2) == pytest.approx(2 * line.ms(200.0)) == pytest.approx(2 * (2 + 2 + 10))
+    scheme = hierarchical(2, True, HIERARCHY, chunks=4)
+    one, four = (price(x, COUNTS, CLUSTER, ROW_BYTES) for x in (replace(scheme, chunks=1), scheme))
+    assert four.stage_bytes == one.stage_bytes and torch.equal(four.traffic.rows_SGG, one.traffic.rows_SGG)
+    for stage, before, after in zip(scheme.stages, one.stage_ms, four.stage_ms, strict=True):
+        assert after - before == pytest.approx(3 * CLUSTER.constants(stage.peers).alpha_ms)
+
+
+def test_long_rows_are_cut_and_short_ones_are_not() -> None:
+    candidates = pipelined(HIERARCHY)
+    assert [x.name for x in candidates[:6]] == ["HD1", "HD2", "HD2x2", "HD2x4", "HD2x8", "HD3"]
+    chosen = [choose_scheme(candidates, COUNTS, CLUSTER, row_bytes) for row_bytes in (2, 2**20)]
+    assert chosen[0].scheme.chunks == 1 < chosen[1].scheme.chunks
+    for one, row_bytes in zip(chosen, (2, 2**20), strict=True):
+        every = [price(x, COUNTS, CLUSTER, row_bytes).alltoall_ms for x in candidates]
+        assert one.alltoall_ms == min(every)
+    fixed = CLUSTER.model_copy(update={"overlap": 0.0})
+    assert choose_scheme(candidates, COUNTS, fixed, 2**20).scheme.chunks == 1
+
+
+def test_nothing_is_promised_of_stages_whose_overlap_is_not_known() -> None:
+    unknown = CLUSTER.model_copy(update={"overlap": None})
+    with pytest.raises(NotApplicable, match="does not say how far its stages overlap"):
+        price(hierarchical(2, True, HIERARCHY, chunks=2), COUNTS, unknown, ROW_BYTES)
+
+
+def test_chunks_of_a_single_stage_have_no_meaning() -> None:
+    with pytest.raises(ValueError, match="chunks=2 of 1 stages"):
+        DispatchScheme("HD1", (Stage(WORLD, "token"),), chunks=2)
+    with pytest.raises(ValueError, match="chunks=0"):
+        hierarchical(2, True, HIERARCHY, chunks=0)
