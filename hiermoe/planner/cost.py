@@ -35,8 +35,8 @@ def times_of_stages(scheme: DispatchScheme, stage_bytes: Iterable[Amount], clust
 def time_of_alltoall(scheme: DispatchScheme, stage_ms: Sequence[Amount], cluster: Cluster) -> Amount:
     """t_d of one AlltoAll, in ms.
 
-    In one chunk stages follow one another: the sum of their times (paper, Sec. III-B). In C chunks, beyond the paper, the
-    longest stage is never idle, and of every other one a C-th part is seen alone, before it or after it (fill and
+    In one chunk stages follow one another: the sum of their times (paper, Sec. III-B). In C chunks, beyond the paper,
+    the longest stage is never idle, and of every other one a C-th part is seen alone, before it or after it (fill and
     drain); of the rest as much passes beside the longest as the cluster's stages overlap.
 
     Args:
@@ -72,7 +72,7 @@ def check_overlap(scheme: DispatchScheme, cluster: Cluster) -> float:
 
 def _larger(a: Amount, b: Amount) -> Amount:
     if isinstance(a, Tensor):
-        return torch.maximum(a, b)
+        return torch.maximum(a, torch.as_tensor(b))
     return np.maximum(a, b) if isinstance(a, np.ndarray) else max(a, b)
 
 
@@ -148,8 +148,8 @@ def choose_scheme(
 ) -> Price:
     """Algorithm 1: price every candidate on the step's own routing and take the cheapest, the first one on ties.
 
-    With HD1 ... HDD as candidates the result's dimension is the paper's d*; with each in several numbers of chunks, C is
-    chosen together with it.
+    With HD1 ... HDD as candidates the result's dimension is the paper's d*; with each in several numbers of chunks, C
+    is chosen with it.
     """
     prices = [price(scheme, counts, cluster, row_bytes) for scheme in candidates]
     return prices[cheapest([one.alltoall_ms for one in prices])]

@@ -57,7 +57,7 @@ class DispatchScheme:
         name: as records have it.
         stages: one after another.
         padding: equal splits; None for what routing asks.
-        chunks: C, parts that rows are cut into, by columns. While part c passes a stage, part c - 1 passes the next one.
+        chunks: C, parts that rows are cut into, by columns. While one passes a stage, that before it passes the next.
     """
 
     name: str

@@ -123,7 +123,7 @@ def test_advice_and_runs_answer_to_the_digit(name: str, experts: int, clusters: 
     sizes = [f"num_experts={experts}", "topk=6", "hidden_size=7168", "moe_ffn_hidden_size=2048"]
     case = resolve(compose("advise", [*SMALL, f"cluster={clusters[name]}", *sizes], AdviceConfig)).cases[0]
     assert any(f"{experts} experts on" in note for note in case.notes)
-    ours = assess(case, candidates(case.cluster.hierarchy, ["hd_moe"])[0]).named("hd_moe").held_out
+    ours = assess(case, candidates(case.cluster, ["hd_moe"])[0]).named("hd_moe").held_out
     steps = simulate(open_workload(run(clusters[name], experts, "system=hd_moe"))).query("phase == 'step' and counted")
     np.testing.assert_allclose(ours.step_ms(case.cluster), steps["predicted_ms"], rtol=1e-12)
 
