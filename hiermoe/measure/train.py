@@ -160,7 +160,9 @@ def train(rank: int, job: TrainingJob, corpus: Corpus, timeout: timedelta, devic
                 "moved_experts": sum(update.moved_experts for update in updates),
                 "moves": "; ".join(f"layer {update.layer}: {update.moves}" for update in updates),
                 "migration_bytes": sum(update.sent_bytes for update in updates),
-                "migration_ms": sum(update.migration_ms for update in updates),
+                "migration_ms": placement.migration_ms,
+                "landing_ms": placement.landing_ms,
+                "hidden_ms": max((update.hidden_ms for update in updates), default=0.0),
             }
             stream.write([row | _alltoall_times(calls)])
             if saved.every is not None and (step + 1) % saved.every == 0:

@@ -100,7 +100,10 @@ def attach(
             dispatcher = MeteredDispatcher(dispatcher, layer.layer_number or 0, meter)
         layer.token_dispatcher = dispatcher
         setattr(layer, _BEFORE, (original, placement))
-    placed = ExpertPlacement(moving)
+    background: Any = None
+    if moving and system.migration == "background":
+        background = torch.distributed.new_group(timeout=timeout)
+    placed = ExpertPlacement(moving, background=background)
     placed.move_to(wanted or {}, None)
     return placed
 

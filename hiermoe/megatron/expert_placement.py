@@ -19,7 +19,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,10 +30,12 @@ from torch import Tensor
 from hiermoe.dispatch.communicators import reduced
 from hiermoe.dispatch.dispatcher import Dispatcher
 from hiermoe.megatron.expert_state import check_optimizer
-from hiermoe.megatron.migration import migrate
+from hiermoe.megatron.migration import Travelling, bytes_on_the_way, migrate
 from hiermoe.megatron.pipeline_stage import is_stage
 from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate, StaticPolicy, StepContext
 from hiermoe.topology.placement import Placement
+
+BACKGROUND_BYTES = 2**30  # that wait at a rank for their place; an update of more moves at once
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class LayerUpdate:
         moves: what it changed, as in `Placement.moves_to`.
         modelled_gain_ms: as in `PlacementUpdate`.
         sent_bytes: by this rank.
-        migration_ms: of this rank, its waiting included.
+        migration_ms: of this rank, its waiting included; of a background move what it took before the optimizer's step,
+            when experts and gradients came to their places.
+        hidden_ms: until then, from when they began to travel; 0 where they moved at once.
     """
 
     layer: int
@@ -55,6 +59,7 @@ class LayerUpdate:
     modelled_gain_ms: float | None
     sent_bytes: int
     migration_ms: float
+    hidden_ms: float = 0.0
 
     @property
     def moved_experts(self) -> int:
@@ -131,6 +136,13 @@ class LayerPlacement:
         )
 
 
+class _OnTheWay(NamedTuple):
+    layer: LayerPlacement
+    update: PlacementUpdate
+    travelling: Travelling
+    begun: float
+
+
 class ExpertPlacement:
     """The placement of a model's experts while it trains.
 
@@ -145,7 +157,11 @@ class ExpertPlacement:
     """
 
     def __init__(
-        self, layers: list[LayerPlacement], group: dist.ProcessGroup | None = None, iteration: int = 0
+        self,
+        layers: list[LayerPlacement],
+        group: dist.ProcessGroup | None = None,
+        iteration: int = 0,
+        background: dist.ProcessGroup | None = None,
     ) -> None:
         """Take charge of these layers.
 
@@ -153,10 +169,17 @@ class ExpertPlacement:
             layers: none for a system that moves no experts.
             group: ranks that decide together; None for Megatron's data-parallel group, which has all replicas.
             iteration: number of the coming step.
+            background: of all ranks, for experts that travel beside forward and backward passes; None where they move
+                between steps.
         """
         self.layers = layers
-        self._group = group
+        self._group, self._background = group, background
+        self._on_the_way: list[_OnTheWay] = []
+        self._landed: list[LayerUpdate] = []
+        self._watched: MegatronOptimizer | None = None
         self.planning_ms = 0.0  # of the latest step, all layers: measuring, reducing and deciding
+        self.migration_ms = 0.0  # likewise: moving after the step, and beginning to
+        self.landing_ms = 0.0  # likewise, within the optimizer's step: the part of background moves that is not hidden
         self._start_iteration(iteration)
 
     def step(self, optimizer: MegatronOptimizer | None) -> list[LayerUpdate]:
@@ -168,19 +191,36 @@ class ExpertPlacement:
         Args:
             optimizer: whose state moves with the weights; None where there is none.
 
+        Where they travel in the background, they begin to here, and arrive within the next step of the optimizer,
+        before it changes anything; a step in which experts arrived decides nothing, since what it measured is of where
+        they were.
+
         Returns:
-            The updates, of layers that had one.
+            The updates, of layers that had one, whose experts have arrived.
 
         Raises:
             ValueError: an optimizer that keeps state elsewhere, or a policy that makes copies of experts.
-            RuntimeError: ranks decided differently, or a rank died while experts moved.
+            RuntimeError: ranks decided differently, a rank died while experts moved, or experts are still on their way.
         """
         if optimizer is not None and self.layers:
             check_optimizer(optimizer)
+        if self._on_the_way:
+            raise RuntimeError(
+                "experts are on their way, and the optimizer that step() was given has not stepped since"
+            )
+        done, self._landed = self._landed, []
+        self.landing_ms = sum(update.migration_ms for update in done)
         started = time.perf_counter()
-        updates = self._decide() if any(not isinstance(x.policy, StaticPolicy) for x in self.layers) else []
+        decides = any(not isinstance(x.policy, StaticPolicy) for x in self.layers) and not done
+        updates = self._decide() if decides else []
         self.planning_ms = (time.perf_counter() - started) * 1e3 + sum(layer.measuring_ms for layer in self.layers)
-        done = [self._move(layer, update, optimizer) for layer, update in updates]
+        started = time.perf_counter()
+        for layer, update in updates:
+            if self._travels(layer, update) and optimizer is not None:
+                self._send_off(layer, update, optimizer)
+            else:
+                done.append(self._move(layer, update, optimizer))
+        self.migration_ms = (time.perf_counter() - started) * 1e3
         self._start_iteration(self._iteration + 1)
         return done
 
@@ -205,6 +245,9 @@ class ExpertPlacement:
         """
         if optimizer is not None:
             check_optimizer(optimizer)
+        for one in self._on_the_way:
+            one.travelling.abandon()
+        self._on_the_way = []
         wanted = [(layer, placements[layer.number]) for layer in self.layers if layer.number in placements]
         return [self._move(layer, PlacementUpdate(placement, None), optimizer) for layer, placement in wanted]
 
@@ -278,6 +321,48 @@ class ExpertPlacement:
                 updates.append((layer, update))
         _check_same([(layer.number, update.placement.slot_E.tolist()) for layer, update in updates], group)
         return updates
+
+    def _travels(self, layer: LayerPlacement, update: PlacementUpdate) -> bool:
+        """Whether an update's experts go in the background; the same on every rank."""
+        if self._background is None:
+            return False
+        dispatcher = layer.dispatcher
+        ranks = dispatcher.context.communicators.size
+        return bytes_on_the_way(layer.parameters, dispatcher.placement, update.placement, ranks) <= BACKGROUND_BYTES
+
+    def _send_off(self, layer: LayerPlacement, update: PlacementUpdate, optimizer: MegatronOptimizer) -> None:
+        assert self._background is not None
+        if self._watched is not optimizer:
+            self._watched, step = optimizer, optimizer.step
+
+            def landing_first(*arguments: Any, **named: Any) -> Any:
+                self._land()
+                return step(*arguments, **named)
+
+            optimizer.step = landing_first  # type: ignore[method-assign] - the loop around it stays as it is
+        group = layer.dispatcher.context.communicators.ep_group
+        old, begun = layer.dispatcher.placement, time.perf_counter()
+        travelling = Travelling(layer.parameters, optimizer, old, update.placement, group, self._background)
+        self._on_the_way.append(_OnTheWay(layer, update, travelling, begun))
+
+    def _land(self) -> None:
+        """Experts that travelled come to their places, between the backward passes and the optimizer's step."""
+        on_the_way, self._on_the_way = self._on_the_way, []
+        for layer, update, travelling, begun in on_the_way:
+            started = time.perf_counter()
+            with layer.dispatcher.moving():
+                sent_bytes = travelling.finish()
+                layer.dispatcher.placement = update.placement
+            done = LayerUpdate(
+                layer=layer.number,
+                placement=update.placement,
+                moves=travelling.old.moves_to(update.placement),
+                modelled_gain_ms=update.modelled_gain_ms,
+                sent_bytes=sent_bytes,
+                migration_ms=(time.perf_counter() - started) * 1e3,
+                hidden_ms=(started - begun) * 1e3,
+            )
+            self._landed.append(done)
 
     def _move(self, layer: LayerPlacement, update: PlacementUpdate, optimizer: MegatronOptimizer | None) -> LayerUpdate:
         started = time.perf_counter()

@@ -150,6 +150,25 @@ def held_state(parameters: Sequence[torch.nn.Parameter], optimizer: MegatronOpti
     return held + [Held([_flat(x) for x in tensors], None) for tensors in _undivided(parameters, optimizer)]
 
 
+def gradients(parameters: Sequence[torch.nn.Parameter], optimizer: MegatronOptimizer | None) -> list[Held]:
+    """The summed gradient of one parameter of the experts in all local slots, as `held_state`.
+
+    Raises:
+        ValueError: it is not where Megatron's DistributedDataParallel sums it.
+    """
+    if not all(hasattr(parameter, "main_grad") for parameter in parameters):
+        raise ValueError(
+            "experts travel beside a step only where gradients are summed in main_grad, as Megatron's DDP does"
+        )
+    flat: list[Tensor] = [_flat(parameter.main_grad) for parameter in parameters]  # type: ignore[attr-defined]
+    for part in parts_of(optimizer):
+        if isinstance(part, DistributedOptimizer) and _buffer_of(parameters[0], part) is not None:
+            own = dist.get_rank(part.data_parallel_group)
+            ranges = [_ranges(parameter, _buffer_of(parameter, part)) for parameter in parameters]
+            return [Held([x[slice(*shares[own])] for x, shares in zip(flat, ranges, strict=True)], ranges)]
+    return [Held(list(flat), None)]
+
+
 def _undivided(parameters: Sequence[torch.nn.Parameter], optimizer: MegatronOptimizer | None) -> Iterator[list[Tensor]]:
     """Masters and moments, of which every replica holds all."""
     if optimizer is None:

@@ -1,13 +1,19 @@
-"""Moves experts between ranks: weights, fp32 masters and optimizer moments, in place, between two steps."""
+"""Moves experts between ranks: weights, fp32 masters and optimizer moments, in place.
 
-from typing import NamedTuple
+Between two steps (`migrate`), or beside the forward and backward passes of one (`Travelling`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from hiermoe.megatron.expert_state import Held, Range, Replicas, held_state, replicas_of
+from hiermoe.megatron.expert_state import Held, Range, Replicas, gradients, held_state, replicas_of
 from hiermoe.routing.step import experts_per_rank
 from hiermoe.topology.placement import Placement
 
@@ -45,6 +51,7 @@ def migrate(
     old: Placement,
     new: Placement,
     group: dist.ProcessGroup,
+    of: Callable[[Sequence[torch.nn.Parameter], MegatronOptimizer | None], list[Held]] = held_state,
 ) -> int:
     """Bring every expert of one layer from its old slot to its new one, in place.
 
@@ -59,6 +66,7 @@ def migrate(
         old: placement that the parameters are in.
         new: placement to reach.
         group: expert-parallel group.
+        of: what moves of a parameter: all that training keeps, or its gradient.
 
     Returns:
         Bytes that this rank sent over the wire.
@@ -66,37 +74,131 @@ def migrate(
     Raises:
         ValueError: state that cannot be moved; nothing has been then.
     """
+    sent_bytes = 0
+    for message in _messages(parameters, optimizer, old, new, group, of):
+        sent_bytes += message().finish()
+    return sent_bytes
+
+
+class Travelling:
+    """Experts of one layer on their way to new slots, while training goes on from where they were.
+
+    What it sends must not change before `finish`: it is read while it travels. Arrived pieces wait in memory of their
+    own until then.
+    """
+
+    def __init__(
+        self,
+        parameters: list[list[torch.nn.Parameter]],
+        optimizer: MegatronOptimizer,
+        old: Placement,
+        new: Placement,
+        group: dist.ProcessGroup,
+        over: dist.ProcessGroup,
+    ) -> None:
+        """Begin to send; see `migrate`. *Collective.* Returns before anything has arrived.
+
+        Args:
+            parameters: of every local expert, by slot.
+            optimizer: whose state moves too.
+            old: placement that the parameters are in.
+            new: placement to reach.
+            group: expert-parallel group.
+            over: a process group of all ranks that nothing else sends over.
+        """
+        self.old, self.new = old, new
+        self._parameters, self._optimizer, self._group = parameters, optimizer, group
+        self._begun = [message() for message in _messages(parameters, optimizer, old, new, group, held_state, over)]
+
+    def finish(self) -> int:
+        """Wait for all of it and put it in its place, and the gradients of this step after it. *Collective.*
+
+        Call it after the backward passes and before the optimizer's step: until then nothing that was sent has
+        changed, and from then on the new places' optimizers step it, with the gradients that the old places summed.
+
+        Returns:
+            Bytes that this rank sent over the wire.
+        """
+        sent_bytes = sum(message.finish() for message in self._begun)
+        return sent_bytes + migrate(self._parameters, self._optimizer, self.old, self.new, self._group, gradients)
+
+    def abandon(self) -> None:
+        """Wait for all of it, and let it go: experts stay where they are. *Collective.*"""
+        for message in self._begun:
+            message.wait()
+
+
+def bytes_on_the_way(parameters: list[list[torch.nn.Parameter]], old: Placement, new: Placement, ranks: int) -> int:
+    """At most so many bytes of `Travelling` arrive at a rank: the same on every rank."""
+    per_rank = experts_per_rank(old.num_experts, ranks)
+    moved = old.slot_E != new.slot_E
+    busiest = int(torch.bincount(new.slot_E[moved] // per_rank, minlength=1).max())
+    return busiest * _ELEMENT_BYTES * sum(parameter.numel() for parameter in parameters[0])
+
+
+def _messages(
+    parameters: list[list[torch.nn.Parameter]],
+    optimizer: MegatronOptimizer | None,
+    old: Placement,
+    new: Placement,
+    group: dist.ProcessGroup,
+    of: Callable[[Sequence[torch.nn.Parameter], MegatronOptimizer | None], list[Held]],
+    over: dist.ProcessGroup | None = None,
+) -> Iterator[Callable[[], "_Message"]]:
+    """What begins each piece of a migration, in order. *Collective.*"""
     per_rank = experts_per_rank(old.num_experts, dist.get_world_size(group))
     moved = (old.slot_E != new.slot_E).nonzero().view(-1)
     if not len(moved):
-        return 0
+        return
     moves = [
         _Move(*divmod(source, per_rank), *divmod(target, per_rank))
         for source, target in zip(old.slot_E[moved].tolist(), new.slot_E[moved].tolist(), strict=True)
     ]
-    held = [held_state(same, optimizer) for same in zip(*parameters, strict=True)]
+    held = [of(same, optimizer) for same in zip(*parameters, strict=True)]
     replicas = replicas_of(parameters[0][0], optimizer, group)
-    over = group if len(replicas.ranks) == 1 else dist.group.WORLD
+    if over is None and len(replicas.ranks) == 1:
+        over = group
     busiest = int(torch.bincount(old.slot_E[moved] // per_rank).max())  # as many leave a rank as arrive there
     piece = max(1, BUFFER_BYTES // (_ELEMENT_BYTES * busiest))
-    sent_bytes = 0
     for parameter, tensors in zip(parameters[0], held, strict=True):
         for start in range(0, parameter.numel(), piece):
             window = Range(start, min(start + piece, parameter.numel()))
-            sent_bytes += _exchange(window, tensors, moves, replicas, over)
-    return sent_bytes
+            yield partial(_begin, window, tensors, moves, replicas, over)
 
 
-def _exchange(
-    window: Range, held: list[Held], moves: list[_Move], replicas: Replicas, group: dist.ProcessGroup | None
-) -> int:
-    """Move some elements of a parameter of every moving expert; nothing is overwritten before all messages are there.
+@dataclass(frozen=True)
+class _Message:
+    """One piece on its way.
 
-    *Collective.*
-
-    Returns:
-        Bytes sent over the wire.
+    Attributes:
+        works: to wait for.
+        writes: number of the tensor, where it goes, and the buffer that it arrives in.
+        outgoing: what is being sent, kept until it is.
+        sent_bytes: over the wire, by this rank.
     """
+
+    works: list[Any]
+    writes: list[tuple[int, Tensor, Tensor]]
+    outgoing: list[Tensor]
+    sent_bytes: int
+
+    def wait(self) -> None:
+        """Until everything has left and arrived."""
+        for work in self.works:
+            work.wait()
+
+    def finish(self) -> int:
+        """Wait, and write what arrived to its place."""
+        self.wait()
+        for _, part, received in sorted(self.writes, key=lambda write: write[0]):
+            part.copy_(received)
+        return self.sent_bytes
+
+
+def _begin(
+    window: Range, held: list[Held], moves: list[_Move], replicas: Replicas, group: dist.ProcessGroup | None
+) -> _Message:
+    """Send some elements of a parameter of every moving expert; nothing is overwritten yet. *Collective.*"""
     rank, own = dist.get_rank(), replicas.own
     here = replicas.ranks[own].index(rank)
     leaving: dict[int, list[Tensor]] = {}  # by peer, experts by number, then tensors: the order in which they travel
@@ -124,14 +226,14 @@ def _exchange(
         for peer, buffer in sorted(buffers.items())
         if peer != rank
     ]
-    if operations:
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
     writes = [
         (number, part, received)
         for peer, parts in arriving.items()
         for (number, part), received in zip(parts, incoming[peer].split([len(x) for _, x in parts]), strict=True)
     ]
-    for _, part, received in sorted(writes, key=lambda write: write[0]):
-        part.copy_(received)
-    return sum(len(buffer) for peer, buffer in outgoing.items() if peer != rank)
+    return _Message(
+        works=dist.batch_isend_irecv(operations) if operations else [],
+        writes=writes,
+        outgoing=list(outgoing.values()),
+        sent_bytes=sum(len(buffer) for peer, buffer in outgoing.items() if peer != rank),
+    )

@@ -26,6 +26,8 @@ class SystemConfig(Strict):
         placement_label: its policy, where placements under one dispatch are compared; None for ``label``.
         placement_color: likewise; None for ``color``.
         entrant: whether it joins every sweep that compares systems.
+        migration: when experts that are to move do: ``at_once``, between two steps; ``background``, beside the forward
+            and backward passes of the next one.
         executor: ``staged``: the suite's own exchange runs the scheme. ``stock``, ``reordered`` (stock with each rank's
             tokens in reverse, a control that only reorders sums) and ``flex``: Megatron's classes; the scheme only
             describes them.
@@ -39,6 +41,7 @@ class SystemConfig(Strict):
     entrant: bool = False
     schemes: dict[str, Any]
     policy: dict[str, Any]
+    migration: Literal["at_once", "background"] = "at_once"
     executor: Executor = "staged"
 
     def build_schemes(self, hierarchy: Hierarchy) -> tuple[DispatchScheme, ...]:

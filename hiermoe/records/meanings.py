@@ -77,7 +77,9 @@ MEANINGS: Mapping[str, str] = {
     "planning_ms": (
         "ms in which the placement policy measured, summed and decided, beside the step; phase planning: a part of it."
     ),
-    "migration_ms": "ms in which experts moved after the step, measured.",
+    "migration_ms": "ms in which experts moved after the step, or began to, measured.",
+    "landing_ms": "Of train_step_ms, ms in which experts that had travelled beside it came to their places, measured.",
+    "hidden_ms": "ms that they travelled before that, beside forward and backward passes, measured.",
     "status": "ok, failed or not_applicable.",
     "reason": "Of the latter two, in one line.",
 }

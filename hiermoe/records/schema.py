@@ -71,6 +71,8 @@ RECORDS = pa.DataFrameSchema(
         "alltoall_backward_ms": _number(),
         "planning_ms": _number(),
         "migration_ms": _number(),
+        "landing_ms": _number(),
+        "hidden_ms": _number(),
         "status": pa.Column(str, pa.Check.isin(STATUSES)),
         "reason": pa.Column(str),
     },

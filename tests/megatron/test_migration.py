@@ -159,17 +159,17 @@ def killed_while_moving(rank: int, config: TrainingConfig, corpus: Corpus, survi
 
     from hiermoe.megatron import migration
 
-    exchange = migration._exchange
+    begin = migration._begin
     pieces = 0
 
-    def dying(*args: Any) -> int:
+    def dying(*args: Any) -> Any:
         nonlocal pieces
         pieces += 1
         if rank == 1 and pieces == 4:
             os.kill(os.getpid(), signal.SIGKILL)
-        return exchange(*args)
+        return begin(*args)
 
-    migration._exchange = dying
+    migration._begin = dying
     migration.BUFFER_BYTES = 1000
     Run(config, corpus, SHUFFLED).train(1)
     (Path(survived) / str(rank)).touch()
