@@ -71,11 +71,16 @@ def _sizes(config: Any) -> str:
 
 
 def _steps(counted: pd.DataFrame) -> pd.DataFrame:
-    """Busiest rank of each counted step: what happens after the optimizer's step belongs to it."""
+    """Busiest rank of each counted step: what happens after the optimizer's step belongs to it.
+
+    Migration is what is seen of it: after the step, and within it where experts that travelled beside it land.
+    """
     alltoall_ms = counted["alltoall_forward_ms"] + counted["alltoall_backward_ms"]
     busiest = counted.assign(alltoall_ms=alltoall_ms).groupby("iteration").max(numeric_only=True)
     busiest["step_ms"] = busiest["train_step_ms"] + busiest["planning_ms"] + busiest["migration_ms"]
-    busiest["compute_ms"] = busiest["train_step_ms"] - busiest["alltoall_ms"]
+    landing_ms = busiest["landing_ms"].fillna(0.0) if "landing_ms" in busiest else 0.0
+    busiest["compute_ms"] = busiest["train_step_ms"] - busiest["alltoall_ms"] - landing_ms
+    busiest["migration_ms"] += landing_ms
     return busiest
 
 
