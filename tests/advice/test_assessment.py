@@ -120,10 +120,25 @@ def test_systems_that_no_count_tells_apart_stand_together(case: Case) -> None:
     labels = {one.name: one.labels for one in found}
     assert found[0].name == BASELINE and labels["megatron"] == ("Megatron-LM", "H1")
     assert set(labels["hd2"]) == {"HD2", "HD2-MoE", "Megatron-LM (flex)"}
-    assert "megatron_reordered" not in labels
-    assert {label for label, _ in left_out} == {"H4", "HD4"}
+    assert not {"megatron_reordered", "hiermoe_hidden"} & set(labels)
+    pipelined = {"HD2, pipelined", "HD-MoE, pipelined", "HierMoE, pipelined"}
+    assert {label for label, _ in left_out} == {"H4", "HD4", *pipelined}
+    assert all("how far its stages overlap" in reason for label, reason in left_out if label in pipelined)
     assert {one.name for one in found if one.moves} >= {"hiermoe", "smartmoe", "hd2_moe_smart"}
     assert [one.name for one in found if one.lossy] == ["tutel_2dh_padded_cf1"]
+
+
+def test_pipelined_systems_are_priced_where_it_is_known_how_far_stages_overlap(case: Case) -> None:
+    ms = {}
+    for overlap in (0.0, 0.5, 1.0):
+        known = replace(case, cluster=case.cluster.model_copy(update={"overlap": overlap}))
+        found = assess(known, candidates(known.cluster, ["hd2", "hd2_pipelined"])[0])
+        plain, chunked = (found.named(name).held_out for name in ("hd2", "hd2_pipelined"))
+        ms[overlap] = chunked.step_ms(known.cluster).sum()
+        if not overlap:
+            assert ms[overlap] == plain.step_ms(known.cluster).sum()  # one chunk is the cheapest
+        assert sum(chunked.mean_stages(known.cluster).values()) == pytest.approx(chunked.step_ms(known.cluster).mean())
+    assert ms[1.0] < ms[0.5] < ms[0.0]
 
 
 def test_other_assumptions_price_what_a_new_assessment_would(case: Case, assessment: Assessment) -> None:
