@@ -130,8 +130,9 @@ def test_systems_that_no_count_tells_apart_stand_together(case: Case) -> None:
 
 def test_pipelined_systems_are_priced_where_it_is_known_how_far_stages_overlap(case: Case) -> None:
     ms = {}
+    wide = replace(case, sizes=replace(case.sizes, hidden_size=65536))
     for overlap in (0.0, 0.5, 1.0):
-        known = replace(case, cluster=case.cluster.model_copy(update={"overlap": overlap}))
+        known = replace(wide, cluster=case.cluster.model_copy(update={"overlap": overlap}))
         found = assess(known, candidates(known.cluster, ["hd2", "hd2_pipelined"])[0])
         plain, chunked = (found.named(name).held_out for name in ("hd2", "hd2_pipelined"))
         ms[overlap] = chunked.step_ms(known.cluster).sum()
