@@ -130,7 +130,7 @@ def test_systems_that_no_count_tells_apart_stand_together(case: Case) -> None:
 
 def test_pipelined_systems_are_priced_where_it_is_known_how_far_stages_overlap(case: Case) -> None:
     ms = {}
-    wide = replace(case, sizes=replace(case.sizes, hidden_size=65536))
+    wide = replace(case, sizes=replace(case.sizes, hidden_size=2**20))  # rows that are worth cutting
     for overlap in (0.0, 0.5, 1.0):
         known = replace(wide, cluster=case.cluster.model_copy(update={"overlap": overlap}))
         found = assess(known, candidates(known.cluster, ["hd2", "hd2_pipelined"])[0])
