@@ -82,13 +82,11 @@ def write_page(answer: Answer, folder: Path, question: Question) -> Path:
 
 
 def _write_placements(answer: Answer, folder: Path, num_layers: int | None) -> list[str]:
-    """Where the answer has experts, as files; none where it leaves them or nobody says in which layer they are.
+    """Where the answer has experts, as files; none where it leaves them, or where the conditions say why.
 
     Returns:
         Names of the files.
     """
-    placements, experts = answer.own.placements, answer.assessment.case.sizes.num_experts
-    has_empty_slots = any(placement.num_slots != experts for placement in placements.values())  # no file has a word for
-    if answer.found.outcome != "placement" or has_empty_slots or 0 in placements:
+    if answer.found.outcome != "placement" or phrases.why_no_files(answer):
         return []
-    return [path.name for path in write_placements(folder, placements, num_layers)]
+    return [path.name for path in write_placements(folder, answer.own.placements, num_layers)]

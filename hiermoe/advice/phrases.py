@@ -84,7 +84,17 @@ def _placement(answer: Answer) -> str:
 def conditions(answer: Answer) -> list[str]:
     """What the answer rests on, and what it cannot know."""
     template = environment().get_template("advice_conditions.j2")
-    return template.render(answer=answer, rules=recommendation).splitlines()
+    return template.render(answer=answer, rules=recommendation, why_no_files=why_no_files(answer)).splitlines()
+
+
+def why_no_files(answer: Answer) -> str:
+    """Why no file can say where the answer's experts are; empty where one can."""
+    placements, experts = answer.own.placements, answer.assessment.case.sizes.num_experts
+    if any(placement.num_slots != experts for placement in placements.values()):
+        return f"{experts} experts leave slots empty on some GPUs, for which their form has no word"
+    if 0 in placements:
+        return "they count layers from 1, and nobody says which layer this is (`hiermoe trace import --first-layer 1`)"
+    return ""
 
 
 def title_of_overview(answer: Answer) -> str:
@@ -108,8 +118,11 @@ def title_of_layers(answer: Answer) -> str:
     if not answer.assessment.named(answer.mover).candidate.moves:
         return said
     gains = table["placement"][table["moves"]]
-    more = f" and adds {gains.min() - 1:.0%} to {gains.max() - 1:.0%}" if len(gains) else ""
-    return f"{said}; moving experts pays in {len(gains)} of {len(table)} layers{more}"
+    recommended = answer.found.outcome == "placement"
+    verb, adds = ("pays", "adds") if recommended else ("would pay", "add")
+    more = f" and {adds} {gains.min() - 1:.0%} to {gains.max() - 1:.0%}" if len(gains) else ""
+    in_all = "" if recommended or not len(gains) else ", too little in all to recommend it"
+    return f"{said}; moving experts {verb} in {len(gains)} of {len(table)} layers{more}{in_all}"
 
 
 def title_of_systems(answer: Answer) -> str:

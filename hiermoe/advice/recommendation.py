@@ -165,8 +165,8 @@ def recommend(options: Sequence[Option], constants: Constants, share: float | No
         if not _doubt(simplest.speedup(flat), resolution):
             why = (
                 f"of the systems that leave experts alone it has the fewest stages within {TIE:.0%} of the fastest; "
-                f"moving experts would save {max(1 - fastest.mean_ms / best_still_ms, 0):.1%} more, and less than "
-                f"{PLACEMENT_PAYS_FROM:.0%} does not pay"
+                f"moving experts would save {max(1 - fastest.mean_ms / best_still_ms, 0):.1%} more, the time of that "
+                f"spread over {HORIZON_STEPS} steps, and less than {PLACEMENT_PAYS_FROM:.0%} does not pay"
             )
             return answer("dispatch", simplest, why)
     tied = [one for one in others if one.mean_ms <= fastest.mean_ms * (1 + TIE)]

@@ -34,7 +34,7 @@ def described(path: Path) -> str:
     lines = path.read_text(encoding="utf-8").splitlines()
     head = lines[: next(number for number, line in enumerate([*lines, ""]) if not line.startswith("#"))]
     said = [line[2:] for line in head if not re.match(r"# (@package|hiermoe |  )", line)]
-    return re.split(r"(?<!\bFig)(?<!\bSec)\. ", " ".join(said))[0].removesuffix(".")
+    return re.split(r"(?<!\bFig)(?<!\bSec)(?<!\be\.g)(?<!\.)\. ", " ".join(said))[0].removesuffix(".")
 
 
 def _choices(defaults: list[object]) -> str:

@@ -78,7 +78,8 @@ def main(arguments: list[str]) -> None:
     elif damaged and not shown and not stale:
         console.print(f"all {len(damaged)} runs in {store.folder} are damaged", soft_wrap=True)
     else:
-        console.print(f"no record is so, of {len(shown)} runs in {store.folder}", soft_wrap=True)
+        of = "none is stale" if asked == "true" and not shown else f"none of {len(shown)} runs is as asked"
+        console.print(f"{of}: {store.folder}", soft_wrap=True)
     print_stale(renewals(stale), console)
     print_damaged(damaged, console)
     for command, count in Counter(store.command(run_id) for run_id in damaged).items():

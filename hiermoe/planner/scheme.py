@@ -9,9 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hiermoe.records.choices import unknown
 from hiermoe.records.status import NotApplicable
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.peers import Peers
+
+ROWS = ("pair", "token")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,10 @@ class Stage:
 
     peers: Peers
     rows: Literal["pair", "token"]
+
+    def __post_init__(self) -> None:
+        if self.rows not in ROWS:
+            raise unknown("rows", self.rows, ROWS)
 
     def level(self, hierarchy: Hierarchy) -> int:
         """Level of the groups that a row is addressed to."""

@@ -51,6 +51,8 @@ def file_of(group: str, name: str) -> Path:
     if by_path and name.endswith(".yaml") and Path(name).is_file():
         return Path(name)
     known = files_of(group)
+    if by_path and name.endswith(".yaml"):
+        raise ValueError(f"{group}={name}: there is no such file")
     if name not in known:
         raise unknown(group, name, known, ", or name a .yaml file" if by_path else "")
     return known[name]

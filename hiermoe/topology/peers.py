@@ -7,10 +7,12 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
+from hiermoe.records.choices import unknown
 from hiermoe.records.strict import Strict
 from hiermoe.topology.hierarchy import Hierarchy
 
 Ranks = TypeVar("Ranks", int, Tensor)
+KINDS = ("inter", "intra")
 Amount = TypeVar("Amount", float, Tensor, np.ndarray)
 
 
@@ -25,6 +27,10 @@ class Peers:
 
     kind: Literal["inter", "intra"]
     level: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise unknown("peers", self.kind, KINDS)
 
     def __str__(self) -> str:
         return f"{self.kind}{self.level}" if self.level else "world"

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hiermoe.advice import phrases
 from hiermoe.advice.answer_tables import Answer
 from hiermoe.advice.assessment import Assessment, assess
 from hiermoe.advice.case import Question
@@ -118,6 +119,25 @@ def test_the_page_has_the_layers_and_the_placements_as_files(
         ]
     else:
         assert not (tmp_path / "placement.json").exists()
+
+
+def test_an_answer_says_what_it_does_with_moves_and_why_it_has_no_files(
+    whole: Assessment, question: Question, tmp_path: Path
+) -> None:
+    answer = Answer.of(whole)
+    moved = replace(answer, found=replace(answer.found, outcome="placement", chosen="hiermoe"))
+    assert phrases.why_no_files(moved) == "" and "moving experts pays in" in phrases.title_of_layers(moved)
+    still = replace(answer, found=replace(answer.found, outcome="dispatch", chosen="hd2"))
+    assert "moving experts would pay in" in phrases.title_of_layers(still)
+    assert "too little in all to recommend it" in phrases.title_of_layers(still)
+    own = moved.assessment.named("hiermoe")
+    nameless = replace(own, placements={layer - 1: where for layer, where in own.placements.items()})
+    systems = [nameless if one is own else one for one in whole.systems]
+    nobody_says = replace(moved, assessment=replace(whole, systems=tuple(systems)))
+    (told,) = [line for line in phrases.conditions(nobody_says) if line.startswith("No placement files")]
+    assert "--first-layer 1" in told
+    write_page(nobody_says, tmp_path, question)
+    assert not (tmp_path / "placement.json").exists() and told in (tmp_path / "advice.md").read_text()
 
 
 def test_another_trace_judges(folder: Path) -> None:

@@ -45,6 +45,19 @@ def test_every_file_says_in_a_sentence_what_it_is(path: Path) -> None:
     assert 8 < len(described(path)) < 260 and "\n" not in described(path)
 
 
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ("# The cheapest of HD1 ... HDD in every step. More.\n", "The cheapest of HD1 ... HDD in every step"),
+        ("# As Fig. 9 and Sec. 3 have it, e.g. here. More.\n", "As Fig. 9 and Sec. 3 have it, e.g. here"),
+        ("# One. Two.\n", "One"),
+    ],
+)
+def test_a_sentence_ends_where_it_ends(head: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text(head)
+    assert described(tmp_path / "one.yaml") == said
+
+
 def test_systems_of_two_names_say_so() -> None:
     """Every two systems that do the same, apart from whose code does it, name each other."""
     hierarchy = Cluster.named("a6000_4x8").hierarchy

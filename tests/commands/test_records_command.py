@@ -123,7 +123,7 @@ def test_stale_records_are_left_out_counted_and_named_with_what_renews_them(
     shutil.copytree(made.path(one), store.path(one))
     monkeypatch.setattr(naming, "code_digest", lambda modules: "other")
     code, out, _ = hiermoe("records")
-    assert code == 0 and "no record is so, of 0 runs" in out and "1 stale" in out and "hiermoe run system=hd_moe" in out
+    assert code == 0 and "none of 0 runs is as asked" in out and "1 stale" in out and "hiermoe run system=hd_moe" in out
     _, shown, _ = hiermoe("records", "stale=true")
     assert "1 run, " in shown and one in shown
 

@@ -159,7 +159,7 @@ def test_damage_is_listed_and_in_no_table(
     told = " ".join((out + err).split())
     assert code == 0 and "Traceback" not in told
     assert "1 damaged and left out" in told and said in told
-    assert "all 1 runs in" in told and "no record is so" not in told
+    assert "all 1 runs in" in told and "runs is as asked" not in told
     assert "made by: " in told or "no command is told" in told
 
 

@@ -1,6 +1,6 @@
 """Several chunks: their price against a schedule walked through chunk by chunk, and what Algorithm 1 makes of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +12,7 @@ from hiermoe.planner.counts import count_routing
 from hiermoe.planner.scheme import DispatchScheme, Stage, hierarchical, pipelined
 from hiermoe.records.status import NotApplicable
 from hiermoe.topology.cluster import Cluster
-from hiermoe.topology.peers import WORLD, AlphaBeta, Bend
+from hiermoe.topology.peers import WORLD, AlphaBeta, Bend, Peers
 from hiermoe.topology.placement import Placement
 from tests.planner.cases import random_step
 
@@ -82,6 +82,19 @@ def test_nothing_is_promised_of_stages_whose_overlap_is_not_known() -> None:
     unknown = CLUSTER.model_copy(update={"overlap": None})
     with pytest.raises(NotApplicable, match="does not say how far its stages overlap"):
         price(hierarchical(2, True, HIERARCHY, chunks=2), COUNTS, unknown, ROW_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Stage(WORLD, "tokens"), "rows=tokens is unknown; did you mean token"),  # type: ignore[arg-type]
+        (lambda: Stage(WORLD, "banana"), "rows=banana is unknown; choose from pair, token"),  # type: ignore[arg-type]
+        (lambda: Peers("across", 1), "peers=across is unknown; choose from inter, intra"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_stage_of_other_words_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_chunks_of_a_single_stage_have_no_meaning() -> None:
