@@ -67,6 +67,10 @@ class HeldOut:
                 total[stage.peers] = total.get(stage.peers, 0.0) + float(ms) / len(chosen_I)
         return {peers: ms for peers, ms in total.items() if ms}
 
+    def schemes_used(self, cluster: Cluster) -> list[DispatchScheme]:
+        """Those that are the cheapest in some iteration, in the order of the candidates."""
+        return [self.schemes[position] for position in np.unique(self.chosen(cluster))]
+
     def dimensions(self, cluster: Cluster) -> dict[int, float]:
         """Share of iterations in which each dimension is the cheapest (d*), by falling share."""
         positions, counts = np.unique(self.chosen(cluster), return_counts=True)
@@ -96,6 +100,11 @@ class HeldOutLayers:
             for peers, ms in layer.mean_stages(cluster).items():
                 total[peers] = total.get(peers, 0.0) + ms
         return total
+
+    def schemes_used(self, cluster: Cluster) -> list[DispatchScheme]:
+        """Those that are the cheapest in some iteration of some layer, by name."""
+        used = {scheme.name: scheme for layer in self.layers for scheme in layer.schemes_used(cluster)}
+        return [used[name] for name in sorted(used)]
 
     def dimensions(self, cluster: Cluster) -> dict[int, float]:
         """Share of iterations and layers in which each dimension is the cheapest (d*), by falling share."""

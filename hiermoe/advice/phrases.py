@@ -46,7 +46,7 @@ def _speedup(answer: Answer) -> str:
 def _dispatch(answer: Answer) -> str:
     """How tokens move; where that is one scheme, who exchanges with whom in its stages."""
     candidate, cluster = answer.own.candidate, answer.assessment.case.cluster
-    chosen = [x for x in candidate.schemes if x.dimension in answer.own.held_out.dimensions(cluster)]
+    chosen = answer.own.held_out.schemes_used(cluster)
     if len(chosen) > 1:
         names = " or ".join(scheme.name for scheme in chosen)
         return f"{names} dispatch, whichever each step's routing makes cheaper,"
@@ -121,7 +121,7 @@ def title_of_layers(answer: Answer) -> str:
     recommended = answer.found.outcome == "placement"
     verb, adds = ("pays", "adds") if recommended else ("would pay", "add")
     more = f" and {adds} {gains.min() - 1:.0%} to {gains.max() - 1:.0%}" if len(gains) else ""
-    in_all = "" if recommended or not len(gains) else ", too little in all to recommend it"
+    in_all = ", too little in all to recommend it" if answer.found.outcome == "dispatch" and len(gains) else ""
     return f"{said}; moving experts {verb} in {len(gains)} of {len(table)} layers{more}{in_all}"
 
 

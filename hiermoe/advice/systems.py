@@ -64,7 +64,10 @@ def candidates(cluster: Cluster, names: Sequence[str] | None = None) -> tuple[li
     alike: dict[str, list[tuple[SystemConfig, tuple[DispatchScheme, ...]]]] = {}
     every = list(files_of("system")) if names is None else names
     for system in map(SystemConfig.named, dict.fromkeys([BASELINE, *every])):
-        if system.executor == CONTROL or system.migration == "background":  # no price here says what a step hides
+        if system.executor == CONTROL:
+            continue
+        if system.migration == "background":
+            left_out.append((system.label, "what a step hides of its moves has no price here"))
             continue
         try:
             schemes = system.build_schemes(cluster.hierarchy)

@@ -90,7 +90,7 @@ class Communicators:
         same = [known for known in self._by_peers.values() if known.members == members]
         if same:
             return same[0]
-        return Communicator(_group_of(tuple(global_ranks), self._timeout), members)
+        return Communicator(group_of(tuple(global_ranks), self._timeout), members)
 
 
 # Of every world the groups that were made in it. Ranks that run many systems one after another would otherwise make the
@@ -98,15 +98,22 @@ class Communicators:
 _GROUPS: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Any, ...], dist.ProcessGroup]] = WeakKeyDictionary()
 
 
-def _group_of(global_ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup:
-    """The group of these ranks, made when it is first asked for. *Collective: each of these ranks must call it.*"""
+def group_of(global_ranks: tuple[int, ...], timeout: timedelta | None, purpose: str = "") -> dist.ProcessGroup:
+    """The group of these ranks, made when it is first asked for. *Collective: each of these ranks must call it.*
+
+    Args:
+        global_ranks: its ranks, ascending.
+        timeout: of a collective; None for torch's default.
+        purpose: for another one has a group of its own.
+    """
     world = dist.group.WORLD
     assert world is not None
     made = _GROUPS.setdefault(world, {})
-    key = (global_ranks, timeout)
+    key = (global_ranks, timeout, purpose)
     if key not in made:
         group = dist.new_group(list(global_ranks), timeout=timeout, use_local_synchronization=True)
         assert isinstance(group, dist.ProcessGroup)
+        dist.barrier(group)  # NCCL wants all of them in its first operation, and messages are between two
         made[key] = group
     return made[key]
 

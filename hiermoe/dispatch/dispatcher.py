@@ -21,6 +21,7 @@ from torch import Tensor
 from hiermoe.dispatch.communicators import Communicators
 from hiermoe.dispatch.exchange import expert_weights, return_rows, send_rows
 from hiermoe.dispatch.plan import DispatchContext, DispatchPlan, make_plan
+from hiermoe.planner.cost import check_overlap
 from hiermoe.policies.protocol import StaticPolicy
 from hiermoe.policies.system import SystemConfig
 from hiermoe.topology.cluster import Cluster
@@ -41,12 +42,14 @@ def dispatch_context(
         timeout: of a collective inside the system's own process groups; None for torch's default.
 
     Raises:
-        NotApplicable: the hierarchy has too few levels.
+        NotApplicable: the hierarchy has too few levels, or several chunks and nobody knows how far stages overlap.
         ValueError: ranks that do not fit the hierarchy, or a placement policy for a class that cannot follow it.
     """
     if system.executor != "staged" and not isinstance(system.build_policy(), StaticPolicy):
         raise ValueError(f"system={system.name}: only the staged executor can have experts placed elsewhere")
     schemes = system.build_schemes(cluster.hierarchy)
+    for scheme in schemes:
+        check_overlap(scheme, cluster)
     return DispatchContext(schemes, cluster, Communicators(ep_group, cluster.hierarchy, schemes, timeout))
 
 

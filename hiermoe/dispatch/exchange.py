@@ -1,7 +1,7 @@
 """Moves rows along a plan: dispatch to the experts and combine back, each the other's gradient."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,40 +60,44 @@ class _Linear(torch.autograd.Function):
         return ctx.adjoint(gradients[0]), None, None
 
 
-Leg = Callable[[Tensor, bool], Callable[[], Tensor]]
-"""One stage of a chunk: begins to exchange, beside others or not, and hands out what waits for the rows."""
+class _Leg(NamedTuple):
+    """One stage of a chunk.
+
+    Attributes:
+        begin: to exchange, beside others or not; hands out what waits for the rows.
+        after: what becomes of rows that have arrived.
+    """
+
+    begin: Callable[[Tensor, bool], Callable[[], Tensor]]
+    after: Callable[[Tensor], Tensor]
 
 
 def _out(x_TM: Tensor, plan: DispatchPlan) -> Tensor:
-    def leg(stage: StagePlan) -> Leg:
+    def leg(stage: StagePlan) -> _Leg:
         def begin(x_RM: Tensor, beside_others: bool) -> Callable[[], Tensor]:
-            sent = stage.copies.copy(x_RM)
+            sent, group = stage.copies.copy(x_RM), stage.communicator.group
             with staged(stage.name):
-                return begin_exchange(
-                    sent, stage.send_rows, stage.receive_rows, stage.communicator.group, beside_others
-                )
+                return begin_exchange(sent, stage.send_rows, stage.receive_rows, group, beside_others)
 
-        return begin
+        return _Leg(begin, lambda x_RM: x_RM)
 
     return plan.expand.copy(_in_waves(x_TM, [leg(stage) for stage in plan.stages], plan.scheme.chunks))
 
 
 def _back(y_PM: Tensor, plan: DispatchPlan) -> Tensor:
-    def leg(stage: StagePlan) -> Leg:
+    def leg(stage: StagePlan) -> _Leg:
         def begin(y_RM: Tensor, beside_others: bool) -> Callable[[], Tensor]:
+            group = stage.communicator.group
             with staged(stage.name):
-                arrived = begin_exchange(
-                    y_RM, stage.receive_rows, stage.send_rows, stage.communicator.group, beside_others
-                )
-            return lambda: stage.copies.sum(arrived())
+                return begin_exchange(y_RM, stage.receive_rows, stage.send_rows, group, beside_others)
 
-        return begin
+        return _Leg(begin, stage.copies.sum)
 
     legs = [leg(stage) for stage in reversed(plan.stages)]
     return _in_waves(plan.expand.sum(y_PM), legs, plan.scheme.chunks)
 
 
-def _in_waves(x_RM: Tensor, legs: Sequence[Leg], chunks: int) -> Tensor:
+def _in_waves(x_RM: Tensor, legs: Sequence[_Leg], chunks: int) -> Tensor:
     """Columns in chunks through all legs: in wave w chunk c passes leg w - c, all of them at a time.
 
     Sums are over rows, so how columns are cut changes no value.
@@ -101,9 +105,10 @@ def _in_waves(x_RM: Tensor, legs: Sequence[Leg], chunks: int) -> Tensor:
     parts = list(x_RM.tensor_split(chunks, dim=1))
     for wave in range(len(legs) + chunks - 1):
         passing = [c for c in range(chunks) if 0 <= wave - c < len(legs)]  # those ahead begin first
-        begun = [legs[wave - c](parts[c], chunks > 1) for c in passing]
-        for c, arrived in zip(passing, begun, strict=True):
-            parts[c] = arrived()
+        begun = [legs[wave - c].begin(parts[c], chunks > 1) for c in passing]
+        arrived = [wait() for wait in begun]
+        for c, rows in zip(passing, arrived, strict=True):
+            parts[c] = legs[wave - c].after(rows)
     return parts[0] if chunks == 1 else torch.cat(parts, dim=1)
 
 

@@ -151,10 +151,11 @@ class Interposer:
     def _recording(self, original: Callable[..., Any], read: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
             operation, tensor, sent, received = read(group, *args, **kwargs)
-            synchronise(tensor.device)
+            asynchronous = operation in ("send", "receive") or any(getattr(x, "asyncOp", False) for x in args)
+            if not asynchronous:  # which goes on beside what is under way
+                synchronise(tensor.device)
             started = self._clock()
             work = original(group, *args, **kwargs)
-            asynchronous = operation in ("send", "receive") or any(getattr(x, "asyncOp", False) for x in args)
             if work is not None and not asynchronous:
                 work.wait()
                 synchronise(tensor.device)

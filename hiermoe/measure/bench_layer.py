@@ -15,7 +15,8 @@ from hiermoe.dispatch.dispatcher import Dispatched, dispatch_context
 from hiermoe.measure.replay_job import FACTORS, WEIGHTS, ReplayJob
 from hiermoe.megatron.adapter import StagedTokenDispatcher
 from hiermoe.megatron.attach import new_dispatcher
-from hiermoe.megatron.expert_placement import ExpertPlacement, LayerPlacement
+from hiermoe.megatron.expert_placement import ExpertPlacement
+from hiermoe.megatron.layer_placement import LayerPlacement
 from hiermoe.megatron.meter import Meter, MeteredDispatcher
 from hiermoe.megatron.standins import cpu
 from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from hiermoe.measure.measurement import Measurement
 from hiermoe.narrow.corpus import Corpus, training_corpus
 from hiermoe.narrow.training_config import TrainingConfig
+from hiermoe.planner.cost import check_overlap
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.streams import RowStream
 from hiermoe.ranks.world import Device, Progress, World
@@ -75,7 +76,8 @@ class Train(Measurement):
             NotApplicable: the system needs more levels than the hierarchy has, or what this machine lacks.
             ValueError: a bad scheme or policy.
         """
-        config.system.build_schemes(config.cluster.hierarchy)
+        for scheme in config.system.build_schemes(config.cluster.hierarchy):
+            check_overlap(scheme, config.cluster)
         config.system.build_policy()  # bad arguments end the run here, not on the ranks
         return TrainingJob(config, config.system, config.cluster, config.steps, config.checkpoints())
 

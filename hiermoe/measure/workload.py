@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hiermoe.measure.measurement import Measurement
 from hiermoe.model import LayerSizes
+from hiermoe.planner.cost import check_overlap
 from hiermoe.planner.counts import RoutingCounts, count_routing
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.policies.protocol import PlacementPolicy
@@ -89,6 +90,8 @@ def open_workload(config: Any) -> Workload:
     """
     num_slots(config.sizes.num_experts, config.cluster.hierarchy.num_ranks)  # or some GPUs have no expert
     schemes = config.system.build_schemes(config.cluster.hierarchy)
+    for scheme in schemes:
+        check_overlap(scheme, config.cluster)
     routing, layer = open_routing(json.dumps(config.routing_source), config.request, config.ep_groups)
     config.system.build_policy()  # bad arguments end the run here, not in its middle
     return Workload(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -17,11 +18,13 @@ from megatron.core.transformer.moe.token_dispatcher import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from hiermoe.dispatch.communicators import group_of
 from hiermoe.dispatch.dispatcher import Dispatcher, dispatch_context
 from hiermoe.dispatch.plan import DispatchContext
 from hiermoe.megatron.adapter import StagedTokenDispatcher
 from hiermoe.megatron.delegating import ReorderedTokenDispatcher
-from hiermoe.megatron.expert_placement import ExpertPlacement, LayerPlacement
+from hiermoe.megatron.expert_placement import ExpertPlacement
+from hiermoe.megatron.layer_placement import LayerPlacement
 from hiermoe.megatron.logical_names import name_experts_logically
 from hiermoe.megatron.meter import Meter, MeteredDispatcher
 from hiermoe.megatron.migration import expert_parameters
@@ -102,7 +105,9 @@ def attach(
         setattr(layer, _BEFORE, (original, placement))
     background: Any = None
     if moving and system.migration == "background":
-        background = torch.distributed.new_group(timeout=timeout)
+        replicas: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        ranks = torch.distributed.get_process_group_ranks(replicas)
+        background = group_of(tuple(ranks), timeout, "background")
     placed = ExpertPlacement(moving, background=background)
     placed.move_to(wanted or {}, None)
     return placed

@@ -18,7 +18,6 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -28,112 +27,14 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from hiermoe.dispatch.communicators import reduced
-from hiermoe.dispatch.dispatcher import Dispatcher
 from hiermoe.megatron.expert_state import check_optimizer
+from hiermoe.megatron.layer_placement import LayerPlacement, LayerUpdate
 from hiermoe.megatron.migration import Travelling, bytes_on_the_way, migrate
 from hiermoe.megatron.pipeline_stage import is_stage
-from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate, StaticPolicy, StepContext
+from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate, StaticPolicy
 from hiermoe.topology.placement import Placement
 
-BACKGROUND_BYTES = 2**30  # that wait at a rank for their place; an update of more moves at once
-
-
-@dataclass(frozen=True)
-class LayerUpdate:
-    """What was decided for one layer after one step, and done.
-
-    Attributes:
-        layer: Megatron's layer number.
-        placement: the new one.
-        moves: what it changed, as in `Placement.moves_to`.
-        modelled_gain_ms: as in `PlacementUpdate`.
-        sent_bytes: by this rank.
-        migration_ms: of this rank, its waiting included; of a background move what it took before the optimizer's step,
-            when experts and gradients came to their places.
-        hidden_ms: until then, from when they began to travel; 0 where they moved at once.
-    """
-
-    layer: int
-    placement: Placement
-    moves: str
-    modelled_gain_ms: float | None
-    sent_bytes: int
-    migration_ms: float
-    hidden_ms: float = 0.0
-
-    @property
-    def moved_experts(self) -> int:
-        """Experts that changed their slot."""
-        return len(self.moves.split())
-
-
-class LayerPlacement:
-    """One layer's experts, its policy, and what its routing measured since the last step."""
-
-    def __init__(
-        self,
-        number: int,
-        dispatcher: Dispatcher,
-        policy: PlacementPolicy,
-        parameters: list[list[torch.nn.Parameter]],
-        expert_parameters: int,
-    ) -> None:
-        """Make the dispatcher report its routing.
-
-        Args:
-            number: Megatron's layer number.
-            dispatcher: of the layer.
-            policy: of the layer.
-            parameters: of every local expert, by slot; what moves.
-            expert_parameters: of one expert, for the policy's estimate of what a move costs.
-        """
-        self.number, self.dispatcher, self.policy, self.parameters = number, dispatcher, policy, parameters
-        self.expert_parameters = expert_parameters
-        self.measured: Tensor | None = None
-        self.measuring_ms = 0.0
-        self.iteration = 0
-        if not isinstance(policy, StaticPolicy):
-            dispatcher.observe = self.observe
-
-    def release(self) -> None:
-        """Let the dispatcher go. Experts stay where they are, so they must be at home.
-
-        Raises:
-            RuntimeError: an expert is not in the slot that stock Megatron expects it in.
-        """
-        if not self.dispatcher.placement.is_identity:
-            raise RuntimeError(f"experts of layer {self.number} are not in their own slots: call go_home() first")
-        self.dispatcher.observe = None
-
-    def observe(self, ids_TK: Tensor) -> None:
-        """Measure one micro-batch; evaluation does not count."""
-        if not self.dispatcher.is_training():
-            return
-        started = time.perf_counter()
-        hierarchy = self.dispatcher.context.cluster.hierarchy
-        source_T = torch.full((len(ids_TK),), self.dispatcher.context.communicators.rank)
-        measured = self.policy.measure(ids_TK.cpu(), source_T, self.dispatcher.placement, hierarchy, self.iteration)
-        if measured is not None:
-            self.measured = measured if self.measured is None else self.measured + measured
-        self.measuring_ms += (time.perf_counter() - started) * 1e3
-
-    def votes(self) -> Tensor:
-        """Which scheme the latest micro-batch of this rank used: int64 [schemes], one of them 1."""
-        plan, schemes = self.dispatcher.plan, self.dispatcher.context.schemes
-        assert plan is not None
-        return torch.tensor([int(scheme == plan.scheme) for scheme in schemes])
-
-    def context(self, votes: Tensor | None) -> StepContext:
-        """What the policy decides with: among it the scheme that most ranks used, the first on ties."""
-        dispatcher = self.dispatcher
-        winner = 0 if votes is None else votes.tolist().index(int(votes.max()))
-        return StepContext(
-            iteration=self.iteration,
-            cluster=dispatcher.context.cluster,
-            scheme=dispatcher.context.schemes[winner],
-            row_bytes=dispatcher.row_bytes,
-            expert_parameters=self.expert_parameters,
-        )
+BACKGROUND_BYTES = 2**30  # at a rank, all layers: what arrives early, and buffers of what leaves; more moves at once
 
 
 class _OnTheWay(NamedTuple):
@@ -175,6 +76,7 @@ class ExpertPlacement:
         self.layers = layers
         self._group, self._background = group, background
         self._on_the_way: list[_OnTheWay] = []
+        self._bytes_on_the_way = 0  # at most, at any rank: the same on all
         self._landed: list[LayerUpdate] = []
         self._watched: MegatronOptimizer | None = None
         self.planning_ms = 0.0  # of the latest step, all layers: measuring, reducing and deciding
@@ -205,6 +107,7 @@ class ExpertPlacement:
         if optimizer is not None and self.layers:
             check_optimizer(optimizer)
         if self._on_the_way:
+            self._abandon()
             raise RuntimeError(
                 "experts are on their way, and the optimizer that step() was given has not stepped since"
             )
@@ -245,9 +148,7 @@ class ExpertPlacement:
         """
         if optimizer is not None:
             check_optimizer(optimizer)
-        for one in self._on_the_way:
-            one.travelling.abandon()
-        self._on_the_way = []
+        self._abandon()
         wanted = [(layer, placements[layer.number]) for layer in self.layers if layer.number in placements]
         return [self._move(layer, PlacementUpdate(placement, None), optimizer) for layer, placement in wanted]
 
@@ -273,7 +174,9 @@ class ExpertPlacement:
         return {"iteration": self._iteration, "layers": layers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take placements over, before the weights are loaded: experts are not moved.
+        """Take placements over, before the weights are loaded: experts are not moved, those on their way stay.
+
+        *Collective where experts are on their way: every rank must call it.*
 
         A policy of another kind than the stored one starts without memory. Of a system that moved no experts only the
         iteration is stored.
@@ -281,6 +184,7 @@ class ExpertPlacement:
         Raises:
             ValueError: the state of a model with other layers.
         """
+        self._abandon()
         stored = {values["layer"]: values for values in state["layers"]}
         missing = [layer.number for layer in self.layers if layer.number not in stored]
         if stored and missing:
@@ -326,9 +230,19 @@ class ExpertPlacement:
         """Whether an update's experts go in the background; the same on every rank."""
         if self._background is None:
             return False
-        dispatcher = layer.dispatcher
-        ranks = dispatcher.context.communicators.size
-        return bytes_on_the_way(layer.parameters, dispatcher.placement, update.placement, ranks) <= BACKGROUND_BYTES
+        old, ranks = layer.dispatcher.placement, layer.dispatcher.context.communicators.size
+        more = bytes_on_the_way(layer.parameters, old, update.placement, ranks)
+        if self._bytes_on_the_way + more > BACKGROUND_BYTES:
+            return False
+        self._bytes_on_the_way += more
+        return True
+
+    def _abandon(self) -> None:
+        """Experts on their way stay where they were. *Collective.*"""
+        for one in self._on_the_way:
+            one.travelling.abandon()
+            one.layer.travels = False
+        self._on_the_way, self._landed, self._bytes_on_the_way = [], [], 0
 
     def _send_off(self, layer: LayerPlacement, update: PlacementUpdate, optimizer: MegatronOptimizer) -> None:
         assert self._background is not None
@@ -344,15 +258,17 @@ class ExpertPlacement:
         old, begun = layer.dispatcher.placement, time.perf_counter()
         travelling = Travelling(layer.parameters, optimizer, old, update.placement, group, self._background)
         self._on_the_way.append(_OnTheWay(layer, update, travelling, begun))
+        layer.travels = True
 
     def _land(self) -> None:
         """Experts that travelled come to their places, between the backward passes and the optimizer's step."""
-        on_the_way, self._on_the_way = self._on_the_way, []
+        on_the_way, self._on_the_way, self._bytes_on_the_way = self._on_the_way, [], 0
         for layer, update, travelling, begun in on_the_way:
             started = time.perf_counter()
             with layer.dispatcher.moving():
                 sent_bytes = travelling.finish()
                 layer.dispatcher.placement = update.placement
+            layer.travels = False
             done = LayerUpdate(
                 layer=layer.number,
                 placement=update.placement,

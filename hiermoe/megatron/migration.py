@@ -106,6 +106,8 @@ class Travelling:
             group: expert-parallel group.
             over: a process group of all ranks that nothing else sends over.
         """
+        for same in zip(*parameters, strict=True):
+            gradients(same, optimizer)  # which must be movable too, and that shows now
         self.old, self.new = old, new
         self._parameters, self._optimizer, self._group = parameters, optimizer, group
         self._begun = [message() for message in _messages(parameters, optimizer, old, new, group, held_state, over)]
@@ -129,11 +131,11 @@ class Travelling:
 
 
 def bytes_on_the_way(parameters: list[list[torch.nn.Parameter]], old: Placement, new: Placement, ranks: int) -> int:
-    """At most so many bytes of `Travelling` arrive at a rank: the same on every rank."""
+    """At most so many bytes does `Travelling` keep at a rank, arriving and leaving: the same on every rank."""
     per_rank = experts_per_rank(old.num_experts, ranks)
     moved = old.slot_E != new.slot_E
     busiest = int(torch.bincount(new.slot_E[moved] // per_rank, minlength=1).max())
-    return busiest * _ELEMENT_BYTES * sum(parameter.numel() for parameter in parameters[0])
+    return 2 * busiest * _ELEMENT_BYTES * sum(parameter.numel() for parameter in parameters[0])
 
 
 def _messages(

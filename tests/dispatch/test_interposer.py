@@ -1,6 +1,7 @@
 """Whatever is sent through torch.distributed is counted, whoever sends it, and afterwards nothing is left of it."""
 
 import inspect
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hiermoe.dispatch.interposer import Interposer, Transfer, staged
+from hiermoe.dispatch.interposer import Interposer, Transfer, busy_ms, staged
 from hiermoe.ranks.launch import run_ranks
 from tests.dispatch.worlds import DEADLINE, TIMEOUT
 
@@ -58,6 +59,12 @@ def observe(rank: int) -> dict[str, Any]:
             dist.all_reduce(torch.ones(1))
         dist.all_reduce(torch.ones(1))
         seen["stages"] = [(transfer.phase, transfer.stage) for transfer in interposer.drain()]
+        into = torch.empty(6, dtype=torch.int64)
+        work: Any = dist.all_to_all_single(into, torch.arange(6), async_op=True)
+        time.sleep(0.05)
+        work.wait()
+        seen["exchanged"] = interposer.drain()
+        assert work.is_completed() and into.tolist() == [2 * rank, 2 * rank + 1] * RANKS
         work = dist.all_reduce(x := torch.ones(4), async_op=True)
         assert work is not None
         work.wait()
@@ -166,3 +173,23 @@ def test_leaving_restores_the_methods_and_counts_no_more(seen: list[dict[str, An
         assert result["none_active"]
         assert result["restored_after_error"]
         assert result["again"] == 1
+
+
+def test_an_asynchronous_exchange_lasts_until_it_has_been_waited_for(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        (transfer,) = rank["exchanged"]
+        assert transfer.operation == "all_to_all" and transfer.wire_ms >= 50
+
+
+@pytest.mark.parametrize(
+    ("spans", "busy"),
+    [
+        ([], 0.0),
+        ([(1.0, 3.0), (5.0, 6.0)], 3000.0),
+        ([(1.0, 3.0), (2.0, 4.0)], 3000.0),
+        ([(2.0, 4.0), (1.0, 9.0), (3.0, 5.0)], 8000.0),
+    ],
+)
+def test_what_is_on_its_way_together_counts_once(spans: list[tuple[float, float]], busy: float) -> None:
+    transfers = [Transfer("all_to_all", (0,), "payload", (1,), (1,), *span, "", "") for span in spans]
+    assert busy_ms(transfers) == pytest.approx(busy)

@@ -113,6 +113,12 @@ def stop_under_way(rank: int, config: TrainingConfig, corpus: Corpus, folder: Pa
     seen["home"] = on_the_way(run), all(x.dispatcher.placement.is_identity for x in run.placement.layers)
     seen["called_home"] = run.train(3).losses
     (checkpoint,) = newest_first(folder)
+    # In the same process, with others under way that are not of what is loaded.
+    run = Run(config, corpus, TRAVELLING).train(5)
+    seen["before_loading"] = on_the_way(run)
+    run.finished = run.trainer.load(checkpoint, run.placement)
+    run.losses.clear()
+    seen["loaded_over"] = on_the_way(run), run.train(3).losses
     for name, one in (("stock", STOCK), ("travelling", TRAVELLING)):
         run = Run(config, corpus, one)
         run.finished = run.trainer.load(checkpoint, run.placement)
@@ -127,12 +133,22 @@ def test_a_checkpoint_with_experts_under_way_has_them_where_they_were(cache_dir:
     assert seen["under_way"] == 2 and seen["home"] == (0, True)
     for run in ("whole", "called_home"):
         assert seen[run] == pytest.approx(seen["stock"], rel=1e-9), run
+    assert seen["before_loading"] == 2 and seen["loaded_over"][0] == 0
+    assert seen["loaded_over"][1] == pytest.approx(seen["stock"][3:], rel=1e-9)
     for name in ("stock", "travelling"):
         assert seen["resumed", name] == pytest.approx(seen["stock"][3:], rel=1e-9), name
 
 
 def forget_the_optimizer(rank: int, config: TrainingConfig, corpus: Corpus) -> str:
+    from hiermoe.megatron.attach import detach
+
     run = Run(config, corpus, TRAVELLING).train(1)
+    try:
+        detach(run.trainer.model)
+    except RuntimeError as error:
+        assert "are on their way: call go_home() first" in str(error)
+    else:
+        return "detached under way"
     del run.trainer.optimizer.step  # the instance's: what a loop calls that kept the method from before
     try:
         run.train(1)

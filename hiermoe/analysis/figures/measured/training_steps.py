@@ -151,7 +151,7 @@ def words(table: pd.DataFrame) -> Words:
         f"Measured: stock Megatron-Core trains on {first['num_ranks']} {ranks}, {first['dtype']}. Busiest rank, median "
         f"over {table['n'].min()} steps; 95 % block-bootstrap intervals; one run each, one after another. "
         f"{'. '.join(table['sizes'].unique())}.",
-        (depends + "Planning and moving experts count as part of the step; neither overlaps with anything.",),
+        (depends + "Planning and moving experts count as part of the step, with what is seen of them.",),
         tuple(_summary(table)),
     )
 
