@@ -145,10 +145,10 @@ def _on_what(judged: Sequence[Judged]) -> str:
 
 
 def _who(judged: Sequence[Judged], labels: Mapping[str, str]) -> str:
-    """Which systems over which, and how often."""
-    pairs = Counter(
-        f"{labels.get(one.claim.system, one.claim.system)} over {labels.get(baseline, baseline)}"
-        for one in judged
-        for baseline in [one.case.baseline if one.case else one.claim.baseline]
-    )
-    return ", ".join(f"{pair} ({number})" for pair, number in pairs.most_common())
+    """Which systems over which, or of what is of no system what it is, and how often."""
+    found: list[str] = []
+    for one in judged:
+        system, baseline = one.claim.system, one.case.baseline if one.case else one.claim.baseline
+        of = [labels.get(name, name) for name in (system, baseline) if name]
+        found.append(" over ".join(of) or METRICS[one.claim.metric])
+    return ", ".join(f"{what} ({number})" for what, number in Counter(found).most_common())
