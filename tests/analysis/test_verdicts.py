@@ -3,11 +3,14 @@
 import io
 import math
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
 from rich.console import Console
 
+from hiermoe.analysis import in_short
 from hiermoe.analysis.claims import Rule, load_claims, load_rules
 from hiermoe.analysis.frames import Results, load
 from hiermoe.analysis.statistics import Estimate
@@ -174,3 +177,10 @@ def test_summary_counts_every_row_on_lines_of_eighty_columns(sources: tuple[str,
     assert [len(row) for row in counts if row] == [len(VERDICTS)] * len(kinds)  # no line is broken in two
     assert sum(map(sum, counts)) == len(verdicts)
     assert all(any(source in line for line in lines) for source in sources if source != "none")
+
+
+def test_what_is_contradicted_has_a_name_even_where_no_system_is_in_it() -> None:
+    wanted = ("T2-R32-K6", "T2-R16-K6", "F11-hiermoe-qwen3")
+    judged: Any = [SimpleNamespace(claim=claim, case=None) for claim in CLAIMS if claim.claim in wanted]
+    said = in_short._who(judged, {"hiermoe": "HierMoE", "megatron": "Megatron-LM"})
+    assert said == "duplication rate (2), HierMoE over Megatron-LM (1)"
