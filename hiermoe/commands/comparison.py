@@ -66,6 +66,7 @@ def comparison(ended: Sequence[Ended], store: RunStore) -> Table:
         table.add_column("d*", justify="right", no_wrap=True)
         for what in ("one\nAlltoAll", "four,\ntotal", "times\nas fast"):
             table.add_column(f"{kind if what[0] == 'f' else ''}\n{what}", justify="right", no_wrap=True)
+    common = set.intersection(*(set(one.overrides) for one in ended)) if len(ended) > 1 else set[str]()
     first: dict[tuple[str, str], float] = {}  # total of the first system, by kind and setting
     for one, *numbers in lines:
         cells = []
@@ -76,7 +77,7 @@ def comparison(ended: Sequence[Ended], store: RunStore) -> Table:
                 base = first.setdefault((kind, _setting(one)), found.total_ms)
                 ms = (f"{found.alltoall_ms:.2f}", f"{found.total_ms:.2f}", f"{base / found.total_ms:.2f}")
                 cells += [found.dimensions, *ms]
-        table.add_row(escape(" ".join(value.partition("=")[2] for value in one.overrides) or "-"), *cells)
+        table.add_row(escape(" ".join(x.partition("=")[2] for x in one.overrides if x not in common) or "-"), *cells)
     sources = sorted({s for one in ended if one.config is not None for s in _measured_sources(one.config, store)})
     table.caption = "ms; four: the four AlltoAlls of a step and layer, " + (
         f"mean of predicted, median of measured times of the busiest rank ({', '.join(sources)})"

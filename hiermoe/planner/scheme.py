@@ -136,19 +136,23 @@ def every_dimension(hierarchy: Hierarchy) -> tuple[DispatchScheme, ...]:
 
 
 def pipelined(
-    hierarchy: Hierarchy, dimensions: Sequence[int] | None = None, chunks: Sequence[int] = (1, 2, 4, 8)
+    hierarchy: Hierarchy,
+    dimensions: Sequence[int] | None = None,
+    chunks: Sequence[int] = (1, 2, 4, 8),
+    cut: Sequence[int] = (2,),
 ) -> tuple[DispatchScheme, ...]:
-    """HDd in every number of chunks, so that Algorithm 1 chooses C together with d.
+    """HDd, and some d in several numbers of chunks, so that Algorithm 1 chooses C together with d.
 
     Args:
         hierarchy: gives D.
         dimensions: d; None for 1 ... D.
-        chunks: C; of d = 1 there is one.
+        chunks: C.
+        cut: d that come in chunks. A calibration times the two stages of HD2 at once; what it finds is of them alone.
     """
     return tuple(
         hierarchical(d, True, hierarchy, parts)
         for d in dimensions or range(1, hierarchy.depth + 1)
-        for parts in (chunks if d > 1 else (1,))
+        for parts in (chunks if d in cut else (1,))
     )
 
 

@@ -55,7 +55,7 @@ def test_predicted_stands_beside_measured_and_speedup_is_over_the_first_system(
         config = composed(f"system={system}")
         execute(config, store)
         measured_twin(config, store, total_ms)
-        ended.append(Ended((f"system={system}",), config))
+        ended.append(Ended(("iterations=64", f"system={system}", "routing=recorded"), config))  # two of them for all
     table = comparison(ended, store)
     headers = [str(column.header) for column in table.columns]
     assert sum("predicted" in header for header in headers) == sum("measured" in header for header in headers) == 1

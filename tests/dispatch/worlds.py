@@ -69,7 +69,8 @@ def transport_of(system: str) -> SystemConfig:
     found = SystemConfig.named(system)
     schemes = found.schemes
     if "chunks" in schemes:
-        schemes = {**schemes, "chunks": [3], "dimensions": schemes.get("dimensions", [3])}
+        stages = schemes.get("dimensions", [3])
+        schemes = {**schemes, "chunks": [3], "dimensions": stages, "cut": stages}
     static = {"_target_": "hiermoe.policies.protocol.StaticPolicy"}
     return found.model_copy(update={"policy": static, "schemes": schemes})
 

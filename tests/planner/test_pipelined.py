@@ -69,6 +69,7 @@ def test_every_chunk_starts_up_and_small_ones_lie_off_the_line() -> None:
 def test_long_rows_are_cut_and_short_ones_are_not() -> None:
     candidates = pipelined(HIERARCHY)
     assert [x.name for x in candidates[:6]] == ["HD1", "HD2", "HD2x2", "HD2x4", "HD2x8", "HD3"]
+    assert [x.name for x in candidates[6:]] == ["HD4"]
     chosen = [choose_scheme(candidates, COUNTS, CLUSTER, row_bytes) for row_bytes in (2, 2**20)]
     assert chosen[0].scheme.chunks == 1 < chosen[1].scheme.chunks
     for one, row_bytes in zip(chosen, (2, 2**20), strict=True):
