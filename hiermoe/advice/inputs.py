@@ -144,9 +144,9 @@ def _left_aside(
     yield f"Unless you say otherwise: {', '.join(assumed)}."
     if cluster is not config.cluster:
         yield (
-            f"{cluster.hierarchy.num_ranks} GPUs ({' x '.join(map(str, cluster.hierarchy.groups))} groups) of the kind of "
-            f"{config.cluster.name}, whose file has {config.cluster.hierarchy.num_ranks}: constants from data sheets are "
-            "derived for so many; published and measured ones are kept, less what no longer leaves a group."
+            f"{cluster.hierarchy.num_ranks} GPUs ({' x '.join(map(str, cluster.hierarchy.groups))} groups) of the kind "
+            f"of {config.cluster.name}, whose file has {config.cluster.hierarchy.num_ranks}: constants of data sheets "
+            "are derived for so many; published and measured ones are kept, less what no longer leaves a group."
         )
     experts, ranks = num_experts, cluster.hierarchy.num_ranks
     if experts % ranks:
