@@ -43,12 +43,15 @@ def _all_gather_into_tensor(output: Tensor, mine: Tensor, group: ThreadGroup) ->
     output.copy_(torch.cat(group.post(mine)).view_as(output))
 
 
-def _all_to_all_single(output: Tensor, mine: Tensor, receive: list[int], send: list[int], group: ThreadGroup) -> None:
+def _all_to_all_single(
+    output: Tensor, mine: Tensor, receive: list[int], send: list[int], group: ThreadGroup, async_op: bool
+) -> Any:
     assert sum(receive) == len(output)
     position = group.members.index(_self.rank)
     parts = [theirs.split(splits)[position] for theirs, splits in group.post((mine, send))]
     assert [len(part) for part in parts] == receive, "sender and receiver do not agree"
     output.copy_(torch.cat(parts))
+    return SimpleNamespace(wait=lambda: True) if async_op else None
 
 
 class ThreadWorld:

@@ -72,7 +72,7 @@ def transport_of(system: str) -> SystemConfig:
         stages = schemes.get("dimensions", [3])
         schemes = {**schemes, "chunks": [3], "dimensions": stages, "cut": stages}
     static = {"_target_": "hiermoe.policies.protocol.StaticPolicy"}
-    return found.model_copy(update={"policy": static, "schemes": schemes})
+    return found.model_copy(update={"policy": static, "schemes": schemes, "migration": "at_once"})
 
 
 @cache

@@ -28,6 +28,9 @@ ROUTED = [
 @pytest.mark.parametrize("system", names("system"))
 def test_every_system_runs_on_four_nodes(system: str, composed: Composer, store: RunStore) -> None:
     outcome = execute(composed(f"system={system}"), store)
+    if system.endswith("_pipelined"):
+        assert outcome.status == "not_applicable" and "does not say how far its stages overlap" in outcome.reason
+        outcome = execute(composed(f"system={system}", "+cluster.overlap=0.5"), store)
     assert (outcome.status, outcome.reason) == ("ok", "")
     steps = store.read(outcome.run_id).query("phase == 'step'")
     assert len(steps) == 4 and (steps["predicted_ms"] > 0).all()
