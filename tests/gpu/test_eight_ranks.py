@@ -26,7 +26,7 @@ ELSEWHERE = ("h4", "hd4", "megatron_flex")  # a deeper cluster; DeepEP
 LOSSY = ("tutel_2dh_padded_cf1",)
 TRAINED = ("megatron", "tutel_2dh", "hd_moe", "smartmoe_f1", "hiermoe")
 STEPS = 6
-ON_GPUS = ("ranks=local", "ranks.device=cuda", f"world_size={NUM_RANKS}")
+ON_GPUS = ("ranks=local", "ranks.device=cuda", f"world_size={NUM_RANKS}", "+cluster.overlap=1.0")
 
 
 @pytest.mark.parametrize("routing", ["recorded", "stress_hot_spread"])

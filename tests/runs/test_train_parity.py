@@ -52,13 +52,13 @@ def cases() -> list[tuple[str, str]]:
         if isinstance(system.build_policy(), StaticPolicy):
             behaviours.setdefault(json.dumps([system.schemes, system.executor], sort_keys=True), system.name)
         else:
-            behaviours.setdefault(system.policy["_target_"], system.name)
+            behaviours.setdefault(f"{system.policy['_target_']} {system.migration}", system.name)
     return list(zip(behaviours.values(), cycle(MODELS), strict=False))
 
 
 def losses(system: str, model: str, store: RunStore) -> list[float]:
     """Of all steps."""
-    config = configured(f"system={system}", f"model={model}", *OPTIONS)
+    config = configured(f"system={system}", f"model={model}", "+cluster.overlap=1.0", *OPTIONS)
     outcome = execute(config, store)
     assert (outcome.status, outcome.reason) == ("ok", "")
     records = store.read(outcome.run_id)
