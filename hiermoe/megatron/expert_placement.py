@@ -70,8 +70,8 @@ class ExpertPlacement:
             layers: none for a system that moves no experts.
             group: ranks that decide together; None for Megatron's data-parallel group, which has all replicas.
             iteration: number of the coming step.
-            background: of all ranks, for experts that travel beside forward and backward passes; None where they move
-                between steps.
+            background: of all ranks that hold replicas of them, for experts that travel beside forward and backward
+                passes; None where they move between steps.
         """
         self.layers = layers
         self._group, self._background = group, background

@@ -51,7 +51,7 @@ def migrate(
     old: Placement,
     new: Placement,
     group: dist.ProcessGroup,
-    of: Callable[[Sequence[torch.nn.Parameter], MegatronOptimizer | None], list[Held]] = held_state,
+    state_of: Callable[[Sequence[torch.nn.Parameter], MegatronOptimizer | None], list[Held]] = held_state,
 ) -> int:
     """Bring every expert of one layer from its old slot to its new one, in place.
 
@@ -66,7 +66,7 @@ def migrate(
         old: placement that the parameters are in.
         new: placement to reach.
         group: expert-parallel group.
-        of: what moves of a parameter: all that training keeps, or its gradient.
+        state_of: what moves of a parameter: all that training keeps, or its gradient.
 
     Returns:
         Bytes that this rank sent over the wire.
@@ -75,7 +75,7 @@ def migrate(
         ValueError: state that cannot be moved; nothing has been then.
     """
     sent_bytes = 0
-    for message in _messages(parameters, optimizer, old, new, group, of):
+    for message in _messages(parameters, optimizer, old, new, group, state_of):
         sent_bytes += message().finish()
     return sent_bytes
 
@@ -104,7 +104,7 @@ class Travelling:
             old: placement that the parameters are in.
             new: placement to reach.
             group: expert-parallel group.
-            over: a process group of all ranks that nothing else sends over.
+            over: a process group of all ranks that hold replicas of these experts, which nothing else sends over.
         """
         for same in zip(*parameters, strict=True):
             gradients(same, optimizer)  # which must be movable too, and that shows now
@@ -144,7 +144,7 @@ def _messages(
     old: Placement,
     new: Placement,
     group: dist.ProcessGroup,
-    of: Callable[[Sequence[torch.nn.Parameter], MegatronOptimizer | None], list[Held]],
+    state_of: Callable[[Sequence[torch.nn.Parameter], MegatronOptimizer | None], list[Held]],
     over: dist.ProcessGroup | None = None,
 ) -> Iterator[Callable[[], "_Message"]]:
     """What begins each piece of a migration, in order. *Collective.*"""
@@ -156,7 +156,7 @@ def _messages(
         _Move(*divmod(source, per_rank), *divmod(target, per_rank))
         for source, target in zip(old.slot_E[moved].tolist(), new.slot_E[moved].tolist(), strict=True)
     ]
-    held = [of(same, optimizer) for same in zip(*parameters, strict=True)]
+    held = [state_of(same, optimizer) for same in zip(*parameters, strict=True)]
     replicas = replicas_of(parameters[0][0], optimizer, group)
     if over is None and len(replicas.ranks) == 1:
         over = group
