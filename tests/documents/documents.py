@@ -24,11 +24,11 @@ def blocks() -> Iterator[tuple[str, Token]]:
 
 
 def commands() -> dict[str, str]:
-    """Every command, without comments and with single blanks, and the first page that has it."""
+    """Every command, on one line without comments and with single blanks, and the first page that has it."""
     found: dict[str, str] = {}
     for page, token in blocks():
         if token.type in ("fence", "code_block", "code_inline"):
-            for line in token.content.splitlines():
+            for line in token.content.replace("\\\n", " ").splitlines():
                 if line.split(" ")[0] in PROGRAMS and " " in line:
                     found.setdefault(" ".join(line.split(" #")[0].split()), page)
     return found

@@ -29,9 +29,11 @@ def test_calibration_finds_what_links_carry(
     records = pd.read_parquet(run / "records.parquet")
     assert set(records["source"]) == {"emulated"} and set(records["phase"]) == {"calibration"}
     assert records["predicted_ms"].isna().all() and (records["wire_ms"] > 0).all()
-    assert set(records["rank"]) == set(range(8)) and set(records["stage"]) == {"world", "inter1", "intra1"}
+    assert set(records["rank"]) == set(range(8))
+    assert set(records["stage"]) == {"world", "inter1", "intra1", "inter1+intra1"}
     calibrated, derived = Cluster.named("emulated_4x2_calibrated"), Cluster.named("emulated_4x2")
     assert calibrated.shaped_rates == derived.shaped_rates
+    assert derived.overlap is None and calibrated.overlap is not None and 0 <= calibrated.overlap <= 1
     for peers in (WORLD, Peers("inter", 1)):
         found, allowed = calibrated.constants(peers), derived.constants(peers)
         # What a link carries is a lower bound; how far above it a rank gets depends on how busy the cores are.
