@@ -8,6 +8,7 @@ from hiermoe.planner.cost import check_overlap
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.policies.system import SystemConfig
 from hiermoe.records.groups import files_of
+from hiermoe.records.project import CONF
 from hiermoe.records.status import NotApplicable
 from hiermoe.topology.cluster import Cluster
 
@@ -62,8 +63,10 @@ def candidates(cluster: Cluster, names: Sequence[str] | None = None) -> tuple[li
     """
     left_out: list[tuple[str, str]] = []
     alike: dict[str, list[tuple[SystemConfig, tuple[DispatchScheme, ...]]]] = {}
-    every = list(files_of("system")) if names is None else names
-    for system in map(SystemConfig.named, dict.fromkeys([BASELINE, *every])):
+    if names is None:  # of equal ones, those that come with the suite stand for all: people know them
+        files = files_of("system")
+        names = sorted(files, key=lambda name: files[name].parent != CONF / "system")
+    for system in map(SystemConfig.named, dict.fromkeys([BASELINE, *names])):
         if system.executor == CONTROL:
             continue
         if system.migration == "background":

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -28,7 +27,7 @@ from hiermoe.megatron.layer_placement import LayerPlacement
 from hiermoe.megatron.logical_names import name_experts_logically
 from hiermoe.megatron.meter import Meter, MeteredDispatcher
 from hiermoe.megatron.migration import expert_parameters
-from hiermoe.megatron.pipeline_stage import is_stage
+from hiermoe.megatron.pipeline_stage import is_stage, ranks_with_same_layers
 from hiermoe.megatron.versions import builder_of
 from hiermoe.policies.protocol import PlacementPolicy, StaticPolicy
 from hiermoe.policies.system import SystemConfig
@@ -105,8 +104,7 @@ def attach(
         setattr(layer, _BEFORE, (original, placement))
     background: Any = None
     if moving and system.migration == "background":
-        replicas: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        ranks = torch.distributed.get_process_group_ranks(replicas)
+        ranks = torch.distributed.get_process_group_ranks(ranks_with_same_layers())
         background = group_of(tuple(ranks), timeout, "background")
     placed = ExpertPlacement(moving, background=background)
     placed.move_to(wanted or {}, None)
@@ -185,20 +183,20 @@ def check_supported(config: TransformerConfig) -> None:
     Raises:
         ValueError: names the setting.
     """
-    sizes = (
-        "tensor_model_parallel_size",
-        "expert_tensor_parallel_size",
-        "context_parallel_size",
-    )
-    for name in sizes:
-        if (getattr(config, name, None) or 1) > 1:
-            raise ValueError(f"{name}={getattr(config, name)} is not supported: expert, data and pipeline ones are")
+    divided = getattr(config, "expert_tensor_parallel_size", None) or 1
+    if divided > 1:
+        raise ValueError(
+            f"expert_tensor_parallel_size={divided} is not supported: experts must be whole "
+            "(--expert-tensor-parallel-size 1); attention may be divided"
+        )
     unsupported = {
         "moe_token_dispatcher_type": config.moe_token_dispatcher_type != "alltoall",
         "moe_expert_capacity_factor": config.moe_expert_capacity_factor is not None,
         "moe_pad_expert_input_to_capacity": config.moe_pad_expert_input_to_capacity,
         "moe_router_padding_for_quantization": getattr(config, "moe_router_padding_for_quantization", False),
         "cuda_graph_impl": getattr(config, "cuda_graph_impl", "none") != "none",
+        "overlap_moe_expert_parallel_comm": getattr(config, "overlap_moe_expert_parallel_comm", False),
+        "fp8_param": getattr(config, "fp8_param", False),
     }
     for name, refused in unsupported.items():
         if refused:

@@ -49,6 +49,10 @@ from hiermoe.megatron.expert_placement import ExpertPlacement
 from hiermoe.megatron.standins import cpu
 from hiermoe.records.checksums import Damaged, digest_of
 
+# State of the distributed optimizer by parameter, not by its place in a buffer: where experts have moved, only a
+# parameter says whose it is.
+_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
+
 
 def save_checkpoint(
     folder: Path,
@@ -166,7 +170,8 @@ def load_checkpoint(
             raise ValueError(f"{checkpoint} does not fit this model: {reason.splitlines()[0]}") from error
     for name, chunk in _chunks(model).items():
         chunk.load_state_dict(state[name])
-    optimizer.load_state_dict(state["optimizer"])
+    with cpu.cuda_means_cpu():
+        optimizer.load_state_dict(state["optimizer"])
     schedule.num_steps = 0  # to which Megatron adds the stored number
     schedule.load_state_dict(common["opt_param_scheduler"])
     return step
@@ -175,9 +180,10 @@ def load_checkpoint(
 def _sharded(
     model: torch.nn.Module | list[torch.nn.Module], optimizer: MegatronOptimizer, is_loading: bool
 ) -> dict[str, Any]:
-    shards = {name: chunk.sharded_state_dict() for name, chunk in _chunks(model).items()}
+    shards = {name: chunk.sharded_state_dict(metadata={**_FORMAT}) for name, chunk in _chunks(model).items()}
     of_optimizer = shards["model"] if len(shards) == 1 else shards
-    return {**shards, "optimizer": optimizer.sharded_state_dict(of_optimizer, is_loading=is_loading)}
+    state: Any = optimizer.sharded_state_dict(of_optimizer, is_loading=is_loading, metadata={**_FORMAT})
+    return {**shards, "optimizer": state}
 
 
 def _chunks(model: torch.nn.Module | list[torch.nn.Module]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ What a training loop of one's own needs, with a stock Megatron-Core model, its o
 Everything else stays as it is: losses, gradients, logged loads and Megatron's checkpoints are those of fixed experts.
 `hiermoe.megatron.checkpoint` saves and resumes placements and policies too; without it, they start anew.
 The distributed optimizer divides masters and moments among replicas; they go from owner to owner. Stages of a
-pipeline each look after their own layers. Not supported, and refused: grouped experts, tensor and context parallelism.
+pipeline each look after their own layers. Tensor (with sequence) and context parallelism divide the tokens that a rank
+has, and attention; experts stay whole (expert_tensor_parallel_size=1).
 """
 
 import hashlib
@@ -30,7 +31,7 @@ from hiermoe.dispatch.communicators import reduced
 from hiermoe.megatron.expert_state import check_optimizer
 from hiermoe.megatron.layer_placement import LayerPlacement, LayerUpdate
 from hiermoe.megatron.migration import Travelling, bytes_on_the_way, migrate
-from hiermoe.megatron.pipeline_stage import is_stage
+from hiermoe.megatron.pipeline_stage import is_stage, ranks_with_same_layers
 from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate, StaticPolicy
 from hiermoe.topology.placement import Placement
 
@@ -68,7 +69,7 @@ class ExpertPlacement:
 
         Args:
             layers: none for a system that moves no experts.
-            group: ranks that decide together; None for Megatron's data-parallel group, which has all replicas.
+            group: ranks that decide together; None for all that have the same layers.
             iteration: number of the coming step.
             background: of all ranks that hold replicas of them, for experts that travel beside forward and backward
                 passes; None where they move between steps.
@@ -202,7 +203,7 @@ class ExpertPlacement:
             layer.measured, layer.measuring_ms, layer.iteration = None, 0.0, iteration
 
     def _decide(self) -> list[tuple[LayerPlacement, PlacementUpdate]]:
-        group: Any = self._group or parallel_state.get_data_parallel_group(with_context_parallel=True)
+        group = self._group or ranks_with_same_layers()
         flat = {
             index: torch.cat([layer.measured.reshape(-1), layer.votes().to(layer.measured.dtype)])
             for index, layer in enumerate(self.layers)

@@ -3,6 +3,7 @@
 Between two steps (`migrate`), or beside the forward and backward passes of one (`Travelling`).
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from hiermoe.routing.step import experts_per_rank
 from hiermoe.topology.placement import Placement
 
 BUFFER_BYTES = 2**25  # at most so much leaves a rank at once, and as much arrives
+_GROUPED = re.compile(r"linear_fc[12]\.(?:weight|bias)(\d+)")  # parameters of TEGroupedMLP
 _ELEMENT_BYTES = 32  # at most, of one element of a weight with its master and moments
 
 
@@ -36,13 +38,21 @@ def expert_parameters(experts: torch.nn.Module) -> list[list[torch.nn.Parameter]
     Raises:
         ValueError: experts whose parameters cannot be told apart.
     """
-    local = getattr(experts, "local_experts", None)
-    if local is None:
+    local: Any = getattr(experts, "local_experts", None)
+    if local is not None:  # SequentialMLP
+        return [list(expert.parameters()) for expert in local]
+    numbered = {name: _GROUPED.fullmatch(name) for name, _ in experts.named_parameters()}
+    if not numbered or not all(numbered.values()):
         raise ValueError(
-            f"{type(experts).__name__} keeps its experts together: only SequentialMLP's can be moved "
-            "(moe_grouped_gemm=False)"
+            f"{type(experts).__name__} keeps its experts together: only SequentialMLP's, and TEGroupedMLP's with a "
+            "parameter for each expert, can be moved"
         )
-    return [list(expert.parameters()) for expert in local]
+    found: dict[int, list[torch.nn.Parameter]] = {}
+    for name, parameter in experts.named_parameters():
+        match = numbered[name]
+        assert match is not None
+        found.setdefault(int(match[1]), []).append(parameter)
+    return [found[slot] for slot in range(len(found))]
 
 
 def migrate(

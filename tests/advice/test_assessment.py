@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 from itertools import combinations, product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from hiermoe.advice.assessment import Assessment, assess, break_even_steps
 from hiermoe.advice.case import Case
@@ -17,6 +19,7 @@ from hiermoe.measure.predict import simulate
 from hiermoe.measure.workload import Workload
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP, choose_scheme
 from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, price_migration
+from hiermoe.records.project import CONF
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
@@ -183,3 +186,12 @@ def test_tokens_needed_is_the_first_power_of_two_that_pays(assessment: Assessmen
     paying = [tokens for tokens in (16, 32, 64) if gain(tokens) >= STAY_BELOW_GAIN]
     assert tokens_needed(assessment, "hd2") == (paying[0] if paying else None)
     assert tokens_needed(assessment, "megatron") is None
+
+
+def test_what_people_know_stands_for_its_own_equals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "system").mkdir()
+    own = yaml.safe_load((CONF / "system" / "hd2.yaml").read_text()) | {"name": "a_copy", "label": "A copy"}
+    (tmp_path / "system" / "a_copy.yaml").write_text(yaml.safe_dump(own))
+    monkeypatch.setattr("hiermoe.records.groups.OWN", tmp_path)
+    (found,) = [one for one in candidates(Cluster.named("a6000_4x8"))[0] if "A copy" in one.labels]
+    assert found.name == "hd2" and found.label == "HD2"

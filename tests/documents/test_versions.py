@@ -5,15 +5,19 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from hiermoe.records.project import CODE
 from tests.documents.documents import copy_project
+from tests.megatron import settings_matrix
 
 pytestmark = [pytest.mark.versions, pytest.mark.timeout(3600)]
 VERSIONS = ("3.11", "3.12", "3.13")
+NEWEST_MEGATRON = "0.19.2"  # beside that of constraints.txt, with which all other tests run
+TOOLS = ("pytest", "hypothesis")  # of the extra "dev", what these tests need
 FEW = ("routing=recorded", "iterations=4", "wandb.mode=disabled")
 QUESTION = ("trace=qwen3_30b_a3b_e128_late", "cluster=a6000_1x8", "systems=[hd2,hiermoe]")
 
@@ -69,7 +73,32 @@ def test_commands_work(command: tuple[str, ...], hiermoe: Path, tmp_path: Path) 
     assert list(tmp_path.glob("advice/*/advice.html" if command[0] == "advise" else "results/runs/*/records.parquet"))
 
 
+@pytest.mark.parametrize("hiermoe", ["3.12"], indirect=True)
+def test_megatron_tests_pass_on_the_newest_megatron(
+    hiermoe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = hiermoe.parent / "python"
+    with (CODE / "pyproject.toml").open("rb") as file:
+        tools = [x for x in tomllib.load(file)["project"]["optional-dependencies"]["dev"] if x.startswith(TOOLS)]
+    # Megatron imports triton, which torch brings where there are GPUs, and writes scalars with tensorboard.
+    wanted = [f"megatron-core=={NEWEST_MEGATRON}", "triton", "tensorboard", *tools]
+    install = [python, "-m", "pip", "install", "-q", "--no-compile", *wanted]
+    subprocess.run(install, check=True, timeout=1200)
+    called = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup", "-m", "not slow", "tests/megatron"]
+    called.append(f"--junitxml={tmp_path / 'report.xml'}")
+    done = subprocess.run(called, cwd=CODE, capture_output=True, text=True, timeout=1800, check=False)
+    counts = done.stdout.strip().splitlines()[-1]
+    with capsys.disabled():
+        print(f"\nPython 3.12, megatron-core {NEWEST_MEGATRON}, tests/megatron: {counts}")
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr
+    assert settings_matrix.cells(tmp_path / "report.xml") == settings_matrix.column_shown(NEWEST_MEGATRON)
+
+
 def test_what_is_declared_is_what_is_tried() -> None:
     text = (CODE / "pyproject.toml").read_text()
     (lowest,) = re.findall(r'requires-python = ">=([\d.]+)"', text)
     assert lowest == VERSIONS[0]
+    ((first, last),) = re.findall(r'"megatron-core>=([\d.]+),<([\d.]+)"', text)
+    assert f"megatron-core=={first}\n" in (CODE / "constraints.txt").read_text()
+    major, minor, _ = NEWEST_MEGATRON.split(".")
+    assert last == f"{major}.{int(minor) + 1}"

@@ -227,14 +227,14 @@ def test_an_overlapped_shared_expert_gives_the_same_numbers(seen: list[Seen], sy
 
 def settings(**changes: Any) -> Any:
     supported = {
-        "tensor_model_parallel_size": 1,
         "expert_tensor_parallel_size": None,
-        "context_parallel_size": 1,
         "moe_token_dispatcher_type": "alltoall",
         "moe_expert_capacity_factor": None,
         "moe_pad_expert_input_to_capacity": False,
         "moe_router_padding_for_quantization": False,
         "cuda_graph_impl": "none",
+        "overlap_moe_expert_parallel_comm": False,
+        "fp8_param": False,
     }
     return SimpleNamespace(**{**supported, **changes})
 
@@ -242,15 +242,15 @@ def settings(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tensor_model_parallel_size", 2),
         ("expert_tensor_parallel_size", 2),
-        ("context_parallel_size", 4),
         ("moe_token_dispatcher_type", "allgather"),
         ("moe_token_dispatcher_type", "flex"),
         ("moe_expert_capacity_factor", 1.25),
         ("moe_pad_expert_input_to_capacity", True),
         ("moe_router_padding_for_quantization", True),
         ("cuda_graph_impl", "local"),
+        ("overlap_moe_expert_parallel_comm", True),
+        ("fp8_param", True),
     ],
 )
 def test_an_unsupported_setting_is_refused_by_name(name: str, value: Any) -> None:

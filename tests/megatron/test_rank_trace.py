@@ -16,7 +16,7 @@ from hiermoe.routing.importers import megatron_jsonl
 from hiermoe.routing.importers.as_trace import to_trace
 from hiermoe.routing.importers.recording import Source
 from tests.conftest import Command
-from tests.megatron.pipelined import EXPERTS, SEQUENCE, TOPK, VOCABULARY, Pipelined
+from tests.megatron.parallel_model import EXPERTS, SEQUENCE, TOPK, VOCABULARY, ParallelModel
 from tests.narrow.tiny_training import tiny_training
 
 TIMEOUT = timedelta(minutes=10)
@@ -86,7 +86,7 @@ def pipelined_with_trace(rank: int, has_experts: list[int], virtual: int | None,
     """Two steps of four micro-batches."""
     from hiermoe.megatron.rank_trace import RankTrace
 
-    pipelined = Pipelined(has_experts, virtual=virtual)
+    pipelined = ParallelModel(has_experts, virtual=virtual)
     trace = RankTrace([*pipelined.chunks], folder, steps=2)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):

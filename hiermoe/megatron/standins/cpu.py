@@ -45,7 +45,7 @@ _THE_STREAM = _NoStream()
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Redirects the device='cuda' literals of factory functions to the CPU, and calls tensors by their CUDA type.
+    """Redirects device='cuda' of factory functions and `.cuda()` to the CPU, and calls tensors by their CUDA types.
 
     The latter is how optimizers tell parameters that need a master copy from others; float64 ones need none, like fp32.
     """
@@ -54,6 +54,8 @@ class _CudaMeansCpu(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
         device = kwargs.get("device")
         if isinstance(device, str) and device.startswith("cuda"):
             kwargs = {**kwargs, "device": _CPU}

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
 def install() -> None:
@@ -48,6 +49,34 @@ def install() -> None:
             return context[..., :width].permute(2, 0, 1, 3).flatten(2)
 
     backends.DotProductAttention = TorchDotProductAttention  # type: ignore[misc]
+    _let_divided_optimizers_load()
     # True although Transformer Engine is missing, which makes TELinear a mock that isinstance() refuses.
     multi_latent_attention.HAVE_TE = False
     multi_latent_attention.TELinear = None  # type: ignore[misc,assignment]
+
+
+def _let_divided_optimizers_load() -> None:
+    """Make Megatron's distributed optimizer load what it saves with torch's Adam, which counts steps by parameter."""
+    stock_state, stock_load = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
+    stock_set = DistributedOptimizer._set_main_param_and_optimizer_states
+    if stock_state.__module__ == __name__:
+        return
+
+    def state_dict(self: DistributedOptimizer) -> Any:
+        if not self.optimizer.state:  # stock code reads the number of steps from it
+            self._init_optimizer_states_with_dummy_values()
+        return stock_state(self)
+
+    def load_state_dict(self: DistributedOptimizer, state: Any) -> None:
+        stock_load(self, state)
+        for of_parameter in self.optimizer.state.values():  # stock code gives all one counter, which each would raise
+            of_parameter["step"] = of_parameter["step"].clone()
+
+    def set_states(self: DistributedOptimizer, model_param: Any, tensors: Any) -> None:
+        group, place = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][place]]
+        stock_set(self, model_param, {"step": state["step"], **tensors})  # which is not among what was saved
+
+    DistributedOptimizer.state_dict = state_dict  # type: ignore[method-assign]
+    DistributedOptimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""A small model over the stages of a pipeline, trained by Megatron's own schedules, in fp64."""
+"""A small model divided in every way that Megatron knows, trained by its own schedules, in fp64."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,13 +8,14 @@ import torch
 HIDDEN, SEQUENCE, VOCABULARY, EXPERTS, TOPK = 32, 16, 64, 8, 2
 
 
-class Pipelined:
+class ParallelModel:
     """This rank's chunks of a model, and Megatron's optimizer; a step is forwards and backwards of micro-batches.
 
     Attributes:
         chunks: of the model, one for each virtual stage of this rank.
         optimizer: of all chunks.
         schedule: of its learning rate, which is constant.
+        precision: context in which what Megatron wants in fp32 is fp64.
     """
 
     def __init__(
@@ -24,6 +25,10 @@ class Pipelined:
         virtual: int | None = None,
         ep_size: int = 1,
         recompute: bool = False,
+        tensor: int = 1,
+        context: int = 1,
+        distributed: bool = False,
+        grouped: bool = False,
     ) -> None:
         """Set Megatron up. *Collective.*
 
@@ -33,6 +38,10 @@ class Pipelined:
             virtual: chunks of each, None for one.
             ep_size: ranks that share the experts of a layer.
             recompute: whether backward computes whole layers again.
+            tensor: ranks that divide attention, and outside of it sequences.
+            context: ranks that divide sequences everywhere.
+            distributed: whether replicas divide the optimizer's state.
+            grouped: whether experts are TEGroupedMLP's.
         """
         from hiermoe.megatron.standins import cpu, without_te
 
@@ -54,9 +63,14 @@ class Pipelined:
 
         from hiermoe.narrow.models import NO_FUSIONS
         from hiermoe.narrow.precision import float32_means_float64, make_float64
+        from tests.megatron import layout_standins
 
+        layout_standins.install(grouped)
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor,
+            context_parallel_size=context,
+            expert_tensor_parallel_size=1,
             pipeline_model_parallel_size=stages,
             virtual_pipeline_model_parallel_size=virtual,
             expert_model_parallel_size=ep_size,
@@ -80,10 +94,16 @@ class Pipelined:
             num_moe_experts=EXPERTS,
             moe_router_topk=TOPK,
             moe_ffn_hidden_size=HIDDEN // 2,
+            gated_linear_unit=True,
+            activation_func=torch.nn.functional.silu,
             moe_layer_freq=has_experts,
             moe_router_dtype="fp64",
             moe_token_dispatcher_type="alltoall",
             expert_model_parallel_size=ep_size,
+            expert_tensor_parallel_size=1,
+            tensor_model_parallel_size=tensor,
+            sequence_parallel=tensor > 1,
+            context_parallel_size=context,
             pipeline_model_parallel_size=stages,
             virtual_pipeline_model_parallel_size=virtual,
             params_dtype=torch.float64,
@@ -91,12 +111,12 @@ class Pipelined:
             attention_softmax_in_fp32=False,
             finalize_model_grads_func=finalize_model_grads,
         )
-        self._precision = float32_means_float64
+        self.precision = float32_means_float64
         self.chunks: list[torch.nn.Module] = []
         for stage in range(virtual or 1):
             of: Any = {} if virtual is None else {"vp_stage": stage}
             spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", **of)
-            with cpu.cuda_means_cpu(), self._precision():
+            with cpu.cuda_means_cpu(), self.precision():
                 chunk = GPTModel(
                     config=config,
                     transformer_layer_spec=spec,
@@ -109,10 +129,17 @@ class Pipelined:
                     **of,
                 )
                 make_float64(chunk)
-                self.chunks.append(DistributedDataParallel(config, DistributedDataParallelConfig(), chunk).train())
-        with cpu.cuda_means_cpu(), self._precision():
-            settings = OptimizerConfig(optimizer="adam", lr=1e-2, weight_decay=0.1, params_dtype=torch.float64)
-            self.optimizer = get_megatron_optimizer(settings, self.chunks)  # type: ignore[arg-type]
+                settings = DistributedDataParallelConfig(use_distributed_optimizer=distributed)
+                self.chunks.append(DistributedDataParallel(config, settings, chunk).train())
+        with cpu.cuda_means_cpu(), self.precision():
+            of_optimizer = OptimizerConfig(
+                optimizer="adam",
+                lr=1e-2,
+                weight_decay=0.1,
+                params_dtype=torch.float64,
+                use_distributed_optimizer=distributed,
+            )
+            self.optimizer = get_megatron_optimizer(of_optimizer, self.chunks)  # type: ignore[arg-type]
         self.schedule = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -137,11 +164,12 @@ class Pipelined:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         from hiermoe.megatron.standins import cpu
+        from tests.megatron import layout_standins
 
         def forward(batches: Iterator[torch.Tensor], model: torch.nn.Module) -> Any:
-            tokens_BS = next(batches)
-            positions = torch.arange(SEQUENCE).expand_as(tokens_BS)
-            with self._precision():
+            tokens_BS = layout_standins.own_part(next(batches))
+            positions = layout_standins.own_part(torch.arange(SEQUENCE)[None]).expand_as(tokens_BS)
+            with self.precision():
                 loss = model(tokens_BS, positions, attention_mask=None, labels=tokens_BS)
             return loss, lambda loss: (loss.mean(), {"loss": loss.detach().mean()})
 
@@ -149,7 +177,7 @@ class Pipelined:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()  # type: ignore[operator]
         self.optimizer.zero_grad()
-        with cpu.cuda_means_cpu(), self._precision():
+        with cpu.cuda_means_cpu(), self.precision():
             losses = get_forward_backward_func()(
                 forward_step_func=forward,
                 data_iterator=batches if len(batches) > 1 else batches[0],
