@@ -70,7 +70,7 @@ def attach(
     Raises:
         ValueError: no MoE layer, a setting that is not supported, ranks that do not fit the hierarchy, placements that
             do not fit the model, or a system that cannot follow any.
-        NotApplicable: the system needs what this machine lacks.
+        NotApplicable: the system needs what this machine lacks, or keeps experts in more than one place.
         RuntimeError: a system is attached already.
     """
     system = SystemConfig.named(system) if isinstance(system, str) else system

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -48,11 +49,14 @@ class Shares:
         """Of one source, on a device: choice e; choice E is none, in slot S."""
         slots = len(self.slot_X) // (len(self.total_C) // num_experts)
         choices, copies = (slice(source * n, (source + 1) * n) for n in (num_experts, slots))
-        start_C, first = self.start_C[choices], self.start_C[source * num_experts]
-        none = torch.tensor([0, 0, slots])
-        parts = (start_C - first, self.total_C[choices], self.otherwise_C[choices])
-        with_none = (torch.cat([part, none[i : i + 1]]).to(device) for i, part in enumerate(parts))
-        return Shares(*with_none, (self.end_X[copies] - first).to(device), self.slot_X[copies].to(device))
+        first = self.start_C[source * num_experts]
+        start_C = F.pad(self.start_C[choices] - first, (0, 1))
+        total_C, otherwise_C = (
+            F.pad(self.total_C[choices], (0, 1)),
+            F.pad(self.otherwise_C[choices], (0, 1), value=slots),
+        )
+        parts = (start_C, total_C, otherwise_C, self.end_X[copies] - first, self.slot_X[copies])
+        return Shares(*[part.to(device) for part in parts])
 
     def slots_of(self, choice_P: Tensor) -> Tensor:
         """Slot that each token-expert pair uses: int64 [P]. The host does not wait for a GPU.
