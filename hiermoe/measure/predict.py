@@ -51,7 +51,7 @@ def simulate(workload: Workload, progress: Progress = no_progress) -> pd.DataFra
         }
         rows += [keys | row for row in _dispatch_rows(visit.chosen, visit.counts, workload)]
         rows += [keys | row for row in _routing_rows(visit.counts, workload)]
-        step = _step_row(visit.chosen, visit.counts) | _update_columns(update, placement, workload)
+        step = _step_row(visit.chosen, visit.counts) | _update_columns(update, placement, terms, workload)
         rows.append(keys | step | _copy_columns(visit, terms, workload))
         if (
             update is not None
@@ -125,11 +125,15 @@ def _q_ms(counts: RoutingCounts, context: StepContext) -> float:
     )
 
 
-def _update_columns(update: PlacementUpdate | None, placement: Placement, workload: Workload) -> Row:
+def _update_columns(
+    update: PlacementUpdate | None, placement: Placement, terms: CopyTerms | None, workload: Workload
+) -> Row:
     """What the policy did after the iteration."""
     if update is None:
         return {"moved_experts": 0, "migration_bytes": 0, "migration_link_ms": 0.0, "migration_alltoall_ms": 0.0}
-    expert_bytes = STATE_BYTES_PER_PARAMETER * workload.sizes.expert_parameters
+    # Sharded state has no place that a layout could change.
+    sharded = terms is not None and terms.sharded
+    expert_bytes = 0 if sharded else STATE_BYTES_PER_PARAMETER * workload.sizes.expert_parameters
     migration = price_migration(placement, update.placement, workload.cluster, expert_bytes, workload.sizes.num_experts)
     return {
         "moved_experts": migration.moved_experts,
