@@ -75,6 +75,7 @@ def attach(
     """
     system = SystemConfig.named(system) if isinstance(system, str) else system
     cluster = Cluster.named(cluster) if isinstance(cluster, str) else cluster
+    system.refuse_copies()
     layers = moe_layers(model)
     if any(hasattr(layer, _BEFORE) for layer in layers):
         raise RuntimeError("a system is attached already: call detach() first")

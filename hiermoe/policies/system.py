@@ -67,13 +67,18 @@ class SystemConfig(Strict):
         """Whether its policy may move experts."""
         return not isinstance(self.build_policy(), StaticPolicy)
 
+    @property
+    def makes_copies(self) -> bool:
+        """Whether its policy keeps experts in more than one place."""
+        return self.build_policy().copies is not None
+
     def refuse_copies(self) -> None:
         """To be called by what moves experts with their training state.
 
         Raises:
             NotApplicable: its policy keeps experts in more than one place.
         """
-        if self.build_policy().copies is not None:
+        if self.makes_copies:
             raise NotApplicable(
                 f"system {self.name} keeps experts in more than one place: it is simulated, but ranks sum no gradients "
                 "of copies"
