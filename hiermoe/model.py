@@ -107,6 +107,7 @@ class LayerSizes:
         hidden_size: M.
         element_bytes: v, of one activation element.
         expert_parameters: of one expert.
+        num_layers: layers with experts; None where that is not known.
     """
 
     num_experts: int
@@ -114,6 +115,7 @@ class LayerSizes:
     hidden_size: int
     element_bytes: int
     expert_parameters: int
+    num_layers: int | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -220,6 +222,7 @@ class ModelConfig(Strict):
             hidden_size=self.hidden_size // narrowed,
             element_bytes=self.element_bytes,
             expert_parameters=self.expert_parameters // narrowed,
+            num_layers=None if self.num_layers is None else self.num_moe_layers,
         )
 
     @property

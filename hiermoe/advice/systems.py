@@ -73,6 +73,7 @@ def candidates(cluster: Cluster, names: Sequence[str] | None = None) -> tuple[li
             left_out.append((system.label, "what a step hides of its moves has no price here"))
             continue
         try:
+            system.refuse_copies()
             schemes = system.build_schemes(cluster.hierarchy)
             for scheme in schemes:
                 check_overlap(scheme, cluster)

@@ -35,11 +35,18 @@ class Ended:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """Of one run: milliseconds of one AlltoAll and of the four of a step and layer, and the stages used."""
+    """Of one run: milliseconds of one AlltoAll and of the four of a step and layer, and the stages used.
+
+    Of a predicted one also what experts in more than one place cost and bring: the four AlltoAlls with weights and
+    gradients, the busiest GPU's expert rows over the mean, and GB of slots; else NaN.
+    """
 
     alltoall_ms: float
     total_ms: float
     dimensions: str
+    net_ms: float
+    busiest: float
+    slots_gb: float
 
 
 def print_comparison(ended: Sequence[Ended], store: RunStore, console: Console) -> None:
@@ -66,6 +73,10 @@ def comparison(ended: Sequence[Ended], store: RunStore) -> Table:
         table.add_column("d*", justify="right", no_wrap=True)
         for what in ("one\nAlltoAll", "four,\ntotal", "times\nas fast"):
             table.add_column(f"{kind if what[0] == 'f' else ''}\n{what}", justify="right", no_wrap=True)
+    has_copies = any(numbers is not None and numbers.slots_gb > 0 for _, numbers, _ in lines)
+    if has_copies:
+        for what in ("net\nms", "rows,\nmost /\nmean", "slots,\nGB"):
+            table.add_column(what, justify="right", no_wrap=True)
     common = set.intersection(*(set(one.overrides) for one in ended)) if len(ended) > 1 else set[str]()
     first: dict[tuple[str, str], float] = {}  # total of the first system, by kind and setting
     for one, *numbers in lines:
@@ -77,6 +88,10 @@ def comparison(ended: Sequence[Ended], store: RunStore) -> Table:
                 base = first.setdefault((kind, _setting(one)), found.total_ms)
                 ms = (f"{found.alltoall_ms:.2f}", f"{found.total_ms:.2f}", f"{base / found.total_ms:.2f}")
                 cells += [found.dimensions, *ms]
+        if has_copies:
+            predicted = numbers[0]
+            ends = predicted and (predicted.net_ms, predicted.busiest, predicted.slots_gb)
+            cells += [f"{value:.2f}" for value in ends] if ends else [""] * 3
         table.add_row(escape(" ".join(x.partition("=")[2] for x in one.overrides if x not in common) or "-"), *cells)
     sources = sorted({s for one in ended if one.config is not None for s in _measured_sources(one.config, store)})
     table.caption = "ms; four: the four AlltoAlls of a step and layer, " + (
@@ -85,6 +100,12 @@ def comparison(ended: Sequence[Ended], store: RunStore) -> Table:
         else "mean of the iterations that count"
     )
     table.caption += ". Times as fast: as the first system of the same setting."
+    if has_copies:
+        table.caption += (
+            " Net: the four, weights sent to copies of experts and gradients sent back, at the rate of the link and as "
+            "if nothing hid them; moves of experts to another home are not in it. Rows: expert rows of the busiest GPU "
+            "over the mean. Slots: weights and gradients, at a GPU, all layers."
+        )
     for one in ended:
         if why := one.error or _not_applicable(one, store):
             table.caption += f"\n{escape(' '.join(one.overrides))}: {escape(why)}"
@@ -139,9 +160,13 @@ def _numbers(run_id: str, store: RunStore) -> _Numbers | None:
     steps, calls = counted[counted["phase"] == "step"], counted[counted["phase"] == "dispatch"]
     if steps.empty or calls.empty or steps["dimension"].isna().all():
         return None
+    net_ms = busiest = slots_gb = float("nan")
     if rows["source"].iloc[0] == "simulated":
+        net_ms, slots_gb = float(steps["net_ms"].mean()), float(steps["slots_gb"].max())
+        busiest = float((steps["expert_rows_max"] / steps["expert_rows_mean"]).mean())
         one_ms = calls.groupby("iteration")["predicted_ms"].sum().mean()
     else:
         one_ms = calls[calls["stage"] == "all"].groupby("iteration")["dispatch_ms"].max().median()
     used = sorted(int(d) for d in calls["dimension"].dropna().unique())
-    return _Numbers(float(one_ms), float(typical_ms(steps).iloc[0]), ",".join(map(str, used)))
+    total_ms, dimensions = float(typical_ms(steps).iloc[0]), ",".join(map(str, used))
+    return _Numbers(float(one_ms), total_ms, dimensions, net_ms, busiest, slots_gb)

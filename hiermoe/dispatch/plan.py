@@ -18,9 +18,10 @@ from hiermoe.planner.traffic import Traffic, expert_capacity, pair_traffic
 from hiermoe.routing.step import experts_per_rank
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.placement import Placement
+from hiermoe.topology.quotas import Shares
 
-# Slot of every expert for the tokens of a rank. Copied to a GPU once, since the host waits for that.
-_SLOTS_ON_DEVICE: WeakKeyDictionary[Placement, dict[tuple[int, torch.device], Tensor]] = WeakKeyDictionary()
+# Slot of every expert for the tokens of a rank, or shares of its copies. Copied to a GPU once: the host waits for that.
+_SLOTS_ON_DEVICE: WeakKeyDictionary[Placement, dict[tuple[int, torch.device], Tensor | Shares]] = WeakKeyDictionary()
 _FIRST_OF_ROW = -(2**15)  # sign bit of a slot's number in the metadata: a new row starts here
 
 
@@ -198,11 +199,18 @@ def make_plan(
 def _chosen_slots(ids_TK: Tensor, placement: Placement, rank: int) -> tuple[Tensor, Tensor]:
     """Slots of a token's experts, rising, S for none; and which of its choices each is: int64 [T, K] both."""
     kept = _SLOTS_ON_DEVICE.setdefault(placement, {})
+    shares, experts = placement.shares, placement.num_experts
     if (rank, ids_TK.device) not in kept:
-        every_expert = torch.arange(placement.num_experts)[None]
-        kept[rank, ids_TK.device] = placement.slots_of(every_expert, torch.tensor([rank]))[0].to(ids_TK.device)
-    slot_E = kept[rank, ids_TK.device]
-    return slot_E[ids_TK].masked_fill(ids_TK < 0, placement.num_slots).sort(dim=1)
+        if shares is not None:
+            kept[rank, ids_TK.device] = shares.of_source(rank, experts, ids_TK.device)
+        else:
+            every_expert = torch.arange(experts)[None]
+            kept[rank, ids_TK.device] = placement.slots_of(every_expert, torch.tensor([rank]))[0].to(ids_TK.device)
+    slots = kept[rank, ids_TK.device]
+    if isinstance(slots, Shares):
+        choice_TK = ids_TK.masked_fill(ids_TK < 0, experts)
+        return slots.slots_of(choice_TK.reshape(-1)).view(ids_TK.shape).sort(dim=1)
+    return slots[ids_TK].masked_fill(ids_TK < 0, placement.num_slots).sort(dim=1)
 
 
 def _local_pairs(

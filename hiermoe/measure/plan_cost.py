@@ -18,12 +18,12 @@ def planning_cost(workload: Workload, progress: Progress = no_progress) -> pd.Da
 
     Returns:
         Rows of the phase planning: for every iteration one of the stage measure, with the bytes that are summed, and
-        one of the stage decide.
+        one of the stage decide; of policies that make copies, one of the stage rebalance.
     """
     cluster, placement = workload.cluster, workload.first_places
     step = workload.routing.step(0)
     scheme = priced(workload, 0, placement).scheme
-    own_N = step.source_N == 0
+    own_N, pairs_GE = step.source_N == 0, step.pairs_GE
     own_TK, own_T = step.expert_ids_NK[own_N], step.source_N[own_N]
     policy = workload.new_policy()
     summed = policy.measure(step.expert_ids_NK, step.source_N, placement, cluster.hierarchy, 0)
@@ -36,6 +36,9 @@ def planning_cost(workload: Workload, progress: Progress = no_progress) -> pd.Da
         between = time.perf_counter()
         policy.decide(summed, placement, context)
         ended = time.perf_counter()
+        if policy.copies is not None:
+            policy.rebalance(pairs_GE, placement, context)
+        rebalanced = time.perf_counter()
         keys = {
             "phase": "planning",
             "iteration": iteration,
@@ -47,5 +50,7 @@ def planning_cost(workload: Workload, progress: Progress = no_progress) -> pd.Da
         summed_bytes = 0 if measured is None else measured.nbytes
         rows.append(keys | {"stage": "measure", "planning_ms": (between - started) * 1e3, "bytes": summed_bytes})
         rows.append(keys | {"stage": "decide", "planning_ms": (ended - between) * 1e3})
+        if policy.copies is not None:
+            rows.append(keys | {"stage": "rebalance", "planning_ms": (rebalanced - ended) * 1e3})
         progress(iteration)
     return pd.DataFrame(rows)

@@ -5,14 +5,15 @@ from typing import Any
 
 import pandas as pd
 
-from hiermoe.measure.walk import realised_gains, walk
+from hiermoe.measure.walk import Visit, realised_gains, walk
 from hiermoe.measure.workload import Workload
 from hiermoe.planner.bounds import fixed_placement_rows
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP, Price, time_by_groups
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.links import link_ms
+from hiermoe.policies.price_of_copies import price_copies
 from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, price_migration
-from hiermoe.policies.protocol import PlacementUpdate, StepContext
+from hiermoe.policies.protocol import CopyTerms, PlacementUpdate, StepContext
 from hiermoe.ranks.world import Progress, no_progress
 from hiermoe.topology.placement import Placement
 
@@ -37,8 +38,10 @@ def simulate(workload: Workload, progress: Progress = no_progress) -> pd.DataFra
     """
     rows: list[Row] = []
     placements: list[Placement] = []
-    for visit in walk(workload, workload.new_policy()):
-        iteration, placement, update = visit.iteration, visit.placement, visit.update
+    policy = workload.new_policy()
+    terms = policy.copies
+    for visit in walk(workload, policy):
+        iteration, placement, update = visit.iteration, visit.home, visit.update
         placements.append(placement)
         keys = {
             "iteration": iteration,
@@ -48,7 +51,8 @@ def simulate(workload: Workload, progress: Progress = no_progress) -> pd.DataFra
         }
         rows += [keys | row for row in _dispatch_rows(visit.chosen, visit.counts, workload)]
         rows += [keys | row for row in _routing_rows(visit.counts, workload)]
-        rows.append(keys | _step_row(visit.chosen, visit.counts) | _update_columns(update, placement, workload))
+        step = _step_row(visit.chosen, visit.counts) | _update_columns(update, placement, terms, workload)
+        rows.append(keys | step | _copy_columns(visit, terms, workload))
         if (
             update is not None
             and update.modelled_gain_ms is not None
@@ -121,11 +125,15 @@ def _q_ms(counts: RoutingCounts, context: StepContext) -> float:
     )
 
 
-def _update_columns(update: PlacementUpdate | None, placement: Placement, workload: Workload) -> Row:
+def _update_columns(
+    update: PlacementUpdate | None, placement: Placement, terms: CopyTerms | None, workload: Workload
+) -> Row:
     """What the policy did after the iteration."""
     if update is None:
         return {"moved_experts": 0, "migration_bytes": 0, "migration_link_ms": 0.0, "migration_alltoall_ms": 0.0}
-    expert_bytes = STATE_BYTES_PER_PARAMETER * workload.sizes.expert_parameters
+    # Sharded state has no place that a layout could change.
+    sharded = terms is not None and terms.sharded
+    expert_bytes = 0 if sharded else STATE_BYTES_PER_PARAMETER * workload.sizes.expert_parameters
     migration = price_migration(placement, update.placement, workload.cluster, expert_bytes, workload.sizes.num_experts)
     return {
         "moved_experts": migration.moved_experts,
@@ -134,4 +142,24 @@ def _update_columns(update: PlacementUpdate | None, placement: Placement, worklo
         "migration_link_ms": migration.link_ms,
         "migration_alltoall_ms": migration.alltoall_ms,
         "modelled_gain_ms": float("nan") if update.modelled_gain_ms is None else update.modelled_gain_ms,
+    }
+
+
+def _copy_columns(visit: Visit, terms: CopyTerms | None, workload: Workload) -> Row:
+    """What copies of experts took in the iteration, and AlltoAlls with it."""
+    alltoalls_ms = ALLTOALLS_PER_STEP * visit.chosen.alltoall_ms
+    if terms is None:
+        nothing = ("bytes", "link_ms", "alltoall_ms")
+        kinds = {f"{kind}_{what}": 0.0 for kind in ("copies", "gradient") for what in nothing}
+        return {**kinds, "slots_gb": 0.0, "net_ms": alltoalls_ms}
+    cost = price_copies(visit.placement, visit.home, workload.cluster, terms, workload.sizes)
+    return {
+        "copies_bytes": cost.weights.moved_bytes,
+        "copies_link_ms": cost.weights.link_ms,
+        "copies_alltoall_ms": cost.weights.alltoall_ms,
+        "gradient_bytes": cost.gradients.moved_bytes,
+        "gradient_link_ms": cost.gradients.link_ms,
+        "gradient_alltoall_ms": cost.gradients.alltoall_ms,
+        "slots_gb": cost.slots_gb,
+        "net_ms": alltoalls_ms + cost.weights.link_ms + cost.gradients.link_ms,
     }

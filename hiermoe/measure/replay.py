@@ -95,9 +95,11 @@ class Replay(Measurement):
         """Everything built and open.
 
         Raises:
+            NotApplicable: the system keeps experts in more than one place.
             ValueError: the ranks would not hold equally many experts (only simulation has empty slots), or this machine
                 has too little memory for them.
         """
+        config.system.refuse_copies()
         num_ranks, sizes = config.cluster.hierarchy.num_ranks, config.sizes
         experts_per_rank(sizes.num_experts, num_ranks)
         if config.ranks.on_this_host:

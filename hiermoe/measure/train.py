@@ -73,12 +73,13 @@ class Train(Measurement):
         """The job of `hiermoe train`'s configuration.
 
         Raises:
-            NotApplicable: the system needs more levels than the hierarchy has, or what this machine lacks.
+            NotApplicable: the system needs more levels than the hierarchy has or what this machine lacks, or keeps
+                experts in more than one place.
             ValueError: a bad scheme or policy.
         """
         for scheme in config.system.build_schemes(config.cluster.hierarchy):
             check_overlap(scheme, config.cluster)
-        config.system.build_policy()  # bad arguments end the run here, not on the ranks
+        config.system.refuse_copies()  # bad arguments end the run here too, not on the ranks
         return TrainingJob(config, config.system, config.cluster, config.steps, config.checkpoints())
 
     def num_steps(self, job: TrainingJob) -> int:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 
 from torch import Tensor
@@ -21,7 +21,8 @@ class Visit:
 
     Attributes:
         iteration: of the run.
-        placement: in force.
+        placement: in force: of several expert-parallel groups, in the one that takes longest.
+        home: where experts are before and after the iteration.
         counts: of the iteration's routing under it; of several expert-parallel groups, of the one that takes longest.
         chosen: its scheme (Algorithm 1) and its price.
         context: what the policy decided with.
@@ -30,6 +31,7 @@ class Visit:
 
     iteration: int
     placement: Placement
+    home: Placement
     counts: RoutingCounts
     chosen: Price
     context: StepContext
@@ -56,13 +58,15 @@ def walk(workload: Workload, policy: PlacementPolicy) -> Iterator[Visit]:
     # The policy's counts are sums over the groups: Q prices a row at its share of one.
     row_bytes = max(sizes.row_bytes // workload.routing.ep_groups, 1)
     for iteration, routing_iteration in enumerate(workload.schedule):
-        slowest, chosen, most_used = _slowest_group(workload, routing_iteration, placement)
-        counts = workload.routing.counts(routing_iteration, placement, workload.cluster.hierarchy, slowest)
         context = StepContext(
-            iteration, workload.cluster, most_used, row_bytes, sizes.expert_parameters, sizes.num_experts
+            iteration, workload.cluster, workload.schemes[0], row_bytes, sizes.expert_parameters, sizes.num_experts
         )
+        acting = _acting(policy, workload, routing_iteration, placement, context)
+        slowest, chosen, most_used = _slowest_group(workload, routing_iteration, acting)
+        counts = workload.routing.counts(routing_iteration, acting[slowest], workload.cluster.hierarchy, slowest)
+        context = replace(context, scheme=most_used)
         update = policy.decide(_measured(policy, workload, iteration, placement), placement, context)
-        yield Visit(iteration, placement, counts, chosen, context, update)
+        yield Visit(iteration, acting[slowest], placement, counts, chosen, context, update)
         placement = placement if update is None else update.placement
 
 
@@ -93,11 +97,22 @@ def realised_gains(workload: Workload, placements: Sequence[Placement], first: i
     return gains
 
 
+def _acting(
+    policy: PlacementPolicy, workload: Workload, routing_iteration: int, home: Placement, context: StepContext
+) -> list[Placement]:
+    """The placement in force in each group's micro-batch."""
+    routing = workload.routing
+    if policy.copies is None:
+        return [home] * routing.ep_groups
+    steps = (routing.step(routing_iteration, group) for group in range(routing.ep_groups))
+    return [policy.rebalance(step.pairs_GE, home, context) or home for step in steps]
+
+
 def _slowest_group(
-    workload: Workload, routing_iteration: int, placement: Placement
+    workload: Workload, routing_iteration: int, acting: Sequence[Placement]
 ) -> tuple[int, Price, DispatchScheme]:
     """The group that takes longest, the first on ties, its price, and the scheme that most groups chose."""
-    prices = [priced(workload, routing_iteration, placement, group) for group in range(workload.routing.ep_groups)]
+    prices = [priced(workload, routing_iteration, placement, group) for group, placement in enumerate(acting)]
     slowest = max(range(len(prices)), key=lambda group: prices[group].alltoall_ms)
     votes = Counter(price.scheme for price in prices)
     return slowest, prices[slowest], max(workload.schemes, key=lambda scheme: votes[scheme])

@@ -69,11 +69,12 @@ def attach(
     Raises:
         ValueError: no MoE layer, a setting that is not supported, ranks that do not fit the hierarchy, placements that
             do not fit the model, or a system that cannot follow any.
-        NotApplicable: the system needs what this machine lacks.
+        NotApplicable: the system needs what this machine lacks, or keeps experts in more than one place.
         RuntimeError: a system is attached already.
     """
     system = SystemConfig.named(system) if isinstance(system, str) else system
     cluster = Cluster.named(cluster) if isinstance(cluster, str) else cluster
+    system.refuse_copies()
     layers = moe_layers(model)
     if any(hasattr(layer, _BEFORE) for layer in layers):
         raise RuntimeError("a system is attached already: call detach() first")

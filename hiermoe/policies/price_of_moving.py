@@ -45,27 +45,40 @@ def price_migration(
         expert_bytes: what moves with one expert.
         num_experts: E; the placements' numbers from there on are empty slots. None: there are none.
     """
-    hierarchy = cluster.hierarchy
-    ranks = hierarchy.num_ranks
-    had_GE, has_GE = _held(old, ranks), _held(new, ranks)
+    ranks = cluster.hierarchy.num_ranks
+    had_GE, has_GE = held(old, ranks), held(new, ranks)
     expert, target = (has_GE & ~had_GE)[:, :num_experts].T.nonzero(as_tuple=True)  # by expert
     source = old.slots_of(expert[:, None], target)[:, 0] // old.per_rank(ranks)
+    return price_transfers(source, target, cluster, expert_bytes)
+
+
+def price_transfers(source: Tensor, target: Tensor, cluster: Cluster, bytes_each: int) -> Migration:
+    """Price things of one size that go from GPU to GPU, all at once.
+
+    Args:
+        source: int64 [X], GPU that each comes from.
+        target: int64 [X], another GPU.
+        cluster: links and betas.
+        bytes_each: of one thing.
+    """
+    hierarchy = cluster.hierarchy
+    ranks = hierarchy.num_ranks
     level = separating_level(hierarchy)[source, target]  # 1..D
     link_ms = 0.0
     for i, spec in enumerate(cluster.levels, start=1):
         crossing = level <= i  # leaves its group of level i
         ends = [end[crossing] // hierarchy.lanes(i) for end in (source, target)]
         busiest = max(int(torch.bincount(groups, minlength=hierarchy.U[i]).max()) for groups in ends)
-        link_ms = max(link_ms, busiest * expert_bytes / (spec.link_gb_per_s * 1e6))
+        link_ms = max(link_ms, busiest * bytes_each / (spec.link_gb_per_s * 1e6))
     siblings = [cluster.constants(Peers.of_siblings(i, hierarchy)) for i in range(1, hierarchy.depth + 1)]
     beta = torch.tensor([constants.beta_ms_per_byte for constants in siblings], dtype=torch.float64)
-    weight = beta[level - 1] * expert_bytes
+    weight = beta[level - 1] * bytes_each
     busiest_ms = max(float(torch.bincount(ends, weight, ranks).max()) for ends in (source, target))
-    count = len(expert)
-    return Migration(count, count * expert_bytes, link_ms, busiest_ms)
+    count = len(source)
+    return Migration(count, count * bytes_each, link_ms, busiest_ms)
 
 
-def _held(placement: Placement, num_ranks: int) -> Tensor:
+def held(placement: Placement, num_ranks: int) -> Tensor:
     """Which GPU has which expert: bool [G, E]."""
     held_GE = torch.zeros(num_ranks, placement.num_experts, dtype=torch.bool)
     held_GE[torch.arange(placement.num_slots) // placement.per_rank(num_ranks), placement.expert_at_S] = True

@@ -34,6 +34,32 @@ class StepContext:
 
 
 @dataclass(frozen=True)
+class CopyTerms:
+    """What a policy that keeps experts in more than one place sends for them in a step, beside tokens.
+
+    Weights (bf16) go from an expert's home to its copies, gradients back, where they are summed.
+
+    Attributes:
+        shared_buffers: layers share the slots: their weights are sent in forward and once more before backward.
+        gradient_bytes: of a parameter: 2 or 4.
+        relays_from: from so many copies of an expert on, one passes it on to the next; None: home sends to each.
+        sharded: nobody is at home: every GPU keeps a part of every expert, and fills all its slots from these.
+
+    Raises:
+        ValueError: another number of bytes.
+    """
+
+    shared_buffers: bool
+    gradient_bytes: int
+    relays_from: int | None = None
+    sharded: bool = False
+
+    def __post_init__(self) -> None:
+        if self.gradient_bytes not in (2, 4):
+            raise ValueError(f"gradient_bytes={self.gradient_bytes} must be 2 or 4")
+
+
+@dataclass(frozen=True)
 class PlacementUpdate:
     """A decision to move experts before the next step.
 
@@ -68,9 +94,11 @@ class PlacementPolicy:
     Attributes:
         measures_alike: policies with equal ones measure the same in the same iteration, of the same tokens under the
             same placement, so that simulated runs may share it; None: it depends on more than that.
+        copies: what its copies of experts need; None: it makes none.
     """
 
     measures_alike: Hashable = None
+    copies: CopyTerms | None = None
 
     def measure(
         self, expert_ids_NK: Tensor, source_N: Tensor, placement: Placement, hierarchy: Hierarchy, iteration: int
@@ -91,6 +119,22 @@ class PlacementPolicy:
 
     def decide(self, summed: Tensor | None, placement: Placement, context: StepContext) -> PlacementUpdate | None:
         """Decide on the placement of the next step from the summed measurements; None: stay."""
+        return None
+
+    def rebalance(self, pairs_GE: Tensor, placement: Placement, context: StepContext) -> Placement | None:
+        """Copies for one micro-batch whose exact counts are known: before it is dispatched, for it alone.
+
+        Only a policy that says what ``copies`` need is asked. Before and after, experts are where ``placement`` has
+        them.
+
+        Args:
+            pairs_GE: int64 [G, E], tokens of each source GPU that chose each logical expert.
+            placement: where experts are at home; here always one slot each.
+            context: its scheme is the first candidate: the choice follows from the placement.
+
+        Returns:
+            Where experts are in the micro-batch; None: where ``placement`` has them.
+        """
         return None
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from pydantic import Field
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.policies.protocol import PlacementPolicy, StaticPolicy
 from hiermoe.records.groups import read_named
+from hiermoe.records.status import NotApplicable
 from hiermoe.records.strict import Strict
 from hiermoe.topology.hierarchy import Hierarchy
 
@@ -65,6 +66,23 @@ class SystemConfig(Strict):
     def moves(self) -> bool:
         """Whether its policy may move experts."""
         return not isinstance(self.build_policy(), StaticPolicy)
+
+    @property
+    def makes_copies(self) -> bool:
+        """Whether its policy keeps experts in more than one place."""
+        return self.build_policy().copies is not None
+
+    def refuse_copies(self) -> None:
+        """To be called by what moves experts with their training state.
+
+        Raises:
+            NotApplicable: its policy keeps experts in more than one place.
+        """
+        if self.makes_copies:
+            raise NotApplicable(
+                f"system {self.name} keeps experts in more than one place: it is simulated, but ranks sum no gradients "
+                "of copies"
+            )
 
     @classmethod
     def named(cls, name: str) -> Self:

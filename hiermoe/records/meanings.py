@@ -35,7 +35,8 @@ MEANINGS: Mapping[str, str] = {
         "step of a rank. calibration: one AlltoAll of one size. run: a run without rows."
     ),
     "stage": (
-        "Of the AlltoAll, e.g. 1:inter1; phase routing: the level's name; phase planning: measure or decide; else all."
+        "Of the AlltoAll, e.g. 1:inter1; phase routing: the level's name; phase planning: measure, decide or "
+        "rebalance; else all."
     ),
     "dimension": "d, stages of the dispatch used; phase routing: number of the level.",
     "predicted_ms": (
@@ -60,6 +61,17 @@ MEANINGS: Mapping[str, str] = {
     ),
     "migration_link_ms": "ms of these moves at the rate of the link, predicted.",
     "migration_alltoall_ms": "ms of these moves at the rate that an AlltoAll reaches, predicted.",
+    "copies_bytes": "Bytes of weights that went to copies of experts in this iteration, all GPUs together, predicted.",
+    "copies_link_ms": "ms of these at the rate of the link, predicted.",
+    "copies_alltoall_ms": "ms of these at the rate that an AlltoAll reaches, predicted.",
+    "gradient_bytes": "Bytes of gradients that copies of experts sent home in this iteration, predicted.",
+    "gradient_link_ms": "ms of these at the rate of the link, predicted.",
+    "gradient_alltoall_ms": "ms of these at the rate that an AlltoAll reaches, predicted.",
+    "slots_gb": (
+        "GB at a GPU, of weights and gradients in slots beyond its own experts, all layers; where layers share them, "
+        "once."
+    ),
+    "net_ms": "predicted_ms of the four AlltoAlls, copies_link_ms and gradient_link_ms. Migration is not in it.",
     "modelled_gain_ms": "ms a step that the policy expected the moves to save.",
     "recounted_gain_ms": "ms a step that a recount of the same tokens finds; several swaps at once only.",
     "realised_gain_ms": "ms that the next step saved: its exact traffic at the old placement less that at the new.",

@@ -29,6 +29,13 @@ class RoutingStep:
         return self if slots == self.num_experts else replace(self, num_experts=slots)
 
     @property
+    def pairs_GE(self) -> Tensor:
+        """int64 [G, E]: tokens of each source that chose each logical expert."""
+        code_NK = self.source_N[:, None] * self.num_experts + self.expert_ids_NK
+        counts = torch.bincount(code_NK.view(-1), minlength=self.num_ranks * self.num_experts)
+        return counts.view(self.num_ranks, self.num_experts)
+
+    @property
     def topk(self) -> int:
         """K, experts per token."""
         return self.expert_ids_NK.shape[1]

@@ -7,25 +7,32 @@ import torch
 from torch import Tensor
 
 from hiermoe.routing.step import experts_per_rank, num_slots
+from hiermoe.topology.quotas import Shares
 
 
 @dataclass(frozen=True, eq=False)
 class Placement:
     """A map from slots to experts. GPU g owns slots [g * S/G, (g + 1) * S/G).
 
-    An expert may have copies: as many as slots name it. Tokens of one source GPU all use the same copy of an expert.
+    An expert may have copies: as many as slots name it. Tokens of one source GPU all use the same copy of an expert,
+    or are split among its copies by quotas.
 
     Attributes:
         expert_at_S: int64 [S], logical expert in each slot, S >= E; each of 0..E-1 at least once.
         copy_GE: int64 [G, E], slot of the copy of expert e that tokens of source GPU g use; None where no expert has
             copies.
+        quota_GS: int64 [G, S], of the tokens of source g for the expert in slot s, how many use slot s: in their order,
+            in proportion where there are more or fewer (:class:`hiermoe.topology.quotas.Shares`). An expert of which a
+            source has no quota is used where ``copy_GE`` says. None: nobody splits.
 
     Raises:
-        ValueError: an expert without a slot, or a copy that is not where ``copy_GE`` says.
+        ValueError: an expert without a slot, a copy that is not where ``copy_GE`` says, or quotas of another shape,
+            below 0, or without ``copy_GE``.
     """
 
     expert_at_S: Tensor
     copy_GE: Tensor | None = None
+    quota_GS: Tensor | None = None
 
     def __post_init__(self) -> None:
         found = self.expert_at_S.unique() if self.expert_at_S.dtype == torch.int64 else self.expert_at_S.new_empty(0)
@@ -42,6 +49,10 @@ class Placement:
                 raise ValueError(f"copy_GE does not name slots 0..{self.num_slots - 1} of {len(found)} experts")
             if not bool((self.expert_at_S[self.copy_GE] == found).all()):
                 raise ValueError("copy_GE names a slot that another expert sits in")
+        if self.quota_GS is not None:
+            shape = None if self.copy_GE is None else (len(self.copy_GE), self.num_slots)
+            if self.quota_GS.shape != shape or self.quota_GS.dtype != torch.int64 or bool((self.quota_GS < 0).any()):
+                raise ValueError(f"quota_GS is not int64 {list(shape or ())}, at least 0, beside a copy_GE")
 
     @classmethod
     def identity(cls, num_experts: int) -> "Placement":
@@ -115,8 +126,15 @@ class Placement:
     @cached_property
     def key(self) -> bytes:
         """The same for equal placements, and for no others."""
-        maps = (self.expert_at_S,) if self.copy_GE is None else (self.expert_at_S, self.copy_GE)
-        return b"|".join(part.numpy().tobytes() for part in maps)
+        maps = (self.expert_at_S, self.copy_GE, self.quota_GS)
+        return b"|".join(part.numpy().tobytes() for part in maps if part is not None)
+
+    @cached_property
+    def shares(self) -> Shares | None:
+        """How sources split their tokens; None where none does."""
+        if self.quota_GS is None or self.copy_GE is None:
+            return None
+        return Shares.of(self.expert_at_S, self.copy_GE, self.quota_GS)
 
     def per_rank(self, num_ranks: int) -> int:
         """S / G, slots of a GPU.
@@ -131,13 +149,17 @@ class Placement:
 
         Args:
             expert_ids_NK: int64 [N, K], logical experts.
-            source_N: int64 [N], GPU that holds each token; needed where experts have copies.
+            source_N: int64 [N], GPU that holds each token; needed where experts have copies. Where sources split their
+                tokens these are all tokens of a source, in its order.
 
         Raises:
             ValueError: experts have copies, and nobody says who asks.
         """
         if self.copy_GE is None or source_N is None:
             return self.slot_E.index_select(0, expert_ids_NK.reshape(-1)).view(expert_ids_NK.shape)
+        if self.shares is not None:
+            choice_NK = source_N[:, None] * self.num_experts + expert_ids_NK
+            return self.shares.slots_of(choice_NK.view(-1)).view(choice_NK.shape)
         return self.copy_GE[source_N[:, None], expert_ids_NK]
 
     def rank_of(self, num_ranks: int) -> Tensor:

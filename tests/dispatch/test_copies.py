@@ -1,4 +1,7 @@
-"""Experts with copies on real ranks: every token reaches the chosen copy of each of its experts, once."""
+"""Experts with copies on real ranks: every token reaches the chosen copy of each of its experts, once.
+
+Sources that split their tokens by quotas among them.
+"""
 
 from dataclasses import dataclass
 
@@ -21,9 +24,12 @@ from hiermoe.topology.placement import Placement
 from tests.dispatch.routings import Routing, choose
 from tests.dispatch.test_random_worlds import candidate_sets
 from tests.dispatch.worlds import DEADLINE, TIMEOUT, World
+from tests.planner.cases import with_quotas
+from tests.planner.reference import with_slots
 
 WORLDS = [World((2, 4)), World((2, 4, 8))]
 SEEDS = (0, 1, 2)
+SPLIT = (2,)
 ROW_BYTES = 2 * 4
 PAIR_BYTES = 2 + 4  # a slot's number and a weight
 Row = tuple[int, ...]  # source, token, slot, weight
@@ -41,7 +47,10 @@ class Seen:
 
 
 def drawn(seed: int, world: World) -> tuple[Routing, Placement]:
-    """A routing, a map with one or two more slots a rank than experts need, and every source's choice of copies."""
+    """A routing, a map with one or two more slots a rank than experts need, and every source's choice of copies.
+
+    Of the last seed every source splits, in any proportion.
+    """
     generator = torch.Generator().manual_seed(seed)
     ranks = world.num_ranks
     num_experts, num_slots = 2 * ranks, (3 + seed % 2) * ranks
@@ -52,7 +61,8 @@ def drawn(seed: int, world: World) -> tuple[Routing, Placement]:
     copies = [(expert_at_S == e).nonzero().view(-1) for e in range(num_experts)]
     choice = torch.rand(ranks, num_experts, generator=generator)
     copy_GE = torch.stack([mine[(choice[:, e] * len(mine)).long()] for e, mine in enumerate(copies)], dim=1)
-    return routing, Placement(expert_at_S, copy_GE)
+    placement = Placement(expert_at_S, copy_GE)
+    return routing, with_quotas(placement, 5, generator) if seed in SPLIT else placement
 
 
 def lossless_sets(hierarchy: Hierarchy) -> dict[str, tuple[DispatchScheme, ...]]:
@@ -121,13 +131,10 @@ def naive_counts(routing: Routing, placement: Placement, hierarchy: Hierarchy) -
 
 def chosen_slots(routing: Routing, placement: Placement) -> list[tuple[int, int, list[int]]]:
     """Source, token and the slots that it needs, in the order of its experts."""
-    assert placement.copy_GE is not None
-    copy_GE = placement.copy_GE.tolist()
-    return [
-        (source, token, [copy_GE[source][e] for e in experts])
-        for source, ids in enumerate(routing.ids)
-        for token, experts in enumerate(ids.tolist())
-    ]
+    numbered = [(source, token) for source, ids in enumerate(routing.ids) for token in range(len(ids))]
+    tokens = [(source, tuple(routing.ids[source][token].tolist())) for source, token in numbered]
+    chosen = with_slots(placement, tokens)
+    return [(*number, list(slots)) for number, (_, slots) in zip(numbered, chosen, strict=True)]
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=str)
@@ -138,6 +145,9 @@ def test_every_token_reaches_the_chosen_copies_once_and_bytes_are_the_planners(w
         routing, placement = drawn(seed, world)
         assert placement.has_copies and placement.copy_GE is not None
         assert bool((placement.copy_GE != placement.copy_GE[0]).any())  # sources choose differently
+        used = {(source, e, slot) for source, token, slots in chosen_slots(routing, placement)
+                for e, slot in zip(routing.ids[source][token].tolist(), slots, strict=True)}  # fmt: skip
+        assert (len(used) > len({(source, e) for source, e, _ in used})) == (seed in SPLIT)
         wanted = sorted(
             (source, token, slot, weight)
             for source, token, slots in chosen_slots(routing, placement)

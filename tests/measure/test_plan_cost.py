@@ -4,6 +4,7 @@ import pytest
 
 from hiermoe.measure.plan_cost import planning_cost
 from hiermoe.measure.workload import open_workload
+from hiermoe.policies.protocol import PlacementPolicy
 from hiermoe.policies.swap import SwapStatistics, measure_swaps
 from hiermoe.records.store import RunStore
 from hiermoe.runs.execute import execute
@@ -21,7 +22,7 @@ def test_rank_counts_its_own_tokens_and_decides_from_those_of_all(composed: Comp
     counted: list[int] = []
     decided: list[int] = []
 
-    class Watched:
+    class Watched(PlacementPolicy):
         def measure(self, expert_ids_NK, source_N, placement, hierarchy, iteration):
             counted.append(len(expert_ids_NK))
             return policy.measure(expert_ids_NK, source_N, placement, hierarchy, iteration)

@@ -14,6 +14,7 @@ from hiermoe.advice.inputs import resolve
 from hiermoe.advice.systems import candidates
 from hiermoe.measure.bound import bound_times
 from hiermoe.measure.predict import simulate
+from hiermoe.measure.walk import walk
 from hiermoe.measure.workload import open_workload
 from hiermoe.planner.counts import count_routing
 from hiermoe.policies.price_of_moving import price_migration
@@ -26,6 +27,7 @@ from tests.conftest import Command
 
 SHAPES = {"3x8": (3, 8), "6x4": (6, 4), "5x6": (5, 6)}
 MODEL = ["model=deepseek_v3", "model.router.num_groups=null", "model.router.group_topk=null"]
+RIVALS = ("eplb", "eplb_hierarchical", "ultraep", "llep", "fastermoe", "echo", "moonep", "laer")
 SMALL = ["routing=topic", "tokens_per_rank=24", "iterations=12"]
 
 
@@ -98,6 +100,25 @@ def test_experts_that_move_stay_whole_and_no_gpu_gets_more_than_it_has_room_for(
         placement = moved
     if system == "smartmoe_f1":
         assert steps["moved_experts"].sum() > 0
+
+
+@pytest.mark.parametrize("system", RIVALS)
+@pytest.mark.parametrize(("name", "experts"), [("3x8", 160), ("72", 384)])
+def test_copies_of_experts_fit_beside_empty_slots(
+    system: str, name: str, experts: int, clusters: dict[str, str]
+) -> None:
+    changed = ["system.policy.interval=1"] if system.startswith("eplb") else []
+    workload = open_workload(run(clusters[name], experts, f"system={system}", *changed))
+    hierarchy, guests = workload.cluster.hierarchy, 0
+    for visit in walk(workload, workload.new_policy()):
+        at_GS = visit.placement.expert_at_S.view(hierarchy.num_ranks, -1)
+        guests += at_GS.shape[1] - visit.home.num_slots // hierarchy.num_ranks + visit.home.has_copies
+        used = visit.counts.pairs_GS.sum(0) > 0
+        assert int(visit.placement.expert_at_S[used].max()) < experts  # empty slots have no tokens
+        assert int(visit.counts.pairs_GS.sum()) == visit.chosen.traffic.total_pairs
+    assert guests > 0 or system == "fastermoe"
+    steps = simulate(workload).query("phase == 'step'")
+    assert (steps["net_ms"] >= steps["predicted_ms"]).all() and steps["copies_bytes"].notna().all()
 
 
 def test_only_experts_cost_something_to_move(clusters: dict[str, str]) -> None:

@@ -92,7 +92,7 @@ def _refusals(gpt: torch.nn.Module, rank: int, seen: Seen) -> None:
     )
     detach(gpt)
     stock_that_moves = SystemConfig.named("smartmoe").model_copy(update={"name": "moves", "executor": "stock"})
-    for system in ("megatron_flex", stock_that_moves, "hd3", "no_such_system"):
+    for system in ("megatron_flex", stock_that_moves, "hd3", "no_such_system", "ultraep", "eplb"):
         seen["refused", system if isinstance(system, str) else system.name] = _error(gpt, system)
         attach(gpt, "hd1", WORLD.cluster)  # what was refused left nothing behind
         detach(gpt)
@@ -186,6 +186,8 @@ def test_attaching_twice_is_refused_and_changes_nothing(seen: list[Seen]) -> Non
         ("moves", "ValueError: system=moves: only the staged executor can have experts placed elsewhere"),
         ("hd3", "NotApplicable: dimension=3 is outside 1..2"),
         ("no_such_system", "ValueError: system=no_such_system is unknown"),
+        ("ultraep", "NotApplicable: system ultraep keeps experts in more than one place: it is simulated, but"),
+        ("eplb", "NotApplicable: system eplb keeps experts in more than one place"),
         ("capacity", "ValueError: moe_expert_capacity_factor=1.0 is not supported"),
     ],
 )

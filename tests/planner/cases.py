@@ -68,7 +68,17 @@ def cases_with_copies(draw: st.DrawFn) -> Case:
     num_experts, ranks = case.step.num_experts, case.hierarchy.num_ranks
     slots = num_experts + ranks * draw(st.integers(0, 3))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    return Case(case.hierarchy, random_copies(num_experts, slots, ranks, generator), case.step)
+    placement = random_copies(num_experts, slots, ranks, generator)
+    if draw(st.booleans()):
+        placement = with_quotas(placement, draw(st.sampled_from([1, 4, 100])), generator)
+    return Case(case.hierarchy, placement, case.step)
+
+
+def with_quotas(placement: Placement, most: int, generator: torch.Generator) -> Placement:
+    """The placement with random quotas, half of them 0."""
+    assert placement.copy_GE is not None
+    quota_GS = torch.randint(-most, most + 1, (len(placement.copy_GE), placement.num_slots), generator=generator)
+    return Placement(placement.expert_at_S, placement.copy_GE, quota_GS.clamp(min=0))
 
 
 def random_copies(num_experts: int, num_slots: int, num_ranks: int, generator: torch.Generator) -> Placement:

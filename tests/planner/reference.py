@@ -7,6 +7,7 @@ token is a tuple, a GPU is a number, and rows are counted one at a time. The pla
 import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import combinations
 
 import torch
@@ -74,10 +75,29 @@ def machine(hierarchy: Hierarchy, placement: Placement) -> Machine:
 
 def on_slots(hierarchy: Hierarchy, placement: Placement, step: RoutingStep) -> tuple[Machine, list[Token]]:
     """Experts that have copies: every slot as an expert of its own, and tokens that name the slots they are for."""
-    assert placement.copy_GE is not None
-    per_gpu, copies = placement.num_slots // hierarchy.num_ranks, placement.copy_GE.tolist()
+    per_gpu = placement.num_slots // hierarchy.num_ranks
     world = Machine(hierarchy.groups, tuple(slot // per_gpu for slot in range(placement.num_slots)))
-    return world, [(source, tuple(copies[source][expert] for expert in experts)) for source, experts in tokens_of(step)]
+    return world, with_slots(placement, tokens_of(step))
+
+
+def with_slots(placement: Placement, tokens: list[Token]) -> list[Token]:
+    """Tokens that name slots where they named experts."""
+    assert placement.copy_GE is not None
+    copies = placement.copy_GE.tolist()
+    quotas = [[0] * placement.num_slots for _ in copies] if placement.quota_GS is None else placement.quota_GS.tolist()
+    asked = Counter((source, expert) for source, experts in tokens for expert in experts)
+    seen: Counter[tuple[int, int]] = Counter()
+    chosen = []
+    for source, experts in tokens:
+        slots = []
+        for expert in experts:
+            line = [slot for slot, e in enumerate(placement.expert_at_S.tolist()) if e == expert
+                    for _ in range(quotas[source][slot])]  # fmt: skip
+            where = Fraction(2 * seen[source, expert] + 1, 2) * len(line) / asked[source, expert]
+            slots.append(line[math.floor(where)] if line else copies[source][expert])
+            seen[source, expert] += 1
+        chosen.append((source, tuple(slots)))
+    return chosen
 
 
 def tokens_of(step: RoutingStep) -> list[Token]:

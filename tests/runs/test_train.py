@@ -119,7 +119,11 @@ def kill_a_rank_after_step(folder: Path, rank: int, steps: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("system", "reason"),
-    [("h4", "dimension=4 is outside 1..2"), ("megatron_flex", "flex dispatcher needs a GPU")],
+    [
+        ("h4", "dimension=4 is outside 1..2"),
+        ("megatron_flex", "flex dispatcher needs a GPU"),
+        ("eplb", "in more than one place"),
+    ],
 )
 def test_a_system_without_meaning_here_keeps_a_row_with_its_reason(
     system: str, reason: str, hiermoe: Command, store: RunStore, tiny: list[str]

@@ -47,7 +47,7 @@ def cases() -> list[tuple[str, str]]:
     behaviours: dict[str, str] = {}
     for system in systems:
         schemes = schemes_of(system)
-        if not schemes or any(scheme.lossy for scheme in schemes) or system.name == "megatron":
+        if not schemes or any(scheme.lossy for scheme in schemes) or system.name == "megatron" or system.makes_copies:
             continue
         if isinstance(system.build_policy(), StaticPolicy):
             behaviours.setdefault(json.dumps([system.schemes, system.executor], sort_keys=True), system.name)

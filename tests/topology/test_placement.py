@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hiermoe.topology.placement import Placement
+from tests.planner.cases import examples, random_copies, with_quotas
+from tests.planner.reference import with_slots
 
 permutations = st.integers(1, 24).flatmap(lambda n: st.permutations(list(range(n))))
 
@@ -67,3 +69,60 @@ def test_moves_of_copies_are_told_slot_by_slot() -> None:
     assert copies.slots_of(torch.tensor([[0, 1], [0, 2]]), torch.tensor([0, 1])).tolist() == [[0, 1], [5, 3]]
     with pytest.raises(ValueError, match="4 experts have 6 slots"):
         copies.after("0<1")
+
+
+@given(ranks=st.integers(1, 6), tokens=st.integers(0, 12), seed=st.integers(0, 10**6))
+@examples(60)
+def test_quotas_equal_to_the_counts_are_handed_out_exactly_copy_by_copy(ranks: int, tokens: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    experts, slots = 5, 9
+    source_N = torch.randint(ranks, (tokens,), generator=generator).sort().values
+    ids_NK = torch.rand(tokens, experts, generator=generator).topk(3, dim=1).indices
+    copies = random_copies(experts, slots, ranks, generator)
+    quota_GS = torch.zeros(ranks, slots, dtype=torch.int64)
+    for source, row in zip(source_N.tolist(), ids_NK.tolist(), strict=True):
+        for expert in row:
+            mine = (copies.expert_at_S == expert).nonzero().view(-1)
+            quota_GS[source, mine[torch.randint(len(mine), (1,), generator=generator)]] += 1
+    placement = Placement(copies.expert_at_S, copies.copy_GE, quota_GS)
+    slot_NK = placement.slots_of(ids_NK, source_N)
+    used = torch.bincount((source_N[:, None] * slots + slot_NK).view(-1), minlength=ranks * slots)
+    assert torch.equal(used.view(ranks, slots), quota_GS)
+    for source in range(ranks):
+        for expert in range(experts):
+            in_order = slot_NK[source_N == source][ids_NK[source_N == source] == expert].tolist()
+            assert in_order == sorted(in_order)
+
+
+@given(ranks=st.integers(1, 5), most=st.sampled_from([1, 3, 50]), seed=st.integers(0, 10**6))
+@examples(60)
+def test_one_rank_alone_chooses_as_all_together_and_in_proportion(ranks: int, most: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    source_N = torch.arange(ranks).repeat_interleave(7)
+    ids_NK = torch.rand(len(source_N), 6, generator=generator).topk(2, dim=1).indices
+    placement = with_quotas(random_copies(6, 11, ranks, generator), most, generator)
+    slot_NK = placement.slots_of(ids_NK, source_N)
+    tokens = [(source, tuple(row)) for source, row in zip(source_N.tolist(), ids_NK.tolist(), strict=True)]
+    assert [tuple(row) for row in slot_NK.tolist()] == [slots for _, slots in with_slots(placement, tokens)]
+    assert placement.shares is not None
+    for source in range(ranks):
+        with_none = torch.cat([ids_NK[source_N == source], torch.tensor([[-1, -1]])])
+        shares = placement.shares.of_source(source, 6, torch.device("cpu"))
+        alone = shares.slots_of(with_none.masked_fill(with_none < 0, 6).view(-1)).view(-1, 2)
+        assert alone.tolist() == [*slot_NK[source_N == source].tolist(), [11, 11]]
+
+
+def test_quotas_enter_the_key_and_must_fit() -> None:
+    expert_at_S, copy_GE = torch.tensor([0, 1, 0]), torch.tensor([[0, 1], [2, 1]])
+    quota_GS = torch.tensor([[3, 0, 1], [0, 0, 0]])
+    one, other = Placement(expert_at_S, copy_GE, quota_GS), Placement(expert_at_S, copy_GE, quota_GS.flip(0))
+    assert len({one.key, other.key, Placement(expert_at_S, copy_GE).key}) == 3
+    source_N = torch.tensor([0, 0, 0, 0, 1])
+    assert one.slots_of(torch.zeros(5, 1, dtype=torch.int64), source_N).view(-1).tolist() == [0, 0, 0, 2, 2]
+    two = one.slots_of(torch.zeros(2, 1, dtype=torch.int64), source_N[:2])  # places 1/2 * 4 / 2 and 3/2 * 4 / 2
+    assert two.view(-1).tolist() == [0, 2]
+    for bad in (quota_GS[:1], quota_GS - 1, quota_GS.float()):
+        with pytest.raises(ValueError, match=r"quota_GS is not int64 \[2, 3\], at least 0"):
+            Placement(expert_at_S, copy_GE, bad)
+    with pytest.raises(ValueError, match="beside a copy_GE"):
+        Placement(torch.tensor([0, 1]), None, torch.zeros(2, 2, dtype=torch.int64))
