@@ -28,6 +28,7 @@ def test_rank_counts_its_own_tokens_and_decides_from_those_of_all(composed: Comp
             return policy.measure(expert_ids_NK, source_N, placement, hierarchy, iteration)
 
         def decide(self, summed, placement, context):
+            assert summed is not None
             stats = SwapStatistics.unpack(summed, 128, hierarchy)
             decided.append(int(stats.levels[-1].needed_U.sum()))
             return policy.decide(summed, placement, context)
