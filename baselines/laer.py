@@ -138,8 +138,8 @@ def greedy_layout(load: list[int], slots: int, ranks: int, nodes: int) -> list[i
 def copies_of(load: list[int], slots: int, ranks: int, nodes: int) -> list[int]:
     """Copies of every expert: one a node where that fits, else one; then more of the one whose copies have most each.
 
-    One more up to one a node, from there on one more a node, while there are slots and no GPU needs two. What no expert
-    can take so is given out one by one.
+    One more up to one a node, from there on one more a node, while there are slots and no GPU needs two. Slots that are
+    left when every GPU has every expert are given out one by one.
     """
     first = nodes if len(load) * nodes <= slots else 1
     number = [first] * len(load)
@@ -153,7 +153,7 @@ def copies_of(load: list[int], slots: int, ranks: int, nodes: int) -> list[int]:
         number[hottest] += more
         left -= more
     for _ in range(left):
-        hottest = max(range(len(load)), key=lambda e: (number[e] < ranks, load[e] / number[e]))
+        hottest = max(range(len(load)), key=lambda e: load[e] / number[e])
         number[hottest] += 1
     return number
 

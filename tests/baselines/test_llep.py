@@ -75,6 +75,19 @@ def test_plan_equals_the_reference(
     assert found == reference(pairs_GE, home, 1.3, alpha, fewest, spare)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "load"),
+    [(4, [5, 3, 3, 20, 5, 40, 40, 8]), (4, [1, 5, 20, 8, 5, 20, 1, 1, 40, 40, 8, 8])],
+)
+def test_a_gpu_without_a_free_slot_takes_more_of_its_guests_alone(ranks: int, load: list[int]) -> None:
+    """Where nobody has room, the least loaded is one of those that can still take the expert."""
+    pairs_GE = torch.zeros(ranks, len(load), dtype=torch.int64)
+    pairs_GE[0], home = torch.tensor(load), Placement.identity(len(load))
+    policy = LLEPPolicy(1, threshold=1.0, min_tokens=1)
+    found = shares(policy.rebalance(pairs_GE, home, context(Hierarchy((ranks,)))), pairs_GE, home)
+    assert found == reference(pairs_GE, home, 1.0, 1.0, 1, 1)
+
+
 def test_below_lambda_experts_stay() -> None:
     home = Placement.identity(4)
     pairs_GE = torch.tensor([[64, 0, 35, 0], [1, 0, 0, 0]])  # 65 and 35: 1.3 times the mean

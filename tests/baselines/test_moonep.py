@@ -64,6 +64,13 @@ def test_plan_equals_the_reference(ranks: int, per_rank: int, most: int, seed: i
         assert len({rank_E[expert] for expert in mine}) <= 1 and len(mine) <= per_rank
 
 
+def test_of_equal_rooms_the_lower_gpu_takes_the_largest_expert() -> None:
+    pairs_GE, home = torch.tensor([[5, 4, 0, 0, 0, 0]] * 3), Placement.identity(6)
+    found = shares(MoonEPPolicy().rebalance(pairs_GE, home, context(Hierarchy((3,)))), pairs_GE, home)
+    assert found == reference(pairs_GE, home)
+    assert guests(found, home, 3) == {0: set(), 1: {0}, 2: {1}}
+
+
 @pytest.mark.parametrize("skew", [0.3, 2.0])
 def test_every_gpu_computes_exactly_as_many_pairs_as_its_tokens_have(skew: float) -> None:
     pairs_GE, home = routed_pairs(8, 64, 512, 6, skew), Placement.identity(64)

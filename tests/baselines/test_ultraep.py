@@ -126,6 +126,15 @@ def test_plan_equals_the_reference(hierarchy: Hierarchy, per_rank: int, spare: i
         assert sum(after[mine]) == sum(before[mine]) and max(after[mine]) <= max(before[mine])
 
 
+def test_binary_search_makes_no_replica_of_fewer_than_1024_tokens_but_the_last() -> None:
+    load = [236, 653, 35, 542, 1713, 568, 502, 719, 502, 208, 86, 778]
+    pairs_GE, hierarchy = torch.zeros(4, 12, dtype=torch.int64), Hierarchy((4,))
+    pairs_GE[0], home = torch.tensor(load), Placement.identity(12)
+    found = shares(UltraEPPolicy(1).rebalance(pairs_GE, home, context(hierarchy)), pairs_GE, home)
+    assert found == reference(pairs_GE, home, hierarchy, 1)
+    assert found[0, 4, 0] == 949 and (0, 4, 3) not in found  # not 799 and 301 more, to a lower threshold
+
+
 @pytest.mark.parametrize(("skew", "before", "replicas"), [(0.3, 1.48, 44), (0.6, 2.20, 54), (0.8, 2.79, 43)])
 def test_sixty_four_ranks_come_near_the_published_balance(skew: float, before: float, replicas: int) -> None:
     """Published: 1.51 to 3.03 become 1.01 with 38 to 51 replicas."""
