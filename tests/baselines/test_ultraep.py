@@ -135,7 +135,14 @@ def test_binary_search_makes_no_replica_of_fewer_than_1024_tokens_but_the_last()
     assert found[0, 4, 0] == 949 and (0, 4, 3) not in found  # not 799 and 301 more, to a lower threshold
 
 
-@pytest.mark.parametrize(("skew", "before", "replicas"), [(0.3, 1.48, 44), (0.6, 2.20, 54), (0.8, 2.79, 43)])
+@pytest.mark.parametrize(
+    ("skew", "before", "replicas"),
+    [
+        pytest.param(0.3, 1.48, 44, marks=pytest.mark.slow),
+        pytest.param(0.6, 2.20, 54, marks=pytest.mark.slow),
+        (0.8, 2.79, 43),
+    ],
+)
 def test_sixty_four_ranks_come_near_the_published_balance(skew: float, before: float, replicas: int) -> None:
     """Published: 1.51 to 3.03 become 1.01 with 38 to 51 replicas."""
     hierarchy, home = Hierarchy((1, 64)), Placement.identity(256)

@@ -95,19 +95,19 @@ PIPELINE = Layout([0, 1, 1, 1], stages=2, virtual=2)
 @pytest.mark.parametrize(
     ("layout", "steps"),
     [
-        pytest.param(PIPELINE, 8, id="two chunks a stage"),
+        pytest.param(PIPELINE, 4, id="two chunks a stage"),
         pytest.param(PIPELINE, 50, id="two chunks a stage, 50 steps", marks=pytest.mark.slow),
         pytest.param(Layout([0, 0, 1, 1], stages=2), 8, id="one stage is dense", marks=pytest.mark.slow),
         pytest.param(
             PIPELINE._replace(has_experts=[1, 1, 1, 1], recompute=True), 8, id="recomputed", marks=pytest.mark.slow
         ),
-        pytest.param(Layout([0, 1], tensor=2), 8, id="tensors and sequences"),
+        pytest.param(Layout([0, 1], tensor=2), 4, id="tensors and sequences"),
         pytest.param(
             Layout([0, 1], tensor=2, replicas=2), 50, id="tensors and sequences, 50 steps", marks=pytest.mark.slow
         ),
-        pytest.param(Layout([0, 1], context=2), 8, id="context"),
+        pytest.param(Layout([0, 1], context=2), 4, id="context"),
         pytest.param(Layout([0, 1], context=2, replicas=2), 50, id="context, 50 steps", marks=pytest.mark.slow),
-        pytest.param(Layout([0, 1], grouped=True, replicas=2, distributed=True), 8, id="grouped, optimizer divided"),
+        pytest.param(Layout([0, 1], grouped=True, replicas=2, distributed=True), 4, id="grouped, optimizer divided"),
         pytest.param(Layout([0, 1], grouped=True), 50, id="grouped, 50 steps", marks=pytest.mark.slow),
         pytest.param(
             PIPELINE._replace(tensor=2, grouped=True, distributed=True, replicas=2),

@@ -11,6 +11,7 @@ from hiermoe.records.project import CODE
 from tests.megatron import settings_matrix as matrix
 
 
+@pytest.mark.slow
 def test_every_row_is_shown_by_tests_that_are_there() -> None:
     called = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/megatron"]
     listed = subprocess.run(called, cwd=CODE, capture_output=True, text=True, timeout=300, check=True).stdout
