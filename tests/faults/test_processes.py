@@ -96,10 +96,17 @@ def ended(run: Callable[[], object]) -> str:
     except (RankFailedError, OSError) as error:
         said = str(error).splitlines()[0]
     assert time.monotonic() - begun < SECONDS
-    server = server_pid()
-    assert not [p for p in descendants(os.getpid()) if p.pid != server and "resource_tracker" not in command(p)]
+    stop = time.monotonic() + 10
+    while left_over() and time.monotonic() < stop:  # the kernel ends ranks once all threads of their server have ended
+        time.sleep(0.05)
+    assert not left_over()
     assert not list(process_folder().glob("ranks-*"))
     return said
+
+
+def left_over() -> list[psutil.Process]:
+    server = server_pid()
+    return [p for p in descendants(os.getpid()) if p.pid != server and "resource_tracker" not in command(p)]
 
 
 def descendants(pid: int) -> list[psutil.Process]:

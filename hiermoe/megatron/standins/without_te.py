@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 
 def install() -> None:
@@ -57,6 +56,8 @@ def install() -> None:
 
 def _let_divided_optimizers_load() -> None:
     """Make Megatron's distributed optimizer load what it saves with torch's Adam, which counts steps by parameter."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # warns, until told not to
+
     stock_state, stock_load = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
     stock_set = DistributedOptimizer._set_main_param_and_optimizer_states
     if stock_state.__module__ == __name__:
