@@ -39,7 +39,7 @@ class CalibrationJob(Strict):
         smallest_pair_bytes: that one rank sends another in the first AlltoAll; doubled from there on.
         largest_pair_bytes: in the last one.
         largest_bytes: that a rank receives in one AlltoAll, its own share included; ends the doubling too.
-        warm_ups: rounds that do not count.
+        warm_ups: rounds of the smallest size that do not count; they make connections.
         repeats: rounds that count.
     """
 
@@ -73,7 +73,10 @@ class CalibrationJob(Strict):
         Rounds are outermost, so that drift meets all alike.
         """
         hierarchy = self.cluster.hierarchy
-        for repeat in range(-self.warm_ups, self.repeats):
+        for warm_up in range(-self.warm_ups, 0):
+            for exchange in self.cluster.exchanges:
+                yield warm_up, (exchange,), self.pair_bytes(exchange)[0] * exchange.size(hierarchy)
+        for repeat in range(self.repeats):
             for exchange in self.cluster.exchanges:
                 for pair_bytes in self.pair_bytes(exchange):
                     yield repeat, (exchange,), pair_bytes * exchange.size(hierarchy)

@@ -28,7 +28,7 @@ from hiermoe.routing.step import experts_per_rank
 
 Row = dict[str, Any]
 
-_WARM_UPS = 2  # iterations before those that count
+_WARM_UPS = 1  # iterations before those that count; the first makes connections
 _CLEAR_PEAK = "5"  # man 5 proc: /proc/pid/clear_refs
 
 
@@ -85,7 +85,7 @@ def replay(rank: int, job: ReplayJob, systems: Sequence[tuple[SystemConfig, Star
 class Replay(Measurement):
     """Measures systems together, interleaved.
 
-    Of the iterations before those that count only the last few are replayed, to warm up. What policies learn from the
+    Of the iterations before those that count only the last is replayed, to warm up. What policies learn from the
     others, and where that puts experts, is found by walking through them, as the simulation does.
     """
 

@@ -29,7 +29,7 @@ def collect() -> dict[str, Any]:
         "command": f"{sys.argv[0]} {shlex.join(sys.argv[1:])}".strip(),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version(), **_versions()},
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
@@ -37,6 +37,11 @@ def collect() -> dict[str, Any]:
         "allocation": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_ALLOCATION)},
         "gpus": _gpus(),
     }
+
+
+@lru_cache(maxsize=1)
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
 
 
 @lru_cache(maxsize=1)

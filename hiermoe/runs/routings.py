@@ -1,19 +1,40 @@
 """Sweeps once more, layer after layer: on recorded routing of two stages, and on what published models routed."""
 
+import pandas as pd
+
 from hiermoe.records.index import REAL_MODELS, RECORDED, over
+from hiermoe.records.project import PUBLISHED
 from hiermoe.routing.public import public_trace
 from hiermoe.runs.compose import Cell, expand
 from hiermoe.runs.run_config import RunConfig
 
-JUDGED = ("fig10", "fig11", "structure")
+JUDGED = ("fig10", "fig11")
 """Sweeps whose claims are judged over places. Table II's are not: its numbers are of another E than real models'."""
+BESIDE = ("structure",)
+"""What shows where the published numbers lie among the places."""
 ROUTINGS = (RECORDED, REAL_MODELS)
 
 
 def sweeps_over_places() -> dict[str, list[Cell]]:
-    """Runs by the name that :func:`over` gives the sweep; none where their routing is not here."""
-    cells = {over(sweep, routings): expand(sweep, routings) for routings in ROUTINGS for sweep in JUDGED}
-    return {name: [one for one in sweep if _is_here(one.config)] for name, sweep in cells.items()}
+    """Runs by the name that :func:`over` gives the sweep; none where their routing is not here.
+
+    Where claims are judged, those of the systems that claims name and of entrants: a variant's many places nobody reads.
+    """
+    read = _published_systems()
+    found = {}
+    for routings in ROUTINGS:
+        for sweep in (*JUDGED, *BESIDE):
+            cells = [one for one in expand(sweep, routings) if _is_here(one.config)]
+            if sweep in JUDGED:
+                cells = [one for one in cells if one.config.system.name in read or one.config.system.entrant]
+            found[over(sweep, routings)] = cells
+    return found
+
+
+def _published_systems() -> set[str]:
+    """Names of systems, and other words, in the published claims."""
+    table = pd.read_csv(PUBLISHED, usecols=["system", "baseline"], dtype=str).fillna("")
+    return set(" ".join(table.to_numpy().ravel()).split())
 
 
 def _is_here(config: RunConfig) -> bool:
