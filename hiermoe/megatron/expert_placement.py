@@ -18,7 +18,7 @@ has, and attention; experts stay whole (expert_tensor_parallel_size=1).
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -95,8 +95,8 @@ class ExpertPlacement:
             optimizer: whose state moves with the weights; None where there is none.
 
         Where they travel in the background, they begin to here, and arrive within the next step of the optimizer,
-        before it changes anything; a step in which experts arrived decides nothing, since what it measured is of where
-        they were.
+        before it changes anything. For a layer whose experts have just arrived nothing is decided, since what it
+        measured is of where they were.
 
         Returns:
             The updates, of layers that had one, whose experts have arrived.
@@ -115,8 +115,10 @@ class ExpertPlacement:
         done, self._landed = self._landed, []
         self.landing_ms = sum(update.migration_ms for update in done)
         started = time.perf_counter()
-        decides = any(not isinstance(x.policy, StaticPolicy) for x in self.layers) and not done
-        updates = self._decide() if decides else []
+        landed = {update.layer for update in done}
+        deciding = [x for x in self.layers if x.number not in landed]
+        decides = any(not isinstance(x.policy, StaticPolicy) for x in deciding)
+        updates = self._decide(deciding) if decides else []
         self.planning_ms = (time.perf_counter() - started) * 1e3 + sum(layer.measuring_ms for layer in self.layers)
         started = time.perf_counter()
         for layer, update in updates:
@@ -202,11 +204,11 @@ class ExpertPlacement:
         for layer in self.layers:
             layer.measured, layer.measuring_ms, layer.iteration = None, 0.0, iteration
 
-    def _decide(self) -> list[tuple[LayerPlacement, PlacementUpdate]]:
+    def _decide(self, layers: Sequence[LayerPlacement]) -> list[tuple[LayerPlacement, PlacementUpdate]]:
         group = self._group or ranks_with_same_layers()
         flat = {
             index: torch.cat([layer.measured.reshape(-1), layer.votes().to(layer.measured.dtype)])
-            for index, layer in enumerate(self.layers)
+            for index, layer in enumerate(layers)
             if layer.measured is not None
         }
         sums: dict[int, Tensor] = {}
@@ -214,7 +216,7 @@ class ExpertPlacement:
             summed = reduced(torch.cat(list(flat.values())), dist.ReduceOp.SUM, group)
             sums = dict(zip(flat, summed.split([len(part) for part in flat.values()]), strict=True))
         updates = []
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(layers):
             stats = votes = None
             if layer.measured is not None:
                 stats, votes = sums[index].split([layer.measured.numel(), len(layer.dispatcher.context.schemes)])

@@ -18,7 +18,7 @@ ROUTINGS = (RECORDED, REAL_MODELS)
 def sweeps_over_places() -> dict[str, list[Cell]]:
     """Runs by the name that :func:`over` gives the sweep; none where their routing is not here.
 
-    Where claims are judged, those of the systems that claims name and of entrants: a variant's many places nobody reads.
+    Where claims are judged, those of entrants and of the systems that claims name: nobody reads a variant's places.
     """
     read = _published_systems()
     found = {}

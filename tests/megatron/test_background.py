@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from hiermoe.megatron.standins import cpu
 
@@ -14,13 +15,22 @@ cpu.expect_fallbacks()
 from hiermoe.megatron.checkpoint_folder import newest_first  # noqa: E402
 from hiermoe.narrow.corpus import Corpus, training_corpus  # noqa: E402
 from hiermoe.narrow.training_config import TrainingConfig  # noqa: E402
+from hiermoe.policies.protocol import PlacementUpdate, StepContext  # noqa: E402
 from hiermoe.ranks.server import RankFailedError  # noqa: E402
-from tests.megatron.moving import STOCK, Run, joined, largest_error, launch, small, system  # noqa: E402
+from hiermoe.topology.placement import Placement  # noqa: E402
+from tests.megatron.moving import BOTH, STOCK, Run, Shuffle, joined, largest_error, launch, small, system  # noqa: E402
 from tests.megatron.test_distributed_optimizer import odd, shares, whole  # noqa: E402
 
 STATIC = system(None, "hd1")
 TRAVELLING = system("Shuffle", "hd1").model_copy(update={"migration": "background"})
 Seen = dict[Any, Any]
+
+
+class Late(Shuffle):
+    """As the others from the second step on."""
+
+    def decide(self, summed: Tensor | None, placement: Placement, context: StepContext) -> PlacementUpdate | None:
+        return super().decide(summed, placement, context) if context.iteration else None
 
 
 def on_the_way(run: Run) -> int:
@@ -64,6 +74,36 @@ def test_experts_that_travel_change_neither_loss_nor_what_training_goes_on_from(
     check(ranks, 2, 6)
     fixed, travelling = (joined([rank[name]["tensors"] for rank in ranks]) for name in ("fixed", "travelling"))
     assert largest_error(travelling, fixed) < 1e-9
+
+
+def always_travel(rank: int, config: TrainingConfig, corpus: Corpus, steps: int) -> Seen:
+    """The second layer's experts set out a step later than the first one's."""
+    seen: Seen = {}
+    for name, one in (("stock", STOCK), ("travelling", TRAVELLING)):
+        run = Run(config, corpus, one)
+        for late in run.placement.layers[1:]:
+            late.policy = Late()
+        under_way = []
+        for _ in range(steps):
+            run.train(1)
+            under_way.append(on_the_way(run))
+        seen[name] = {"losses": run.losses, "tensors": run.copied(), "updates": run.updates, "under_way": under_way}
+        run.placement.go_home(run.trainer.optimizer)
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", BOTH)
+def test_fifty_steps_with_experts_under_way_in_each(model: str, cache_dir: str) -> None:
+    config = small(model, cache_dir)
+    ranks = launch(always_travel, config, training_corpus(config), 50)
+    stock, travelling = ranks[0]["stock"], ranks[0]["travelling"]
+    assert travelling["under_way"] == [1] * 50
+    arrived = [[layer for layer, _, _ in updates] for updates in travelling["updates"]]
+    assert arrived == [[], *([layer] for layer in (config.model.num_dense_layers + 1 + i % 2 for i in range(49)))]
+    assert travelling["losses"] == pytest.approx(stock["losses"], rel=1e-9)
+    found, expected = (joined([rank[name]["tensors"] for rank in ranks]) for name in ("travelling", "stock"))
+    assert largest_error(found, expected) < 1e-9
 
 
 @pytest.mark.slow
