@@ -1,0 +1,111 @@
+"""How far predictions of others' measurements can be trusted: errors by kind, by source, by fabric and system."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hiermoe.analysis.others.foretold import Foretold, Listed
+from hiermoe.analysis.others.measurement_rules import Cause, MeasurementRules
+
+MOST = 0.9  # share of rows that the wide range of a group holds
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Errors of a group of rows, as factors.
+
+    Attributes:
+        name: of the group.
+        rows: in it.
+        median: of the factors by which predictions are off, from 1 on.
+        most: factor that 90 % of them are within.
+        lean: median of predicted over published; of times below 1: we are too fast.
+        within: share of rows within the factor that the rules ask of most.
+        right: of order rows, how many.
+    """
+
+    name: tuple[str, ...]
+    rows: tuple[Foretold, ...]
+    median: float
+    most: float
+    lean: float
+    within: float
+    right: int
+
+    @classmethod
+    def of(cls, name: tuple[str, ...], rows: Sequence[Foretold], within: float) -> "Trust":
+        """Of at least one row."""
+        errors = np.array([one.log_error for one in rows])
+        sizes = np.abs(errors)
+        return cls(
+            name=name,
+            rows=tuple(rows),
+            median=float(np.exp(np.median(sizes))),
+            most=float(np.exp(np.quantile(sizes, MOST))),
+            lean=float(np.exp(np.median(errors))),
+            within=float((sizes <= np.log(within)).mean()),
+            right=sum(one.is_right_order for one in rows),
+        )
+
+
+@dataclass(frozen=True)
+class Held:
+    """All rows and what they say.
+
+    Attributes:
+        predicted: rows.
+        listed: rows, with what they lack.
+        kinds: errors of ratio and of absolute rows; how many order rows are right.
+        sources: by kind and source.
+        fabrics: of ratio and absolute rows, by kind, fabric and system.
+        rules: what was asked, and causes.
+    """
+
+    predicted: tuple[Foretold, ...]
+    listed: tuple[Listed, ...]
+    kinds: tuple[Trust, ...]
+    sources: tuple[Trust, ...]
+    fabrics: tuple[Trust, ...]
+    rules: MeasurementRules
+
+    @classmethod
+    def of(cls, predicted: Sequence[Foretold], listed: Sequence[Listed], rules: MeasurementRules) -> "Held":
+        """Group the rows."""
+
+        def grouped(*names: str) -> tuple[Trust, ...]:
+            groups: dict[tuple[str, ...], list[Foretold]] = {}
+            for one in predicted:
+                groups.setdefault(tuple(_value(one, name) for name in names), []).append(one)
+            return tuple(Trust.of(name, rows, rules.targets.within) for name, rows in groups.items())
+
+        fabrics = tuple(one for one in grouped("kind", "cluster", "system") if one.name[0] != "order")
+        return cls(
+            tuple(predicted), tuple(listed), grouped("kind"), grouped("kind", "source"), fabrics, rules
+        )
+
+    def kind(self, name: str) -> Trust | None:
+        """Errors of a kind; None where it has no row."""
+        return next((one for one in self.kinds if one.name == (name,)), None)
+
+    @property
+    def reasons(self) -> list[tuple[str, int]]:
+        """Why rows are listed, and how many each, most first."""
+        return Counter(one.reason for one in self.listed).most_common()
+
+    @property
+    def far_off(self) -> list[tuple[Trust, list[Cause]]]:
+        """Fabrics and systems whose median is further off than the rules allow without a cause, with their causes."""
+        far = [one for one in self.fabrics if one.median > self.rules.far_off]
+        return [(one, list({c.cause: c for r in one.rows for c in self.rules.causes_of(r.row)}.values())) for one in far]
+
+    @property
+    def unassumed(self) -> tuple[Foretold, ...]:
+        """Rows for which nothing was taken for granted."""
+        return tuple(one for one in self.predicted if not one.assumed)
+
+
+def _value(one: Foretold, name: str) -> str:
+    of_setting = {"kind": one.kind, "cluster": one.setting.cluster.name.partition("@")[0]}
+    return of_setting.get(name) or getattr(one.row, name)
