@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import pandas as pd
 
@@ -11,6 +12,7 @@ from hiermoe.analysis.others.published_rows import TIMES_MS, Measurement
 from hiermoe.analysis.others.settings import Setting, setting_of
 from hiermoe.planner.cost import choose_scheme
 
+Reach = Literal["across", "inside", "small"]
 IN_A_RATIO = "the time that ratio rows are over"
 
 
@@ -28,6 +30,7 @@ class Foretold:
         predicted_ms: time of the row's AlltoAlls.
         log_error: of a ratio ln(predicted / published), of other rows that of the times.
         assumed: what the source does not state.
+        reach: where its bytes go: ``across`` nodes, or ``inside`` one node or domain; ``small``: there are few.
     """
 
     row: Measurement
@@ -39,6 +42,12 @@ class Foretold:
     predicted_ms: float
     log_error: float
     assumed: tuple[str, ...]
+    reach: Reach
+
+    @property
+    def measured_ms(self) -> float:
+        """The published time of an absolute row."""
+        return self.predicted_ms / math.exp(self.log_error)
 
     @property
     def factor(self) -> float:
@@ -109,7 +118,16 @@ def _absolute(row: Measurement, rules: MeasurementRules) -> Foretold:
     setting = setting_of(row, rule, rules)
     (ours, schemes), theirs = time_ms(setting), published_ms(row, setting)
     value = row.value * (ours / theirs if row.metric in TIMES_MS else theirs / ours)
-    return Foretold(row, "absolute", setting, schemes, row.value, value, ours, math.log(ours / theirs), rule.assumed)
+    error = math.log(ours / theirs)
+    reach = _reach(row, rules)
+    return Foretold(row, "absolute", setting, schemes, row.value, value, ours, error, rule.assumed, reach)
+
+
+def _reach(row: Measurement, rules: MeasurementRules) -> Reach:
+    tokens, sent = row.tokens_per_gpu, row.bytes_per_gpu
+    if (tokens is not None and tokens <= rules.small.tokens) or (sent is not None and sent <= rules.small.bytes):
+        return "small"
+    return "inside" if row.nodes == 1 or rules.of(row).one_domain else "across"
 
 
 def _ratio(row: Measurement, by_id: dict[str, Measurement], rules: MeasurementRules) -> Foretold:
@@ -127,7 +145,9 @@ def _ratio(row: Measurement, by_id: dict[str, Measurement], rules: MeasurementRu
         other_setting = setting_of(row, rule, rules, rule.baseline_system)
         published = row.value
     value = time_ms(other_setting)[0] / ours
-    return Foretold(row, rule.kind, setting, schemes, published, value, ours, math.log(value / published), rule.assumed)
+    error = math.log(value / published)
+    reach = _reach(row, rules)
+    return Foretold(row, rule.kind, setting, schemes, published, value, ours, error, rule.assumed, reach)
 
 
 def to_table(predicted: Sequence[Foretold]) -> pd.DataFrame:
@@ -142,6 +162,7 @@ def to_table(predicted: Sequence[Foretold]) -> pd.DataFrame:
                 "cluster": one.setting.cluster.name.partition("@")[0],
                 "gpus": one.row.gpus,
                 "phase": one.row.phase,
+                "reach": one.reach,
                 "metric": "ratio" if one.kind != "absolute" else one.row.metric,
                 "published": one.published,
                 "predicted": one.predicted,

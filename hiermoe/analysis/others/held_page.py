@@ -1,7 +1,6 @@
 """The page, the figure and the table of what is predicted of others' measurements."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 
@@ -23,11 +22,11 @@ KIND_WORDS = {
 }
 
 
-class Written(NamedTuple):
-    """What was found, and the page about it."""
-
-    held: Held
-    page: Path
+REACH_WORDS = {
+    "across": "several nodes",
+    "inside": "one node, or one NVLink domain",
+    "small": "128 tokens, or up to 1 MiB",
+}
 
 
 def hold_against_others(csv: Path = MEASUREMENTS) -> Held:
@@ -65,6 +64,10 @@ def write_held(held: Held, folder: Path = REPORTS, how_to_read: str = "../docs/p
             order=held.kind("order"),
             sources=held.sources,
             fabrics=held.fabrics,
+            reaches=held.reaches,
+            reach_words=REACH_WORDS,
+            looks=looks(held),
+            second=held.second_look,
             far_off_factor=held.rules.far_off,
             far_off=held.far_off,
             listed=held.listed,
@@ -120,6 +123,18 @@ def verdict(ratio: Trust | None, held: Held) -> str:
         f"{'Both hold' if met else 'That is not reached'}: the median is {ratio.median:.2f}, and {ratio.within:.0%} are "
         f"within {targets.within:g}."
     )
+
+
+def looks(held: Held) -> list[tuple[str, list[Trust]]]:
+    """Rows as predicted, and with the start-up of the second look: absolute ones, then whole steps."""
+    second = held.second_look
+    if second is None:
+        return []
+    return [
+        (words, [Trust.of((kind,), [one for one in rows if one.kind == kind], held.rules.targets.within) for kind in kinds])
+        for words, rows in (("as predicted", second.before), ("with the start-up", second.after))
+        if (kinds := [kind for kind in ("absolute", "order") if any(one.kind == kind for one in rows)])
+    ]
 
 
 def with_listed(table: pd.DataFrame, held: Held) -> pd.DataFrame:

@@ -94,6 +94,20 @@ class RowRule(Strict):
         return self
 
 
+class StartUpRule(Strict):
+    """Rows that a start-up is learnt from, and rows that it is applied to: patterns of their ids."""
+
+    learnt_from: str
+    applied_to: str
+
+
+class Small(Strict):
+    """Up to where a row tells of start-up: tokens of a GPU, or bytes of an AlltoAll without experts."""
+
+    tokens: PositiveInt
+    bytes: PositiveInt
+
+
 class Cause(Strict):
     """Why rows are far off, and what supports that."""
 
@@ -113,6 +127,8 @@ class MeasurementRules(Strict):
         scaled_values: that one scale is for.
         systems: by published name.
         rows: what rows are.
+        start_up: a second look at some of them.
+        small: which rows are small.
         causes: why some are far off.
     """
 
@@ -123,6 +139,8 @@ class MeasurementRules(Strict):
     scaled_values: PositiveInt
     systems: dict[str, SystemOf]
     rows: tuple[RowRule, ...]
+    start_up: StartUpRule
+    small: Small
     causes: tuple[Cause, ...] = ()
 
     def of(self, row: Measurement) -> RowRule:

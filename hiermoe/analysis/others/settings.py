@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -23,7 +23,7 @@ from hiermoe.topology.placement import Placement
 from hiermoe.topology.scaling import scaled
 
 DRAWN_AT_ONCE = 1024  # tokens of a rank; more are drawn piece by piece, which bounds memory
-MOST_DRAWN = 8192  # tokens of a rank; more are taken for so many times these
+MOST_DRAWN = 4096  # tokens of a rank; more are taken for so many times these
 TRACE = str(TRACES / "{trace}_e{num_experts}_{stage}.trace")
 
 
@@ -73,10 +73,10 @@ def setting_of(row: Measurement, rule: RowRule, rules: MeasurementRules, system:
         ValueError: sizes are missing or do not fit the cluster.
     """
     assert rule.cluster is not None
-    cluster = scaled(Cluster.named(rule.cluster), row.gpus).model_copy(update={"overlap": rules.overlap})
+    cluster = _cluster(rule.cluster, row.gpus, rules.overlap)
     inside = rule.one_domain or row.nodes == 1
     named = rules.systems[system or row.system]
-    schemes = SystemConfig.named(named.inside if inside else named.across).build_schemes(cluster.hierarchy)
+    schemes = _system(named.inside if inside else named.across).build_schemes(cluster.hierarchy)
     routing, request = _request(row, rule)
     level = cluster.hierarchy.depth if inside else cluster.hierarchy.names.index("node") + 1 if row.hidden else 0
     return Setting(
@@ -87,6 +87,16 @@ def setting_of(row: Measurement, rule: RowRule, rules: MeasurementRules, system:
         row_bytes=_row_bytes(row, rules, named.index_bytes, request),
         group_level=0 if rule.counts == "selections" else level,
     )
+
+
+@cache
+def _cluster(name: str, num_ranks: int, overlap: float) -> Cluster:
+    return scaled(Cluster.named(name), num_ranks).model_copy(update={"overlap": overlap})
+
+
+@cache
+def _system(name: str) -> SystemConfig:
+    return SystemConfig.named(name)
 
 
 def _request(row: Measurement, rule: RowRule) -> tuple[RoutingOf, RoutingRequest]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from hiermoe.analysis.others.foretold import Foretold, Listed
 from hiermoe.analysis.others.measurement_rules import Cause, MeasurementRules
+from hiermoe.analysis.others.start_up import StartUp, with_start_up
 
 MOST = 0.9  # share of rows that the wide range of a group holds
 
@@ -59,6 +60,7 @@ class Held:
         listed: rows, with what they lack.
         kinds: errors of ratio and of absolute rows; how many order rows are right.
         sources: by kind and source.
+        reaches: of absolute rows, by where their bytes go.
         fabrics: of ratio and absolute rows, by kind, fabric and system.
         rules: what was asked, and causes.
     """
@@ -67,6 +69,7 @@ class Held:
     listed: tuple[Listed, ...]
     kinds: tuple[Trust, ...]
     sources: tuple[Trust, ...]
+    reaches: tuple[Trust, ...]
     fabrics: tuple[Trust, ...]
     rules: MeasurementRules
 
@@ -81,8 +84,9 @@ class Held:
             return tuple(Trust.of(name, rows, rules.targets.within) for name, rows in groups.items())
 
         fabrics = tuple(one for one in grouped("kind", "cluster", "system") if one.name[0] != "order")
+        reaches = tuple(one for one in grouped("kind", "reach") if one.name[0] == "absolute")
         return cls(
-            tuple(predicted), tuple(listed), grouped("kind"), grouped("kind", "source"), fabrics, rules
+            tuple(predicted), tuple(listed), grouped("kind"), grouped("kind", "source"), reaches, fabrics, rules
         )
 
     def kind(self, name: str) -> Trust | None:
@@ -95,10 +99,19 @@ class Held:
         return Counter(one.reason for one in self.listed).most_common()
 
     @property
+    def second_look(self) -> StartUp | None:
+        """Rows with a start-up that others say."""
+        return with_start_up(self.predicted, self.rules.start_up)
+
+    @property
     def far_off(self) -> list[tuple[Trust, list[Cause]]]:
-        """Fabrics and systems whose median is further off than the rules allow without a cause, with their causes."""
-        far = [one for one in self.fabrics if one.median > self.rules.far_off]
-        return [(one, list({c.cause: c for r in one.rows for c in self.rules.causes_of(r.row)}.values())) for one in far]
+        """Fabrics and systems with causes, and those further off than the rules allow without one."""
+        found = []
+        for one in self.fabrics:
+            causes = {cause.cause: cause for row in one.rows for cause in self.rules.causes_of(row.row)}
+            if causes or one.median > self.rules.far_off:
+                found.append((one, list(causes.values())))
+        return found
 
     @property
     def unassumed(self) -> tuple[Foretold, ...]:
@@ -107,5 +120,5 @@ class Held:
 
 
 def _value(one: Foretold, name: str) -> str:
-    of_setting = {"kind": one.kind, "cluster": one.setting.cluster.name.partition("@")[0]}
+    of_setting = {"kind": one.kind, "reach": one.reach, "cluster": one.setting.cluster.name.partition("@")[0]}
     return of_setting.get(name) or getattr(one.row, name)
