@@ -58,7 +58,7 @@ def _table(held: Held) -> Table:
         table.add_column(column, justify="right" if i else "left", no_wrap=bool(i))
     for kind in held.kinds:
         for one in (kind, *(source for source in held.sources if source.name[0] == kind.name[0])):
-            words = f"  {one.name[1]}" if len(one.name) > 1 else KIND_WORDS[one.name[0]]
+            words = KIND_WORDS[one.name[0]] if one is kind else f"  {one.name[1]}"
             numbers = ("", "", "", f"{one.right}")
             if one.name[0] != "order":
                 numbers = (f"{one.median:.2f}", f"{one.most:.2f}", f"{one.lean:.2f}", "")

@@ -45,6 +45,11 @@ class Foretold:
     reach: Reach
 
     @property
+    def fabric(self) -> str:
+        """Name of its cluster's file."""
+        return self.setting.cluster.name.partition("@")[0]
+
+    @property
     def measured_ms(self) -> float:
         """The published time of an absolute row."""
         return self.predicted_ms / math.exp(self.log_error)
@@ -159,7 +164,7 @@ def to_table(predicted: Sequence[Foretold]) -> pd.DataFrame:
                 "kind": one.kind,
                 "source": one.row.source,
                 "system": one.row.system,
-                "cluster": one.setting.cluster.name.partition("@")[0],
+                "cluster": one.fabric,
                 "gpus": one.row.gpus,
                 "phase": one.row.phase,
                 "reach": one.reach,

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Literal, Self
 
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic.dataclasses import dataclass
 
 from hiermoe.analysis.others.published_rows import Measurement
 from hiermoe.records.choices import unknown
@@ -38,7 +39,8 @@ class SystemOf(Strict):
     index_bytes: NonNegativeInt = 0
 
 
-class RoutingOf(Strict):
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class RoutingOf:
     """Where routing comes from; nothing of these: uniform, or with the group limit that the row states.
 
     Attributes:

@@ -107,7 +107,9 @@ def _request(row: Measurement, rule: RowRule) -> tuple[RoutingOf, RoutingRequest
     sizes = {"num_experts": row.num_experts, "topk": row.topk, "tokens_per_gpu": row.tokens_per_gpu}
     for name, value in {**sizes, "hidden": row.hidden}.items():
         if value is None:
-            raise ValueError(f"id={row.id}: {name} is not stated, so the row needs a reason in reports/measurements.yaml")
+            raise ValueError(
+                f"id={row.id}: {name} is not stated, so the row needs a reason in reports/measurements.yaml"
+            )
     assert row.num_experts and row.topk and row.tokens_per_gpu
     routing = rule.routing
     limit = re.match(r"(\d+) of (\d+)", row.group_limit or "")
@@ -125,9 +127,7 @@ def _request(row: Measurement, rule: RowRule) -> tuple[RoutingOf, RoutingRequest
     return routing, request
 
 
-def _row_bytes(
-    row: Measurement, rules: MeasurementRules, index_bytes: int, request: RoutingRequest
-) -> tuple[int, ...]:
+def _row_bytes(row: Measurement, rules: MeasurementRules, index_bytes: int, request: RoutingRequest) -> tuple[int, ...]:
     """Bytes of a row in each AlltoAll of the row's time: dispatch as its dtype says, combine in BF16."""
     if row.bytes_per_gpu is not None:
         return (row.bytes_per_gpu // request.tokens_per_rank,)
@@ -138,21 +138,25 @@ def _row_bytes(
     return {"dispatch": (dispatch,), "combine": (combine,)}.get(row.phase, (dispatch, combine))
 
 
-@lru_cache(maxsize=64)
 def _counts(routing: RoutingOf, request: RoutingRequest, hierarchy: Hierarchy) -> RoutingCounts:
-    placement = Placement.first(request.num_experts, request.num_ranks)
     drawn = min(request.tokens_per_rank, MOST_DRAWN)
-    found = [
-        count_routing(step.over_slots(), placement, hierarchy)
-        for step in _steps(routing, replace(request, tokens_per_rank=drawn), hierarchy)
-    ]
     times, rest = divmod(request.tokens_per_rank, drawn)
     if rest:
         raise ValueError(f"tokens_per_gpu={request.tokens_per_rank} is above {MOST_DRAWN} and no multiple of it")
+    counts = _drawn(routing, replace(request, tokens_per_rank=drawn), hierarchy)
+    tokens = tuple(times * of_level for of_level in counts.tokens)
+    return RoutingCounts(tokens, times * counts.pairs_GS, times * counts.tokens_G, request.topk)
+
+
+@lru_cache(maxsize=64)
+def _drawn(routing: RoutingOf, request: RoutingRequest, hierarchy: Hierarchy) -> RoutingCounts:
+    placement = Placement.first(request.num_experts, request.num_ranks)
+    found = [count_routing(step.over_slots(), placement, hierarchy) for step in _steps(routing, request, hierarchy)]
+    by_level = zip(*(one.tokens for one in found), strict=True)
     return RoutingCounts(
-        tokens=tuple(times * sum(of_level) for of_level in zip(*(one.tokens for one in found), strict=True)),  # type: ignore[misc]
-        pairs_GS=times * torch.stack([one.pairs_GS for one in found]).sum(0),
-        tokens_G=times * torch.stack([one.tokens_G for one in found]).sum(0),
+        tokens=tuple(torch.stack(of_level).sum(0) for of_level in by_level),
+        pairs_GS=torch.stack([one.pairs_GS for one in found]).sum(0),
+        tokens_G=torch.stack([one.tokens_G for one in found]).sum(0),
         topk=request.topk,
     )
 

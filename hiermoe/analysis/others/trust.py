@@ -83,11 +83,9 @@ class Held:
                 groups.setdefault(tuple(_value(one, name) for name in names), []).append(one)
             return tuple(Trust.of(name, rows, rules.targets.within) for name, rows in groups.items())
 
-        fabrics = tuple(one for one in grouped("kind", "cluster", "system") if one.name[0] != "order")
+        fabrics = tuple(one for one in grouped("kind", "fabric", "system") if one.name[0] != "order")
         reaches = tuple(one for one in grouped("kind", "reach") if one.name[0] == "absolute")
-        return cls(
-            tuple(predicted), tuple(listed), grouped("kind"), grouped("kind", "source"), reaches, fabrics, rules
-        )
+        return cls(tuple(predicted), tuple(listed), grouped("kind"), grouped("kind", "source"), reaches, fabrics, rules)
 
     def kind(self, name: str) -> Trust | None:
         """Errors of a kind; None where it has no row."""
@@ -104,14 +102,21 @@ class Held:
         return with_start_up(self.predicted, self.rules.start_up)
 
     @property
-    def far_off(self) -> list[tuple[Trust, list[Cause]]]:
-        """Fabrics and systems with causes, and those further off than the rules allow without one."""
+    def causes(self) -> list[tuple[Cause, Trust]]:
+        """Every cause, and the errors of the rows that it is of, named after their fabrics and systems."""
         found = []
-        for one in self.fabrics:
-            causes = {cause.cause: cause for row in one.rows for cause in self.rules.causes_of(row.row)}
-            if causes or one.median > self.rules.far_off:
-                found.append((one, list(causes.values())))
+        for cause in self.rules.causes:
+            rows = [one for one in self.predicted if cause in self.rules.causes_of(one.row)]
+            if rows:
+                names = dict.fromkeys(f"{one.row.system} on {one.fabric}" for one in rows)
+                found.append((cause, Trust.of(tuple(names), rows, self.rules.targets.within)))
         return found
+
+    @property
+    def unexplained(self) -> list[Trust]:
+        """Fabrics and systems further off than the rules allow without a cause, of which there is none."""
+        far = [one for one in self.fabrics if one.median > self.rules.far_off]
+        return [one for one in far if not any(self.rules.causes_of(row.row) for row in one.rows)]
 
     @property
     def unassumed(self) -> tuple[Foretold, ...]:
@@ -120,5 +125,4 @@ class Held:
 
 
 def _value(one: Foretold, name: str) -> str:
-    of_setting = {"kind": one.kind, "reach": one.reach, "cluster": one.setting.cluster.name.partition("@")[0]}
-    return of_setting.get(name) or getattr(one.row, name)
+    return str(getattr(one, name) if hasattr(one, name) else getattr(one.row, name))

@@ -1,6 +1,7 @@
 """Predicted against published: ratios of times, and times, of systems and fabrics that others measured."""
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -24,7 +25,9 @@ FAMILIES = {  # beginning of the published system's name: label, colour (Okabe a
     "uccl_ep": ("UCCL-EP", "#009E73"),
     "fusco": ("FUSCO", "#D55E00"),
     "nccl": ("NCCL", "#222222"),
-    "": ("other", "#888888"),
+    "rdma": ("rail-aligned over cross-rail", "#888888"),
+    "dedup": ("HierD-AlltoAll (PlaceMoE)", "#8C6D1F"),
+    "": ("another system", "#BBBBBB"),
 }
 MARKS = "osD^vP*X<>hdp"
 BAND = 1.4
@@ -54,36 +57,55 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
     ratios.set_title("how many times as fast (pale: whole steps, sign alone)")
     ratios.set_xlabel("published")
     ratios.set_ylabel("predicted, AlltoAlls alone")
+    _regions(ratios, table)
     ratios.axhline(1, color="#888888", linewidth=1)
     ratios.axvline(1, color="#888888", linewidth=1)
     times.set_title("time of a dispatch, a combine or an AlltoAll (µs)")
     times.set_xlabel("published")
     times.set_ylabel("predicted")
+    _legends(figure, table, marks)
+    return figure
+
+
+def _regions(panel: Axes, table: pd.DataFrame) -> None:
+    """Words beside the rows of ratios that lie apart."""
+    for start, words, offset in (
+        ("fusco_one_node", "each token to one node", (-4, 12)),
+        ("fusco_real", "real routing", (26, -22)),
+        ("uccl_rail", "rails", (0, -20)),
+        ("aws", "whole steps", (-46, 12)),
+    ):
+        rows = table[table["id"].str.startswith(start)]
+        if len(rows):
+            at = (float(np.exp(np.log(rows["published"]).mean())), float(rows["predicted"].max()))
+            style.note(panel, words, at, offset, ha="center", fontsize=10, color="#555555")
+
+
+def _legends(figure: Figure, table: pd.DataFrame, marks: dict[str, str]) -> None:
+    """Colours of systems, marks of fabrics, below the panels."""
     systems = dict(family(name) for name in table["system"])
     handles = [Line2D([], [], marker="o", linestyle="", color=tone, label=name) for name, tone in systems.items()]
-    handles += [
-        Line2D([], [], marker=mark, linestyle="", color="#666666", markerfacecolor="none", label=style.fabric(cluster))
-        for cluster, mark in marks.items()
-    ]
+    look: dict[str, Any] = {"linestyle": "", "color": "#555555", "markerfacecolor": "none"}
+    handles += [Line2D([], [], marker=mark, label=style.fabric(cluster), **look) for cluster, mark in marks.items()]
     with mpl.rc_context(SETTINGS):
-        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=10)
-    return figure
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=10, handletextpad=0.3)
 
 
 def _panel(panel: Axes, rows: pd.DataFrame, published: pd.Series, predicted: pd.Series, marks: dict[str, str]) -> None:
     """Points, the line of equal numbers, and the band around it."""
-    for index, row in rows.iterrows():
+    ours, theirs = (values[rows.index].to_numpy(float) for values in (predicted, published))
+    for (_, row), x, y in zip(rows.iterrows(), theirs, ours, strict=True):
         panel.plot(
-            published[index],
-            predicted[index],
+            x,
+            y,
             marks[row["cluster"]],
             color=family(row["system"])[1],
             alpha=0.3 if row["kind"] == "order" else 0.85,
-            markersize=7,
+            markersize=8 if row["kind"] != "absolute" else 7,
             markeredgecolor="white",
             markeredgewidth=0.6,
         )
-    both = pd.concat([published[rows.index], predicted[rows.index]])
+    both = np.concatenate([ours, theirs])
     ends = np.array([both.min() / 1.25, both.max() * 1.25])
     panel.plot(ends, ends, color="#444444", linewidth=1.2, zorder=1)
     panel.fill_between(ends, ends / BAND, ends * BAND, color="#444444", alpha=0.08, linewidth=0, zorder=0)
