@@ -26,6 +26,7 @@ REACH_WORDS = {
     "across": "several nodes",
     "inside": "one node, or one NVLink domain",
     "small": "128 tokens, or up to 1 MiB",
+    "unassumed": "all of these whose source states everything",
 }
 REACH_IN_TITLE = {"across": "between nodes", "inside": "inside a node or rack", "small": "for small messages"}
 
@@ -65,7 +66,7 @@ def write_held(held: Held, folder: Path = REPORTS, how_to_read: str = "../docs/p
             order=held.kind("order"),
             sources=held.sources,
             fabrics=held.fabrics,
-            reaches=held.reaches,
+            reaches=[*held.reaches, *filter(None, [held.unassumed])],
             reach_words=REACH_WORDS,
             looks=looks(held),
             second=held.second_look,

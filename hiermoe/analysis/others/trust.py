@@ -119,9 +119,10 @@ class Held:
         return [one for one in far if not any(self.rules.causes_of(row.row) for row in one.rows)]
 
     @property
-    def unassumed(self) -> tuple[Foretold, ...]:
-        """Rows for which nothing was taken for granted."""
-        return tuple(one for one in self.predicted if not one.assumed)
+    def unassumed(self) -> Trust | None:
+        """Absolute rows for which nothing was taken for granted; None where there is none."""
+        rows = [one for one in self.predicted if one.kind == "absolute" and not one.assumed]
+        return Trust.of(("absolute", "unassumed"), rows, self.rules.targets.within) if rows else None
 
 
 def _value(one: Foretold, name: str) -> str:
