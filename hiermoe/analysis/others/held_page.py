@@ -64,6 +64,7 @@ def write_held(held: Held, folder: Path = REPORTS, how_to_read: str = "../docs/p
             kinds=[one for one in held.kinds if one.name != ("order",)],
             kind_words=KIND_WORDS,
             order=held.kind("order"),
+            slower=sum(one.published < 1 for one in held.predicted if one.kind == "order"),
             sources=held.sources,
             fabrics=held.fabrics,
             reaches=[*held.reaches, *filter(None, [held.unassumed])],
