@@ -9,9 +9,10 @@ import pandas as pd
 
 from hiermoe.advice.assessment import Assessed, Assessment
 from hiermoe.advice.recommendation import Constants, Option, Recommendation, constants_of, option, recommend
-from hiermoe.advice.sensitivity import sensitivity, tokens_needed
+from hiermoe.advice.sensitivity import published_times, sensitivity, tokens_needed
 from hiermoe.advice.systems import BASELINE
 from hiermoe.advice.whole_model import pays
+from hiermoe.analysis.others.on_fabric import OnFabric
 from hiermoe.analysis.whole_step import PUBLISHED_SHARES, step_speedup
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.peers import WORLD, Peers
@@ -211,6 +212,17 @@ class Answer:
             held_out = self.assessment.named(name).held_out
             table[name] = held_out.crossing(cluster) / cluster.hierarchy.num_ranks
         return table
+
+    @cached_property
+    def published_times(self) -> OnFabric | None:
+        """What others published of this fabric, over what is predicted of it."""
+        return published_times(self.assessment.case.cluster)
+
+    @property
+    def published_range(self) -> str:
+        """AlltoAll's speed-up where the dispatch takes as long as what others published of this fabric."""
+        held, value = self.published_times, self.own.speedup.value
+        return f"{value / held.high:.2f} to {value / held.low:.2f}" if held else ""
 
     @cached_property
     def sensitivity(self) -> pd.DataFrame:

@@ -7,6 +7,7 @@ import pandas as pd
 
 from hiermoe.advice.assessment import Assessment
 from hiermoe.advice.recommendation import STAY_BELOW_GAIN, Recommendation, constants_of, option, recommend
+from hiermoe.analysis.others.on_fabric import OnFabric, held_on
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.peers import WORLD, Peers
 
@@ -40,9 +41,17 @@ def assumptions(cluster: Cluster, tokens_per_rank: int) -> Iterator[Assumption]:
         yield Assumption(f"links inside a {cluster.levels[0].name} half as fast", _scaled(cluster, inner_beta=2.0))
     yield Assumption("every start-up twice as long (α × 2)", _scaled(cluster, alpha=2.0))
     yield Assumption("flat AlltoAll 20 % faster than modelled", _scaled(cluster, world=0.8))
+    if deep and (held := published_times(cluster)) is not None and held.high > 1:
+        words = f"other dispatch {held.high:.2f} times as slow as modelled, as some published on this fabric is"
+        yield Assumption(words, _scaled(cluster, world=1 / held.high))
     if tokens_per_rank >= FEWER_TOKENS:
         words = f"{tokens_per_rank // FEWER_TOKENS} tokens a GPU, not {tokens_per_rank}"
         yield Assumption(words, cluster, 1 / FEWER_TOKENS)
+
+
+def published_times(cluster: Cluster) -> OnFabric | None:
+    """What others published of this fabric, over what is predicted of it; None where nobody did."""
+    return held_on(cluster.name.partition("@")[0])
 
 
 def _scaled(

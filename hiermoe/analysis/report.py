@@ -129,7 +129,9 @@ def write_reference(folder: Path = REPORTS / "reference", report: Path = REPORTS
     text = (report / "report.md").read_text()
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for old in (folder / "figures").glob("*.png"):
-        if not old.name.startswith("advice_"):  # `hiermoe advise picture=` made it
+        if not old.name.startswith(
+            ("advice_", "published_")
+        ):  # `hiermoe advise picture=`, `hiermoe published` made them
             old.unlink()
     (folder / "report.md").write_text(text)
     for image in sorted((report / "figures").glob("*.png")):

@@ -31,6 +31,7 @@ USAGE = """hiermoe: does HierMoE's communication hold, and would it help your mo
   hiermoe records     what records there are: printed, filtered, exported for pandas, every column explained
   hiermoe record      train a narrow model on real text and record what its routers choose
   hiermoe advise      would it help your model on your cluster? From a trace, expert loads or a profile: a page
+  hiermoe published   what is predicted of measurements that others published, and how far off that is
   hiermoe trace       import routing that others recorded, show a trace, export its traffic (hiermoe trace --help)
   hiermoe doctor      what this machine can run, and what each missing thing would take
 """
@@ -48,6 +49,7 @@ def main() -> None:
         "report": _report,
         "records": _records,
         "advise": _advise,
+        "published": _published,
         "trace": _trace,
         "doctor": _doctor,
     }
@@ -247,6 +249,12 @@ def _records() -> None:
     from hiermoe.commands.records_command import main as records
 
     records(sys.argv[1:])
+
+
+def _published() -> None:
+    from hiermoe.commands.published_command import main as published
+
+    published(sys.argv[1:])
 
 
 def _trace() -> None:

@@ -13,7 +13,7 @@ from hiermoe.advice.assessment import Assessment, assess, break_even_steps
 from hiermoe.advice.case import Case
 from hiermoe.advice.held_out import crossing_rows
 from hiermoe.advice.recommendation import STAY_BELOW_GAIN, option, recommend
-from hiermoe.advice.sensitivity import assumptions, sensitivity, tokens_needed
+from hiermoe.advice.sensitivity import assumptions, published_times, sensitivity, tokens_needed
 from hiermoe.advice.systems import BASELINE, candidates
 from hiermoe.measure.predict import simulate
 from hiermoe.measure.workload import Workload
@@ -175,6 +175,18 @@ def test_assumptions_change_what_they_say(name: str) -> None:
     assert [ratio(start, p, "alpha_ms") for p in (world, inter1, intra2)] == pytest.approx([2, 2, 2])
     assert [ratio(flat, p) for p in (world, inter1)] == pytest.approx([0.8, 1])
     assert fewer.share_of_bytes == 1 / 8 and fewer.words == "8 tokens a GPU, not 64"
+
+
+def test_fabric_that_others_published_of_is_tried_with_their_times() -> None:
+    cluster = scaled(Cluster.named("h200_efa400"), 16)
+    held = published_times(cluster)
+    assert held is not None and held.rows == 6 and 1 < held.low < held.high
+    (given, *_), (found,) = (
+        [one for one in assumptions(cluster, 64) if one.words.startswith(start)] for start in ("as given", "other disp")
+    )
+    betas = [one.cluster.constants(cluster.exchanges[0]).beta_ms_per_byte for one in (given, found)]
+    assert betas[0] / betas[1] == pytest.approx(held.high)
+    assert published_times(Cluster.named("a6000_4x8")) is None
 
 
 def test_tokens_needed_is_the_first_power_of_two_that_pays(assessment: Assessment) -> None:

@@ -50,7 +50,18 @@ def test_bad_input_ends_with_one_clear_message(arguments: list[str], message: st
 def test_help_says_what_each_command_is_for(hiermoe: Command) -> None:
     code, out, _ = hiermoe("--help")
     assert code == 0
-    for command in ("run", "calibrate", "train", "record", "reproduce", "report", "advise", "trace", "doctor"):
+    for command in (
+        "run",
+        "calibrate",
+        "train",
+        "record",
+        "reproduce",
+        "report",
+        "advise",
+        "published",
+        "trace",
+        "doctor",
+    ):
         assert f"hiermoe {command}" in out
 
 

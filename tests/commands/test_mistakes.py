@@ -43,6 +43,7 @@ levels:
         ("reproduce --quik", "--quik: no such option; did you mean --quick?"),
         ("reproduce --on slurmm", "--on=slurmm is unknown; did you mean slurm?"),
         ("report --referense", "--referense: no such option; did you mean --reference?"),
+        ("published --referense", "--referense: no such option; did you mean --reference?"),
         ("doctor --jsn", "--jsn: no such option; did you mean --json?"),
         ("advise trace=qwen3_30b_e128 cluster=a6000_1x8", f"trace=qwen3_30b_e128 is unknown; did you mean {TRACE}"),
         (f"advise trace={TRACE} cluster=a6000_1x8 shar=0.4", "shar: no such key; did you mean share?"),

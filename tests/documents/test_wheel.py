@@ -55,7 +55,7 @@ def test_commands_work_from_an_empty_folder_and_leave_their_results_there(python
         python, tmp_path, "advise", "routing=uniform", "model=qwen3_30b_a3b", "cluster=a6000_4x8", "iterations=8"
     )
     assert done.returncode == 0, done.stderr
-    for command in (("trace", "show", "qwen3_30b_a3b_e128_late"), ("report",)):
+    for command in (("trace", "show", "qwen3_30b_a3b_e128_late"), ("report",), ("published",)):
         done = use(python, tmp_path, *command)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "reports" / "report.html").stat().st_size > 10_000

@@ -16,6 +16,8 @@ from hiermoe.topology.placement import Placement
 from hiermoe.topology.scaling import scaled
 
 PROFILES = ["h100_ib400", "h800_ib400", "gb200_nvl72_ib400", "gb200_nvl72_ib800", "a100_ib200", "cloud_eth100"]
+PROFILES += ["gb300_nvl72_ib800", "mi300x_ib400", "mi355x_roce400", "b300_efa800", "ascend910b_roce200"]
+MEASURED_INSIDE = ["b200_ib400", "b200_efa400", "h100_efa400", "h200_efa400"]  # a node's port, by others
 
 # The paper's link rates (conf/cluster/a6000_4x8.yaml): who shares each link on the way out of a group.
 TESTBED = [
@@ -149,6 +151,14 @@ def test_profile_states_a_source_for_every_number_and_no_constant(name: str) -> 
         assert not constants.published and constants.source.startswith(DERIVED)
         assert 0 < constants.alpha_ms < 1 and constants.beta_ms_per_byte > 0
     assert all(level.port and len(level.port.source) > 10 for level in cluster.levels)
+
+
+@pytest.mark.parametrize("name", MEASURED_INSIDE)
+def test_port_that_was_measured_says_so_and_what_the_data_sheet_has(name: str) -> None:
+    network, inside = (level.port for level in Cluster.named(name).levels)
+    assert network and network.source.startswith("data sheet: ")
+    assert inside and inside.source.startswith("measured: NCCL") and "aiconfigurator" in inside.source
+    assert inside.gb_per_s < float(inside.source.partition("data sheet: ")[2].partition(";")[0])
 
 
 @pytest.mark.parametrize("num_ranks", [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096])

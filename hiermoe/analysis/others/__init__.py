@@ -1,0 +1,1 @@
+"""Measurements that others published, against what this suite predicts of them."""
