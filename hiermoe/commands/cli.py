@@ -105,6 +105,11 @@ def _calibrate() -> None:
         sys.argv = ["commands=true" if argument == "--commands" else argument for argument in sys.argv]
         _composed("calibrate_from", FromFilesConfig, calibrate_from_and_print)
         return
+    if any(re.match(r"\+*topology=", argument) for argument in sys.argv[1:]):
+        from hiermoe.commands.calibrate_topology_command import TopologyConfig, profile_and_print
+
+        _composed("calibrate_topology", TopologyConfig, profile_and_print)
+        return
     from hiermoe.commands.calibrate_command import CalibrationConfig, calibrate_and_print
 
     _composed("calibrate", CalibrationConfig, calibrate_and_print)

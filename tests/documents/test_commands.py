@@ -18,6 +18,7 @@ WHY_NOT = {
     r".*(backend=local|BACKEND=slurm|timeout_minutes=10)": "how it was before",
     r"hiermoe (calibrate|train|advise|trace (import|export-matrix|show( a\.trace)?)|run max_ep_size=8)": "part of one",
     r"hiermoe calibrate from=.*": "needs readers' files: tests/commands/test_calibrate_from.py writes such files",
+    r"hiermoe calibrate topology=.*|nvidia-smi .*": "needs a GPU: tests/commands/test_calibrate_topology.py",
     r"hiermoe trace import .*": "needs readers' files: tests/routing/importers imports such files",
     r"hiermoe (trace fetch \w|run .*(=public|over=real)).*": "needs a set by git: tests/commands/test_fetch.py",
     r"hiermoe run .*=\$PWD/unlimited_early\.trace": "reads what the command above it records in half an hour",
