@@ -27,9 +27,7 @@ CELLS = 4096  # so many that few of a test's tokens collide
 
 def context_of(hierarchy: Hierarchy, iteration: int = 0) -> StepContext:
     dimension = min(2, hierarchy.depth)
-    return StepContext(
-        iteration, random_cluster(hierarchy, 0), hierarchical(dimension, True, hierarchy), 4096, 10**6
-    )
+    return StepContext(iteration, random_cluster(hierarchy, 0), hierarchical(dimension, True, hierarchy), 4096, 10**6)
 
 
 def some_step(hierarchy: Hierarchy, experts: int, seed: int, tokens: int = 8) -> RoutingStep:
@@ -173,7 +171,7 @@ def test_lays_out_and_maps_at_intervals_of_their_own_and_goes_on_from_its_state(
     steps = [some_step(hierarchy, 16, seed, tokens=64) for seed in range(12)]
 
     def policy() -> PlaceMoEPolicy:
-        return PlaceMoEPolicy(spare=1, layout_interval=6, mapping_interval=2, window=4, cells=CELLS)
+        return PlaceMoEPolicy(spare=1, layout_interval=6, mapping_interval=2, window=1, cells=CELLS)
 
     seen = walked(policy(), hierarchy, steps)
     changed = [i for i in range(1, 12) if seen[i][0] != seen[i - 1][0]]
@@ -184,7 +182,8 @@ def test_lays_out_and_maps_at_intervals_of_their_own_and_goes_on_from_its_state(
         summed = one.measure(step.expert_ids_NK, step.source_N, Placement.identity(16), hierarchy, 0)
         one.decide(summed, Placement.identity(16), context_of(hierarchy))
     other.load_state_dict(one.state_dict())
-    home, summed = Placement.identity(16), one.measure(steps[5].expert_ids_NK, steps[5].source_N, home, hierarchy, 5)
+    home = Placement.identity(16)
+    summed = one.measure(steps[5].expert_ids_NK, steps[5].source_N, home, hierarchy, 5)
     updates = [each.decide(summed, home, context_of(hierarchy, 5)) for each in (one, other)]
     assert updates[0] is not None and updates[1] is not None
     assert updates[0].placement.key == updates[1].placement.key == seen[5][0]
