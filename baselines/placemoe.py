@@ -210,7 +210,8 @@ def by_demand(tokens_GE: np.ndarray, placement: Placement, slots: int, hierarchy
     """Expert in each slot: first copies stay on their GPU, other slots hold what their own node asks for most.
 
     In every node experts without a first copy there, by falling demand of the node's sources, go one by one to the GPU
-    that has a free slot and got the least demand so far. A slot that is left holds its GPU's first expert again, or expert 0.
+    that has a free slot and got the least demand so far. A slot that is left holds its GPU's first expert again, or
+    expert 0.
 
     Args:
         tokens_GE: int64 [G, E], demand.

@@ -1,11 +1,11 @@
 """HierMoE with copies: HierD-ES swaps that also see computation, and for every micro-batch the copies that pay.
 
 What moves once and helps for long is a swap, so homes come first: HierD-ES's swaps, chosen by the AlltoAlls as ever and
-by the busiest GPU's expert time beside them. The best of thousands of swaps looks better than it is on the tokens that it
-was chosen on, so it is made one update later, if on the tokens of that step too it saves more within its horizon than its
-migration takes. What a micro-batch's own counts leave uneven is for copies, which cost weights and gradients in every step: as many
-as save more than that (:mod:`hiermoe.policies.copy_plan`). How many rows they save is known from the swap statistics of
-the step before: which tokens have no other expert in a group.
+by the busiest GPU's expert time beside them. The best of thousands of swaps looks better than it is on the tokens that
+it was chosen on. So it is made one update later, if on the tokens of that step too it saves more within its horizon
+than its migration takes, in smooth maxima. What a micro-batch's own counts leave uneven is for copies, which cost
+weights and gradients in every step: as many as save more than that (:mod:`hiermoe.policies.copy_plan`). How many rows
+they save is known from the swap statistics of the step before: which tokens have no other expert in a group.
 """
 
 import numpy as np
@@ -73,14 +73,7 @@ class PricedCopiesPolicy(HierDESPolicy):
             return None
         stats = SwapStatistics.unpack(summed, placement.num_experts, context.cluster.hierarchy)
         self._shares = shares_of(stats, load_E, placement)
-        load_S, priced = load_E[placement.expert_at_S], (context.scheme, context.cluster, context.row_bytes)
-
-        def step_ms(stats: SwapStatistics, load_S: Tensor) -> tuple[float, float]:
-            alltoalls_ms = ALLTOALLS_PER_STEP * time_of_groups(stats.needed, *priced, PLAIN)
-            sm = ALLTOALLS_PER_STEP * time_of_groups(stats.needed, *priced, self.max_function)
-            return alltoalls_ms, sm + self._row_ms(context) * float(
-                self.max_function(_by_gpu(load_S, context).double())
-            )
+        load_S = load_E[placement.expert_at_S]
 
         def swapped(pair: tuple[int, int]) -> tuple[Placement, SwapStatistics, Tensor]:
             exchanged_S = load_S.clone()
@@ -88,18 +81,20 @@ class PricedCopiesPolicy(HierDESPolicy):
             r, c = planned.expert_at_S[list(pair)].tolist()
             return planned.swapped(r, c), stats.swapped(*pair), exchanged_S
 
-        first_ms, now_ms = step_ms(stats, load_S)
-        planned, alltoalls_ms = placement, first_ms
+        first_ms, now_ms = _alltoalls_ms(stats, context), self._smooth_ms(stats, load_S, context)
+        planned = placement
         for pair in self._chosen:
             after = swapped(pair)
-            after_ms = step_ms(*after[1:])
-            if self._pays(now_ms - after_ms[1], planned, after[0], context):
-                (planned, stats, load_S), (alltoalls_ms, now_ms) = after, after_ms
-        update = None if planned is placement else PlacementUpdate(planned, first_ms - alltoalls_ms)
+            after_ms = self._smooth_ms(*after[1:], context)
+            if self._pays(now_ms - after_ms, planned, after[0], context):
+                (planned, stats, load_S), now_ms = after, after_ms
+        update = None
+        if planned is not placement:
+            update = PlacementUpdate(planned, first_ms - _alltoalls_ms(stats, context))
         self._chosen = []
         while len(self._chosen) < self.max_swaps and (pair := self._times(stats, load_S, context).best()) is not None:
             after = swapped(pair)
-            after_ms = step_ms(*after[1:])[1]
+            after_ms = self._smooth_ms(*after[1:], context)
             if not self._pays(now_ms - after_ms, planned, after[0], context):
                 break
             (planned, stats, load_S), now_ms = after, after_ms
@@ -137,6 +132,12 @@ class PricedCopiesPolicy(HierDESPolicy):
         now_ms = ALLTOALLS_PER_STEP * times.now_ms + row_ms * float(self.max_function(load_R.double()))
         return SwapTimes(times.slots_2P, now_ms, ALLTOALLS_PER_STEP * times.after_ms_P + row_ms * busiest_P)
 
+    def _smooth_ms(self, stats: SwapStatistics, load_S: Tensor, context: StepContext) -> float:
+        """Q of a step without a swap, and computation: smooth, so that the next busiest groups count too."""
+        priced = context.scheme, context.cluster, context.row_bytes, self.max_function
+        busiest = float(self.max_function(_by_gpu(load_S, context).double()))
+        return ALLTOALLS_PER_STEP * time_of_groups(stats.needed, *priced) + self._row_ms(context) * busiest
+
     def _row_ms(self, context: StepContext) -> float:
         """What a step computes with one expert row."""
         return PASSES_PER_STEP * 2 * context.expert_parameters / (self.tflops * 1e9)
@@ -165,6 +166,11 @@ def _by_gpu(load_S: Tensor, context: StepContext) -> Tensor:
     return load_S.view(context.cluster.hierarchy.num_ranks, -1).sum(1)
 
 
+def _alltoalls_ms(stats: SwapStatistics, context: StepContext) -> float:
+    """The four of a step, plain maximum."""
+    return ALLTOALLS_PER_STEP * time_of_groups(stats.needed, context.scheme, context.cluster, context.row_bytes, PLAIN)
+
+
 def shares_of(stats: SwapStatistics, load_E: Tensor, placement: Placement) -> dict[str, Tensor]:
     """What a step teaches about tokens of later ones, levels 1..D end to end.
 
@@ -174,8 +180,9 @@ def shares_of(stats: SwapStatistics, load_E: Tensor, placement: Placement) -> di
         placement: where they sat.
 
     Returns:
-        rows: float64 [U summed], tokens that need a group for each of its pairs; leaving: float64 [D, E], of an expert's
-        tokens those without another one in its group; coming: float64 [U summed, E], those that need nothing in a group.
+        rows: float64 [U summed], tokens that need a group for each of its pairs; leaving: float64 [D, E], of an
+        expert's tokens those without another one in its group; coming: float64 [U summed, E], those that need nothing
+        in a group.
     """
     tokens_E, slot_E, load_S = load_E.double().clamp(min=1), placement.slot_E, load_E[placement.expert_at_S].double()
     pairs = [load_S.view(len(counts.needed_U), -1).sum(1) for counts in stats.levels]

@@ -2,8 +2,8 @@
 
 The busiest link decides what copies take, so they are made under a budget of link time that rises step by step. Under
 each, as long as links have room, the busiest GPU lends tokens of its largest experts to others that are below the mean.
-So copies come first where links are fast, and between nodes last. Every prefix of that sequence is a plan: the one whose
-step is shortest is taken, AlltoAlls, links and the busiest GPU's computation together. It may be the empty one.
+So copies come first where links are fast, and between nodes last. Every prefix of that sequence is a plan: the one
+whose step is shortest is taken, AlltoAlls, links and the busiest GPU's computation together. It may be the empty one.
 """
 
 from collections.abc import Callable, Sequence
@@ -87,7 +87,7 @@ class Links:
         self.apart_GG = separating_level(hierarchy).numpy()
         self.busiest_ms = 0.0
         self._hierarchy, self._level_ms, self._budget_ms = hierarchy, level_ms, 0.0
-        # Out and in: how many copies crossed the edge of each group, and the outermost level that a GPU can still cross.
+        # Out and in: copies that crossed the edge of each group, and the outermost level that a GPU can still cross.
         self._crossed = [[np.zeros(groups, dtype=np.int64) for groups in hierarchy.groups] for _ in range(2)]
         self._from_2G = np.ones((2, hierarchy.num_ranks), dtype=np.int64)
 
@@ -133,7 +133,7 @@ def priced_copies(
     spare: int,
     step_ms: Callable[[Prefixes], np.ndarray],
 ) -> list[Copy]:
-    """The copies that make a step shortest; no more than cost something and save as much.
+    """The copies that make a step shortest, the fewest of those.
 
     Args:
         demand: of the micro-batch.

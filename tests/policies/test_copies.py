@@ -85,19 +85,16 @@ def test_swaps_pay_within_the_horizon_and_only_then() -> None:
     assert update is not None and update.modelled_gain_ms is not None
     assert len(home.changed_slots(update.placement)) == 2
 
-    def plain_ms(placement: Placement) -> tuple[float, float]:
+    def plain_ms(placement: Placement) -> float:
         counts = count_routing(step, placement, hierarchy)
-        busiest = [float(counts.needed(level).max()) for level in (1, 2)]
-        stage_ms = zip(context.scheme.stages, busiest, (4, 1), strict=True)
-        constants = [(context.cluster.constants(stage.peers), rows / lanes) for stage, rows, lanes in stage_ms]
-        alltoalls_ms = 4 * sum(one.ms(rows, context.row_bytes) for one, rows in constants)
-        return alltoalls_ms, alltoalls_ms + float(counts.pairs_GG.sum(0).max()) * 6 * 10**8 / 1e11
+        needed = [counts.needed(level) for level in (1, 2)]
+        return 4 * time_of_groups(needed, context.scheme, context.cluster, context.row_bytes, MaxFunction("plain"))
 
-    before, after = plain_ms(home), plain_ms(update.placement)
-    assert update.modelled_gain_ms == pytest.approx(before[0] - after[0])
+    assert update.modelled_gain_ms == pytest.approx(plain_ms(home) - plain_ms(update.placement))
     state_bytes = STATE_BYTES_PER_PARAMETER * context.expert_parameters
     link_ms = price_migration(home, update.placement, context.cluster, state_bytes).link_ms
-    pays_after = link_ms / (before[1] - after[1])
+    before, after = (modelled_ms(PricedCopiesPolicy(), step, one, context) for one in (home, update.placement))
+    pays_after = link_ms / (before - after)
     assert pays_after > 1
     for horizon in (int(pays_after), int(pays_after) + 1):
         update = decided_twice(PricedCopiesPolicy(horizon=horizon), step, home, context)
@@ -118,7 +115,6 @@ def test_a_swap_that_does_not_pay_on_the_next_step_is_not_made() -> None:
         other = random_step([64] * 8, 16, 3, torch.Generator().manual_seed(seed), skew=1.5)
         again = PricedCopiesPolicy(horizon=10**9)
         again.load_state_dict(policy.state_dict())
-        again.max_function = MaxFunction("plain")
         gain_ms = modelled_ms(again, other, home, context) - modelled_ms(again, other, swapped, context)
         update = decided(again, other, home, context)
         assert (update is not None) == (gain_ms > 0)
