@@ -61,7 +61,7 @@ class PricedCopiesPolicy(HierDESPolicy):
         if spare < 1 or tflops <= 0:
             raise ValueError(f"spare={spare} must be at least 1, and tflops={tflops} positive")
         self.spare, self.tflops = spare, tflops
-        self.copies = CopyTerms(shared_buffers, gradient_bytes)
+        self.copies = self._terms = CopyTerms(shared_buffers, gradient_bytes)
         self._load_E: Tensor | None = None  # since the last decision
         self._shares: dict[str, Tensor] = {}
         self._chosen: list[tuple[int, int]] = []  # slots to exchange, not made yet
@@ -105,8 +105,8 @@ class PricedCopiesPolicy(HierDESPolicy):
         """The copies that pay; priced as if every HDd could be chosen."""
         hierarchy, load_E = context.cluster.hierarchy, pairs_GE.sum(0)
         self._load_E = load_E if self._load_E is None else self._load_E + load_E
-        parameters, sends = context.expert_parameters, 2 if self.copies.shared_buffers else 1
-        copy_bytes = (sends * WEIGHT_BYTES_PER_PARAMETER + self.copies.gradient_bytes) * parameters
+        parameters, sends = context.expert_parameters, 2 if self._terms.shared_buffers else 1
+        copy_bytes = (sends * WEIGHT_BYTES_PER_PARAMETER + self._terms.gradient_bytes) * parameters
         level_ms = [copy_bytes / (level.link_gb_per_s * 1e6) for level in context.cluster.levels]
         schemes, row_ms = every_dimension(hierarchy), self._row_ms(context)
 
