@@ -256,13 +256,17 @@ def mapped(layout_S: Tensor, demand: Demand, hierarchy: Hierarchy, weights: Weig
     copies: list[list[int]] = [[] for _ in range(experts)]
     for slot, expert in enumerate(layout_S.tolist()):
         copies[expert].append(slot)
+    near_NE = [
+        [[slot for slot in mine if slot // per_rank // lanes == node] or mine for mine in copies]
+        for node in range(ranks // lanes)
+    ]
     jobs = np.argsort(-demand.tokens_GE.reshape(-1), kind="stable").tolist()
     tokens = demand.tokens_GE.reshape(-1).tolist()
     load, slot_C = [0] * ranks, [0] * len(jobs)
     for job in jobs:
         source, expert = divmod(job, experts)
-        near = [slot for slot in copies[expert] if slot // per_rank // lanes == source // lanes] or copies[expert]
-        slot_C[job] = min(near, key=lambda slot: load[slot // per_rank])
+        near = near_NE[source // lanes][expert]
+        slot_C[job] = min(near, key=lambda slot: load[slot // per_rank]) if len(near) > 1 else near[0]
         load[slot_C[job] // per_rank] += tokens[job]
     at_C, load_R = np.array(slot_C) // per_rank, np.array(load)
     rank_of, together_CE = [np.array(slots) // per_rank for slots in copies], demand.together_GEE.reshape(-1, experts)
