@@ -104,7 +104,7 @@ def comparison(ended: Sequence[Ended], store: RunStore) -> Table:
         table.caption += (
             " Net: the four, weights sent to copies of experts and gradients sent back, at the rate of the link and as "
             "if nothing hid them; moves of experts to another home are not in it. Rows: expert rows of the busiest GPU "
-            "over the mean. Slots: weights and gradients, at a GPU, all layers."
+            "over the mean. Slots: weights, gradients and training state of copies, at a GPU, all layers."
         )
     for one in ended:
         if why := one.error or _not_applicable(one, store):

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from hiermoe.model import LayerSizes
 from hiermoe.planner.counts import separating_level
-from hiermoe.policies.price_of_moving import WEIGHT_BYTES_PER_PARAMETER, Migration, held, price_transfers
+from hiermoe.policies.price_of_moving import (
+    STATE_BYTES_PER_PARAMETER,
+    WEIGHT_BYTES_PER_PARAMETER,
+    Migration,
+    held,
+    price_transfers,
+)
 from hiermoe.policies.protocol import CopyTerms
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
@@ -19,10 +25,12 @@ class CopyCost:
     """Modelled cost of the copies of one layer in one step.
 
     Attributes:
-        weights: from home to every GPU with a copy, as often as the terms say.
+        weights: from home to every GPU with a copy, as often as the terms say; to copies with training state the summed
+            gradient.
         gradients: the same way back, once.
-        slots_gb: 10^9 bytes of weights and gradients in a GPU's slots beyond those of its own experts, in all layers;
-            layers that share buffers need them once. NaN where the number of layers is not known.
+        slots_gb: 10^9 bytes of weights and gradients, and of training state where copies keep it, in a GPU's slots
+            beyond those of its own experts, in all layers; layers that share buffers need them once. NaN where the
+            number of layers is not known.
     """
 
     weights: Migration
@@ -51,10 +59,12 @@ def price_copies(
         source, target = _transfers(placement, home, cluster.hierarchy, terms.relays_from, experts)
         own = -(-experts // ranks)
     sends = 2 if terms.shared_buffers else 1
-    weights = price_transfers(source, target, cluster, sends * WEIGHT_BYTES_PER_PARAMETER * parameters)
+    sent_bytes = terms.gradient_bytes if terms.with_state else sends * WEIGHT_BYTES_PER_PARAMETER
+    weights = price_transfers(source, target, cluster, sent_bytes * parameters)
     gradients = price_transfers(target, source, cluster, terms.gradient_bytes * parameters)
     layers = 1 if terms.shared_buffers else sizes.num_layers or float("nan")
-    slot_bytes = (WEIGHT_BYTES_PER_PARAMETER + terms.gradient_bytes) * sizes.expert_parameters
+    kept_bytes = STATE_BYTES_PER_PARAMETER if terms.with_state else WEIGHT_BYTES_PER_PARAMETER
+    slot_bytes = (kept_bytes + terms.gradient_bytes) * sizes.expert_parameters
     return CopyCost(weights, gradients, (per_rank - own) * slot_bytes * layers / 1e9)
 
 

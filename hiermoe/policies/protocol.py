@@ -37,26 +37,31 @@ class StepContext:
 class CopyTerms:
     """What a policy that keeps experts in more than one place sends for them in a step, beside tokens.
 
-    Weights (bf16) go from an expert's home to its copies, gradients back, where they are summed.
+    Weights (bf16) go from an expert's home to its copies, gradients back, where they are summed. Copies that keep
+    training state get the summed gradient instead, and update themselves.
 
     Attributes:
         shared_buffers: layers share the slots: their weights are sent in forward and once more before backward.
         gradient_bytes: of a parameter: 2 or 4.
         relays_from: from so many copies of an expert on, one passes it on to the next; None: home sends to each.
         sharded: nobody is at home: every GPU keeps a part of every expert, and fills all its slots from these.
+        with_state: copies keep training state; layers share no buffers then.
 
     Raises:
-        ValueError: another number of bytes.
+        ValueError: another number of bytes, or shared buffers with state.
     """
 
     shared_buffers: bool
     gradient_bytes: int
     relays_from: int | None = None
     sharded: bool = False
+    with_state: bool = False
 
     def __post_init__(self) -> None:
         if self.gradient_bytes not in (2, 4):
             raise ValueError(f"gradient_bytes={self.gradient_bytes} must be 2 or 4")
+        if self.with_state and self.shared_buffers:
+            raise ValueError("shared_buffers=True and with_state=True: layers cannot share training state")
 
 
 @dataclass(frozen=True)

@@ -61,15 +61,18 @@ MEANINGS: Mapping[str, str] = {
     ),
     "migration_link_ms": "ms of these moves at the rate of the link, predicted.",
     "migration_alltoall_ms": "ms of these moves at the rate that an AlltoAll reaches, predicted.",
-    "copies_bytes": "Bytes of weights that went to copies of experts in this iteration, all GPUs together, predicted.",
+    "copies_bytes": (
+        "Bytes of weights that went to copies of experts in this iteration, or of summed gradients to copies that keep "
+        "training state, all GPUs together, predicted."
+    ),
     "copies_link_ms": "ms of these at the rate of the link, predicted.",
     "copies_alltoall_ms": "ms of these at the rate that an AlltoAll reaches, predicted.",
     "gradient_bytes": "Bytes of gradients that copies of experts sent home in this iteration, predicted.",
     "gradient_link_ms": "ms of these at the rate of the link, predicted.",
     "gradient_alltoall_ms": "ms of these at the rate that an AlltoAll reaches, predicted.",
     "slots_gb": (
-        "GB at a GPU, of weights and gradients in slots beyond its own experts, all layers; where layers share them, "
-        "once."
+        "GB at a GPU, of weights, gradients and what training state copies keep in slots beyond its own experts, all "
+        "layers; where layers share them, once."
     ),
     "net_ms": "predicted_ms of the four AlltoAlls, copies_link_ms and gradient_link_ms. Migration is not in it.",
     "modelled_gain_ms": "ms a step that the policy expected the moves to save.",

@@ -126,7 +126,17 @@ def test_systems_that_no_count_tells_apart_stand_together(case: Case) -> None:
     assert not {"megatron_reordered", "hiermoe_hidden"} & set(labels)
     pipelined = {"HD2, pipelined", "HD-MoE, pipelined", "HierMoE, pipelined"}
     copies = {label for label, reason in left_out if "in more than one place" in reason}
-    assert copies >= {"EPLB (global)", "UltraEP", "LLEP", "FasterMoE", "ECHO", "MoonEP", "LAER-MoE"}
+    assert copies >= {
+        "EPLB (global)",
+        "UltraEP",
+        "LLEP",
+        "FasterMoE",
+        "ECHO",
+        "MoonEP",
+        "LAER-MoE",
+        "PlaceMoE",
+        "HierMoE (copies)",
+    }
     assert {label for label, _ in left_out} == {"H4", "HD4", "HierMoE, hidden moves", *pipelined, *copies}
     assert all("how far its stages overlap" in reason for label, reason in left_out if label in pipelined)
     assert {one.name for one in found if one.moves} >= {"hiermoe", "smartmoe", "hd2_moe_smart"}

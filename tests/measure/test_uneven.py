@@ -28,6 +28,7 @@ from tests.conftest import Command
 SHAPES = {"3x8": (3, 8), "6x4": (6, 4), "5x6": (5, 6)}
 MODEL = ["model=deepseek_v3", "model.router.num_groups=null", "model.router.group_topk=null"]
 RIVALS = ("eplb", "eplb_hierarchical", "ultraep", "llep", "fastermoe", "echo", "moonep", "laer")
+RIVALS += ("placemoe", "placemoe_unplanned", "hiermoe_copies")
 SMALL = ["routing=topic", "tokens_per_rank=24", "iterations=12"]
 
 
@@ -108,6 +109,7 @@ def test_copies_of_experts_fit_beside_empty_slots(
     system: str, name: str, experts: int, clusters: dict[str, str]
 ) -> None:
     changed = ["system.policy.interval=1"] if system.startswith("eplb") else []
+    changed += [f"system.policy.{key}" for key in ("layout_interval=6", "window=1", "sweeps=0") if system == "placemoe"]
     workload = open_workload(run(clusters[name], experts, f"system={system}", *changed))
     hierarchy, guests = workload.cluster.hierarchy, 0
     for visit in walk(workload, workload.new_policy()):

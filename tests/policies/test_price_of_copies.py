@@ -91,6 +91,14 @@ def test_sharded_experts_come_from_everybody_for_every_slot() -> None:
     assert cost.slots_gb == pytest.approx(3 * 6 * 1000 / 1e9)
 
 
+def test_copies_with_training_state_get_summed_gradients_and_take_more_memory() -> None:
+    cluster, terms = random_cluster(Hierarchy((2, 4)), 4), CopyTerms(False, 4, with_state=True)
+    cost = price_copies(with_copies_of_0(2), HOME, cluster, terms, SIZES)
+    assert cost.weights == price_transfers(torch.tensor([0]), torch.tensor([2]), cluster, 4000)
+    assert cost.gradients == price_transfers(torch.tensor([2]), torch.tensor([0]), cluster, 4000)
+    assert cost.slots_gb == pytest.approx(10 * (14 + 4) * 1000 / 1e9)
+
+
 def test_gradients_of_a_parameter_take_two_or_four_bytes() -> None:
     with pytest.raises(ValueError, match="gradient_bytes=3 must be 2 or 4"):
         CopyTerms(shared_buffers=False, gradient_bytes=3)
