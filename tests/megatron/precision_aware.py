@@ -31,6 +31,7 @@ class FusedAdam(torch.optim.Optimizer):
         eps: float,
         adam_w_mode: bool = True,
         *,
+        capturable: bool = False,
         master_weights: bool = False,
         master_weight_dtype: torch.dtype = torch.float32,
         exp_avg_dtype: torch.dtype = torch.float32,
@@ -39,7 +40,7 @@ class FusedAdam(torch.optim.Optimizer):
         store_param_remainders: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
-        assert adam_w_mode and master_weights and use_decoupled_grad, "as Megatron asks for it with bf16 weights"
+        assert adam_w_mode and master_weights and use_decoupled_grad and not capturable, "as Megatron asks for it with bf16 weights"
         types = (exp_avg_dtype, exp_avg_sq_dtype, master_weight_dtype)
         self.name_to_dtype_map = dict(zip((*MOMENTS, "master_param"), types, strict=True))
         self.store_param_remainders = store_param_remainders
@@ -100,15 +101,17 @@ def used(**settings: Any) -> Iterator[None]:
 
     stock = trainer._optimizer_config
 
-    def precision_aware(config: Any) -> Any:
-        # Clipping is of another gradient here than the one that the stand-in for CUDA clips.
-        return dataclasses.replace(stock(config), use_precision_aware_optimizer=True, clip_grad=0.0, **settings)
-
     names = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.optimizers")
     modules: dict[str, Any] = {name: ModuleType(name) for name in names}
     modules[names[-1]].FusedAdam = FusedAdam
+
+    def precision_aware(config: Any) -> Any:
+        # Clipping is of another gradient here than the one that the stand-in for CUDA clips.
+        more = {"use_precision_aware_optimizer": True, "clip_grad": 0.0, **settings}
+        with patch.dict(sys.modules, modules):  # not beyond: others ask for more of it
+            return dataclasses.replace(stock(config), **more)
+
     with (
-        patch.dict(sys.modules, modules),
         patch.object(optimizer, "Adam", FusedAdam),
         patch.object(distrib_optimizer, "Adam", FusedAdam),
         patch.object(optimizer, "USING_PYTORCH_OPTIMIZER", False),
