@@ -191,9 +191,7 @@ def _argument(name: str, function: Callable[..., Any], arguments: Any, named: di
     return inspect.signature(function).bind(*arguments, **named).arguments.get(name)
 
 
-def _report(
-    placement: ExpertPlacement, updates: list[LayerUpdate], iteration: int, iterations: IterationTimes
-) -> None:
+def _report(placement: ExpertPlacement, updates: list[LayerUpdate], iteration: int, iterations: IterationTimes) -> None:
     """Print and write what moved. *Collective: every rank must call it.*"""
     moved, planning_ms, migration_ms = _over_ranks(placement, updates)
     if not moved:

@@ -40,7 +40,9 @@ class FusedAdam(torch.optim.Optimizer):
         store_param_remainders: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
-        assert adam_w_mode and master_weights and use_decoupled_grad and not capturable, "as Megatron asks for it with bf16 weights"
+        assert adam_w_mode and master_weights and use_decoupled_grad and not capturable, (
+            "as Megatron asks for it with bf16 weights"
+        )
         types = (exp_avg_dtype, exp_avg_sq_dtype, master_weight_dtype)
         self.name_to_dtype_map = dict(zip((*MOMENTS, "master_param"), types, strict=True))
         self.store_param_remainders = store_param_remainders
@@ -74,8 +76,9 @@ class FusedAdam(torch.optim.Optimizer):
         moments[1].mul_(second).addcmul_(gradient, gradient, value=1 - second)
         for name, moment in zip(MOMENTS, moments, strict=True):
             state[name].copy_(moment)
-        corrected = [moment / (1 - beta ** group["step"]) for moment, beta in zip(moments, (first, second), strict=True)]
-        update = corrected[0] / (corrected[1].sqrt() + group["eps"]) + group["weight_decay"] * master
+        debiased = (x / (1 - beta ** group["step"]) for x, beta in zip(moments, (first, second), strict=True))
+        mean, square = debiased
+        update = mean / (square.sqrt() + group["eps"]) + group["weight_decay"] * master
         master = master - group["lr"] * update
         if remainders:
             bits = master.view(torch.int32)

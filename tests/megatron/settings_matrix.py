@@ -16,12 +16,13 @@ PAGE = CODE / "docs" / "training.md"
 HEAD = "| setting |"
 PASSES, REFUSED, FAILS, UNTESTED = "passes", "refused in one line", "fails", "not tested"
 _LAYOUTS = r"test_parallel_layouts.*\[{}\]"
+_DIVIDED = r"test_distributed_optimizer.*{}"
 _UNSUPPORTED = r"test_attach.*refused_by_name\[{}-.*\]"
 SETTINGS = {
     "optimizer whose state every replica has (FP32Optimizer)": _LAYOUTS.format("tensors and sequences"),
     "bf16 weights, fp32 masters": r"test_distributed_optimizer.*bf16, overlapped\]",
     "distributed optimizer": r"test_distributed_optimizer.*\[one replica\]",
-    "precision-aware optimizer, fp32 and bf16 state (FusedAdam's layout)": r"test_distributed_optimizer.*precision_aware.*",
+    "precision-aware optimizer, fp32 and bf16 state (FusedAdam's layout)": _DIVIDED.format("precision_aware.*"),
     "expert data parallelism": r"test_distributed_optimizer.*\[two replicas\]",
     "overlap_grad_reduce, overlap_param_gather": r"test_distributed_optimizer.*overlapped\]",
     "pipeline, virtual stages, six micro-batches in flight": _LAYOUTS.format("two chunks a stage"),
