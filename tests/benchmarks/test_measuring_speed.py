@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from torch import Tensor
 
 from hiermoe.model import ModelConfig
 from hiermoe.narrow.corpus import Corpus, training_corpus
 from hiermoe.narrow.training_config import TrainingConfig
 from hiermoe.policies.hierd_es import HierDESPolicy
-from hiermoe.policies.protocol import PlacementUpdate
+from hiermoe.policies.protocol import PlacementUpdate, StepContext
 from hiermoe.records.project import CONF
+from hiermoe.topology.placement import Placement
 from tests.benchmarks.conftest import RATIOS
 from tests.megatron.moving import launch, small, system
 
@@ -25,7 +27,7 @@ ROUNDS = 8
 class Lookout(HierDESPolicy):
     """Measures and sums what HierD-ES needs, and leaves it at that."""
 
-    def decide(self, *_arguments: Any) -> PlacementUpdate | None:
+    def decide(self, summed: Tensor | None, placement: Placement, context: StepContext) -> PlacementUpdate | None:
         """Nothing."""
         return None
 

@@ -43,7 +43,7 @@ def started(layout: str, name: str, distributed: bool, grouped: bool) -> tuple[P
     """A model and where its experts are; None in stock Megatron."""
     from hiermoe.megatron.attach import attach
 
-    fields = {"stages": 1} | LAYOUTS[layout]
+    fields: dict[str, Any] = {"stages": 1} | LAYOUTS[layout]
     model = ParallelModel(DENSE_FIRST, distributed=distributed, grouped=grouped, **fields)
     chosen = SYSTEMS[name]
     if chosen is None:
