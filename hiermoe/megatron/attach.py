@@ -28,7 +28,7 @@ from hiermoe.megatron.logical_names import name_experts_logically
 from hiermoe.megatron.meter import Meter, MeteredDispatcher
 from hiermoe.megatron.migration import expert_parameters
 from hiermoe.megatron.pipeline_stage import is_stage, ranks_with_same_layers
-from hiermoe.megatron.versions import builder_of
+from hiermoe.megatron.versions import builder_of, layer_number_of
 from hiermoe.policies.protocol import PlacementPolicy, StaticPolicy
 from hiermoe.policies.system import SystemConfig
 from hiermoe.records.status import NotApplicable
@@ -100,7 +100,7 @@ def attach(
         elif wanted is not None:
             raise ValueError(f"system {system.name} leaves experts where stock Megatron has them: no placements=")
         if meter is not None:
-            dispatcher = MeteredDispatcher(dispatcher, layer.layer_number or 0, meter)
+            dispatcher = MeteredDispatcher(dispatcher, layer_number_of(layer), meter)
         layer.token_dispatcher = dispatcher
         setattr(layer, _BEFORE, (original, placement))
     background: Any = None
@@ -246,7 +246,7 @@ def _read(path: Path, layers: list[MoELayer]) -> dict[int, Placement]:
         ValueError: the file does not fit, or lacks a layer.
     """
     found = read_placements(path, layers[0].config.num_moe_experts or 0)
-    missing = [layer.layer_number for layer in layers if layer.layer_number not in found]
+    missing = [number for number in map(layer_number_of, layers) if number not in found]
     if missing:
         raise ValueError(f"{path} has {len(found)} layers, the model has experts in layers {missing} too")
     return found
@@ -257,4 +257,4 @@ def _place_experts(layer: MoELayer, dispatcher: Dispatcher, policy: PlacementPol
     parameters = expert_parameters(layer.experts)
     name_experts_logically(layer, dispatcher)
     size = sum(parameter.numel() for parameter in parameters[0])
-    return LayerPlacement(layer.layer_number or 0, dispatcher, policy, parameters, size)
+    return LayerPlacement(layer_number_of(layer), dispatcher, policy, parameters, size)

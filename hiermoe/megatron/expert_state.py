@@ -22,6 +22,7 @@ from megatron.core.optimizer.optimizer import (
 from torch import Tensor
 
 SUPPORTED = (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer)
+_PRECISIONS = ("exp_avg_dtype", "exp_avg_sq_dtype", "main_params_dtype")  # of use_precision_aware_optimizer
 
 
 class Range(NamedTuple):
@@ -116,11 +117,14 @@ def check_optimizer(optimizer: MegatronOptimizer) -> None:
             settings: Any = part.ddp_config
             if settings.use_megatron_fsdp:
                 raise ValueError("use_megatron_fsdp is not supported where experts move")
-            if getattr(part.optimizer, "_scales", None):
-                raise ValueError(
-                    "moments in fp8 or fp16 (exp_avg_dtype, exp_avg_sq_dtype) have a scale for each part of a "
-                    "parameter: not supported where experts move; keep them in fp32 or bf16"
-                )
+            if part.config.optimizer_cpu_offload:
+                raise ValueError("optimizer_cpu_offload is not supported where experts move")
+            for name in _PRECISIONS:
+                if getattr(part.config, name) in (torch.uint8, torch.float16):
+                    raise ValueError(
+                        f"{name}={getattr(part.config, name)}: state in fp8 or fp16 has a scale for each part of a "
+                        "parameter: not supported where experts move; keep it in fp32 or bf16"
+                    )
 
 
 def parts_of(optimizer: MegatronOptimizer | None) -> list[MegatronOptimizer]:
@@ -184,7 +188,11 @@ def _undivided(parameters: Sequence[torch.nn.Parameter], optimizer: MegatronOpti
 
 
 def _divided(parameters: Sequence[torch.nn.Parameter], part: DistributedOptimizer) -> Iterator[Held]:
-    """What this replica owns: masters, or where the weights are their own masters these, and moments."""
+    """What this replica owns: masters, or where the weights are their own masters these, and moments.
+
+    The precision-aware optimizer steps the weights and keeps masters, or what they have beyond bf16 weights, beside
+    the moments.
+    """
     ranges = [_ranges(parameter, _buffer_of(parameter, part)) for parameter in parameters]
     keys = [_key(parameter, part) for parameter in parameters]
     first = next((key for key in keys if key is not None), None)

@@ -14,6 +14,8 @@ measured all the same.
 import functools
 import importlib
 import inspect
+import statistics
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -27,6 +29,7 @@ from hiermoe.megatron.attach import attach
 from hiermoe.megatron.expert_placement import ExpertPlacement
 from hiermoe.megatron.layer_placement import LayerUpdate
 from hiermoe.megatron.pipeline_stage import is_stage, ranks_with_same_layers
+from hiermoe.policies.protocol import StaticPolicy
 from hiermoe.policies.system import SystemConfig
 from hiermoe.topology.cluster import Cluster
 
@@ -56,6 +59,32 @@ class Moved(NamedTuple):
     experts: int
     modelled_gain_ms: float | None
     sent_bytes: int
+
+
+class IterationTimes:
+    """What an update of placements has realised: iterations before it against those until the next one.
+
+    By this rank's clock, medians; the first iteration, which sets much up, does not count. Where loads drift, or
+    others share the network, that is in it too.
+    """
+
+    def __init__(self) -> None:
+        self._is_first = True
+        self._since: list[float] = []
+        self._before: float | None = None
+
+    def add(self, ms: float) -> None:
+        """One iteration, from forward to the optimizer's step."""
+        if not self._is_first:
+            self._since.append(ms)
+        self._is_first = False
+
+    def moved(self) -> float | None:
+        """An update follows: what the one before it has saved, ms an iteration; None where nobody knows."""
+        now = statistics.median(self._since) if self._since else None
+        gain = None if now is None or self._before is None else self._before - now
+        self._before, self._since = now, []
+        return gain
 
 
 def place_experts(system: SystemConfig | str, cluster: Cluster | str) -> None:
@@ -91,6 +120,8 @@ class _Placed:
     def __init__(self, system: SystemConfig, cluster: Cluster) -> None:
         self._system, self._cluster = system, cluster
         self._placement: ExpertPlacement | None = None
+        self._moves = not isinstance(system.build_policy(), StaticPolicy)
+        self._iterations = IterationTimes()
 
     def setup(self, stock: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Build and load the model, then attach."""
@@ -106,12 +137,15 @@ class _Placed:
 
     def train_step(self, stock: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """One iteration; experts move if the optimizer came to its step, and not if Megatron is about to exit."""
+        started = time.perf_counter()
         result = stock(*arguments, **named)
+        self._iterations.add((time.perf_counter() - started) * 1e3)
         _, _, _, should_exit, *_ = result
         if self._placement is not None and not should_exit:
             optimizer = _argument("optimizer", stock, arguments, named)
             updates = self._placement.step(optimizer)
-            _report(self._placement, updates, _args().curr_iteration + 1)
+            if self._moves:  # else not even asked for
+                _report(self._placement, updates, _args().curr_iteration + 1, self._iterations)
         return result
 
     def save(self, stock: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -157,11 +191,12 @@ def _argument(name: str, function: Callable[..., Any], arguments: Any, named: di
     return inspect.signature(function).bind(*arguments, **named).arguments.get(name)
 
 
-def _report(placement: ExpertPlacement, updates: list[LayerUpdate], iteration: int) -> None:
+def _report(placement: ExpertPlacement, updates: list[LayerUpdate], iteration: int, iterations: IterationTimes) -> None:
     """Print and write what moved. *Collective: every rank must call it.*"""
     moved, planning_ms, migration_ms = _over_ranks(placement, updates)
     if not moved:
         return
+    realised_ms = iterations.moved()
     gains = [one.modelled_gain_ms for one in moved if one.modelled_gain_ms is not None]
     scalars: dict[str, float] = {
         "moved_experts": sum(one.experts for one in moved),
@@ -171,18 +206,23 @@ def _report(placement: ExpertPlacement, updates: list[LayerUpdate], iteration: i
     }
     if gains:
         scalars["modelled_gain_ms"] = sum(gains)
+    if realised_ms is not None:
+        scalars["realised_gain_ms"] = realised_ms
     if dist.get_rank() == 0:
         where = ", ".join(f"{one.experts} in layer {one.layer}" for one in moved)
         gain = f"modelled gain {sum(gains):.3f} ms a step" if gains else "no modelled gain"
+        if realised_ms is not None:
+            gain += f" | realised by the update before: {realised_ms:.3f} ms"
         cost = f"planning {planning_ms:.1f} ms, migration {migration_ms:.1f} ms, {scalars['sent_bytes']} bytes sent"
         print(f" experts moved after iteration {iteration}: {where} | {gain} | {cost}", flush=True)
     writers = importlib.import_module("megatron.training.global_vars")
     board, wandb = writers.get_tensorboard_writer(), writers.get_wandb_writer()
-    for name, value in scalars.items():
-        if board:
-            board.add_scalar(f"hiermoe/{name}", value, iteration)
-        if wandb:
-            wandb.log({f"hiermoe/{name}": value}, iteration)
+    named = {f"hiermoe/{name}": value for name, value in scalars.items()}
+    if board:
+        for name, value in named.items():
+            board.add_scalar(name, value, iteration)
+    if wandb:
+        wandb.log(named, iteration)
 
 
 def _over_ranks(placement: ExpertPlacement, updates: list[LayerUpdate]) -> tuple[list[Moved], float, float]:

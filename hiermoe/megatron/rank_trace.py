@@ -9,8 +9,10 @@ after the step, to write 140 kB.
 """
 
 import math
+import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from hiermoe.megatron.pipeline_stage import is_stage
 from hiermoe.megatron.recorder import RouterRecorder, find_routers
 
 _LINE_BYTES = 180  # of a line, without its experts
+_STEP = re.compile(r'\{"step": (\d+),')
 
 
 class RankTrace:
@@ -56,7 +59,8 @@ class RankTrace:
             folder: Where the files go, one a rank; each may be on a disk of its own and be copied together later.
             steps: Training steps to record.
             layers: Layer numbers (counted from 1, in the whole model) to record; None for every MoE layer.
-            first_step: Number of the first step, for the trace's metadata.
+            first_step: Number of the first step, for the trace's metadata. A run that resumes at it into the same
+                folder keeps what is there of the steps before, and records anew what a killed run had got further.
             max_bytes: Size of this rank's file, at most.
 
         Raises:
@@ -66,18 +70,17 @@ class RankTrace:
             raise ValueError(f"steps={steps} and max_bytes={max_bytes} must be at least 1")
         self.steps = steps
         self._first, self._done, self._max_bytes = first_step, 0, max_bytes
-        self.path, self._recorder = None, None
+        self.path, self._recorder, self._kept = None, None, 0
         routers = find_routers(model, may_lack=is_stage())
-        if not routers:
-            return  # other stages have them
-        router = next(iter(routers.values()))
-        in_model, here = _moe_layers(router.config), layers
-        if is_stage() and layers:
-            if missing := sorted(set(layers) - in_model):
+        config: Any = (model[0] if isinstance(model, list) else model).config
+        in_model, here = _moe_layers(config), layers
+        if is_stage():
+            if missing := sorted(set(layers or []) - in_model):  # said on every stage: one alone would be waited for
                 raise ValueError(f"layers={missing} have no router; MoE layers are {sorted(in_model)}")
-            here = [layer for layer in layers if layer in routers]
+            here = [layer for layer in routers if layers is None or layer in layers]
             if not here:
-                return
+                return  # other stages have them
+        router = next(iter(routers.values()))
         self._topk, self._expert_bytes = router.topk, len(str(router.weight.shape[0] - 1)) + 2
         self._num_layers = len(layers) if layers else len(in_model)
         self._rank, alone = _data_rank(bool(router.config.sequence_parallel))
@@ -85,7 +88,7 @@ class RankTrace:
         if alone:
             self.path = Path(folder) / f"router_trace_rank{dist.get_rank()}.jsonl"
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("", encoding="utf-8")
+            self._kept = _keep_before(first_step, self.path)
 
     def step(self) -> None:
         """Write what the routers chose since the last call. Call it after every training step.
@@ -121,10 +124,12 @@ class RankTrace:
 
     def _fit(self, step_bytes: int) -> None:
         """Record fewer steps where all of them would not fit, and say so."""
-        fitting = self._max_bytes // max(step_bytes, 1)
-        if fitting == 0:
+        fitting = self._max_bytes // max(step_bytes, 1) - self._kept
+        if fitting <= 0:
             self.close()
-            raise ValueError(f"max_bytes={self._max_bytes} does not hold a step, which takes up to {step_bytes} bytes")
+            beside = f" beside {self._kept} that are there" if self._kept else ""
+            takes = f"which takes up to {step_bytes} bytes"
+            raise ValueError(f"max_bytes={self._max_bytes} does not hold a step{beside}, {takes}")
         if fitting < self.steps and dist.get_rank() == 0:
             warnings.warn(f"max_bytes={self._max_bytes} holds {fitting} of {self.steps} steps", stacklevel=3)
         self.steps = min(self.steps, fitting)
@@ -135,6 +140,26 @@ class RankTrace:
             f'{{"step": {step}, "block": "decoder", "numbering": "model", "layer": {layer}, "rank": {self._rank}, '
             f'"num_tokens": {len(ids_TK)}, "topk": {self._topk}, "top_indices": {experts}}}\n'
         )
+
+
+def _keep_before(first_step: int, path: Path) -> int:
+    """Leave of a file only whole lines of the steps before one.
+
+    Returns:
+        Number of steps that stay.
+    """
+    steps: set[int] = set()
+    partial = path.with_name(f".{path.name}")
+    with partial.open("w", encoding="utf-8") as kept:
+        if path.exists():
+            with path.open(encoding="utf-8") as lines:
+                for line in lines:
+                    match = _STEP.match(line)
+                    if match is not None and int(match[1]) < first_step and line.endswith("}\n"):
+                        steps.add(int(match[1]))
+                        kept.write(line)
+    partial.replace(path)
+    return len(steps)
 
 
 def _moe_layers(config: TransformerConfig) -> set[int]:

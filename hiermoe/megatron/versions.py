@@ -30,3 +30,13 @@ def builder_of(mlp: Any, layer: type[MoELayer], **more: Any) -> Any:
     changed = copy.copy(mlp)
     changed.module, changed.params = layer, {**(mlp.params or {}), **more}
     return changed
+
+
+def layer_number_of(layer: MoELayer) -> int:
+    """A layer's number in the whole model, from 1; layers of multi-token prediction come after the decoder's.
+
+    So 0.16 counts; in 0.19 those of multi-token prediction begin at 1 again.
+    """
+    number = layer.layer_number or 0
+    before = layer.config.num_layers if getattr(layer, "is_mtp_layer", False) else 0
+    return number if number > before else number + before

@@ -29,6 +29,8 @@ class ParallelModel:
         context: int = 1,
         distributed: bool = False,
         grouped: bool = False,
+        predicted: int = 0,
+        shared: bool = False,
     ) -> None:
         """Set Megatron up. *Collective.*
 
@@ -42,6 +44,8 @@ class ParallelModel:
             context: ranks that divide sequences everywhere.
             distributed: whether replicas divide the optimizer's state.
             grouped: whether experts are TEGroupedMLP's.
+            predicted: layers of multi-token prediction, behind the last stage's.
+            shared: whether layers with experts have a shared one too.
         """
         from hiermoe.megatron.standins import cpu, without_te
 
@@ -54,7 +58,7 @@ class ParallelModel:
             DistributedDataParallelConfig,
             finalize_model_grads,
         )
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
         from megatron.core.models.gpt.gpt_model import GPTModel
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -97,6 +101,8 @@ class ParallelModel:
             gated_linear_unit=True,
             activation_func=torch.nn.functional.silu,
             moe_layer_freq=has_experts,
+            moe_shared_expert_intermediate_size=HIDDEN // 2 if shared else None,
+            mtp_num_layers=predicted or None,
             moe_router_dtype="fp64",
             moe_token_dispatcher_type="alltoall",
             expert_model_parallel_size=ep_size,
@@ -116,6 +122,10 @@ class ParallelModel:
         for stage in range(virtual or 1):
             of: Any = {} if virtual is None else {"vp_stage": stage}
             spec: Any = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", **of)
+            is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=virtual is None, **of)
+            further: Any = None
+            if predicted and is_last:
+                further = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, **of)
             with cpu.cuda_means_cpu(), self.precision():
                 chunk = GPTModel(
                     config=config,
@@ -125,7 +135,8 @@ class ParallelModel:
                     position_embedding_type="rope",
                     share_embeddings_and_output_weights=False,
                     pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=virtual is None, **of),
-                    post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=virtual is None, **of),
+                    post_process=is_last,
+                    mtp_block_spec=further,
                     **of,
                 )
                 make_float64(chunk)

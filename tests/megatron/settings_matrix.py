@@ -16,11 +16,13 @@ PAGE = CODE / "docs" / "training.md"
 HEAD = "| setting |"
 PASSES, REFUSED, FAILS, UNTESTED = "passes", "refused in one line", "fails", "not tested"
 _LAYOUTS = r"test_parallel_layouts.*\[{}\]"
+_DIVIDED = r"test_distributed_optimizer.*{}"
 _UNSUPPORTED = r"test_attach.*refused_by_name\[{}-.*\]"
 SETTINGS = {
     "optimizer whose state every replica has (FP32Optimizer)": _LAYOUTS.format("tensors and sequences"),
     "bf16 weights, fp32 masters": r"test_distributed_optimizer.*bf16, overlapped\]",
     "distributed optimizer": r"test_distributed_optimizer.*\[one replica\]",
+    "precision-aware optimizer, fp32 and bf16 state (FusedAdam's layout)": _DIVIDED.format("precision_aware.*"),
     "expert data parallelism": r"test_distributed_optimizer.*\[two replicas\]",
     "overlap_grad_reduce, overlap_param_gather": r"test_distributed_optimizer.*overlapped\]",
     "pipeline, virtual stages, six micro-batches in flight": _LAYOUTS.format("two chunks a stage"),
@@ -29,8 +31,10 @@ SETTINGS = {
     "grouped experts (TEGroupedMLP's layout)": _LAYOUTS.format("grouped, optimizer divided"),
     "recomputation": r"test_placement.*every_micro_batch_counts_once.*\[True\]",
     "overlapped shared experts": r"test_attach.*overlapped_shared_expert.*",
+    "multi-token prediction, shared experts": _LAYOUTS.format("predicts two tokens"),
     "dense first layers": r"test_attach.*built_from_a_changed_spec.*",
     "checkpoints that stock Megatron loads": _LAYOUTS.format("(context|two chunks a stage|grouped.*divided)"),
+    "checkpoints under another EP, TP and PP": r"test_checkpoint_layouts.*under_another_layout.*",
     "moves in the background": r"test_background.*travel_change_neither.*",
     "megatron.training.pretrain: killed, resumed by stock flags": r"test_pretrain.*",
     "recording under a pipeline": r"test_rank_trace.*stages_of_a_pipeline.*",
@@ -41,7 +45,7 @@ SETTINGS = {
     "CUDA graphs": _UNSUPPORTED.format("cuda_graph_impl"),
     "overlap_moe_expert_parallel_comm": _UNSUPPORTED.format("overlap_moe_expert_parallel_comm"),
     "parameters in FP8": _UNSUPPORTED.format("fp8_param"),
-    "moments in FP8 or FP16": r"test_migration.*optimizers_whose_state_cannot_be_found.*",
+    "optimizer state in FP8 or FP16, or offloaded": r"test_migration.*optimizers_whose_state_cannot_be_found.*",
 }
 """By row of the table: the tests that show it, by module and name."""
 

@@ -12,6 +12,7 @@ cpu.expect_fallbacks()
 
 from hiermoe.narrow.corpus import Corpus, training_corpus  # noqa: E402
 from hiermoe.narrow.training_config import TrainingConfig  # noqa: E402
+from tests.megatron import precision_aware  # noqa: E402
 from tests.megatron.moving import Run, joined, launch, small, system  # noqa: E402
 
 Share = tuple[int, int, Tensor]  # first element and the one after the last, of how many, and what they are
@@ -90,3 +91,42 @@ def test_moving_experts_change_neither_loss_nor_what_training_goes_on_from(
     if dtype == "fp64":
         for name, expected in fixed.items():
             assert float((moving[name] - expected).abs().max()) <= 1e-7 * max(float(expected.abs().max()), 1e-12), name
+
+
+def train_precision_aware(rank: int, config: TrainingConfig, corpus: Corpus, settings: dict[str, Any]) -> Any:
+    """What `train` says, and the types of what the optimizer keeps."""
+    with precision_aware.used(**settings):
+        seen: dict[str, Any] = train(rank, config, corpus, 5)
+        run = Run(config, corpus, system(None, "hd1")).train(1)
+    for name in ("fixed", "moving"):
+        # Remainders are integers; float64 has every value of either type.
+        seen[name]["state"] = {n: (start, size, x.double()) for n, (start, size, x) in seen[name]["state"].items()}
+    kept = [part.optimizer.state for part in run.trainer.optimizer.chained_optimizers]  # type: ignore[attr-defined]
+    return seen | {"types": {(n, x.dtype) for state in kept for of in state.values() for n, x in of.items()}}
+
+
+@pytest.mark.parametrize(
+    ("remainders", "moments", "overlap"),
+    [
+        pytest.param(True, torch.bfloat16, True, id="remainders, moments in bf16"),
+        pytest.param(False, torch.float32, False, id="masters", marks=pytest.mark.slow),
+    ],
+)
+def test_the_precision_aware_optimizers_state_moves_to_the_bit(
+    remainders: bool, moments: torch.dtype, overlap: bool, cache_dir: str
+) -> None:
+    # With one expert a token no sum depends on where experts are, so that equality is to the bit.
+    changes = {"ep_size": 2, "data_parallel": 2, "dtype": "bf16", "overlap": overlap, "topk": 1}
+    config = odd(small("deepseek_v3", cache_dir, **changes, distributed_optimizer=True))
+    settings = {"store_param_remainders": remainders, "exp_avg_dtype": moments, "exp_avg_sq_dtype": moments}
+    ranks = launch(train_precision_aware, config, training_corpus(config), settings)
+    master = torch.int16 if remainders else torch.float32
+    expected = {("exp_avg", moments), ("exp_avg_sq", moments), ("master_param", master)}
+    assert all({(n, x) for n, x in rank["types"] if n != "master_param" or x == master} == expected for rank in ranks)
+    assert sum(len(step) for step in ranks[0]["moving"]["updates"]) == 5
+    assert ranks[0]["moving"]["losses"] == ranks[0]["fixed"]["losses"]
+    fixed, moving = (whole([rank[name]["state"] for rank in ranks]) for name in ("fixed", "moving"))
+    assert fixed.keys() == moving.keys()
+    assert not [name for name in fixed if not torch.equal(fixed[name], moving[name])]
+    fixed, moving = (joined([rank[name]["weights"] for rank in ranks]) for name in ("fixed", "moving"))
+    assert not [name for name in fixed if not torch.equal(fixed[name], moving[name])]

@@ -215,11 +215,23 @@ def test_optimizers_whose_state_cannot_be_found_are_refused_by_name() -> None:
             check_optimizer(optimizer)
     divided = object.__new__(DistributedOptimizer)
     divided.is_stub_optimizer = False
-    for fsdp, scales, message in ((True, {}, "use_megatron_fsdp"), (False, {"p": {}}, "moments in fp8 or fp16")):
+    plain = {"optimizer_cpu_offload": False, "main_params_dtype": torch.float32}
+    plain |= dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype"), torch.bfloat16)
+    cases = [
+        (True, {}, "use_megatron_fsdp"),
+        (False, {"optimizer_cpu_offload": True}, "optimizer_cpu_offload is not supported"),
+        (False, {"exp_avg_dtype": torch.uint8}, "exp_avg_dtype=torch.uint8: state in fp8 or fp16 has a scale"),
+        (False, {"exp_avg_sq_dtype": torch.float16}, "exp_avg_sq_dtype=torch.float16: state in fp8 or fp16"),
+        (False, {"main_params_dtype": torch.float16}, "main_params_dtype=torch.float16: state in fp8 or fp16"),
+    ]
+    for fsdp, changes, message in cases:
         divided.ddp_config = SimpleNamespace(use_megatron_fsdp=fsdp)  # type: ignore[assignment]
-        divided.optimizer = SimpleNamespace(_scales=scales)  # type: ignore[assignment]
-        with pytest.raises(ValueError, match=message):
+        divided.config = SimpleNamespace(**plain | changes)  # type: ignore[assignment]
+        with pytest.raises(ValueError, match=f"^{message}"):
             check_optimizer(divided)
+    divided.config = SimpleNamespace(**plain)  # type: ignore[assignment]
+    divided.ddp_config = SimpleNamespace(use_megatron_fsdp=False)  # type: ignore[assignment]
+    check_optimizer(divided)
 
 
 def test_state_of_another_shape_than_its_parameter_is_refused() -> None:

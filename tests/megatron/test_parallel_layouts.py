@@ -27,6 +27,8 @@ class Layout(NamedTuple):
     recompute: bool = False
     distributed: bool = False
     grouped: bool = False
+    predicted: int = 0
+    shared: bool = False
 
     @property
     def world_size(self) -> int:
@@ -86,6 +88,8 @@ def train(rank: int, layout: Layout, steps: int, folder: Path | None) -> dict[st
             placement.go_home(model.optimizer)
             detach([*model.chunks])
         seen[name] = {"losses": losses, "moved": moved, "state": state_of(model)}
+        if placement is not None:
+            seen[name]["layers"] = [layer.number for layer in placement.layers]
     return seen
 
 
@@ -108,6 +112,10 @@ PIPELINE = Layout([0, 1, 1, 1], stages=2, virtual=2)
         pytest.param(Layout([0, 1], context=2), 4, id="context"),
         pytest.param(Layout([0, 1], context=2, replicas=2), 50, id="context, 50 steps", marks=pytest.mark.slow),
         pytest.param(Layout([0, 1], grouped=True, replicas=2, distributed=True), 4, id="grouped, optimizer divided"),
+        pytest.param(Layout([1, 1], predicted=1, shared=True, distributed=True), 2, id="predicts two tokens"),
+        pytest.param(
+            PIPELINE._replace(predicted=1, shared=True), 8, id="predicts two tokens, in chunks", marks=pytest.mark.slow
+        ),
         pytest.param(Layout([0, 1], grouped=True), 50, id="grouped, 50 steps", marks=pytest.mark.slow),
         pytest.param(
             PIPELINE._replace(tensor=2, grouped=True, distributed=True, replicas=2),
@@ -136,6 +144,11 @@ def test_moving_experts_change_neither_losses_nor_what_training_goes_on_from(
             assert len(went_on) == (steps if name == "moving" else steps // 2)
             for before, after in zip(rank["stock"]["losses"][-len(went_on) :], went_on, strict=True):
                 assert after == pytest.approx(before, rel=1e-9), name
+    numbers = [number for number, has in enumerate(layout.has_experts, start=1) if has]
+    numbers += [len(layout.has_experts) + 1] * layout.predicted
+    for name in ranks[0].keys() & {"moving", "resumed"}:
+        assert sorted({layer for rank in ranks for layer in rank[name]["layers"]}) == numbers
+        assert all(len(set(rank[name]["layers"])) == len(rank[name]["layers"]) for rank in ranks)
     assert last[0]["stock"]["losses"][-1] != last[0]["stock"]["losses"][0]
     for rank in ranks:
         for name in rank.keys() - {"stock"}:

@@ -1,6 +1,7 @@
 """What `place_experts` wraps in Megatron's training loop, and what it refuses; the loop here is a stand-in."""
 
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,11 @@ from hiermoe.megatron.standins import cpu
 cpu.expect_fallbacks()
 
 from hiermoe.megatron import pretrain  # noqa: E402
-from hiermoe.megatron.pretrain import place_experts  # noqa: E402
+from hiermoe.megatron.pretrain import IterationTimes, Moved, place_experts  # noqa: E402
 from hiermoe.topology.placement import Placement  # noqa: E402
 
 CALLED = ("hiermoe", "a6000_4x8")
+REPORT: Any = pretrain._report
 
 
 class Placed:
@@ -116,3 +118,60 @@ def test_settings_without_a_test_are_refused(loop: Any) -> None:
 def test_a_system_that_does_not_exist_is_refused_before_anything_starts(loop: Any) -> None:
     with pytest.raises(ValueError, match="no_such_system"):
         place_experts("no_such_system", "a6000_4x8")
+
+
+def test_a_system_that_moves_nothing_reports_nothing(loop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[Any] = []
+    monkeypatch.setattr(pretrain, "_report", lambda *arguments: reported.append(arguments))
+    place_experts("hd_moe", "a6000_4x8")  # of whose report stages of a pipeline would tell one another
+    run(loop)
+    assert not reported
+
+
+def test_what_an_update_has_realised_is_told_with_the_next() -> None:
+    times = IterationTimes()
+    times.add(500.0)  # the first one sets much up
+    assert times.moved() is None
+    for ms in (10.0, 11.0, 90.0):
+        times.add(ms)
+    assert times.moved() is None  # nothing is known of before the first update
+    for ms in (7.0, 8.0, 9.0):
+        times.add(ms)
+    assert times.moved() == 11.0 - 8.0
+    times.add(12.0)
+    assert times.moved() == 8.0 - 12.0
+
+
+@pytest.fixture
+def writers(loop: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Megatron's, none of them on; and what has moved on all ranks."""
+    variables: Any = sys.modules["megatron.training.global_vars"]
+    variables.get_tensorboard_writer = variables.get_wandb_writer = lambda: None
+    moved = [Moved(2, 4, 0.5, 100), Moved(3, 2, None, 50)]
+    monkeypatch.setattr(pretrain, "_over_ranks", lambda *_: (moved, 1.5, 2.5))
+    monkeypatch.setattr(pretrain.dist, "get_rank", lambda: 0)
+    return variables
+
+
+def test_every_update_goes_to_weights_and_biases_in_one_piece(writers: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    logged: list[tuple[dict[str, float], int]] = []
+    writers.get_wandb_writer = lambda: SimpleNamespace(log=lambda scalars, step: logged.append((scalars, step)))
+    times = IterationTimes()
+    for iteration, ms in enumerate((100.0, 10.0, 7.0), start=1):
+        times.add(ms)
+        REPORT(None, [], iteration, times)
+    common = {"moved_experts": 6, "sent_bytes": 150, "planning_ms": 1.5, "migration_ms": 2.5, "modelled_gain_ms": 0.5}
+    expected = {f"hiermoe/{name}": value for name, value in common.items()}
+    assert logged == [(expected, 1), (expected, 2), (expected | {"hiermoe/realised_gain_ms": 3.0}, 3)]
+    said = capsys.readouterr().out.splitlines()
+    assert "4 in layer 2, 2 in layer 3 | modelled gain 0.500 ms a step | planning 1.5 ms" in said[1]
+    assert "modelled gain 0.500 ms a step | realised by the update before: 3.000 ms | planning 1.5 ms" in said[2]
+
+
+def test_weights_and_biases_takes_it_as_megatron_gives_it(writers: Any, tmp_path: Path) -> None:
+    import wandb
+
+    run = wandb.init(mode="disabled", dir=tmp_path)
+    writers.get_wandb_writer = lambda: wandb  # the module, as Megatron has it
+    REPORT(None, [], 7, IterationTimes())
+    run.finish()

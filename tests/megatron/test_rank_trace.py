@@ -82,37 +82,49 @@ def test_files_of_all_ranks_become_one_trace_of_what_the_routers_chose(
         assert result["left"] == [], "the model is as it was"
 
 
-def pipelined_with_trace(rank: int, has_experts: list[int], virtual: int | None, folder: str) -> list[int]:
-    """Two steps of four micro-batches."""
+def pipelined_with_trace(
+    rank: int, has_experts: list[int], virtual: int | None, predicted: int, folder: str
+) -> list[int]:
+    """Two steps of four micro-batches, the second of them in a run that resumes after a killed one got further."""
     from hiermoe.megatron.rank_trace import RankTrace
-
-    pipelined = ParallelModel(has_experts, virtual=virtual)
-    trace = RankTrace([*pipelined.chunks], folder, steps=2)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(2):
-        pipelined.step(torch.randint(VOCABULARY, (4, 2, SEQUENCE), generator=generator))
-        trace.step()
-    trace.close()
     from hiermoe.megatron.recorder import find_routers
+
+    pipelined = ParallelModel(has_experts, virtual=virtual, predicted=predicted)
+    with pytest.raises(ValueError, match=r"^layers=\[9\] have no router; MoE layers are "):
+        RankTrace([*pipelined.chunks], folder, layers=[9])  # on every rank, or some would wait for others
+    batches = torch.randint(VOCABULARY, (2, 4, 2, SEQUENCE), generator=torch.Generator().manual_seed(0))
+    killed = RankTrace([*pipelined.chunks], folder, steps=5)
+    for batch in batches:
+        pipelined.step(batch)
+        killed.step()
+    killed.close()
+    if killed.path is not None:
+        with killed.path.open("a") as file:
+            file.write('{"step": 1, "block": "dec')  # as far as it came
+    trace = RankTrace([*pipelined.chunks], folder, steps=1, first_step=1)
+    pipelined.step(batches[1])
+    trace.step()
+    trace.close()
 
     return sorted(find_routers([*pipelined.chunks], may_lack=True))
 
 
 @pytest.mark.parametrize(
-    ("has_experts", "virtual", "layers"),
+    ("has_experts", "virtual", "predicted", "layers"),
     [
-        pytest.param([0, 0, 1, 1], None, [[], [3, 4]], id="one stage is dense"),
-        pytest.param([0, 1, 1, 1], 2, [[3], [2, 4]], id="two chunks a stage", marks=pytest.mark.slow),
+        pytest.param([0, 0, 1, 1], None, 1, [[], [3, 4]], id="one stage is dense, the other predicts two tokens"),
+        pytest.param([0, 1, 1, 1], 2, 0, [[3], [2, 4]], id="two chunks a stage", marks=pytest.mark.slow),
     ],
 )
 def test_stages_of_a_pipeline_write_the_layers_that_they_have(
-    tmp_path: Path, has_experts: list[int], virtual: int | None, layers: list[list[int]]
+    tmp_path: Path, has_experts: list[int], virtual: int | None, predicted: int, layers: list[list[int]]
 ) -> None:
-    arguments = (has_experts, virtual, str(tmp_path / "theirs"))
+    arguments = (has_experts, virtual, predicted, str(tmp_path / "theirs"))
     assert run_ranks(pipelined_with_trace, 2, arguments, TIMEOUT) == layers
     source = Source(tmp_path / "theirs", pipeline=1)
     trace = to_trace(megatron_jsonl.read(source), source, "megatron", "tiny", EXPERTS, "test")
     assert trace.metadata.layers == sorted(layers[0] + layers[1])
+    assert trace.metadata.training_step == [0, 1]
     assert trace.expert_ids.shape == (2, len(trace.metadata.layers), 1, 4 * 2 * SEQUENCE, TOPK)
 
 
@@ -129,3 +141,23 @@ def test_a_bound_on_the_file_stops_all_ranks_after_the_same_step(cache_dir: str,
 def test_a_bound_below_one_step_is_refused(cache_dir: str, tmp_path: Path) -> None:
     with pytest.raises(RankFailedError, match="max_bytes=1000 does not hold a step"):
         traced(tiny_training("qwen3_30b_a3b", cache_dir), tmp_path, max_bytes=1000)
+
+
+def replicated_with_trace(rank: int, folder: str) -> bool:
+    """Whether this rank has a file: two tensor-parallel ranks, two replicas of the experts."""
+    from hiermoe.megatron.rank_trace import RankTrace
+
+    model = ParallelModel([1], stages=1, ep_size=2, tensor=2, distributed=True)
+    trace = RankTrace([*model.chunks], folder, steps=1)
+    model.step(torch.randint(VOCABULARY, (2, 2, SEQUENCE), generator=torch.Generator().manual_seed(rank // 2)))
+    trace.step()
+    return trace.path is not None
+
+
+@pytest.mark.slow
+def test_replicas_and_parts_of_sequences_each_write_their_tokens(tmp_path: Path) -> None:
+    assert run_ranks(replicated_with_trace, 4, (str(tmp_path / "theirs"),), TIMEOUT) == [True] * 4
+    source = Source(tmp_path / "theirs", pipeline=1)
+    trace = to_trace(megatron_jsonl.read(source), source, "megatron", "tiny", EXPERTS, "test")
+    assert trace.metadata.layers == [1]
+    assert trace.expert_ids.shape == (1, 1, 4, 2 * 2 * SEQUENCE // 2, TOPK)  # half of each sequence
