@@ -69,11 +69,12 @@ def comparison(ended: Sequence[Ended], store: RunStore) -> Table:
     kinds = [kind for i, kind in enumerate(("predicted", "measured"), start=1) if any(line[i] for line in lines)]
     table = Table(title="All runs", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, caption_justify="left")
     table.add_column("what varied", overflow="fold")
+    has_copies = any(numbers is not None and numbers.slots_gb > 0 for _, numbers, _ in lines)
+    whats = ("one\nAlltoAll", "four,\ntotal", "times\nas fast")[has_copies:]  # one is a fourth of four
     for kind in kinds:
         table.add_column("d*", justify="right", no_wrap=True)
-        for what in ("one\nAlltoAll", "four,\ntotal", "times\nas fast"):
+        for what in whats:
             table.add_column(f"{kind if what[0] == 'f' else ''}\n{what}", justify="right", no_wrap=True)
-    has_copies = any(numbers is not None and numbers.slots_gb > 0 for _, numbers, _ in lines)
     if has_copies:
         for what in ("net\nms", "rows,\nmost /\nmean", "slots,\nGB"):
             table.add_column(what, justify="right", no_wrap=True)
@@ -83,11 +84,11 @@ def comparison(ended: Sequence[Ended], store: RunStore) -> Table:
         cells = []
         for kind, found in zip(("predicted", "measured"), numbers, strict=True):
             if kind in kinds and found is None:
-                cells += [""] * 4
+                cells += [""] * (1 + len(whats))
             elif found is not None:
                 base = first.setdefault((kind, _setting(one)), found.total_ms)
                 ms = (f"{found.alltoall_ms:.2f}", f"{found.total_ms:.2f}", f"{base / found.total_ms:.2f}")
-                cells += [found.dimensions, *ms]
+                cells += [found.dimensions, *ms[has_copies:]]
         if has_copies:
             predicted = numbers[0]
             ends = predicted and (predicted.net_ms, predicted.busiest, predicted.slots_gb)
