@@ -47,6 +47,7 @@ def test_scaling_compares_with_the_flat_alltoall_of_the_same_world(
     assert table["from_data_sheets"].all() and set(table["fabric"]) == {"h100_ib400", "gb200_nvl72_ib400"}
 
 
+@pytest.mark.slow
 def test_scaling_leaves_out_worlds_that_lack_a_system(beyond: dict[str, list[Cell]], small_store: RunStore) -> None:
     fill(small_store, [c for c in beyond["scaling"] if not (c.config.world_size == 64 and "hier" in c.overrides[-1])])
     table = scaling.FIGURE.table(load(indexed(beyond), small_store), [])
@@ -70,6 +71,7 @@ def test_scaling_takes_in_large_worlds_when_there_are_records(
     assert "16 of them at 4096 GPUs" in words.text[-1] and "HierMoE +50 %" in words.text[-1]
 
 
+@pytest.mark.slow
 def test_scaling_says_where_deduplication_begins_to_pay(beyond: dict[str, list[Cell]], small_store: RunStore) -> None:
     fill(
         small_store,

@@ -67,6 +67,7 @@ def test_trace_gives_a_page_tables_and_the_short_of_it(trace_file: Path, tmp_pat
         assert small.width == 1100
 
 
+@pytest.mark.slow
 def test_loads_mark_every_number_that_takes_experts_to_be_independent(tmp_path: Path, hiermoe: Command) -> None:
     loads = tmp_path / "loads.csv"
     loads.write_text("expert,load\n" + "\n".join(f"{e},{100 + 5 * e}" for e in range(EXPERTS)))
@@ -86,6 +87,7 @@ def test_loads_mark_every_number_that_takes_experts_to_be_independent(tmp_path: 
     assert "any routing with this K" in text and "50% to 75%" in text
 
 
+@pytest.mark.slow
 def test_synthetic_routing_is_called_so(tmp_path: Path, hiermoe: Command) -> None:
     arguments = ["routing=uniform", "model=deepseek_v3", *NODE, "systems=[hd2]", "iterations=4", f"output={tmp_path}"]
     code, out, _ = hiermoe("advise", *arguments)

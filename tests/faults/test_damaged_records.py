@@ -148,6 +148,7 @@ def test_damage_is_named_and_the_run_is_made_anew(
     assert code == 0 and "kept from before" in out
 
 
+@pytest.mark.slow
 @injected
 def test_damage_is_listed_and_in_no_table(
     damage: Damage, said: str, record: Path, store: RunStore, hiermoe: Command

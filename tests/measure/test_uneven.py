@@ -104,7 +104,7 @@ def test_experts_that_move_stay_whole_and_no_gpu_gets_more_than_it_has_room_for(
 
 
 @pytest.mark.parametrize("system", RIVALS)
-@pytest.mark.parametrize(("name", "experts"), [("3x8", 160), ("72", 384)])
+@pytest.mark.parametrize(("name", "experts"), [("3x8", 160), pytest.param("72", 384, marks=pytest.mark.slow)])
 def test_copies_of_experts_fit_beside_empty_slots(
     system: str, name: str, experts: int, clusters: dict[str, str]
 ) -> None:

@@ -108,6 +108,7 @@ def fields(schema: Any, path: str = "") -> Iterator[str]:
             yield from fields(field.annotation, f"{path}.{name}" if path else name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schema", [RunConfig, CalibrationConfig, TrainRunConfig])
 def test_every_field_of_every_schema_is_a_column_or_known_to_change_no_number(schema: type[BaseModel]) -> None:
     found = {

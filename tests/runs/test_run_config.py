@@ -25,6 +25,7 @@ ROUTED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", names("system"))
 def test_every_system_runs_on_four_nodes(system: str, composed: Composer, store: RunStore) -> None:
     outcome = execute(composed(f"system={system}"), store)
@@ -55,6 +56,7 @@ def test_model_with_fewer_experts_than_gpus_takes_a_group_of_them(composed: Comp
     assert set(store.read(outcome.run_id)["num_ranks"]) == {8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cluster", names("cluster"))
 def test_every_cluster_runs(cluster: str, composed: Composer, store: RunStore) -> None:
     assert execute(composed(f"cluster={cluster}"), store).status == "ok"

@@ -46,6 +46,7 @@ def test_records_of_the_present_code_are_not_stale(kept: tuple[RunStore, dict[st
     assert stale_runs(kept[0]) == []
 
 
+@pytest.mark.slow
 def test_other_code_makes_all_records_stale_and_each_is_named_with_what_renews_it(
     kept: tuple[RunStore, dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

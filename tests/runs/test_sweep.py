@@ -33,6 +33,7 @@ def test_workers_give_the_numbers_of_a_single_run(composed: Composer, store: Run
         assert alone.read(config.run_id).equals(store.read(config.run_id))
 
 
+@pytest.mark.slow
 def test_full_disk_ends_the_sweep_with_an_error(composed: Composer, tmp_path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("a file where the store wants a folder")

@@ -67,6 +67,7 @@ def test_a_run_leaves_a_row_of_every_step_and_rank_and_is_not_repeated(
     assert (folder / "records.parquet").stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_replicas_share_the_ranks_and_cut_the_cluster(hiermoe: Command, store: RunStore, tiny: list[str]) -> None:
     code, _, _ = hiermoe("train", *tiny, "system=hd2", "steps=2", "data_parallel=2", "world_size=8", "recompute=true")
     assert code == 0

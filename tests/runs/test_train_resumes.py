@@ -132,6 +132,7 @@ def test_a_checkpoint_that_is_none_is_refused_in_one_line(hiermoe: Command, tiny
     assert code == 2 and "is not a checkpoint" in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_how_a_run_is_saved_does_not_name_it_but_where_it_starts_does(tiny: list[str], tmp_path: Path) -> None:
     reference = configured(*tiny).run_id
     for same in ("checkpoint_every=3", "checkpoint_keep=null", "checkpoint_dir=elsewhere", "resume=null"):
