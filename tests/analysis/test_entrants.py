@@ -101,7 +101,7 @@ def test_new_model_is_in_every_figure_that_compares_models(name: str, entered: R
     assert LABELS["model"] in texts(figure)
 
 
-@pytest.mark.parametrize("name", ["scaling", "heat_map"])
+@pytest.mark.parametrize("name", [pytest.param("scaling", marks=pytest.mark.slow), "heat_map"])
 def test_new_cluster_is_in_every_figure_that_compares_clusters(name: str, entered: Results) -> None:
     figure, _ = seen(next(spec for spec in FIGURES if spec.name == name), entered)
     assert LABELS["cluster"].replace(",", "") in texts(figure).replace(",", "")

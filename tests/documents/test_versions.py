@@ -84,7 +84,8 @@ def test_megatron_tests_pass_on_the_newest_megatron(
     wanted = [f"megatron-core=={NEWEST_MEGATRON}", "triton", "tensorboard", *tools]
     install = [python, "-m", "pip", "install", "-q", "--no-compile", *wanted]
     subprocess.run(install, check=True, timeout=1200)
-    called = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup", "-m", "not slow", "tests/megatron"]
+    called = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup", "tests/megatron"]
+    called += ["-m", settings_matrix.TESTS]
     called.append(f"--junitxml={tmp_path / 'report.xml'}")
     done = subprocess.run(called, cwd=CODE, capture_output=True, text=True, timeout=1800, check=False)
     counts = done.stdout.strip().splitlines()[-1]

@@ -1,6 +1,6 @@
 """Which settings of Megatron's training are tested under moving experts: the table of docs/training.md, from results.
 
-pytest -m 'not slow' --junitxml old.xml tests/megatron  # in an environment of each version
+pytest -m 'not slow or settings' --junitxml old.xml tests/megatron  # in an environment of each version
 python -m tests.megatron.settings_matrix 0.16.1=old.xml 0.19.2=new.xml
 """
 
@@ -14,6 +14,7 @@ from hiermoe.records.project import CODE
 
 PAGE = CODE / "docs" / "training.md"
 HEAD = "| setting |"
+TESTS = "not slow or settings"  # of tests/megatron, as markers
 PASSES, REFUSED, FAILS, UNTESTED = "passes", "refused in one line", "fails", "not tested"
 _LAYOUTS = r"test_parallel_layouts.*\[{}\]"
 _DIVIDED = r"test_distributed_optimizer.*{}"

@@ -120,6 +120,8 @@ def check(ways: list[Way], distributed: bool, grouped: bool, folder: Path) -> No
                 assert there == placed, (way, reader)
 
 
+@pytest.mark.slow
+@pytest.mark.settings
 def test_moved_experts_load_in_stock_megatron_under_another_layout(tmp_path: Path) -> None:
     check([Way(("EP4", "moved"), (("TP2 PP2 EP2", "stock"),))], True, False, tmp_path)
 

@@ -108,7 +108,9 @@ def train_precision_aware(rank: int, config: TrainingConfig, corpus: Corpus, set
 @pytest.mark.parametrize(
     ("remainders", "moments", "overlap"),
     [
-        pytest.param(True, torch.bfloat16, True, id="remainders, moments in bf16"),
+        pytest.param(
+            True, torch.bfloat16, True, id="remainders, moments in bf16", marks=[pytest.mark.slow, pytest.mark.settings]
+        ),
         pytest.param(False, torch.float32, False, id="masters", marks=pytest.mark.slow),
     ],
 )

@@ -111,8 +111,18 @@ PIPELINE = Layout([0, 1, 1, 1], stages=2, virtual=2)
         ),
         pytest.param(Layout([0, 1], context=2), 4, id="context"),
         pytest.param(Layout([0, 1], context=2, replicas=2), 50, id="context, 50 steps", marks=pytest.mark.slow),
-        pytest.param(Layout([0, 1], grouped=True, replicas=2, distributed=True), 4, id="grouped, optimizer divided"),
-        pytest.param(Layout([1, 1], predicted=1, shared=True, distributed=True), 2, id="predicts two tokens"),
+        pytest.param(
+            Layout([0, 1], grouped=True, replicas=2, distributed=True),
+            4,
+            id="grouped, optimizer divided",
+            marks=[pytest.mark.slow, pytest.mark.settings],
+        ),
+        pytest.param(
+            Layout([1, 1], predicted=1, shared=True, distributed=True),
+            4,
+            id="predicts two tokens",
+            marks=[pytest.mark.slow, pytest.mark.settings],
+        ),
         pytest.param(
             PIPELINE._replace(predicted=1, shared=True), 8, id="predicts two tokens, in chunks", marks=pytest.mark.slow
         ),
