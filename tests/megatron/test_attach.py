@@ -92,7 +92,16 @@ def _refusals(gpt: torch.nn.Module, rank: int, seen: Seen) -> None:
     )
     detach(gpt)
     stock_that_moves = SystemConfig.named("smartmoe").model_copy(update={"name": "moves", "executor": "stock"})
-    for system in ("megatron_flex", stock_that_moves, "hd3", "no_such_system", "ultraep", "eplb"):
+    for system in (
+        "megatron_flex",
+        stock_that_moves,
+        "hd3",
+        "no_such_system",
+        "ultraep",
+        "eplb",
+        "placemoe",
+        "hiermoe_copies",
+    ):
         seen["refused", system if isinstance(system, str) else system.name] = _error(gpt, system)
         attach(gpt, "hd1", WORLD.cluster)  # what was refused left nothing behind
         detach(gpt)
@@ -188,6 +197,8 @@ def test_attaching_twice_is_refused_and_changes_nothing(seen: list[Seen]) -> Non
         ("no_such_system", "ValueError: system=no_such_system is unknown"),
         ("ultraep", "NotApplicable: system ultraep keeps experts in more than one place: it is simulated, but"),
         ("eplb", "NotApplicable: system eplb keeps experts in more than one place"),
+        ("placemoe", "NotApplicable: system placemoe keeps experts in more than one place"),
+        ("hiermoe_copies", "NotApplicable: system hiermoe_copies keeps experts in more than one place"),
         ("capacity", "ValueError: moe_expert_capacity_factor=1.0 is not supported"),
     ],
 )
