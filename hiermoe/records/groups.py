@@ -58,6 +58,17 @@ def file_of(group: str, name: str) -> Path:
     return known[name]
 
 
+def check_is_free(name: str) -> None:
+    """Let a calibration write a cluster's file of a name: anew, or over a calibrated one.
+
+    Raises:
+        ValueError: it is that of a file of conf/cluster/, shipped or a user's own.
+    """
+    there = files_of("cluster").get(name)
+    if there is not None and there.parent != CLUSTERS:
+        raise ValueError(f"name={name}: {shown(there)} is that cluster's file; give this one another")
+
+
 def read_named(group: str, name: str, schema: type[Schema]) -> Schema:
     """What the file of a group says, as its schema has it.
 

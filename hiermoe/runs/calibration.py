@@ -16,8 +16,8 @@ from hiermoe.measure.registry import MEASUREMENTS
 from hiermoe.planner.fit import CALIBRATED, fit_exchanges, fit_overlap, timings
 from hiermoe.ranks.places import PLACES, RanksConfig
 from hiermoe.ranks.world import Progress, World, no_progress
-from hiermoe.records.groups import files_of
-from hiermoe.records.project import CLUSTERS, shown
+from hiermoe.records.groups import check_is_free
+from hiermoe.records.project import CLUSTERS
 from hiermoe.records.store import RunStore
 from hiermoe.records.strict import checked, is_valid
 from hiermoe.records.whole_file import write_whole
@@ -60,11 +60,7 @@ class CalibrationConfig(CalibrationJob):
         if values["name"] is None:
             suffix = "" if ranks.name == "emulated" else f"_{ranks.name}"
             values["name"] = f"{cluster.name}_calibrated{suffix}".replace("@", "_")
-        there = files_of("cluster").get(values["name"])
-        if there is not None and there.parent != CLUSTERS:
-            raise ValueError(
-                f"name={values['name']}: {shown(there)} is that cluster's file; give the calibrated one another"
-            )
+        check_is_free(values["name"])
         return {**values, "cluster": cluster}
 
     @property

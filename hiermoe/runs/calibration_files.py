@@ -8,8 +8,8 @@ import yaml
 from pydantic import Field, model_validator
 
 from hiermoe.planner.nccl_exchanges import Exchanged
-from hiermoe.records.groups import files_of
-from hiermoe.records.project import CLUSTERS, shown
+from hiermoe.records.groups import check_is_free, files_of
+from hiermoe.records.project import CLUSTERS
 from hiermoe.records.strict import Strict
 from hiermoe.records.whole_file import write_whole
 from hiermoe.runs.calibration import with_measured_links
@@ -45,9 +45,7 @@ class FromFilesConfig(Strict):
         if values.get("name") is None:
             name = values["cluster"].get("name") if isinstance(values["cluster"], dict) else "cluster"
             values = {**values, "name": f"{name}_nccl_tests"}
-        there = files_of("cluster").get(values["name"])
-        if there is not None and there.parent != CLUSTERS:
-            raise ValueError(f"name={values['name']}: {shown(there)} is that cluster's file; give this one another")
+        check_is_free(values["name"])
         return values
 
     @property

@@ -6,8 +6,8 @@ from typing import Any
 import yaml
 from pydantic import Field, model_validator
 
-from hiermoe.records.groups import files_of
-from hiermoe.records.project import CLUSTERS, shown
+from hiermoe.records.groups import check_is_free
+from hiermoe.records.project import CLUSTERS
 from hiermoe.records.whole_file import write_whole
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.node_links import read_node_links
@@ -32,9 +32,7 @@ class TopologyConfig(LinkRates):
     def _is_free(cls, values: dict[str, Any]) -> dict[str, Any]:
         if values.get("name") is None:
             values = {**values, "name": f"{Path(str(values.get('topology'))).stem}_x{values.get('nodes')}"}
-        there = files_of("cluster").get(values["name"])
-        if there is not None and there.parent != CLUSTERS:
-            raise ValueError(f"name={values['name']}: {shown(there)} is that cluster's file; give this one another")
+        check_is_free(values["name"])
         return values
 
     @property

@@ -14,7 +14,7 @@ KINDS = ("NV", "PIX", "PXB", "PHB", "NODE", "SYS")
 """What lies between two devices, nearest first: NVLinks, one PCIe switch, several, a host bridge, several of a socket,
 the link between sockets."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_CELL = re.compile(r"X|NV\d+|PIX|PXB|PHB|NODE|SYS|PCI")
+_CELL = re.compile(r"X|NV\d+|PIX|PXB|PHB|NODE|SYS")
 _GPU, _NIC = re.compile(r"GPU\d+"), re.compile(r"NIC\d+|mlx\d+_\d+|\w*roce\w*|rdma\w+|bnxt\w+|efa_\d+")
 _MOST_NVLINKS = 18  # of a GPU: H100, B200
 _NVSWITCH = "0x0680"  # class of a PCI bridge, as which an NVSwitch appears
@@ -114,7 +114,7 @@ def _links_of(to_each: Sequence[int]) -> int:
 def _kind(cell: str) -> int:
     if cell == "X":
         return -1
-    return KINDS.index("NV" if cell.startswith("NV") else "PHB" if cell == "PCI" else cell)
+    return KINDS.index("NV" if cell.startswith("NV") else cell)
 
 
 def _nearest(kind_of: dict[str, int]) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ from hiermoe.topology.node_links import KINDS, NodeLinks
 # Of a message, as NCCL plans with (src/graph/tuning.cc).
 _NVLINK_US, _PCIE_US, _NETWORK_US = 3.4, 5.7, 14.0
 _NCCL = "latency: NCCL src/graph/tuning.cc"
-_NVLINKS_OF: Sequence[tuple[int, float]] = ((100, 50.0), (80, 25.0), (70, 25.0), (0, 20.0))
-"""Compute capability from which on, and GB/s of one NVLink each way: data sheets of B200, H100 and A100, V100, P100."""
+_NVLINKS_OF: Sequence[tuple[int, float]] = ((100, 50.0), (70, 25.0), (0, 20.0))
+"""Compute capability from which on, and GB/s of one NVLink each way: data sheets of B200; H100, A100 and V100; P100."""
 _GROUPS = {"NV": "nvlink_group", "PIX": "switch", "PXB": "switch", "PHB": "bridge", "NODE": "socket"}
 
 

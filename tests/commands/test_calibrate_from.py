@@ -14,15 +14,6 @@ from tests.topology.nccl_logs import groups_of, json_log, text_log
 HALF = 2.0  # the made-up node is so many times as slow as the profile's
 
 
-@pytest.fixture
-def clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where clusters are written."""
-    folder = tmp_path / "clusters"
-    for module in ("runs.calibration_files", "records.groups", "records.project"):
-        monkeypatch.setattr(f"hiermoe.{module}.CLUSTERS", folder)
-    return folder
-
-
 def logs(folder: Path) -> list[Path]:
     """World and node of h100_ib400, the node slower; nothing among nodes alone."""
     cluster = Cluster.named("h100_ib400")

@@ -10,15 +10,6 @@ from tests.conftest import Command
 from tests.topology.test_node_links import PAIRS, SWITCHED
 
 
-@pytest.fixture
-def clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where clusters are written."""
-    folder = tmp_path / "clusters"
-    for module in ("runs.topology_files", "records.groups", "records.project"):
-        monkeypatch.setattr(f"hiermoe.{module}.CLUSTERS", folder)
-    return folder
-
-
 def test_links_become_a_cluster_that_a_run_takes(hiermoe: Command, clusters: Path, tmp_path: Path) -> None:
     file = tmp_path / "dgx.txt"
     file.write_text(SWITCHED)
