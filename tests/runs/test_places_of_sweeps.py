@@ -1,0 +1,31 @@
+"""Which runs of a sweep are made over places of a routing."""
+
+from hiermoe.records.index import RECORDED, over
+from hiermoe.runs.compose import expand
+from hiermoe.runs.routings import sweeps_over_places
+
+
+def test_over_places_come_systems_that_claims_name_and_all_of_what_stands_beside() -> None:
+    found = {name: {cell.config.system.name for cell in cells} for name, cells in sweeps_over_places().items()}
+    named = {"megatron", "tutel_2dh", "hd2_moe", "hd2_moe_smart", "hd_moe", "hiermoe"}  # in results/published.csv
+    assert found[over("fig11", RECORDED)] == named
+    assert found[over("fig10", RECORDED)] == named - {"tutel_2dh", "hd_moe"}
+    beside = over("structure", RECORDED)
+    assert len(sweeps_over_places()[beside]) == len(expand("structure", RECORDED))
+    assert "hiermoe_search" in found[beside]
+
+
+def test_an_entrant_is_over_places_too(monkeypatch) -> None:
+    entrant = {"smartmoe_f1"}  # of the sweep, and of no claim
+
+    def with_entrant(sweep: str, routings: str) -> list:
+        cells = expand(sweep, routings)
+        for cell in cells:
+            if cell.config.system.name in entrant:
+                system = cell.config.system.model_copy(update={"entrant": True})
+                object.__setattr__(cell, "config", cell.config.model_copy(update={"system": system}))
+        return cells
+
+    monkeypatch.setattr("hiermoe.runs.routings.expand", with_entrant)
+    systems = {cell.config.system.name for cell in sweeps_over_places()[over("fig11", RECORDED)]}
+    assert entrant < systems and "smartmoe" not in systems
