@@ -3,20 +3,17 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from hiermoe.model import LayerSizes
-from hiermoe.planner.counts import separating_level
 from hiermoe.policies.price_of_moving import (
     STATE_BYTES_PER_PARAMETER,
     WEIGHT_BYTES_PER_PARAMETER,
     Migration,
-    held,
     price_transfers,
 )
 from hiermoe.policies.protocol import CopyTerms
+from hiermoe.policies.ways_of_copies import part_of_expert, ways_of_copies
 from hiermoe.topology.cluster import Cluster
-from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
 
 
@@ -54,9 +51,10 @@ def price_copies(
     per_rank = placement.per_rank(ranks)
     if terms.sharded:
         source, target = (~torch.eye(ranks, dtype=torch.bool)).nonzero(as_tuple=True)
-        parameters, own = -(-parameters * per_rank // ranks), 0  # from each other GPU, for all slots
+        parameters, own = per_rank * part_of_expert(parameters, ranks), 0  # from each other GPU, for all slots
     else:
-        source, target = _transfers(placement, home, cluster.hierarchy, terms.relays_from, experts)
+        ways = ways_of_copies(placement, home, cluster.hierarchy, terms.relays_from, experts)
+        source, target = ways.source_X, ways.target_X
         own = -(-experts // ranks)
     sends = 2 if terms.shared_buffers else 1
     sent_bytes = terms.gradient_bytes if terms.with_state else sends * WEIGHT_BYTES_PER_PARAMETER
@@ -66,32 +64,3 @@ def price_copies(
     kept_bytes = STATE_BYTES_PER_PARAMETER if terms.with_state else WEIGHT_BYTES_PER_PARAMETER
     slot_bytes = (kept_bytes + terms.gradient_bytes) * sizes.expert_parameters
     return CopyCost(weights, gradients, (per_rank - own) * slot_bytes * layers / 1e9)
-
-
-def _transfers(
-    placement: Placement, home: Placement, hierarchy: Hierarchy, relays_from: int | None, experts: int
-) -> tuple[Tensor, Tensor]:
-    """From which GPU each copy comes to which: int64 [X] both. A GPU gets an expert once, however often it has it.
-
-    Where copies pass an expert on, the nearest to its home comes first, so that it enters every group once.
-    """
-    ranks = hierarchy.num_ranks
-    slot_E = torch.full((experts,), home.num_slots)
-    held_S = home.expert_at_S
-    is_expert_S = held_S < experts
-    slot_E.scatter_reduce_(0, held_S[is_expert_S], torch.arange(home.num_slots)[is_expert_S], "amin")
-    home_E = slot_E // home.per_rank(ranks)
-    has_EG = held(placement, ranks)[:, :experts].T.clone()
-    has_EG[torch.arange(experts), home_E] = False
-    if relays_from is None:
-        expert, target = has_EG.nonzero(as_tuple=True)
-        return home_E[expert], target
-    apart_EG = hierarchy.depth + 1 - separating_level(hierarchy)[home_E]  # 0: at home
-    near_EG = (apart_EG * ranks + torch.arange(ranks)).masked_fill(~has_EG, ranks * (hierarchy.depth + 2))
-    in_order_EG = near_EG.argsort(dim=1, stable=True)
-    count_E = has_EG.sum(1)
-    expert, number = (torch.arange(ranks) < count_E[:, None]).nonzero(as_tuple=True)
-    target = in_order_EG[expert, number]
-    before = in_order_EG[expert, (number - 1).clamp(min=0)]
-    relayed = (number > 0) & (count_E[expert] >= relays_from)
-    return torch.where(relayed, before, home_E[expert]), target

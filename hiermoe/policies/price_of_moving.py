@@ -45,11 +45,24 @@ def price_migration(
         expert_bytes: what moves with one expert.
         num_experts: E; the placements' numbers from there on are empty slots. None: there are none.
     """
-    ranks = cluster.hierarchy.num_ranks
-    had_GE, has_GE = held(old, ranks), held(new, ranks)
-    expert, target = (has_GE & ~had_GE)[:, :num_experts].T.nonzero(as_tuple=True)  # by expert
-    source = old.slots_of(expert[:, None], target)[:, 0] // old.per_rank(ranks)
+    _, source, target = arrivals(old, new, cluster.hierarchy.num_ranks, num_experts)
     return price_transfers(source, target, cluster, expert_bytes)
+
+
+def arrivals(
+    old: Placement, new: Placement, num_ranks: int, num_experts: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Experts that come to a GPU that did not have them, each from which GPU to which: int64 [X] all three, by expert.
+
+    Args:
+        old: placement before.
+        new: placement after.
+        num_ranks: G.
+        num_experts: as in :func:`price_migration`.
+    """
+    had_GE, has_GE = held(old, num_ranks), held(new, num_ranks)
+    expert, target = (has_GE & ~had_GE)[:, :num_experts].T.nonzero(as_tuple=True)
+    return expert, old.slots_of(expert[:, None], target)[:, 0] // old.per_rank(num_ranks), target
 
 
 def price_transfers(source: Tensor, target: Tensor, cluster: Cluster, bytes_each: int) -> Migration:
