@@ -42,13 +42,11 @@ def dispatch_context(
         timeout: of a collective inside the system's own process groups; None for torch's default.
 
     Raises:
-        NotApplicable: the hierarchy has too few levels, several chunks and nobody knows how far stages overlap, or a
-            policy that keeps experts in more than one place.
+        NotApplicable: the hierarchy has too few levels, or several chunks and nobody knows how far stages overlap.
         ValueError: ranks that do not fit the hierarchy, or a placement policy for a class that cannot follow it.
     """
     if system.executor != "staged" and not isinstance(system.build_policy(), StaticPolicy):
         raise ValueError(f"system={system.name}: only the staged executor can have experts placed elsewhere")
-    system.refuse_copies()
     schemes = system.build_schemes(cluster.hierarchy)
     for scheme in schemes:
         check_overlap(scheme, cluster)

@@ -12,6 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from hiermoe.dispatch.dispatcher import Dispatched, dispatch_context
+from hiermoe.dispatch.plan import DispatchPlan
+from hiermoe.measure.copied_layer import CopiedLayer
 from hiermoe.measure.replay_job import FACTORS, WEIGHTS, ReplayJob
 from hiermoe.megatron.adapter import StagedTokenDispatcher
 from hiermoe.megatron.attach import new_dispatcher
@@ -32,14 +34,25 @@ class BenchDispatcher:
     makes of it belongs to its time.
     """
 
-    def __init__(self, inner: Any, num_experts: int) -> None:
-        """Wrap ``inner``."""
-        self._inner, self._num_experts = inner, num_experts
+    def __init__(self, inner: Any, num_experts: int, copied: CopiedLayer | None = None) -> None:
+        """Wrap ``inner``.
+
+        Args:
+            inner: what does the work.
+            num_experts: E.
+            copied: where experts have copies.
+        """
+        self._inner, self._num_experts, self.copied = inner, num_experts, copied
 
     @property
     def local_experts(self) -> Tensor:
         """Logical expert in each slot of this rank: int64 [S / G]."""
         return torch.as_tensor(self._inner.local_expert_indices)
+
+    @property
+    def factor_S(self) -> Tensor:
+        """What the expert in each slot of this rank multiplies by: float32 [S / G]."""
+        return factor_of(self.local_experts) if self.copied is None else self.copied.factor_S
 
     def dispatch(self, x_TM: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Dispatched:
         """Make the routing map, then the first three hooks. *Collective.*"""
@@ -63,7 +76,8 @@ def bench_layer(
     """The metered dispatcher of a system on this rank, and where its experts are.
 
     *Collective: every rank of the world must call it.* The world is one expert-parallel group. Experts that move are as
-    large as their full training state and all zeros; memory is taken only for those that do move.
+    large as their full training state and all zeros; memory is taken only for those that do move. Where experts have
+    copies, their weights say which expert they are.
 
     Args:
         system: what to run.
@@ -96,16 +110,21 @@ def bench_layer(
     context = dispatch_context(system, job.cluster, groups.ep, job.timeout)
     dispatcher = new_dispatcher(system, stock, config, groups, context)
     start = start or Start(0, Placement.identity(sizes.num_experts))
-    policy, moving = system.build_policy(), []
+    policy, copied = system.build_policy(), None
+    moving: list[LayerPlacement] = []
     if isinstance(dispatcher, StagedTokenDispatcher) and not isinstance(policy, StaticPolicy):
         dispatcher.dispatcher.placement = start.placement
         policy.load_state_dict(start.policy)
-        state_bytes = STATE_BYTES_PER_PARAMETER * sizes.expert_parameters
-        states = [torch.zeros(state_bytes, dtype=torch.uint8) for _ in range(per_rank)]
-        parameters = [[torch.nn.Parameter(state.to(job.device), requires_grad=False)] for state in states]
-        moving = [LayerPlacement(job.layer, dispatcher.dispatcher, policy, parameters, sizes.expert_parameters)]
+        if policy.copies is not None:
+            copied = CopiedLayer(job, dispatcher.dispatcher, policy, meter)
+            moving = [copied]
+        else:
+            state_bytes = STATE_BYTES_PER_PARAMETER * sizes.expert_parameters
+            states = [torch.zeros(state_bytes, dtype=torch.uint8) for _ in range(per_rank)]
+            parameters = [[torch.nn.Parameter(state.to(job.device), requires_grad=False)] for state in states]
+            moving = [LayerPlacement(job.layer, dispatcher.dispatcher, policy, parameters, sizes.expert_parameters)]
     metered = MeteredDispatcher(dispatcher, job.layer, meter)
-    return BenchDispatcher(metered, sizes.num_experts), ExpertPlacement(moving, groups.ep, start.iteration)
+    return BenchDispatcher(metered, sizes.num_experts, copied), ExpertPlacement(moving, groups.ep, start.iteration)
 
 
 @cache
@@ -158,13 +177,23 @@ class Question:
         """Dispatch, let experts multiply, combine, and go backward. *Collective.*
 
         Returns:
-            Elements of the output, of the inputs' gradient and of the routing weights' gradient that are wrong.
+            Elements of the output, of the inputs' gradient and of the routing weights' gradient that are wrong; where
+            experts have copies, of their weights and summed gradients too.
         """
+        copied = dispatcher.copied
+        if copied is not None:
+            copied.begin(self.ids_TK)
         x_TM, weight_TK = self.x_TM.detach().requires_grad_(), self.weight_TK.detach().requires_grad_()
         arrived = dispatcher.dispatch(x_TM, self.ids_TK, weight_TK)
-        factor_P = factor_of(dispatcher.local_experts).repeat_interleave(arrived.rows_per_slot).to(job.device)
+        factor_S = dispatcher.factor_S.to(job.device)
+        rows_per_slot = arrived.rows_per_slot.to(job.device)
+        factor_P = factor_S.repeat_interleave(rows_per_slot)
         y_PM = (arrived.rows_PM * (arrived.weights_P * factor_P)[:, None]).to(arrived.rows_PM.dtype)
+        if copied is not None:
+            y_PM.retain_grad()
         output_TM = dispatcher.combine(y_PM, arrived.plan)
+        if copied is not None:
+            copied.before_backward()
         output_TM.backward(self.gradient_TM)
         assert x_TM.grad is not None and weight_TK.grad is not None
         factor_TK = factor_of(self.ids_TK)
@@ -175,7 +204,21 @@ class Question:
         wrong = output_TM.detach().float().ne(self.x_TM.float() * scale_T1).sum()
         wrong += x_TM.grad.float().ne(self.gradient_TM.float() * scale_T1).sum()
         wrong += weight_TK.grad.ne(alignment_T1 * factor_TK).sum()
+        if copied is not None:
+            assert y_PM.grad is not None
+            # Of a factor for every column, of which all are equal.
+            of_pair_PM = arrived.rows_PM.detach().float() * arrived.weights_P.detach()[:, None] * y_PM.grad.float()
+            slot_P = torch.arange(len(factor_S), device=job.device).repeat_interleave(rows_per_slot)
+            gradient_SM = of_pair_PM.new_zeros(len(factor_S), of_pair_PM.shape[1]).index_add_(0, slot_P, of_pair_PM)
+            wrong += copied.end(gradient_SM, self.gradients_of_experts(job.sizes.num_experts, arrived.plan))
         return int(wrong)
+
+    def gradients_of_experts(self, num_experts: int, plan: DispatchPlan | None) -> Tensor:
+        """What this rank's tokens give to the factors of every expert, wherever it is: int64 [E, M], on the CPU."""
+        kept_TK = 1 if plan is None else plan.kept_TK
+        share_TE = self.weight_TK.new_zeros(len(self.ids_TK), num_experts)
+        share_TE.scatter_(1, self.ids_TK, self.weight_TK * kept_TK)
+        return (share_TE.T @ (self.x_TM.float() * self.gradient_TM.float())).long().cpu()
 
 
 def factor_of(expert_ids: Tensor) -> Tensor:

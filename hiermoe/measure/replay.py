@@ -6,6 +6,7 @@ can compute alone and that no dtype rounds. It is compared in every iteration, b
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ import torch.distributed as dist
 from hiermoe.dispatch.communicators import reduced
 from hiermoe.measure.measurement import Measurement, by_job
 from hiermoe.measure.replay_job import ReplayJob
-from hiermoe.measure.walk import realised_gains, start_at
+from hiermoe.measure.walk import realised_gains, start_at, walk
 from hiermoe.measure.workload import Workload, open_workload
 from hiermoe.policies.protocol import Start
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.memory import bytes_of_rank, check_memory
 from hiermoe.ranks.streams import RowStream, shared_folder
 from hiermoe.ranks.world import Progress, World
-from hiermoe.records.schema import CALLS
+from hiermoe.records.schema import CALLS, COPIES
 from hiermoe.routing.step import experts_per_rank
 
 Row = dict[str, Any]
@@ -76,9 +77,12 @@ def replay(rank: int, job: ReplayJob, systems: Sequence[tuple[SystemConfig, Star
                     "num_wrong": question.ask(dispatcher, job),
                 }
                 calls = meter.drain()
-                alone_ms = _repeat_rows(calls[0], job)
-                step = _step_row(calls, job.device) | _update_columns(placement)
-                rows += [keys | row for row in (*_call_rows(calls, rank, job, alone_ms), step)]
+                alone_ms = _repeat_rows(next(call for call in calls if call.phase == "dispatch"), job)
+                copies = [call for call in calls if call.phase in COPIES]
+                calls = [call for call in calls if call.phase in CALLS]
+                step = _step_row(calls, copies, rank, job.device) | _update_columns(placement)
+                told = (*_call_rows(calls, rank, job, alone_ms), *_copy_rows(copies, rank), step)
+                rows += [keys | row for row in told]
             stream.write(rows)
 
 
@@ -95,11 +99,9 @@ class Replay(Measurement):
         """Everything built and open.
 
         Raises:
-            NotApplicable: the system keeps experts in more than one place.
             ValueError: the ranks would not hold equally many experts (only simulation has empty slots), or this machine
                 has too little memory for them.
         """
-        config.system.refuse_copies()
         num_ranks, sizes = config.cluster.hierarchy.num_ranks, config.sizes
         experts_per_rank(sizes.num_experts, num_ranks)
         if config.ranks.on_this_host:
@@ -112,7 +114,7 @@ class Replay(Measurement):
         return job.iterations - _first_replayed(job)
 
     def measure(self, jobs: Sequence[Workload], world: World, progress: Progress) -> list[pd.DataFrame]:
-        """Rows of the phases start, dispatch, combine, their backward, and step, of every rank.
+        """Rows of the phases start, dispatch, combine, their backward, copies, gradients, and step, of every rank.
 
         Raises:
             ValueError: results would not be exact in this dtype.
@@ -151,11 +153,20 @@ def _with_moves(rows: pd.DataFrame, workload: Workload, start: Start) -> pd.Data
     """Add where experts were at the start, and what each measured update saved by exact count.
 
     The latter follows from the moves that rank 0 recorded.
+
+    Raises:
+        RuntimeError: moves of experts with copies, which do not say who uses which, are not those of the same policy on
+            the same routing.
     """
     moves = rows[(rows["phase"] == "step") & (rows["rank"] == 0)].sort_values("iteration")["moves"]
     placements = [start.placement]
-    for text in moves[:-1]:
-        placements.append(placements[-1].after(text) if text else placements[-1])
+    if workload.system.makes_copies:
+        placements = [visit.home for visit in walk(workload, workload.new_policy())][start.iteration :]
+        if [old.moves_to(new) for old, new in pairwise(placements)] != moves[:-1].tolist():
+            raise RuntimeError(f"system={workload.system.name}: ranks moved other experts than the simulation does")
+    else:
+        for text in moves[:-1]:
+            placements.append(placements[-1].after(text) if text else placements[-1])
     gains = realised_gains(workload, placements, start.iteration)
     gained = rows["iteration"].map(gains).where(rows["phase"] == "step")
     rows = rows.assign(realised_gain_ms=gained.astype(float))
@@ -229,13 +240,32 @@ def _call_rows(calls: list[Any], rank: int, job: ReplayJob, alone_ms: Mapping[st
         }
 
 
-def _step_row(calls: list[Any], device: str) -> Row:
-    """The four calls together."""
+def _copy_rows(calls: list[Any], rank: int) -> Iterator[Row]:
+    """One for everything that was sent at once for copies of experts, with the bytes that this rank sent."""
+    for call in calls:
+        stages = {transfer.stage for transfer in call.transfers}
+        stage = stages.pop() if stages else "none"
+        yield {"phase": call.phase, "stage": stage, "dispatch_ms": call.total_ms, "bytes": _sent_bytes(call, rank)}
+
+
+def _sent_bytes(call: Any, rank: int) -> int:
+    return sum(sum(t.sent_bytes) - t.sent_bytes[t.members.index(rank)] for t in call.transfers)
+
+
+def _step_row(calls: list[Any], copies: list[Any], rank: int, device: str) -> Row:
+    """The four calls together, and beside them what was sent for copies of experts."""
     assert [call.phase for call in calls] == list(CALLS), f"calls of an iteration: {[call.phase for call in calls]}"
     plan = calls[0].plan
     dropped = {} if plan is None else {"pairs": plan.traffic.total_pairs, "dropped_pairs": plan.traffic.dropped_pairs}
     total_ms, wire_ms = sum(call.total_ms for call in calls), sum(call.wire_ms for call in calls)
+    ms = {phase: sum(call.total_ms for call in copies if call.phase == phase) for phase in COPIES}
+    sent = {phase: sum(_sent_bytes(call, rank) for call in copies if call.phase == phase) for phase in COPIES}
     return dropped | {
+        "copies_ms": ms["copies"],
+        "copies_bytes": sent["copies"],
+        "gradient_ms": ms["gradients"],
+        "gradient_bytes": sent["gradients"],
+        "net_ms": total_ms + sum(ms.values()),
         "phase": "step",
         "stage": "all",
         "dispatch_ms": total_ms,

@@ -30,7 +30,7 @@ from torch import Tensor
 from hiermoe.dispatch.communicators import reduced
 from hiermoe.megatron.expert_state import check_optimizer
 from hiermoe.megatron.layer_placement import LayerPlacement, LayerUpdate
-from hiermoe.megatron.migration import Travelling, bytes_on_the_way, migrate
+from hiermoe.megatron.migration import Travelling, bytes_on_the_way
 from hiermoe.megatron.pipeline_stage import is_stage, ranks_with_same_layers
 from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate, StaticPolicy
 from hiermoe.topology.placement import Placement
@@ -102,7 +102,7 @@ class ExpertPlacement:
             The updates, of layers that had one, whose experts have arrived.
 
         Raises:
-            ValueError: an optimizer that keeps state elsewhere, or a policy that makes copies of experts.
+            ValueError: an optimizer that keeps state elsewhere, or a policy that makes copies where layers keep none.
             RuntimeError: ranks decided differently, a rank died while experts moved, or experts are still on their way.
         """
         if optimizer is not None and self.layers:
@@ -223,10 +223,10 @@ class ExpertPlacement:
                 stats = stats.view_as(layer.measured)
             update = layer.policy.decide(stats, layer.dispatcher.placement, layer.context(votes))
             if update is not None:
-                if update.placement.has_copies:
+                if update.placement.has_copies and not layer.keeps_copies:
                     raise ValueError(f"layer {layer.number}: training moves experts, but sums no gradients of copies")
                 updates.append((layer, update))
-        _check_same([(layer.number, update.placement.slot_E.tolist()) for layer, update in updates], group)
+        check_same([(layer.number, update.placement.key.hex()) for layer, update in updates], group)
         return updates
 
     def _travels(self, layer: LayerPlacement, update: PlacementUpdate) -> bool:
@@ -288,8 +288,7 @@ class ExpertPlacement:
         dispatcher = layer.dispatcher
         old = dispatcher.placement
         with dispatcher.moving():  # a rank that dies leaves the layer unusable on all others
-            group = dispatcher.context.communicators.ep_group
-            sent_bytes = migrate(layer.parameters, optimizer, old, update.placement, group)
+            sent_bytes = layer.move(optimizer, update.placement)
             dispatcher.placement = update.placement
         return LayerUpdate(
             layer=layer.number,
@@ -305,8 +304,8 @@ def _kind(policy: PlacementPolicy) -> str:
     return f"{type(policy).__module__}.{type(policy).__qualname__}"
 
 
-def _check_same(decision: Any, group: dist.ProcessGroup) -> None:
-    """Compare a hash of a decision over the ranks. *Collective.*
+def check_same(decision: Any, group: dist.ProcessGroup) -> None:
+    """Compare a hash of a decision, in what JSON can say, over the ranks. *Collective.*
 
     Raises:
         RuntimeError: on every rank, if they differ.

@@ -2,11 +2,14 @@
 
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from hiermoe.dispatch.dispatcher import Dispatcher
+from hiermoe.megatron.migration import migrate
 from hiermoe.policies.protocol import PlacementPolicy, StaticPolicy, StepContext
 from hiermoe.topology.placement import Placement
 
@@ -41,7 +44,13 @@ class LayerUpdate:
 
 
 class LayerPlacement:
-    """One layer's experts, its policy, and what its routing measured since the last step."""
+    """One layer's experts, its policy, and what its routing measured since the last step.
+
+    Attributes:
+        keeps_copies: whether it can keep experts in more than one place.
+    """
+
+    keeps_copies: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -92,6 +101,15 @@ class LayerPlacement:
         if measured is not None:
             self.measured = measured if self.measured is None else self.measured + measured
         self.measuring_ms += (time.perf_counter() - started) * 1e3
+
+    def move(self, optimizer: MegatronOptimizer | None, new: Placement) -> int:
+        """Bring every expert to its place in a new placement, as `migrate`. *Collective.*
+
+        Returns:
+            Bytes that this rank sent over the wire.
+        """
+        group = self.dispatcher.context.communicators.ep_group
+        return migrate(self.parameters, optimizer, self.dispatcher.placement, new, group)
 
     def votes(self) -> Tensor:
         """Which scheme the latest micro-batch of this rank used: int64 [schemes], one of them 1."""

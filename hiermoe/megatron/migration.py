@@ -5,7 +5,6 @@ Between two steps (`migrate`), or beside the forward and backward passes of one 
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from hiermoe.dispatch.messages import Message, Piece
 from hiermoe.megatron.expert_state import Held, Range, Replicas, gradients, held_state, replicas_of
 from hiermoe.routing.step import experts_per_rank
 from hiermoe.topology.placement import Placement
@@ -156,7 +156,7 @@ def _messages(
     group: dist.ProcessGroup,
     state_of: Callable[[Sequence[torch.nn.Parameter], MegatronOptimizer | None], list[Held]],
     over: dist.ProcessGroup | None = None,
-) -> Iterator[Callable[[], "_Message"]]:
+) -> Iterator[Callable[[], Message]]:
     """What begins each piece of a migration, in order. *Collective.*"""
     per_rank = experts_per_rank(old.num_experts, dist.get_world_size(group))
     moved = (old.slot_E != new.slot_E).nonzero().view(-1)
@@ -178,43 +178,14 @@ def _messages(
             yield partial(_begin, window, tensors, moves, replicas, over)
 
 
-@dataclass(frozen=True)
-class _Message:
-    """One piece on its way.
-
-    Attributes:
-        works: to wait for.
-        writes: number of the tensor, where it goes, and the buffer that it arrives in.
-        outgoing: what is being sent, kept until it is.
-        sent_bytes: over the wire, by this rank.
-    """
-
-    works: list[Any]
-    writes: list[tuple[int, Tensor, Tensor]]
-    outgoing: list[Tensor]
-    sent_bytes: int
-
-    def wait(self) -> None:
-        """Until everything has left and arrived."""
-        for work in self.works:
-            work.wait()
-
-    def finish(self) -> int:
-        """Wait, and write what arrived to its place."""
-        self.wait()
-        for _, part, received in sorted(self.writes, key=lambda write: write[0]):
-            part.copy_(received)
-        return self.sent_bytes
-
-
 def _begin(
     window: Range, held: list[Held], moves: list[_Move], replicas: Replicas, group: dist.ProcessGroup | None
-) -> _Message:
+) -> Message:
     """Send some elements of a parameter of every moving expert; nothing is overwritten yet. *Collective.*"""
     rank, own = dist.get_rank(), replicas.own
     here = replicas.ranks[own].index(rank)
     leaving: dict[int, list[Tensor]] = {}  # by peer, experts by number, then tensors: the order in which they travel
-    arriving: dict[int, list[tuple[int, Tensor]]] = {}  # with the number of the tensor
+    arriving: dict[int, list[Piece]] = {}  # with the number of the tensor
     for move in moves:
         for number, tensor in enumerate(held):
             if move.source == here:
@@ -225,27 +196,4 @@ def _begin(
                 for replica, part in tensor.shared(window, move.target_slot, move.source_slot, own):
                     peer = replicas.ranks[replica][move.source]
                     arriving.setdefault(peer, []).append((number, tensor.bytes_of(move.target_slot, part, own)))
-    outgoing = {
-        peer: parts[0] if len(parts) == 1 and peer != rank else torch.cat(parts) for peer, parts in leaving.items()
-    }
-    incoming = {
-        peer: outgoing[rank] if peer == rank else parts[0][1].new_empty(sum(len(part) for _, part in parts))
-        for peer, parts in arriving.items()
-    }
-    operations = [
-        dist.P2POp(operation, buffer, peer, group)
-        for operation, buffers in ((dist.isend, outgoing), (dist.irecv, incoming))
-        for peer, buffer in sorted(buffers.items())
-        if peer != rank
-    ]
-    writes = [
-        (number, part, received)
-        for peer, parts in arriving.items()
-        for (number, part), received in zip(parts, incoming[peer].split([len(x) for _, x in parts]), strict=True)
-    ]
-    return _Message(
-        works=dist.batch_isend_irecv(operations) if operations else [],
-        writes=writes,
-        outgoing=list(outgoing.values()),
-        sent_bytes=sum(len(buffer) for peer, buffer in outgoing.items() if peer != rank),
-    )
+    return Message.begin(leaving, arriving, group)

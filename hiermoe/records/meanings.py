@@ -29,14 +29,16 @@ MEANINGS: Mapping[str, str] = {
     "rank": "That measured; -1: all ranks together, or the busiest.",
     "phase": (
         "What the row is of. dispatch, combine, combine_backward, dispatch_backward: one of the four "
-        "AlltoAlls of a step, by stages and as a whole. routing: what the routing asks for at a level, "
+        "AlltoAlls of a step, by stages and as a whole. "
+        "copies, gradients: what a rank sent for copies of experts. routing: what the routing asks for at a level, "
         "whatever the system. step: the four together, and what the placement policy did after. start: "
         "what moved before the first iteration. planning: what a rank's policy does. train: a training "
         "step of a rank. calibration: one AlltoAll of one size. run: a run without rows."
     ),
     "stage": (
         "Of the AlltoAll, e.g. 1:inter1; phase routing: the level's name; phase planning: measure, decide or "
-        "rebalance; else all."
+        "rebalance; phase copies: weights, weights again or sums (of gradients); phase gradients: home; of both "
+        "none where nothing was sent; else all."
     ),
     "dimension": "d, stages of the dispatch used; phase routing: number of the level.",
     "predicted_ms": (
@@ -63,18 +65,24 @@ MEANINGS: Mapping[str, str] = {
     "migration_alltoall_ms": "ms of these moves at the rate that an AlltoAll reaches, predicted.",
     "copies_bytes": (
         "Bytes of weights that went to copies of experts in this iteration, or of summed gradients to copies that keep "
-        "training state, all GPUs together, predicted."
+        "training state, all GPUs together, predicted; measured: what the rank sent."
     ),
     "copies_link_ms": "ms of these at the rate of the link, predicted.",
     "copies_alltoall_ms": "ms of these at the rate that an AlltoAll reaches, predicted.",
-    "gradient_bytes": "Bytes of gradients that copies of experts sent home in this iteration, predicted.",
+    "gradient_bytes": (
+        "Bytes of gradients that copies of experts sent home in this iteration, predicted; measured: what the rank "
+        "sent."
+    ),
     "gradient_link_ms": "ms of these at the rate of the link, predicted.",
     "gradient_alltoall_ms": "ms of these at the rate that an AlltoAll reaches, predicted.",
     "slots_gb": (
         "GB at a GPU, of weights, gradients and what training state copies keep in slots beyond its own experts, all "
         "layers; where layers share them, once."
     ),
-    "net_ms": "predicted_ms of the four AlltoAlls, copies_link_ms and gradient_link_ms. Migration is not in it.",
+    "net_ms": (
+        "predicted_ms of the four AlltoAlls, copies_link_ms and gradient_link_ms; measured: dispatch_ms of the four, "
+        "copies_ms and gradient_ms. Migration and planning are not in it."
+    ),
     "modelled_gain_ms": "ms a step that the policy expected the moves to save.",
     "recounted_gain_ms": "ms a step that a recount of the same tokens finds; several swaps at once only.",
     "realised_gain_ms": "ms that the next step saved: its exact traffic at the old placement less that at the new.",
@@ -93,6 +101,8 @@ MEANINGS: Mapping[str, str] = {
         "ms in which the placement policy measured, summed and decided, beside the step; phase planning: a part of it."
     ),
     "migration_ms": "ms in which experts moved after the step, or began to, measured.",
+    "copies_ms": "ms in which weights, or summed gradients, went to copies of experts, measured.",
+    "gradient_ms": "ms in which copies of experts sent gradients home, where they were summed, measured.",
     "landing_ms": "Of train_step_ms, ms in which experts that had travelled beside it came to their places, measured.",
     "hidden_ms": "ms that they travelled before that, beside forward and backward passes, measured.",
     "status": "ok, failed or not_applicable.",

@@ -10,7 +10,8 @@ STATUSES = ("ok", "failed", "not_applicable")
 
 # What columns and phases mean: meanings.py.
 CALLS = ("dispatch", "combine", "combine_backward", "dispatch_backward")
-PHASES = (*CALLS, "routing", "start", "step", "planning", "train", "calibration", "run")
+COPIES = ("copies", "gradients")
+PHASES = (*CALLS, *COPIES, "routing", "start", "step", "planning", "train", "calibration", "run")
 DEFAULTS = {"rank": -1, "row_bytes": 0, "moves": "", "status": "ok", "reason": ""}
 
 
@@ -79,6 +80,8 @@ RECORDS = pa.DataFrameSchema(
         "alltoall_backward_ms": _number(),
         "planning_ms": _number(),
         "migration_ms": _number(),
+        "copies_ms": _number(),
+        "gradient_ms": _number(),
         "landing_ms": _number(),
         "hidden_ms": _number(),
         "status": pa.Column(str, pa.Check.isin(STATUSES)),

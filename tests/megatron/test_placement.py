@@ -336,6 +336,7 @@ def test_a_policy_that_makes_copies_is_refused_before_anything_is_exchanged() ->
     copies = Placement(torch.tensor([0, 1, 0, 1]), torch.tensor([[0, 1], [2, 3]]))
     layer: Any = SimpleNamespace(
         number=3,
+        keeps_copies=False,
         measured=None,
         measuring_ms=0.0,
         dispatcher=SimpleNamespace(placement=Placement.identity(2)),
