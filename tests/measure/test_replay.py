@@ -106,18 +106,6 @@ def _simulated(config) -> pd.DataFrame:
     return records.combine_first(blank).fillna({"moves": ""})
 
 
-@pytest.mark.parametrize("system", ["eplb", "moonep"])
-def test_systems_with_copies_are_refused_before_any_rank_starts(
-    system: str, composed: Composer, store: RunStore
-) -> None:
-    outcome = execute(composed(*SMALL, f"system={system}", "iterations=2"), store)
-    assert outcome.status == "not_applicable"
-    assert (
-        outcome.reason.startswith(f"system {system} keeps experts in more than one place")
-        and "\n" not in outcome.reason
-    )
-
-
 @pytest.mark.slow
 def test_a_system_that_does_not_apply_ends_no_other(composed: Composer, store: RunStore) -> None:
     configs = [composed(*SMALL, f"system={system}", "iterations=2") for system in ("hd4", "hd2")]
