@@ -37,8 +37,8 @@ class Ended:
 class _Numbers:
     """Of one run: milliseconds of one AlltoAll and of the four of a step and layer, and the stages used.
 
-    Of a predicted one also what experts in more than one place cost and bring: the four AlltoAlls with weights and
-    gradients, the busiest GPU's expert rows over the mean, and GB of slots; else NaN.
+    Also what experts in more than one place cost and bring: the four AlltoAlls with weights and gradients; of a
+    predicted one the busiest GPU's expert rows over the mean, and GB of slots, else NaN.
     """
 
     alltoall_ms: float
@@ -47,6 +47,11 @@ class _Numbers:
     net_ms: float
     busiest: float
     slots_gb: float
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether anything was kept or sent for copies."""
+        return self.slots_gb > 0 or self.net_ms > self.total_ms
 
 
 def print_comparison(ended: Sequence[Ended], store: RunStore, console: Console) -> None:
@@ -69,12 +74,14 @@ def comparison(ended: Sequence[Ended], store: RunStore) -> Table:
     kinds = [kind for i, kind in enumerate(("predicted", "measured"), start=1) if any(line[i] for line in lines)]
     table = Table(title="All runs", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, caption_justify="left")
     table.add_column("what varied", overflow="fold")
-    has_copies = any(numbers is not None and numbers.slots_gb > 0 for _, numbers, _ in lines)
+    has_copies = any(numbers is not None and numbers.has_copies for _, *both in lines for numbers in both)
     whats = ("one\nAlltoAll", "four,\ntotal", "times\nas fast")[has_copies:]  # one is a fourth of four
     for kind in kinds:
         table.add_column("d*", justify="right", no_wrap=True)
         for what in whats:
             table.add_column(f"{kind if what[0] == 'f' else ''}\n{what}", justify="right", no_wrap=True)
+        if has_copies and kind == "measured":
+            table.add_column("\n\nnet", justify="right", no_wrap=True)
     if has_copies:
         for what in ("net\nms", "rows,\nmost /\nmean", "slots,\nGB"):
             table.add_column(what, justify="right", no_wrap=True)
@@ -84,11 +91,12 @@ def comparison(ended: Sequence[Ended], store: RunStore) -> Table:
         cells = []
         for kind, found in zip(("predicted", "measured"), numbers, strict=True):
             if kind in kinds and found is None:
-                cells += [""] * (1 + len(whats))
+                cells += [""] * (1 + len(whats) + (has_copies and kind == "measured"))
             elif found is not None:
                 base = first.setdefault((kind, _setting(one)), found.total_ms)
                 ms = (f"{found.alltoall_ms:.2f}", f"{found.total_ms:.2f}", f"{base / found.total_ms:.2f}")
-                cells += [found.dimensions, *ms[has_copies:]]
+                net = [f"{found.net_ms:.2f}"] if has_copies and kind == "measured" else []
+                cells += [found.dimensions, *ms[has_copies:], *net]
         if has_copies:
             predicted = numbers[0]
             ends = predicted and (predicted.net_ms, predicted.busiest, predicted.slots_gb)
@@ -103,8 +111,9 @@ def comparison(ended: Sequence[Ended], store: RunStore) -> Table:
     table.caption += ". Times as fast: as the first system of the same setting."
     if has_copies:
         table.caption += (
-            " Net: the four, weights sent to copies of experts and gradients sent back, at the rate of the link and as "
-            "if nothing hid them; moves of experts to another home are not in it. Rows: expert rows of the busiest GPU "
+            " Net: the four, weights sent to copies of experts and gradients sent back, predicted at the rate of the "
+            "link, measured one after the other, both as if nothing hid "
+            "them; moves of experts to another home are not in it. Rows: expert rows of the busiest GPU "
             "over the mean. Slots: weights, gradients and training state of copies, at a GPU, all layers."
         )
     for one in ended:
@@ -159,7 +168,7 @@ def _numbers(run_id: str, store: RunStore) -> _Numbers | None:
     rows: pd.DataFrame = store.read(run_id)
     counted = rows[rows["counted"]]
     steps, calls = counted[counted["phase"] == "step"], counted[counted["phase"] == "dispatch"]
-    if steps.empty or calls.empty or steps["dimension"].isna().all():
+    if steps.empty or calls.empty or calls["dimension"].isna().all():
         return None
     net_ms = busiest = slots_gb = float("nan")
     if rows["source"].iloc[0] == "simulated":
@@ -167,6 +176,7 @@ def _numbers(run_id: str, store: RunStore) -> _Numbers | None:
         busiest = float((steps["expert_rows_max"] / steps["expert_rows_mean"]).mean())
         one_ms = calls.groupby("iteration")["predicted_ms"].sum().mean()
     else:
+        net_ms = float(steps.groupby("iteration")["net_ms"].max().median())
         one_ms = calls[calls["stage"] == "all"].groupby("iteration")["dispatch_ms"].max().median()
     used = sorted(int(d) for d in calls["dimension"].dropna().unique())
     total_ms, dimensions = float(typical_ms(steps).iloc[0]), ",".join(map(str, used))

@@ -35,14 +35,14 @@ def test_multirun_ends_with_a_table_of_eighty_columns_that_has_failed_runs_too(
     assert "predicted" in text and "measured times" not in text
 
 
-def measured_twin(config: RunConfig, store: RunStore, total_ms: float) -> RunConfig:
-    """A record of the same setting, measured, made up."""
+def measured_twin(config: RunConfig, store: RunStore, total_ms: float, net_ms: float = float("nan")) -> RunConfig:
+    """A record of the same setting, measured, made up: as there, stages stand in rows of dispatch alone."""
     from hiermoe.ranks.places import RanksConfig
 
     twin = config.model_copy(update={"measure": "replay", "ranks": RanksConfig.named("emulated")})
     keys = {"run_id": twin.run_id, **twin.keys, "rank": 0}
     call = rows(**keys, phase="dispatch", dispatch_ms=total_ms / 4, dimension=2, predicted_ms=float("nan"))
-    step = rows(**keys, dispatch_ms=total_ms, dimension=2, predicted_ms=float("nan"))
+    step = rows(**keys, dispatch_ms=total_ms, net_ms=net_ms, dimension=float("nan"), predicted_ms=float("nan"))
     store.write(twin.run_id, twin.content, {}, type(step)(call.to_dict("records") + step.to_dict("records")))
     return twin
 
@@ -61,6 +61,17 @@ def test_systems_with_copies_show_net_time_balance_and_slots_last(composed: Comp
     assert net[0] == total[0] and net[1] > total[1] and balance[0] > balance[1] == 1
     assert slots == [0, pytest.approx(4 * 6 * 3 * 2048 * 768 / 1e9, abs=0.005)]  # four slots that layers share
     assert len(comparison(ended[:1], store).columns) == len(headers) - 3 + 1  # one AlltoAll beside four
+
+
+def test_measured_net_time_stands_behind_the_measured_four(composed: Composer, store: RunStore) -> None:
+    ended = []
+    for system, net_ms in (("megatron", 300.0), ("ultraep", 340.0)):
+        config = measured_twin(composed(f"system={system}"), store, 300.0, net_ms)
+        ended.append(Ended((f"system={system}",), config))
+    table = comparison(ended, store)
+    headers = [" ".join(str(column.header).split()) for column in table.columns]
+    assert headers[1:5] == ["d*", "measured four, total", "times as fast", "net"]
+    assert list(table.columns[4].cells) == ["300.00", "340.00"]
 
 
 def test_predicted_stands_beside_measured_and_speedup_is_over_the_first_system(

@@ -80,7 +80,8 @@ def travel(rank: int) -> dict[tuple[int, int | None, int], Seen]:
             gradients = {e: gradient_at(rank, e) for e in here}
             said = copies.spread(weights, "weights"), copies.sum_home(gradients, "home")
             sums = {e: gradients[e] for e in at_home}
-            seen[case] = Seen(weights, sums, *sent(interposer, "weights", "home"), said)
+            weight_bytes, gradient_bytes = sent(interposer, "weights", "home")
+            seen[case] = Seen(weights, sums, weight_bytes, gradient_bytes, said)
     return seen
 
 
