@@ -80,8 +80,8 @@ class SystemConfig(Strict):
         """
         if self.makes_copies:
             raise NotApplicable(
-                f"system {self.name} keeps experts in more than one place: it is simulated, but ranks sum no gradients "
-                "of copies"
+                f"system {self.name} keeps experts in more than one place: it is simulated and replayed, but training "
+                "sums no gradients of copies"
             )
 
     @classmethod

@@ -4,7 +4,7 @@ import pandas as pd
 from rich import box
 from rich.table import Table
 
-from hiermoe.records.schema import CALLS
+from hiermoe.records.schema import CALLS, COPIES
 
 
 def summary(records: pd.DataFrame, title: str) -> Table:
@@ -68,10 +68,13 @@ def _measured(records: pd.DataFrame, title: str) -> Table:
         table.add_section()
     steps = counted[counted["phase"] == "step"]
     add("all four", steps)
+    for (phase, stage), rows in counted[counted["phase"].isin(COPIES)].groupby(["phase", "stage"]):
+        add(f"{phase}: {stage}", rows)
     dimensions = counted.loc[counted["phase"] == "dispatch", "dimension"].astype(int).value_counts(normalize=True)
     table.caption = (
         f"Busiest of {records['num_ranks'].iloc[0]} ranks, median of {steps['iteration'].nunique()} iterations. "
         f"d: {', '.join(f'{d} ({share:.0%})' for d, share in dimensions.items())}. "
+        f"Net, with what copies of experts need: {steps.groupby('iteration')['net_ms'].max().median():.2f} ms. "
         f"Peak memory of a rank: {steps['peak_memory_bytes'].max() / 1e6:.0f} MB."
     )
     return table

@@ -195,7 +195,7 @@ def test_attaching_twice_is_refused_and_changes_nothing(seen: list[Seen]) -> Non
         ("moves", "ValueError: system=moves: only the staged executor can have experts placed elsewhere"),
         ("hd3", "NotApplicable: dimension=3 is outside 1..2"),
         ("no_such_system", "ValueError: system=no_such_system is unknown"),
-        ("ultraep", "NotApplicable: system ultraep keeps experts in more than one place: it is simulated, but"),
+        ("ultraep", "NotApplicable: system ultraep keeps experts in more than one place: it is simulated and replayed"),
         ("eplb", "NotApplicable: system eplb keeps experts in more than one place"),
         ("placemoe", "NotApplicable: system placemoe keeps experts in more than one place"),
         ("hiermoe_copies", "NotApplicable: system hiermoe_copies keeps experts in more than one place"),
