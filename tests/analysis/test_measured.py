@@ -40,6 +40,7 @@ def measured_rows(config: Any, slower: float) -> pd.DataFrame:
                 keys | {
                     "phase": "step", "stage": "all", "wire_ms": wire_ms, "dispatch_ms": wire_ms + 10.0,
                     "local_ms": 10.0, "num_wrong": 0, "planning_ms": 3.0, "migration_ms": 20.0,
+                    "copies_ms": factor * 7.0, "gradient_ms": factor * 4.0, "net_ms": wire_ms + 10.0 + factor * 11.0,
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)
@@ -96,6 +97,15 @@ def test_times_are_medians_of_the_busiest_rank(table: pd.DataFrame) -> None:
     assert row["value"] == pytest.approx(1.5 * 40 * 1.055 + 10)
     assert row["low"] <= row["value"] <= row["high"]
     assert row["n"] == ITERATIONS // 2
+
+
+def test_what_copies_take_stands_beside_the_alltoalls(table: pd.DataFrame) -> None:
+    (row,) = table[table["system"] == "hiermoe"].to_dict("records")
+    assert (row["copies_ms"], row["gradient_ms"]) == (7, 4)
+    assert row["net_ms"] == pytest.approx(row["value"] + 11, rel=1e-3)
+    assert FIGURE.words(table).rows[0][-5:-1] == (
+        "weights to copies ms", "gradients home ms", "net ms", "net predicted ms",
+    )  # fmt: skip
 
 
 def test_speedups_on_the_wire_and_of_whole_calls_are_told_apart(table: pd.DataFrame) -> None:

@@ -20,6 +20,7 @@ from hiermoe.records.index import PREDICTIONS
 BASELINE = "megatron"
 # What is the same for all systems of a panel.
 PANEL = ["cluster", "num_ranks", "tokens_per_rank", "narrowed", "model", "topk", "routing"]
+_OF_COPIES = ("copies_ms", "gradient_ms", "net_ms", "predicted_net_ms")
 SOURCES = {"emulated": "an emulated cluster", "cluster": "a cluster", "local": "one machine's loopback"}
 
 
@@ -81,6 +82,10 @@ def _row(run: Run, twin: Run, results: Results) -> dict[str, object]:
         "local_ms": steps["local_ms"].median(),
         "planning_ms": steps["planning_ms"].median(),
         "migration_ms": steps["migration_ms"].mean(),
+        "copies_ms": steps["copies_ms"].median(),
+        "gradient_ms": steps["gradient_ms"].median(),
+        "net_ms": steps["net_ms"].median(),
+        "predicted_net_ms": predicted["net_ms"].median(),
         "wire_over_predicted": error.value,
         "wire_over_predicted_low": error.low,
         "wire_over_predicted_high": error.high,
@@ -302,7 +307,8 @@ def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
         "model", "routing", "system", "predicted ms", "busiest links ms", "wire ms", "whole calls ms",
         "wire over predicted",
         "stages of dispatch over α and busiest link: rows alone, in the dispatcher",
-        "speed-up predicted", "by the links", "on the wire", "whole calls", "planning ms", "migration ms a step", "n",
+        "speed-up predicted", "by the links", "on the wire", "whole calls", "planning ms", "migration ms a step",
+        "weights to copies ms", "gradients home ms", "net ms", "net predicted ms", "n",
     )  # fmt: skip
     for _, row in table.iterrows():
         yield (
@@ -321,6 +327,7 @@ def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
             _estimate(row, "whole_speedup"),
             f"{row['planning_ms']:.0f}",
             f"{row['migration_ms']:.0f}",
+            *("" if np.isnan(row[name]) else f"{row[name]:.0f}" for name in _OF_COPIES),
             str(row["n"]),
         )
 
