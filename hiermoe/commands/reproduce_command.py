@@ -98,7 +98,7 @@ def reproduce(
         )
     outcomes += simulate_all(beyond, session, "report")
     if amount != "quick":
-        outcomes += simulate_over_places(session)
+        outcomes += simulate_over_places(session, beyond=amount == "full")
     finish(outcomes, session, wandb_mode, cells)
 
 
@@ -137,9 +137,9 @@ def simulate_all(cells: Cells, session: Session, then: str = "report") -> list[O
         return run_all(configs.values(), session.workers, finished, session.store)
 
 
-def simulate_over_places(session: Session) -> list[Outcome]:
-    """What the paper claims, layer after layer: on recorded routing, and on real models' if it is here."""
-    cells = sweeps_over_places()
+def simulate_over_places(session: Session, beyond: bool) -> list[Outcome]:
+    """What the paper claims, or with what lies beyond it, layer after layer: recorded, and of real models if here."""
+    cells = sweeps_over_places(beyond)
     if not any(sweep for name, sweep in cells.items() if name.endswith(REAL_MODELS)):
         session.console.print(
             "left out: routing of real models. [bold]hiermoe trace fetch deepseek_v2_lite_law[/bold] brings it (git); "

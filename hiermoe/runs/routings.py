@@ -12,18 +12,23 @@ JUDGED = ("fig10", "fig11")
 """Sweeps whose claims are judged over places. Table II's are not: its numbers are of another E than real models'."""
 BESIDE = ("structure",)
 """What shows where the published numbers lie among the places."""
+BEYOND = ("arena",)
+"""What lies beyond the paper, all systems of it."""
 ROUTINGS = (RECORDED, REAL_MODELS)
 
 
-def sweeps_over_places() -> dict[str, list[Cell]]:
+def sweeps_over_places(beyond: bool = True) -> dict[str, list[Cell]]:
     """Runs by the name that :func:`over` gives the sweep; none where their routing is not here.
 
     Where claims are judged, those of entrants and of the systems that claims name: nobody reads a variant's places.
+
+    Args:
+        beyond: whether what lies beyond the paper is among them.
     """
     read = _published_systems()
     found = {}
     for routings in ROUTINGS:
-        for sweep in (*JUDGED, *BESIDE):
+        for sweep in (*JUDGED, *BESIDE, *(BEYOND if beyond else ())):
             cells = [one for one in expand(sweep, routings) if _is_here(one.config)]
             if sweep in JUDGED:
                 cells = [one for one in cells if one.config.system.name in read or one.config.system.entrant]
