@@ -5,7 +5,7 @@ What others published of systems with copies is read the same way, from files of
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,11 +128,12 @@ class Claim:
         return f"{self.low:g}–{self.high:g}"
 
 
+CLAIM_WORDS = [each.name for each in fields(Claim) if each.type is str]
+
+
 def load_claims(path: Path = PUBLISHED) -> list[Claim]:
     """All published claims, in the order of the file."""
-    table = pd.read_csv(path)
-    numbers = ["low", "high"]
-    table[[c for c in table.columns if c not in numbers]] = table.drop(columns=numbers).fillna("").astype(str)
+    table = pd.read_csv(path, dtype=dict.fromkeys(CLAIM_WORDS, str)).fillna(dict.fromkeys(CLAIM_WORDS, ""))
     return [Claim(**row) for row in table.to_dict("records")]  # type: ignore[arg-type] - columns are the fields
 
 

@@ -1,10 +1,9 @@
 """What others published of systems with copies of experts, as rows with verdicts; they count apart from the paper's."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hiermoe.analysis.claims import Rules, load_claims, load_rules
-from hiermoe.analysis.frames import Results, Run
+from hiermoe.analysis.frames import Results
 from hiermoe.analysis.verdicts import Judged, judge_all
 from hiermoe.analysis.wording import cell, in_words, system_labels
 from hiermoe.records.project import STATEMENT_RULES, STATEMENTS
@@ -60,7 +59,4 @@ def statements(results: Results) -> Statements | None:
 
 def _is_answered(one: Judged) -> bool:
     """Whether its runs are there, though simulation may have no answer."""
-    if one.case is None:
-        return False
-    runs: Sequence[Run] = (*one.case.systems, *one.case.baselines)
-    return bool(runs) and all(run.status == "ok" for run in runs)
+    return one.case is not None and not one.case.obstacle

@@ -11,7 +11,6 @@ from hiermoe.analysis.figures import style
 from hiermoe.analysis.figures.beyond import arena_rows
 from hiermoe.analysis.figures.beyond.arena_rows import ARENA, CELL, MAKES, PLACES, WHAT, WITHOUT
 from hiermoe.analysis.figures.spec import FigureSpec, Words
-from hiermoe.analysis.figures.tables import complete
 from hiermoe.analysis.frames import Results
 
 COLUMNS = 3
@@ -23,7 +22,6 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
     found = arena_rows.rows(results, (ARENA, *PLACES))
     if found.empty:
         return found
-    found = complete(found, {"megatron", *WITHOUT}, CELL)
     return found.assign(front=[_is_front(row, found) for _, row in found.iterrows()])
 
 
@@ -75,7 +73,7 @@ def words(table: pd.DataFrame) -> Words:
     text, fronts = [], []
     for (_, routing, _), rows in table.groupby(CELL, sort=False):
         best = rows[rows["system"].isin(WITHOUT)].nsmallest(1, "net_ms").iloc[0]
-        paying = rows[(rows["slots_gb"] > 0) & (rows["net_ms"] < best["net_ms"])].sort_values("net_ms")
+        paying = rows[(rows["slots_gb"] > 0) & (rows["net_ms"] < best["net_ms"])].sort_values(["net_ms", "slots_gb"])
         fronts.append(len(paying) > 0)
         shown = ", ".join(
             f"{row['label']} {row['net_ms']:.1f} ms for {row['slots_gb']:.2f} GB"

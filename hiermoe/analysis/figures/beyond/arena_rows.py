@@ -9,6 +9,7 @@ from matplotlib.lines import Line2D
 
 from hiermoe.analysis.expert_time import TFLOPS, expert_ms
 from hiermoe.analysis.figures import style
+from hiermoe.analysis.figures.tables import complete
 from hiermoe.analysis.frames import Results, Run
 from hiermoe.records.index import REAL_MODELS, RECORDED, over
 
@@ -35,6 +36,9 @@ _ROUTINGS = {
 def rows(results: Results, sweeps: Iterable[str]) -> pd.DataFrame:
     """One row per system, cluster, routing and number of tokens; of several layers their mean.
 
+    Where a run is still missing the whole cell is left out, and so is a system that lacks layers that others have: who
+    wins must not depend on who was simulated first.
+
     Args:
         results: simulated ones.
         sweeps: whose runs.
@@ -49,31 +53,39 @@ def rows(results: Results, sweeps: Iterable[str]) -> pd.DataFrame:
         moving_ms: moves of experts to another home, a step, at the link's rate.
         slots_gb: memory of copies at a GPU, all layers.
     """
-    runs = {run.run_id: run for sweep in sweeps for run in results.find(sweep, status="ok")}
-    found = pd.DataFrame([_row(run, results) for run in runs.values()])
+    runs = {run.run_id: run for sweep in sweeps for run in results.find(sweep)}
+    open_cells = {_cell(run) for run in runs.values() if run.status == "missing"}
+    ended = [run for run in runs.values() if run.status == "ok" and _cell(run) not in open_cells]
+    found = pd.DataFrame([_row(run, results) for run in ended])
     if found.empty:
         return found
     which = ["source", "system", "label", "model", *CELL, "routing"]
     numbers = ["alltoall_ms", "net_ms", "imbalance", "expert_ms", "layer_ms", "moving_ms"]
     grouped = found.groupby(which, sort=False)
-    means = (
-        grouped[numbers].mean().join(grouped.agg(slots_gb=("slots_gb", "max"), places=("n", "size"), n=("n", "min")))
-    )
-    return means.reset_index()
+    sizes = grouped.agg(slots_gb=("slots_gb", "max"), places=("n", "size"), n=("n", "min"))
+    means = grouped[numbers].mean().join(sizes).reset_index()
+    everywhere = means["places"] == means.groupby(CELL)["places"].transform("max")
+    return complete(means[everywhere], {"megatron", *WITHOUT}, CELL).reset_index(drop=True)
+
+
+def _cell(run: Run) -> tuple[str, str, int]:
+    config = run.config
+    return config.cluster.name.partition("@")[0], _routing_words(run), config.tokens_per_rank
 
 
 def _row(run: Run, results: Results) -> dict[str, object]:
     steps, config = results.rows(run, "step"), run.config
+    cluster, routing_words, tokens = _cell(run)
     busiest_ms = expert_ms(steps["expert_rows_max"], config.sizes.expert_parameters)
     return {
         "source": run.source,
         "system": run.system,
         "label": run.label,
         "model": config.model.name,
-        "cluster": config.cluster.name.partition("@")[0],
+        "cluster": cluster,
         "routing": run.routing,
-        "routing_words": _routing_words(run),
-        "tokens": config.tokens_per_rank,
+        "routing_words": routing_words,
+        "tokens": tokens,
         "n": len(steps),
         "alltoall_ms": steps["predicted_ms"].mean(),
         "net_ms": steps["net_ms"].mean(),

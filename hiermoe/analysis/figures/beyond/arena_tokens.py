@@ -12,11 +12,10 @@ from hiermoe.analysis.figures import style
 from hiermoe.analysis.figures.beyond import arena_rows
 from hiermoe.analysis.figures.beyond.arena_rows import CELL, MAKES, WHAT, WITHOUT
 from hiermoe.analysis.figures.spec import FigureSpec, Words
-from hiermoe.analysis.figures.tables import complete
 from hiermoe.analysis.frames import Results
 
 TOKENS = "arena_tokens"
-TIMES = {"net_ms": "AlltoAlls and copies", "layer_ms": "and the busiest GPU's experts"}
+TIMES = {"net_ms": "net", "layer_ms": "with experts"}
 
 
 def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
@@ -27,7 +26,6 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
     found = arena_rows.rows(results, (TOKENS,))
     if found.empty:
         return found
-    found = complete(found, {"megatron", *WITHOUT}, CELL)
     for name in WITHOUT:
         for time in TIMES:
             theirs = found[found["system"] == name].set_index(CELL)[time].rename("theirs")
@@ -87,7 +85,7 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
         else:
             panel.set_xlabel("tokens a GPU")
     for line, what in enumerate(TIMES.values()):
-        panels[line * len(clusters)].set_ylabel(f"times as fast as HD-MoE:\n{what}")
+        panels[line * len(clusters)].set_ylabel(f"times as fast as HD-MoE, {what}")
     style.legend(figure, [], with_published=False, extra=arena_rows.handles(shown, "-"), columns=5)
     return figure
 

@@ -13,7 +13,6 @@ from hiermoe.analysis.figures.beyond.arena_rows import ARENA, CELL, MAKES, PLACE
 from hiermoe.analysis.figures.beyond.arena_tokens import TOKENS
 from hiermoe.analysis.figures.beyond.heat_map import CLOSE
 from hiermoe.analysis.figures.spec import FigureSpec, Words
-from hiermoe.analysis.figures.tables import complete
 from hiermoe.analysis.frames import Results
 
 
@@ -26,7 +25,6 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
     found = arena_rows.rows(results, (ARENA, *PLACES, TOKENS))
     if found.empty:
         return found
-    found = complete(found, {"megatron", *WITHOUT}, CELL)
     still = found[found["system"].isin(WITHOUT)].sort_values("layer_ms", kind="stable").drop_duplicates(CELL)
     still = still.set_index(CELL)[["label", "layer_ms"]]
     still = still.rename(columns={"label": "without_label", "layer_ms": "without_ms"})
