@@ -34,6 +34,7 @@ class AdviceConfig(Strict):
     iterations: int | None = Field(default=None, ge=2)
     share: float | None = Field(default=None, gt=0, lt=1)
     systems: tuple[str, ...] | None = None
+    copies: bool = False
     seed: int = Field(ge=0)
     output: str | None = None
     picture: str | None = None

@@ -140,6 +140,12 @@ class Answer:
         return pd.DataFrame(rows).sort_values("step_ms", kind="stable", ignore_index=True)
 
     @cached_property
+    def copies(self) -> pd.DataFrame:
+        """Systems with copies of experts beside some without, by rising time; empty where not asked for."""
+        found = self.assessment.copies
+        return found if found.empty else found.sort_values("layer_ms", kind="stable", ignore_index=True)
+
+    @cached_property
     def updates(self) -> pd.DataFrame:
         """What updates bring, all systems that move experts; empty where there is none."""
         return pd.concat([one.updates for one in self.assessment.systems], ignore_index=True)

@@ -1,8 +1,8 @@
 """The numbers of a case: what every system takes on held-out iterations, and what placement adds update by update."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from hiermoe.advice.case import Case
 from hiermoe.advice.held_out import HeldOut, HeldOutLayers, count_held_out
 from hiermoe.advice.systems import BASELINE, Candidate
+from hiermoe.advice.with_copies import Progress, assess_copies
 from hiermoe.analysis.statistics import Estimate, ratio_of_sums
 from hiermoe.measure.predict import simulate
 from hiermoe.measure.workload import CachedRouting, Workload
@@ -20,8 +21,6 @@ from hiermoe.routing.step import RoutingStep
 from hiermoe.topology.placement import Placement
 
 FEWEST_FOR_INTERVALS = 8  # held-out iterations; a bootstrap of fewer says little
-
-Progress = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,7 @@ class Assessment:
         left_out: label of each system that does not apply, and why.
         collapsed: how routing has collapsed (see `hiermoe.routing.collapse`); None where it has not.
         layers: of the whole model, the same for each layer; empty for one layer.
+        copies: systems with copies of experts beside some without (see `assess_copies`); empty where not asked for.
     """
 
     case: Case
@@ -73,6 +73,7 @@ class Assessment:
     left_out: tuple[tuple[str, str], ...]
     collapsed: str | None
     layers: tuple["Assessment", ...] = ()
+    copies: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def flat(self) -> Assessed:
@@ -106,6 +107,7 @@ def assess(
     systems: Sequence[Candidate],
     left_out: Sequence[tuple[str, str]] = (),
     progress: Progress = lambda label, iteration: None,
+    with_copies: Sequence[Candidate] = (),
 ) -> Assessment:
     """Let every policy decide on the first iterations, and price every system on the others.
 
@@ -114,6 +116,7 @@ def assess(
         systems: the flat AlltoAll first.
         left_out: of systems that do not apply, to be told.
         progress: called with a label and the number of an iteration that is done.
+        with_copies: systems of the table of copies.
     """
     assert systems[0].name == BASELINE
     schedule, held_out = case.schedules
@@ -143,7 +146,10 @@ def assess(
     chosen = [case.judging.step(i).expert_ids_NK.flatten() for i in held_out]
     collapsed = collapse(torch.bincount(torch.cat(chosen), minlength=case.sizes.num_experts).numpy())
     levels = _levels(case, held_out)
-    return Assessment(case, tuple(assessed), levels, len(schedule), len(held_out), tuple(left_out), collapsed)
+    copies = assess_copies(case, with_copies, progress)
+    return Assessment(
+        case, tuple(assessed), levels, len(schedule), len(held_out), tuple(left_out), collapsed, copies=copies
+    )
 
 
 def _after_updates(
