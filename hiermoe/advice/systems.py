@@ -58,7 +58,7 @@ def candidates_with_copies(cluster: Cluster, names: Sequence[str] | None = None)
         names: only these; None for all of conf/system/. Those that make no copies, or do not apply, are left out.
 
     Returns:
-        None where nothing makes copies.
+        The systems; none at all where nothing makes copies.
 
     Raises:
         ValueError: an unknown name, or a file that breaks a rule.
