@@ -87,6 +87,16 @@ def test_balance_can_win_where_net_time_alone_does_not(cells: dict[str, list[Cel
     assert table["system"].tolist() == ["ultraep"] and table["net_label"].tolist() == ["Megatron-LM"]
 
 
+def test_moves_of_experts_may_change_who_wins(cells: dict[str, list[Cell]], small_store: RunStore) -> None:
+    def change(system: str, rows: pd.DataFrame) -> None:
+        rows["net_ms"] = {"hiermoe": 40.0, "hd_moe": 45.0}.get(system, 90.0)
+        rows["migration_link_ms"] = 7.0 if system == "hiermoe" else 0.0
+
+    table = arena_winners.table(arena(cells, "arena", small_store, change), [])
+    assert table["system"].tolist() == ["hiermoe"] and table["moving_label"].tolist() == ["HD-MoE"]
+    assert "at the link's rate: HD-MoE 1." in arena_winners.words(table).text[2]
+
+
 def test_cell_with_a_missing_run_has_no_winner(cells: dict[str, list[Cell]], small_store: RunStore) -> None:
     results = arena(cells, "arena", small_store, net({}))
     run = next(run for run in results.runs["arena"] if run.system == "eplb")

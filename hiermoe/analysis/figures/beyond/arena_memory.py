@@ -56,7 +56,7 @@ def _panel(panel: Axes, rows: pd.DataFrame, marks: dict[str, tuple[str, str]]) -
         tone, marker = marks[row["system"]]
         look = {"markeredgecolor": style.INK if row["front"] else tone, "markeredgewidth": 1.3}
         panel.plot(row["slots_gb"], row["net_ms"], marker, color=tone, markersize=9, zorder=4, **look)
-    named = "\n".join(["no less of both than", *(f"– {label}" for label in front["label"])])
+    named = "\n".join(["on the front:", *front["label"]])
     panel.text(0.98, 0.97, named, transform=panel.transAxes, ha="right", va="top", fontsize=10, zorder=6)
     panel.set_xscale("symlog", linthresh=LINEAR_BELOW_GB, linscale=0.5)
     panel.set_xlim(-0.03, max(float(rows["slots_gb"].max()) * 1.6, 1.0))
