@@ -22,13 +22,17 @@ def sweeps_over_places() -> dict[str, list[Cell]]:
     """
     read = _published_systems()
     found = {}
-    for routings in ROUTINGS:
-        for sweep in (*JUDGED, *BESIDE):
-            cells = [one for one in expand(sweep, routings) if _is_here(one.config)]
-            if sweep in JUDGED:
-                cells = [one for one in cells if one.config.system.name in read or one.config.system.entrant]
-            found[over(sweep, routings)] = cells
+    for name, (sweep, routings) in names_over_places().items():
+        cells = [one for one in expand(sweep, routings) if _is_here(one.config)]
+        if sweep in JUDGED:
+            cells = [one for one in cells if one.config.system.name in read or one.config.system.entrant]
+        found[name] = cells
     return found
+
+
+def names_over_places() -> dict[str, tuple[str, str]]:
+    """The name that :func:`over` gives each, with the sweep and the routings it is of."""
+    return {over(sweep, routings): (sweep, routings) for routings in ROUTINGS for sweep in (*JUDGED, *BESIDE)}
 
 
 def _published_systems() -> set[str]:
