@@ -4,7 +4,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from hiermoe.model import ModelConfig
+from hiermoe.model import AS_THE_MODEL, ModelConfig, WireConfig
 from hiermoe.records.groups import files_of
 from hiermoe.records.strict import Strict
 from hiermoe.routing.routing_config import RoutingConfig
@@ -28,6 +28,7 @@ class AdviceConfig(Strict):
     hidden_size: int | None = Field(default=None, ge=1)
     moe_ffn_hidden_size: int | None = Field(default=None, ge=1)
     element_bytes: int | None = Field(default=None, ge=1)
+    wire: WireConfig = AS_THE_MODEL
     tokens_per_rank: int = Field(ge=1)
     ep_size: int | None = Field(default=None, ge=1)
     across: bool = False

@@ -82,7 +82,12 @@ def resolve(config: AdviceConfig) -> Question:
             cluster=cluster,
             model_words=f"{_whose_sizes(config, model)}: M = {hidden}, expert FFN {ffn}",
             sizes=LayerSizes(
-                opened.num_experts, opened.topk, hidden, element_bytes, expert_parameters=3 * hidden * ffn
+                opened.num_experts,
+                opened.topk,
+                hidden,
+                element_bytes,
+                expert_parameters=3 * hidden * ffn,
+                wire=config.wire,
             ),
             tokens_per_rank=config.tokens_per_rank,
             iterations=config.iterations or min(max(iterations, FEWEST_ITERATIONS), MOST_ITERATIONS),

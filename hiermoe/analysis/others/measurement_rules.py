@@ -31,12 +31,12 @@ class SystemOf(Strict):
     Attributes:
         across: several nodes.
         inside: one node, or one NVLink domain.
-        index_bytes: that a dispatched row carries for each of a token's K choices.
+        choice_bytes: as a run's `wire.choice_bytes`.
     """
 
     across: str
     inside: str
-    index_bytes: NonNegativeInt = 0
+    choice_bytes: NonNegativeInt = 0
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -125,8 +125,6 @@ class MeasurementRules(Strict):
         targets: of ratio rows.
         far_off: factor from which on a fabric's median needs a cause.
         overlap: of the stages of a system that sends in chunks (:class:`hiermoe.topology.cluster.Cluster`).
-        scale_bytes: of one scale of FP8 rows.
-        scaled_values: that one scale is for.
         systems: by published name.
         rows: what rows are.
         start_up: a second look at some of them.
@@ -137,8 +135,6 @@ class MeasurementRules(Strict):
     targets: Targets
     far_off: PositiveFloat
     overlap: float = Field(ge=0, le=1)
-    scale_bytes: NonNegativeInt
-    scaled_values: PositiveInt
     systems: dict[str, SystemOf]
     rows: tuple[RowRule, ...]
     start_up: StartUpRule
