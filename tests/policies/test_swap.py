@@ -172,7 +172,7 @@ def test_best_swap_is_a_smallest_one(case: Case, seed: int) -> None:
         for maximum in (MaxFunction("plain"), MaxFunction("smooth", 10.0), MaxFunction("logsumexp", 10.0)):
             times = {
                 pair: reference.modelled_ms(
-                    counts, case.hierarchy.groups, cluster, RowBytes.alike(4096), dimension, maximum.kind, maximum.gamma
+                    counts, case.hierarchy.groups, cluster, 4096, dimension, maximum.kind, maximum.gamma
                 )
                 for pair, counts in expected.items()
             }
@@ -227,7 +227,7 @@ def test_lowest_pair_wins_a_tie_that_rounding_breaks() -> None:
         step = RoutingStep(ids_NK, torch.zeros(len(ids_NK), dtype=torch.int64), 8, num_experts)
         case, cluster = Case(hierarchy, Placement.identity(num_experts), step), random_cluster(hierarchy, seed)
         times = {
-            pair: reference.modelled_ms(counts, hierarchy.groups, cluster, RowBytes.alike(1024), 1, "smooth", 10.0)
+            pair: reference.modelled_ms(counts, hierarchy.groups, cluster, 1024, 1, "smooth", 10.0)
             for pair, counts in recounted(case).items()
         }
         tied = [pair for pair, time in times.items() if time <= min(times.values()) * (1 + 1e-13)]
@@ -359,7 +359,7 @@ def test_following_best_swaps_lowers_the_recounted_time_each_time() -> None:
     def recount(placement: Placement) -> float:
         world = reference.machine(hierarchy, placement)
         counts = [reference.distinct_tokens(world, tokens, level) for level in (1, 2, 3)]
-        return reference.modelled_ms(counts, hierarchy.groups, cluster, RowBytes.alike(4096), 3, "smooth", 10.0)
+        return reference.modelled_ms(counts, hierarchy.groups, cluster, 4096, 3, "smooth", 10.0)
 
     steps = 0
     while True:
