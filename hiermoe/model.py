@@ -87,6 +87,10 @@ class GroupedQueryAttention(Strict):
             raise ValueError(f"num_heads={self.num_heads} is not divisible by num_query_groups={self.num_query_groups}")
         return self
 
+    def parameters(self, hidden_size: int) -> int:
+        """Weights of one layer: of queries and the output, of keys and values."""
+        return 2 * hidden_size * (self.num_heads + self.num_query_groups) * self.head_dim
+
 
 class LatentAttention(Strict):
     """Multi-head latent attention (MLA) of DeepSeek; `qk_norm` normalises what is compressed.
@@ -102,6 +106,15 @@ class LatentAttention(Strict):
     qk_pos_emb_head_dim: PositiveInt
     v_head_dim: PositiveInt
     qk_norm: bool
+
+    def parameters(self, hidden_size: int) -> int:
+        """Weights of one layer: of queries, of what keys and values are compressed to and made of, of the output."""
+        query_dim = self.num_heads * (self.qk_head_dim + self.qk_pos_emb_head_dim)
+        rank = self.q_lora_rank
+        queries = hidden_size * query_dim if rank is None else rank * (hidden_size + query_dim)
+        compressed = hidden_size * (self.kv_lora_rank + self.qk_pos_emb_head_dim)
+        made = self.kv_lora_rank * self.num_heads * (self.qk_head_dim + self.v_head_dim)
+        return queries + compressed + made + hidden_size * self.num_heads * self.v_head_dim
 
 
 @dataclass(frozen=True)
@@ -310,6 +323,21 @@ class ModelConfig(Strict):
     def expert_parameters(self) -> int:
         """Weights of one routed expert: gate, up and down projection."""
         return 3 * self.hidden_size * self.moe_ffn_hidden_size
+
+    @property
+    def dense_parameters(self) -> int:
+        """Weights that a token meets beside its routed experts, all layers and the output: for each layer with experts.
+
+        Only where nothing is :attr:`lacking`.
+        """
+        assert self.attention is not None
+        attention = self.attention.parameters(self.hidden_size) * self.num_layers
+        dense = 3 * self.hidden_size * self.ffn_hidden_size * self.num_dense_layers
+        beside = (
+            self.num_shared_experts * self.expert_parameters + self.num_experts * self.hidden_size
+        )  # and the router
+        total = attention + dense + beside * self.num_moe_layers + self.hidden_size * self.vocab_size
+        return total // self.num_moe_layers
 
     @property
     def usable_experts(self) -> int:

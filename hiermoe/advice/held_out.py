@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hiermoe.advice.case import Case
+from hiermoe.analysis.whole_step import Compute
 from hiermoe.model import RowBytes
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP, time_of_alltoall, times_of_stages
 from hiermoe.planner.counts import separating_level
@@ -30,12 +31,24 @@ class HeldOut:
         busiest_rows: for each scheme, int64 [iteration, stage]: at the busiest GPU.
         crossing_rows: for each, int64 [iteration, D]: that leave their group of the level, but not one further out; of
             one AlltoAll, all GPUs together.
+        expert_rows: int64 [iteration]: token-expert pairs at the busiest GPU, before a scheme drops any.
     """
 
     schemes: tuple[DispatchScheme, ...]
     row_bytes: RowBytes
     busiest_rows: tuple[np.ndarray, ...]
     crossing_rows: tuple[np.ndarray, ...]
+    expert_rows: np.ndarray
+
+    def compute_ms(self, compute: Compute, tokens: float, share_of_bytes: float = 1.0) -> np.ndarray:
+        """Computation of a step and layer: float64 [iteration].
+
+        Args:
+            compute: what a GPU computes with.
+            tokens: of a GPU.
+            share_of_bytes: as if there were only so many of them.
+        """
+        return compute.layer_ms(share_of_bytes * tokens, share_of_bytes * self.expert_rows)
 
     def stage_ms(self, cluster: Cluster, share_of_bytes: float = 1.0) -> list[np.ndarray]:
         """Time of every stage of every scheme in the four AlltoAlls of a step: float64 [iteration, stage] each.
@@ -99,6 +112,10 @@ class HeldOutLayers:
 
     layers: tuple["HeldOut | HeldOutLayers", ...]
 
+    def compute_ms(self, compute: Compute, tokens: float, share_of_bytes: float = 1.0) -> np.ndarray:
+        """Computation of all layers in a step: float64 [iteration]."""
+        return np.sum([layer.compute_ms(compute, tokens, share_of_bytes) for layer in self.layers], axis=0)
+
     def step_ms(self, cluster: Cluster, share_of_bytes: float = 1.0) -> np.ndarray:
         """Time of the AlltoAlls of all layers in a step, each under its cheapest scheme: float64 [iteration]."""
         return np.sum([layer.step_ms(cluster, share_of_bytes) for layer in self.layers], axis=0)
@@ -141,7 +158,8 @@ def count_held_out(
         traffic = [exact_traffic(scheme, counts, hierarchy) for counts in steps]
         busiest.append(torch.stack([x.busiest_rows() for x in traffic]).numpy())
         crossing.append(torch.stack([crossing_rows(x.rows_SGG, hierarchy) for x in traffic]).numpy())
-    return HeldOut(schemes, case.sizes.sent, tuple(busiest), tuple(crossing))
+    expert_rows = np.array([int(counts.pairs_GG.sum(0).max()) for counts in steps])
+    return HeldOut(schemes, case.sizes.sent, tuple(busiest), tuple(crossing), expert_rows)
 
 
 def crossing_rows(rows_SGG: Tensor, hierarchy: Hierarchy) -> Tensor:
