@@ -11,7 +11,7 @@ from hiermoe.advice.assessment import Assessed, Assessment
 from hiermoe.advice.case import Case
 from hiermoe.advice.inputs import resolve
 from hiermoe.analysis.whole_step import Compute, step_speedup, whole_step_ms
-from hiermoe.model import ModelConfig
+from hiermoe.model import LatentAttention, ModelConfig
 from tests.advice.conftest import ITERATIONS, TOKENS, config_of
 
 DENSE, TFLOPS = 20_000_000, 5.0
@@ -93,6 +93,19 @@ def test_weights_beside_experts_add_up_to_what_models_are_known_for(name: str, a
     experts = model.topk * model.expert_parameters * model.num_moe_layers
     embedding = model.vocab_size * model.hidden_size
     assert model.dense_parameters * model.num_moe_layers + experts + embedding == pytest.approx(active, rel=0.03)
+
+
+def test_weights_beside_experts_by_hand() -> None:
+    """One dense layer and two with experts, two heads of 4 for one group, one shared expert, a router."""
+    sizes = {"num_layers": 3, "num_dense_layers": 1, "hidden_size": 8, "ffn_hidden_size": 32, "vocab_size": 10}
+    attention = {"kind": "gqa", "num_heads": 2, "num_query_groups": 1, "head_dim": 4, "qk_norm": False}
+    experts = {"moe_ffn_hidden_size": 16, "num_experts": 4, "topk": 2, "num_shared_experts": 1}
+    model = ModelConfig.model_validate({"name": "hand", **sizes, **experts, "attention": attention})
+    attended = 3 * (8 * 8 + 2 * 8 * 4 + 8 * 8)  # queries, keys and values, output
+    assert model.dense_parameters == (attended + 3 * 8 * 32 + 2 * (3 * 8 * 16 + 4 * 8) + 8 * 10) // 2
+    latent = {"kind": "mla", "num_heads": 2, "q_lora_rank": 3, "kv_lora_rank": 5, "qk_head_dim": 4, "v_head_dim": 6}
+    multi = LatentAttention.model_validate({**latent, "qk_pos_emb_head_dim": 2, "qk_norm": True})
+    assert multi.parameters(8) == 8 * 3 + 3 * 2 * 6 + 8 * (5 + 2) + 5 * 2 * (4 + 6) + 2 * 6 * 8
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,13 @@ class Cause(Strict):
     evidence: str
 
 
+class OwnEntries(Strict):
+    """What rows of the user's own are: as in the file, patterns of ids and, where they are new, published systems."""
+
+    rows: tuple[RowRule, ...]
+    systems: dict[str, SystemOf] = Field(default_factory=dict)
+
+
 class MeasurementRules(Strict):
     """The file.
 
@@ -149,12 +156,24 @@ class MeasurementRules(Strict):
         """
         found = [rule for rule in self.rows if re.fullmatch(rule.ids, row.id)]
         if len(found) != 1:
-            raise ValueError(f"id={row.id}: {len(found)} entries of reports/measurements.yaml are of it, not one")
+            raise ValueError(
+                f"id={row.id}: {len(found)} entries of reports/measurements.yaml (or --entries) are of it, not one"
+            )
         if found[0].reason is None:
             for system in filter(None, (row.system, found[0].baseline_system)):
                 if system not in self.systems:
                     raise unknown("system", system, self.systems)
         return found[0]
+
+    def beside(self, own: OwnEntries) -> Self:
+        """With entries of the user's own.
+
+        Raises:
+            ValueError: a system of that name is there already.
+        """
+        if both := self.systems.keys() & own.systems.keys():
+            raise ValueError(f"systems.{min(both)} is one of reports/measurements.yaml; choose another name")
+        return self.model_copy(update={"rows": (*self.rows, *own.rows), "systems": {**self.systems, **own.systems}})
 
     def divided(self, row: Measurement) -> str:
         """Id of the row whose time is divided by a row's; empty where there is none."""

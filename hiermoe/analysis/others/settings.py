@@ -108,9 +108,7 @@ def _request(row: Measurement, rule: RowRule) -> tuple[RoutingOf, RoutingRequest
     sizes = {"num_experts": row.num_experts, "topk": row.topk, "tokens_per_gpu": row.tokens_per_gpu}
     for name, value in {**sizes, "hidden": row.hidden}.items():
         if value is None:
-            raise ValueError(
-                f"id={row.id}: {name} is not stated, so the row needs a reason in reports/measurements.yaml"
-            )
+            raise ValueError(f"id={row.id}: {name} is not stated, so the row's entry needs a reason")
     assert row.num_experts and row.topk and row.tokens_per_gpu
     routing = rule.routing
     limit = re.match(r"(\d+) of (\d+)", row.group_limit or "")
