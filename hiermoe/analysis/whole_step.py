@@ -6,7 +6,7 @@ a profile of what a GPU computes with.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,6 @@ import pandas as pd
 from hiermoe.policies.copies import PASSES_PER_STEP
 from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, WEIGHT_BYTES_PER_PARAMETER
 
-Time = TypeVar("Time", float, np.ndarray)
 PUBLISHED_SHARES = (0.30, 0.60)  # of AlltoAll in a training step, before any of it is saved (paper, Sec. I)
 
 
@@ -51,11 +50,11 @@ class Compute:
         return dense_ms + expert_rows * (operations * self.expert_parameters / self.expert_tflops)
 
 
-def whole_step_ms(compute_ms: Time, communication_ms: Time, hidden: float = 0.0) -> Time:
+def whole_step_ms(compute_ms: Any, communication_ms: Any, hidden: float = 0.0) -> Any:
     """Time of a step: its computation, and what of its communication no computation hides.
 
     Args:
-        compute_ms: of the busiest GPU.
+        compute_ms: of the busiest GPU: a number or an array, as the communication and the result.
         communication_ms: AlltoAlls; what moves experts too, where it makes the step wait.
         hidden: share of the communication that passes beside computation, as far as there is so much of that.
     """

@@ -46,7 +46,7 @@ def five_tokens() -> RoutingCounts:
 def test_price_of_every_scheme_by_hand() -> None:
     cluster, counts = two_nodes(), five_tokens()
 
-    def stages(scheme: DispatchScheme) -> list[tuple[int, object]]:
+    def stages(scheme: DispatchScheme) -> list[tuple[float, object]]:
         priced = price(scheme, counts, cluster, RowBytes.alike(ROW_BYTES))
         dispatch = priced.calls["dispatch"]
         assert priced.alltoall_ms == pytest.approx(sum(dispatch.stage_ms))

@@ -38,14 +38,7 @@ class OwnHeld:
             shipped_rows: how many.
             shipped_factor: median of their factors; NaN where there is none.
         """
-        alike = [
-            [
-                x.factor
-                for x in self.shipped.predicted
-                if (x.kind, x.fabric, x.reach) == (one.kind, one.fabric, one.reach)
-            ]
-            for one in self.predicted
-        ]
+        alike = [[x.factor for x in self.shipped.predicted if _place(x) == _place(one)] for one in self.predicted]
         medians = [float(np.median(factors)) if factors else np.nan for factors in alike]
         return to_table(self.predicted).assign(shipped_rows=[len(some) for some in alike], shipped_factor=medians)
 
