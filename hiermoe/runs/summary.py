@@ -94,7 +94,7 @@ def _predicted(records: pd.DataFrame, title: str) -> Table:
     calls = counted[counted["phase"].isin(CALLS)]
     for (call, stage), rows in calls.groupby(["phase", "stage"], sort=False):
         of_one = f"{rows['predicted_ms'].mean():.2f} ms, {rows['bytes'].mean() / 1e6:.1f} MB"
-        which = "one AlltoAll" if calls["phase"].nunique() == 1 else call
+        which = "one AlltoAll" if (calls["phase"] == "dispatch").all() else call
         table.add_row(f"stage {stage}, of {which}", of_one)
     for level, rows in counted[counted["phase"] == "routing"].groupby("stage", sort=False):
         table.add_row(f"duplication per {level}", f"{1 - rows['rows'].sum() / rows['pairs'].sum():.1%}")
