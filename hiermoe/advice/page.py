@@ -9,7 +9,7 @@ import matplotlib as mpl
 from hiermoe.advice import figures, figures_of_change, phrases, recommendation
 from hiermoe.advice.answer_tables import Answer, exchange_words
 from hiermoe.advice.case import Question
-from hiermoe.analysis.expert_time import TFLOPS
+from hiermoe.advice.with_copies import expert_tflops
 from hiermoe.analysis.figures.spec import DPI
 from hiermoe.analysis.figures.style import SETTINGS
 from hiermoe.analysis.render import environment, to_html
@@ -72,7 +72,7 @@ def write_page(answer: Answer, folder: Path, question: Question) -> Path:
         exchange_words=exchange_words,
         isfinite=math.isfinite,
         rules=recommendation,
-        expert_tflops=TFLOPS,
+        expert_tflops=expert_tflops(case),
         command=" ".join(["hiermoe", "advise", *sys.argv[1:]]),
         made=made,
         placed=placed,

@@ -7,7 +7,7 @@ import pandas as pd
 
 from hiermoe.advice.case import Case
 from hiermoe.advice.systems import Candidate
-from hiermoe.analysis.expert_time import expert_ms
+from hiermoe.analysis.expert_time import TFLOPS, expert_ms
 from hiermoe.measure.predict import simulate
 from hiermoe.measure.workload import CachedRouting, Workload
 from hiermoe.routing.step import RoutingStep
@@ -29,6 +29,11 @@ class _SeenThenJudged:
         return self.case.judging.step(judged[iteration - len(seen)])
 
 
+def expert_tflops(case: Case) -> float:
+    """10^12 operations a second of a GPU on experts: as stated (``compute.``), else what the arena assumes."""
+    return TFLOPS if case.compute is None else case.compute.expert_tflops
+
+
 def assess_copies(case: Case, systems: Sequence[Candidate], progress: Progress) -> pd.DataFrame:
     """Walk through a case with each system, which goes on to decide in the iterations that count: copies are of a step.
 
@@ -45,7 +50,7 @@ def assess_copies(case: Case, systems: Sequence[Candidate], progress: Progress) 
         copies: whether it makes any.
         alltoall_ms: of the four AlltoAlls of a step.
         net_ms: with weights and gradients of copies, at the link's rate, as if nothing hid them.
-        expert_ms: of the busiest GPU, at the rate of `hiermoe.analysis.expert_time`.
+        expert_ms: of the busiest GPU, at `expert_tflops`.
         layer_ms: net_ms and expert_ms.
         imbalance: expert rows of the busiest GPU over the mean.
         layer_gb: memory of one layer's copies at a GPU.
@@ -68,7 +73,7 @@ def assess_copies(case: Case, systems: Sequence[Candidate], progress: Progress) 
         )
         run = simulate(workload, lambda iteration, label=label: progress(label, iteration))
         steps = run[(run["phase"] == "step") & (run["iteration"] >= len(seen))]
-        experts_ms = float(expert_ms(steps["expert_rows_max"], sizes.expert_parameters).mean())
+        experts_ms = float(expert_ms(steps["expert_rows_max"], sizes.expert_parameters, expert_tflops(case)).mean())
         net_ms, layer_gb = float(steps["net_ms"].mean()), float(steps["slots_gb"].max())
         layers = 1 if terms is None or terms.shared_buffers else case.sizes.num_layers or float("nan")
         rows.append(

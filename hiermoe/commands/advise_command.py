@@ -20,7 +20,7 @@ from hiermoe.advice.inputs import resolve
 from hiermoe.advice.page import write_page
 from hiermoe.advice.systems import candidates, candidates_with_copies
 from hiermoe.advice.whole_model import assess_layers
-from hiermoe.analysis.expert_time import TFLOPS
+from hiermoe.advice.with_copies import expert_tflops
 from hiermoe.analysis.report import small_copy
 
 
@@ -108,6 +108,6 @@ def _table_of_copies(answer: Answer) -> Table:
         table.add_row(str(row["label"]), *times, *(memory if row["copies"] else ("", "")))
     table.caption = (
         f"Of {answer.of_what}. Net: AlltoAlls, weights and gradients of copies; with the busiest GPU's experts at "
-        f"{TFLOPS:g} TFLOP/s. GB at a GPU; slots that layers share count once."
+        f"{expert_tflops(answer.assessment.case):g} TFLOP/s. GB at a GPU; slots that layers share count once."
     )
     return table

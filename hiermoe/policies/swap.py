@@ -16,6 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from hiermoe.model import RowBytes
 from hiermoe.planner.cost import time_by_groups
 from hiermoe.planner.counts import separating_level, sort_choices
 from hiermoe.planner.maxima import MaxFunction
@@ -305,7 +306,7 @@ class SwapTimes:
 
 
 def swap_times(
-    stats: SwapStatistics, scheme: DispatchScheme, cluster: Cluster, row_bytes: float, max_function: MaxFunction
+    stats: SwapStatistics, scheme: DispatchScheme, cluster: Cluster, row_bytes: RowBytes, max_function: MaxFunction
 ) -> SwapTimes:
     """Q: modelled time of one AlltoAll after the exchange of every two slots.
 
@@ -315,7 +316,7 @@ def swap_times(
         stats: summed over all ranks.
         scheme: HDd, d as the step chose it.
         cluster: hierarchy, alpha and beta.
-        row_bytes: M * v.
+        row_bytes: in each AlltoAll of a step.
         max_function: smooths the maximum over groups.
 
     Raises:
@@ -338,7 +339,7 @@ def swap_times(
 
 
 def time_of_groups(
-    needed: Sequence[Tensor], scheme: DispatchScheme, cluster: Cluster, row_bytes: float, max_function: MaxFunction
+    needed: Sequence[Tensor], scheme: DispatchScheme, cluster: Cluster, row_bytes: RowBytes, max_function: MaxFunction
 ) -> float:
     """Modelled time of one AlltoAll, in ms.
 
@@ -346,7 +347,7 @@ def time_of_groups(
         needed: int [U] for levels 1..D, tokens that need each group.
         scheme: HDd.
         cluster: hierarchy, alpha and beta.
-        row_bytes: M * v.
+        row_bytes: in each AlltoAll of a step.
         max_function: over groups.
 
     Raises:

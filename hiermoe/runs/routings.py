@@ -17,23 +17,29 @@ BEYOND = ("arena",)
 ROUTINGS = (RECORDED, REAL_MODELS)
 
 
-def sweeps_over_places(beyond: bool = True) -> dict[str, list[Cell]]:
+def sweeps_over_places() -> dict[str, list[Cell]]:
     """Runs by the name that :func:`over` gives the sweep; none where their routing is not here.
 
     Where claims are judged, those of entrants and of the systems that claims name: nobody reads a variant's places.
+    """
+    read = _published_systems()
+    found = {}
+    for name, (sweep, routings) in names_over_places().items():
+        cells = [one for one in expand(sweep, routings) if _is_here(one.config)]
+        if sweep in JUDGED:
+            cells = [one for one in cells if one.config.system.name in read or one.config.system.entrant]
+        found[name] = cells
+    return found
+
+
+def names_over_places(beyond: bool = True) -> dict[str, tuple[str, str]]:
+    """The name that :func:`over` gives each, with the sweep and the routings it is of.
 
     Args:
         beyond: whether what lies beyond the paper is among them.
     """
-    read = _published_systems()
-    found = {}
-    for routings in ROUTINGS:
-        for sweep in (*JUDGED, *BESIDE, *(BEYOND if beyond else ())):
-            cells = [one for one in expand(sweep, routings) if _is_here(one.config)]
-            if sweep in JUDGED:
-                cells = [one for one in cells if one.config.system.name in read or one.config.system.entrant]
-            found[over(sweep, routings)] = cells
-    return found
+    sweeps = (*JUDGED, *BESIDE, *(BEYOND if beyond else ()))
+    return {over(sweep, routings): (sweep, routings) for routings in ROUTINGS for sweep in sweeps}
 
 
 def _published_systems() -> set[str]:

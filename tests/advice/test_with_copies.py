@@ -11,6 +11,7 @@ from hiermoe.advice.assessment import Assessment, assess
 from hiermoe.advice.case import Case
 from hiermoe.advice.systems import WITHOUT_COPIES, candidates, candidates_with_copies
 from hiermoe.advice.with_copies import assess_copies, summed_copies
+from hiermoe.analysis.whole_step import Compute
 
 LAYERS = 5
 COPYING = ("ultraep", "eplb", "placemoe_unplanned", "moonep")
@@ -97,3 +98,9 @@ def test_nobody_pays_for_copies_without_asking(case: Case, assessment: Assessmen
     systems, left_out = candidates(case.cluster, ["hd2"])
     asked = assess(case, systems, left_out, with_copies=candidates_with_copies(case.cluster, ["ultraep"]))
     assert asked.copies["system"].tolist() == [*WITHOUT_COPIES, "ultraep"]
+
+
+def test_experts_go_at_the_rate_that_is_stated(case: Case, table: pd.DataFrame) -> None:
+    stated = replace(case, compute=Compute(1, 1, 50.0, 25.0, 0.0))
+    slower = assess_copies(stated, candidates_with_copies(case.cluster, ["ultraep"]), silent).set_index("system")
+    assert slower["expert_ms"]["megatron"] == pytest.approx(4 * table["expert_ms"]["megatron"])

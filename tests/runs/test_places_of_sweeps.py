@@ -2,7 +2,7 @@
 
 from hiermoe.records.index import RECORDED, over
 from hiermoe.runs.compose import expand
-from hiermoe.runs.routings import sweeps_over_places
+from hiermoe.runs.routings import names_over_places, sweeps_over_places
 
 
 def test_over_places_come_systems_that_claims_name_and_all_of_what_stands_beside() -> None:
@@ -11,11 +11,11 @@ def test_over_places_come_systems_that_claims_name_and_all_of_what_stands_beside
     assert found[over("fig11", RECORDED)] == named
     assert found[over("fig10", RECORDED)] == named - {"tutel_2dh", "hd_moe"}
     beside = over("structure", RECORDED)
-    assert len(sweeps_over_places(beyond=False)[beside]) == len(expand("structure", RECORDED))
+    assert len(sweeps_over_places()[beside]) == len(expand("structure", RECORDED))
     assert "hiermoe_search" in found[beside]
     arena = over("arena", RECORDED)
     assert found[arena] == {cell.config.system.name for cell in expand("arena")}
-    assert arena not in sweeps_over_places(beyond=False)
+    assert arena not in names_over_places(beyond=False)
 
 
 def test_an_entrant_is_over_places_too(monkeypatch) -> None:
@@ -30,5 +30,5 @@ def test_an_entrant_is_over_places_too(monkeypatch) -> None:
         return cells
 
     monkeypatch.setattr("hiermoe.runs.routings.expand", with_entrant)
-    systems = {cell.config.system.name for cell in sweeps_over_places(beyond=False)[over("fig11", RECORDED)]}
+    systems = {cell.config.system.name for cell in sweeps_over_places()[over("fig11", RECORDED)]}
     assert entrant < systems and "smartmoe" not in systems
