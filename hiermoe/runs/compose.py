@@ -299,8 +299,14 @@ def _laid_on(
         _merge(config, file.content)
     for key, text in changes.items():
         if key not in chosen:
-            _set(config, key, OmegaConf.create(f"value: {text}").value)
+            _set(config, key, _value(text))
     return config
+
+
+@lru_cache(maxsize=4096)
+def _value(text: str) -> Any:
+    """What a text on the command line means."""
+    return OmegaConf.create(f"value: {text}").value
 
 
 def _merge(config: dict[str, Any], content: Mapping[str, Any]) -> None:
