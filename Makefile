@@ -98,5 +98,5 @@ format: setup ## ruff's formatter and fixes
 	@$(BIN)/ruff format .
 
 clean: ## remove runs, reports and caches (not recordings, not the virtual environment)
-	rm -rf results/runs reports/report.html reports/report.md reports/verdicts.csv reports/figures wandb
+	rm -rf results/runs reports/report.html reports/report.md reports/verdicts.csv reports/statements.csv reports/figures wandb
 	rm -rf .cache/hydra .pytest_cache .ruff_cache .hypothesis .benchmarks

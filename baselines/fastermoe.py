@@ -43,7 +43,7 @@ class FasterMoEPolicy(PlacementPolicy):
         """The hottest experts everywhere; None where no broadcast pays."""
         beta_ms = context.cluster.constants(WORLD).beta_ms_per_byte  # 1 / W
         compute_ms = 3 * 2 * context.expert_parameters / (self.tflops * 1e9)
-        token_ms = compute_ms + 4 * context.row_bytes * beta_ms
+        token_ms = compute_ms + 4 * context.row_bytes.mean * beta_ms
         shadow_ms = WEIGHT_BYTES_PER_PARAMETER * context.expert_parameters * beta_ms
         hot = shadows(pairs_GE.sum(0).tolist(), token_ms, shadow_ms, self.spare)
         if not hot:

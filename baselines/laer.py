@@ -90,7 +90,7 @@ class LAERPolicy(PlacementPolicy):
         rows_GR = (pairs_GE[:, expert_at_S] * quota_GS / total_GE[:, expert_at_S]).view(ranks, ranks, -1).sum(-1)
         inside_GR = separating_level(hierarchy) > domain_level(hierarchy)
         rate_GR = torch.where(inside_GR, self.inside_gb_per_s, self.across_gb_per_s).fill_diagonal_(float("inf"))
-        comm_ms = float((rows_GR * context.row_bytes / (rate_GR * 1e6)).sum())
+        comm_ms = float((rows_GR * context.row_bytes.mean / (rate_GR * 1e6)).sum())
         compute_ms = float(rows_GR.sum(0).max()) * 2 * context.expert_parameters / (self.tflops * 1e9)
         return 4 * comm_ms + 3 * compute_ms
 

@@ -1,8 +1,10 @@
 """What a mixture-of-experts model is: the schema of conf/model/*.yaml. Pure: imports neither torch nor megatron."""
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -10,6 +12,11 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from hiermoe.records.groups import read_named
 from hiermoe.records.project import shown
 from hiermoe.records.strict import Strict, checked
+
+T = TypeVar("T")
+Format = Literal["bf16", "fp8_with_scales"]
+VALUE_BYTES: dict[Format, int] = {"bf16": 2, "fp8_with_scales": 1}
+SCALE_BYTES, SCALED_VALUES = 4, 128  # FP8 rows: an fp32 scale for so many values (DeepEP; DeepSeek-V3, Sec. 3.3.2)
 
 
 class RouterConfig(Strict):
@@ -80,6 +87,10 @@ class GroupedQueryAttention(Strict):
             raise ValueError(f"num_heads={self.num_heads} is not divisible by num_query_groups={self.num_query_groups}")
         return self
 
+    def parameters(self, hidden_size: int) -> int:
+        """Weights of one layer: of queries and the output, of keys and values."""
+        return 2 * hidden_size * (self.num_heads + self.num_query_groups) * self.head_dim
+
 
 class LatentAttention(Strict):
     """Multi-head latent attention (MLA) of DeepSeek; `qk_norm` normalises what is compressed.
@@ -96,6 +107,105 @@ class LatentAttention(Strict):
     v_head_dim: PositiveInt
     qk_norm: bool
 
+    def parameters(self, hidden_size: int) -> int:
+        """Weights of one layer: of queries, of what keys and values are compressed to and made of, of the output."""
+        query_dim = self.num_heads * (self.qk_head_dim + self.qk_pos_emb_head_dim)
+        rank = self.q_lora_rank
+        queries = hidden_size * query_dim if rank is None else rank * (hidden_size + query_dim)
+        compressed = hidden_size * (self.kv_lora_rank + self.qk_pos_emb_head_dim)
+        made = self.kv_lora_rank * self.num_heads * (self.qk_head_dim + self.v_head_dim)
+        return queries + compressed + made + hidden_size * self.num_heads * self.v_head_dim
+
+
+@dataclass(frozen=True)
+class RowBytes:
+    """Bytes of a row in each of the four AlltoAlls of a step. The paper's are all M * v.
+
+    Attributes:
+        dispatch: tokens, to their experts.
+        combine: results, back.
+        combine_backward: gradients of results, to the experts.
+        dispatch_backward: gradients of tokens, back.
+    """
+
+    dispatch: float
+    combine: float
+    combine_backward: float
+    dispatch_backward: float
+
+    @classmethod
+    def alike(cls, row_bytes: float) -> "RowBytes":
+        """The same in all four."""
+        return cls(row_bytes, row_bytes, row_bytes, row_bytes)
+
+    @property
+    def by_call(self) -> Mapping[str, float]:
+        """By name of the AlltoAll, in their order in a step."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def mean(self) -> float:
+        """Over the four; the very number where they are alike."""
+        return self.averaged(lambda row_bytes: row_bytes)
+
+    def averaged(self, of: Callable[[float], T]) -> T:
+        """Mean over the four AlltoAlls of what rows of that size take: numbers, tensors or arrays."""
+        sizes = Counter(self.by_call.values())
+        if len(sizes) == 1:
+            return of(self.dispatch)
+        return sum(count * of(row_bytes) for row_bytes, count in sizes.items()) / sizes.total()  # type: ignore[operator]
+
+    def times(self, factor: float) -> "RowBytes":
+        """Every row by a factor."""
+        return RowBytes(*(factor * row_bytes for row_bytes in self.by_call.values()))
+
+    def shared(self, parts: int) -> "RowBytes":
+        """A part of every row, in whole bytes, at least one."""
+        return RowBytes(*(max(row_bytes // parts, 1) for row_bytes in self.by_call.values()))
+
+
+class WireConfig(Strict):
+    """How the rows of each AlltoAll of a step are sent, by what moves the tokens.
+
+    Attributes:
+        dispatch: Format of tokens on their way to experts, `bf16` or `fp8_with_scales` (a byte for each value and an
+            fp32 scale for every 128 of them); None: elements as the model has them.
+        combine: Of results on their way back.
+        combine_backward: Of their gradients, which go to the experts.
+        dispatch_backward: Of tokens' gradients, which come back.
+        choice_bytes: Bytes beside them, in a dispatched row, for each of a token's K choices: expert and weight.
+    """
+
+    dispatch: Format | None = None
+    combine: Format | None = None
+    combine_backward: Format | None = None
+    dispatch_backward: Format | None = None
+    choice_bytes: NonNegativeInt = 0
+
+    def row_bytes(self, hidden_size: int, element_bytes: int, topk: int) -> RowBytes:
+        """Of a model's rows.
+
+        Args:
+            hidden_size: M.
+            element_bytes: v, where no format is stated.
+            topk: K.
+        """
+
+        def sent(form: Format | None) -> int:
+            scales = -(-hidden_size // SCALED_VALUES) * SCALE_BYTES if form == "fp8_with_scales" else 0
+            return hidden_size * (element_bytes if form is None else VALUE_BYTES[form]) + scales
+
+        return RowBytes(
+            dispatch=sent(self.dispatch) + topk * self.choice_bytes,
+            combine=sent(self.combine),
+            combine_backward=sent(self.combine_backward),
+            dispatch_backward=sent(self.dispatch_backward),
+        )
+
+
+AS_THE_MODEL = WireConfig()
+"""Elements as the model has them, in all four AlltoAlls, and nothing beside them: the paper's rows."""
+
 
 @dataclass(frozen=True)
 class LayerSizes:
@@ -108,6 +218,7 @@ class LayerSizes:
         element_bytes: v, of one activation element.
         expert_parameters: of one expert.
         num_layers: layers with experts; None where that is not known.
+        wire: how rows are sent.
     """
 
     num_experts: int
@@ -116,11 +227,17 @@ class LayerSizes:
     element_bytes: int
     expert_parameters: int
     num_layers: int | None = None
+    wire: WireConfig = AS_THE_MODEL
 
     @property
     def row_bytes(self) -> int:
-        """M * v."""
+        """M * v: of a row in memory."""
         return self.hidden_size * self.element_bytes
+
+    @property
+    def sent(self) -> RowBytes:
+        """Of a row in each AlltoAll of a step."""
+        return self.wire.row_bytes(self.hidden_size, self.element_bytes, self.topk)
 
 
 class ModelConfig(Strict):
@@ -208,14 +325,29 @@ class ModelConfig(Strict):
         return 3 * self.hidden_size * self.moe_ffn_hidden_size
 
     @property
+    def dense_parameters(self) -> int:
+        """Weights that a token meets beside its routed experts, all layers and the output: for each layer with experts.
+
+        Only where nothing is :attr:`lacking`.
+        """
+        assert self.attention is not None
+        attention = self.attention.parameters(self.hidden_size) * self.num_layers
+        dense = 3 * self.hidden_size * self.ffn_hidden_size * self.num_dense_layers
+        beside = (
+            self.num_shared_experts * self.expert_parameters + self.num_experts * self.hidden_size
+        )  # and the router
+        total = attention + dense + beside * self.num_moe_layers + self.hidden_size * self.vocab_size
+        return total // self.num_moe_layers
+
+    @property
     def usable_experts(self) -> int:
         """Experts that one token can reach under the router's group limit."""
         if self.router.num_groups is None or self.router.group_topk is None:
             return self.num_experts
         return self.num_experts // self.router.num_groups * self.router.group_topk
 
-    def sizes(self, narrowed: int = 1) -> LayerSizes:
-        """Of one layer, rows of tokens and experts smaller by a factor."""
+    def sizes(self, narrowed: int = 1, wire: WireConfig = AS_THE_MODEL) -> LayerSizes:
+        """Of one layer, rows of tokens and experts smaller by a factor, and sent in some way."""
         return LayerSizes(
             num_experts=self.num_experts,
             topk=self.topk,
@@ -223,6 +355,7 @@ class ModelConfig(Strict):
             element_bytes=self.element_bytes,
             expert_parameters=self.expert_parameters // narrowed,
             num_layers=None if self.num_layers is None else self.num_moe_layers,
+            wire=wire,
         )
 
     @property

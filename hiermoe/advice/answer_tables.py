@@ -32,7 +32,7 @@ class Answer:
         """Apply the rules."""
         case = assessment.case
         options = [option(one, case.cluster) for one in assessment.systems]
-        return cls(assessment, recommend(options, constants_of(case.cluster), case.share))
+        return cls(assessment, recommend(options, constants_of(case.cluster), assessment.share(case.cluster)))
 
     @property
     def constants(self) -> Constants:
@@ -94,9 +94,18 @@ class Answer:
 
     def step_now(self, name: str) -> str:
         """Speed-up of the user's step, or over the paper's range of shares."""
-        share = self.assessment.case.share
-        shares = PUBLISHED_SHARES if share is None else (share,)
-        return " to ".join(self.step(name, share) for share in shares) + self.mark
+        own = self.own_step(name)
+        steps = [self.step(name, share) for share in PUBLISHED_SHARES] if own is None else [f"{own:.2f}"]
+        return " to ".join(steps) + self.mark
+
+    @property
+    def share(self) -> float | None:
+        """Of the AlltoAlls in the user's step now, as stated or computed; None where it is not known."""
+        return self.assessment.share(self.assessment.case.cluster)
+
+    def own_step(self, name: str) -> float | None:
+        """Speed-up of the user's step under a system; None where nothing is known of it."""
+        return self.assessment.step_speedup(self.assessment.named(name), self.communication(name))
 
     @property
     def of_what(self) -> str:
@@ -107,7 +116,7 @@ class Answer:
     @property
     def shares(self) -> list[float]:
         """Of AlltoAll in a step, for tables: some round ones and the user's."""
-        own = self.assessment.case.share
+        own = self.share
         return sorted({0.1, 0.2, 0.3, 0.4, 0.5, 0.6} | ({own} if own is not None else set()))
 
     @cached_property
@@ -138,6 +147,12 @@ class Answer:
                 }
             )
         return pd.DataFrame(rows).sort_values("step_ms", kind="stable", ignore_index=True)
+
+    @cached_property
+    def copies(self) -> pd.DataFrame:
+        """Systems with copies of experts beside some without, by rising time; empty where not asked for."""
+        found = self.assessment.copies
+        return found if found.empty else found.sort_values("layer_ms", kind="stable", ignore_index=True)
 
     @cached_property
     def updates(self) -> pd.DataFrame:

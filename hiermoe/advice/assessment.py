@@ -1,8 +1,8 @@
 """The numbers of a case: what every system takes on held-out iterations, and what placement adds update by update."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
@@ -12,16 +12,17 @@ import torch
 from hiermoe.advice.case import Case
 from hiermoe.advice.held_out import HeldOut, HeldOutLayers, count_held_out
 from hiermoe.advice.systems import BASELINE, Candidate
+from hiermoe.advice.with_copies import Progress, assess_copies
 from hiermoe.analysis.statistics import Estimate, ratio_of_sums
+from hiermoe.analysis.whole_step import step_speedup, whole_step_ms
 from hiermoe.measure.predict import simulate
 from hiermoe.measure.workload import CachedRouting, Workload
 from hiermoe.routing.collapse import collapse
 from hiermoe.routing.step import RoutingStep
+from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.placement import Placement
 
 FEWEST_FOR_INTERVALS = 8  # held-out iterations; a bootstrap of fewer says little
-
-Progress = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Assessment:
         left_out: label of each system that does not apply, and why.
         collapsed: how routing has collapsed (see `hiermoe.routing.collapse`); None where it has not.
         layers: of the whole model, the same for each layer; empty for one layer.
+        copies: systems with copies of experts beside some without (see `assess_copies`); empty where not asked for.
     """
 
     case: Case
@@ -73,6 +75,7 @@ class Assessment:
     left_out: tuple[tuple[str, str], ...]
     collapsed: str | None
     layers: tuple["Assessment", ...] = ()
+    copies: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def flat(self) -> Assessed:
@@ -83,6 +86,45 @@ class Assessment:
     def has_intervals(self) -> bool:
         """Whether there are enough held-out iterations for intervals to mean something."""
         return self.num_held_out >= FEWEST_FOR_INTERVALS
+
+    def parts_ms(
+        self, one: Assessed, cluster: Cluster, share_of_bytes: float = 1.0
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Computation and AlltoAlls of a system's held-out steps: float64 [iteration] each; None without a profile."""
+        compute = self.case.compute
+        if compute is None:
+            return None
+        compute_ms = one.held_out.compute_ms(compute, self.case.tokens_per_rank, share_of_bytes)
+        return compute_ms, one.held_out.step_ms(cluster, share_of_bytes)
+
+    def share(self, cluster: Cluster, share_of_bytes: float = 1.0) -> float | None:
+        """Of what is seen of the AlltoAlls in the step under the flat one: as stated or computed; None: neither.
+
+        Args:
+            cluster: constants.
+            share_of_bytes: as if there were only so many tokens.
+        """
+        compute, parts = self.case.compute, self.parts_ms(self.flat, cluster, share_of_bytes)
+        if compute is None or parts is None:
+            return self.case.share
+        return float(1 - parts[0].sum() / whole_step_ms(*parts, compute.hidden).sum())
+
+    def step_speedup(self, one: Assessed, communication: float) -> float | None:
+        """Of the user's whole step under a system; None where neither share nor profile is known.
+
+        With a profile the busiest GPU's computation under the system's placement counts too.
+
+        Args:
+            one: the system.
+            communication: its AlltoAll and migration over the flat AlltoAll.
+        """
+        cluster, compute = self.case.cluster, self.case.compute
+        flat, own = self.parts_ms(self.flat, cluster), self.parts_ms(one, cluster)
+        if compute is None or flat is None or own is None:
+            return None if self.case.share is None else float(step_speedup(self.case.share, communication))
+        migration_ms = communication * flat[1].mean() - own[1].mean()
+        own_ms = whole_step_ms(*own, compute.hidden).mean() + migration_ms
+        return float(whole_step_ms(*flat, compute.hidden).mean() / own_ms)
 
     def named(self, name: str) -> Assessed:
         """The system of this name."""
@@ -106,6 +148,7 @@ def assess(
     systems: Sequence[Candidate],
     left_out: Sequence[tuple[str, str]] = (),
     progress: Progress = lambda label, iteration: None,
+    with_copies: Sequence[Candidate] = (),
 ) -> Assessment:
     """Let every policy decide on the first iterations, and price every system on the others.
 
@@ -114,6 +157,7 @@ def assess(
         systems: the flat AlltoAll first.
         left_out: of systems that do not apply, to be told.
         progress: called with a label and the number of an iteration that is done.
+        with_copies: systems of the table of copies.
     """
     assert systems[0].name == BASELINE
     schedule, held_out = case.schedules
@@ -143,7 +187,10 @@ def assess(
     chosen = [case.judging.step(i).expert_ids_NK.flatten() for i in held_out]
     collapsed = collapse(torch.bincount(torch.cat(chosen), minlength=case.sizes.num_experts).numpy())
     levels = _levels(case, held_out)
-    return Assessment(case, tuple(assessed), levels, len(schedule), len(held_out), tuple(left_out), collapsed)
+    copies = assess_copies(case, with_copies, progress)
+    return Assessment(
+        case, tuple(assessed), levels, len(schedule), len(held_out), tuple(left_out), collapsed, copies=copies
+    )
 
 
 def _after_updates(

@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from hiermoe.analysis.whole_step import Compute
 from hiermoe.measure.workload import CachedRouting
 from hiermoe.model import LayerSizes
 from hiermoe.routing.step import RoutingSource, first_measured, iteration_schedule
@@ -30,7 +31,8 @@ class Case:
         sizes: of the model's layer.
         tokens_per_rank: T.
         iterations: to walk through.
-        share: of the AlltoAlls in the user's step; None where it is not known.
+        share: of the AlltoAlls in the user's step, as stated; None where it is not.
+        compute: what a GPU computes in a step, from which the share follows; None where that is not stated.
         notes: what a reader must know about all this, in sentences.
     """
 
@@ -46,6 +48,7 @@ class Case:
     tokens_per_rank: int
     iterations: int
     share: float | None
+    compute: Compute | None
     notes: tuple[str, ...]
 
     @cached_property

@@ -12,7 +12,7 @@ from scipy.optimize import isotonic_regression
 from hiermoe.advice.answer_tables import Answer, exchange_words
 from hiermoe.advice.systems import BASELINE
 from hiermoe.analysis.figures import style
-from hiermoe.analysis.whole_step import PUBLISHED_SHARES, step_speedup
+from hiermoe.analysis.whole_step import PUBLISHED_SHARES
 
 SLOWEST_SHOWN = 1.6  # times the flat AlltoAll
 FLAT_TONE = "#555555"
@@ -68,9 +68,8 @@ def _step_curves(panel: Axes, answer: Answer) -> None:
     panel.axhline(1, color=answer.color(BASELINE), linewidth=1.2)
     panel.set_xlim(0, percent.iloc[-1])
     end_labels(panel, ends)
-    share = answer.assessment.case.share
-    if share is not None:
-        value = float(step_speedup(share, answer.communication(followed)))
+    share, value = answer.share, answer.own_step(followed)
+    if share is not None and value is not None:
         panel.plot([share * 100] * 2, [panel.get_ylim()[0], value], color=style.INK, linestyle=":", linewidth=1.4)
         panel.plot(share * 100, value, "o", color=style.INK, markersize=8, zorder=6)
         text = f"at {share:.0%}: {value:.2f}×{answer.mark}"

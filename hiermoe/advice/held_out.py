@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hiermoe.advice.case import Case
+from hiermoe.analysis.whole_step import Compute
+from hiermoe.model import RowBytes
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP, time_of_alltoall, times_of_stages
 from hiermoe.planner.counts import separating_level
 from hiermoe.planner.scheme import DispatchScheme
@@ -20,18 +23,32 @@ from hiermoe.topology.placement import Placement
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Bytes of every scheme that a system may choose, under one placement; any constants can price them.
+    """Rows of every scheme that a system may choose, under one placement; any constants can price them.
 
     Attributes:
         schemes: candidates.
-        busiest_bytes: for each, int64 [iteration, stage]: at the busiest GPU.
-        crossing_bytes: for each, int64 [iteration, D]: that leave their group of the level, but not one further out;
-            of one AlltoAll, all GPUs together.
+        row_bytes: in each AlltoAll of a step.
+        busiest_rows: for each scheme, int64 [iteration, stage]: at the busiest GPU.
+        crossing_rows: for each, int64 [iteration, D]: that leave their group of the level, but not one further out; of
+            one AlltoAll, all GPUs together.
+        expert_rows: int64 [iteration]: token-expert pairs at the busiest GPU, before a scheme drops any.
     """
 
     schemes: tuple[DispatchScheme, ...]
-    busiest_bytes: tuple[np.ndarray, ...]
-    crossing_bytes: tuple[np.ndarray, ...]
+    row_bytes: RowBytes
+    busiest_rows: tuple[np.ndarray, ...]
+    crossing_rows: tuple[np.ndarray, ...]
+    expert_rows: np.ndarray
+
+    def compute_ms(self, compute: Compute, tokens: float, share_of_bytes: float = 1.0) -> np.ndarray:
+        """Computation of a step and layer: float64 [iteration].
+
+        Args:
+            compute: what a GPU computes with.
+            tokens: of a GPU.
+            share_of_bytes: as if there were only so many of them.
+        """
+        return compute.layer_ms(share_of_bytes * tokens, share_of_bytes * self.expert_rows)
 
     def stage_ms(self, cluster: Cluster, share_of_bytes: float = 1.0) -> list[np.ndarray]:
         """Time of every stage of every scheme in the four AlltoAlls of a step: float64 [iteration, stage] each.
@@ -42,14 +59,16 @@ class HeldOut:
             cluster: constants, of the hierarchy that was counted on.
             share_of_bytes: price only so many of them, as if there were so many tokens.
         """
-        found = []
-        for scheme, bytes_IS in zip(self.schemes, self.busiest_bytes, strict=True):
-            stage_ms = times_of_stages(scheme, (share_of_bytes * bytes_IS).T, cluster)
+
+        def alltoall_ms(scheme: DispatchScheme, rows_IS: np.ndarray, row_bytes: float) -> np.ndarray:
+            stage_ms = times_of_stages(scheme, (share_of_bytes * (rows_IS * row_bytes)).T, cluster)
             ms_IS = np.stack(stage_ms, axis=1)
             if scheme.chunks > 1:
                 ms_IS *= (time_of_alltoall(scheme, stage_ms, cluster) / ms_IS.sum(1))[:, None]
-            found.append(ALLTOALLS_PER_STEP * ms_IS)
-        return found
+            return ms_IS
+
+        counted = zip(self.schemes, self.busiest_rows, strict=True)
+        return [ALLTOALLS_PER_STEP * self.row_bytes.averaged(partial(alltoall_ms, *one)) for one in counted]
 
     def chosen(self, cluster: Cluster) -> np.ndarray:
         """Position of the cheapest scheme in every iteration (Algorithm 1): int64 [iteration]."""
@@ -78,9 +97,13 @@ class HeldOut:
         return dict(sorted(shares.items(), key=lambda one: -one[1]))
 
     def crossing(self, cluster: Cluster) -> np.ndarray:
-        """Bytes across every level of one AlltoAll, under the cheapest scheme, mean over iterations: float64 [D]."""
+        """Bytes across every level of one AlltoAll, under the cheapest scheme, mean over iterations: float64 [D].
+
+        Of the four AlltoAlls of a step, whose rows may differ, the mean.
+        """
         chosen_I = self.chosen(cluster)
-        return np.stack(self.crossing_bytes)[chosen_I, np.arange(len(chosen_I))].mean(0)
+        rows_ID = np.stack(self.crossing_rows)[chosen_I, np.arange(len(chosen_I))]
+        return (rows_ID * self.row_bytes.mean).mean(0)
 
 
 @dataclass(frozen=True)
@@ -88,6 +111,10 @@ class HeldOutLayers:
     """The same of several layers, one after another in every step."""
 
     layers: tuple["HeldOut | HeldOutLayers", ...]
+
+    def compute_ms(self, compute: Compute, tokens: float, share_of_bytes: float = 1.0) -> np.ndarray:
+        """Computation of all layers in a step: float64 [iteration]."""
+        return np.sum([layer.compute_ms(compute, tokens, share_of_bytes) for layer in self.layers], axis=0)
 
     def step_ms(self, cluster: Cluster, share_of_bytes: float = 1.0) -> np.ndarray:
         """Time of the AlltoAlls of all layers in a step, each under its cheapest scheme: float64 [iteration]."""
@@ -123,15 +150,16 @@ class HeldOutLayers:
 def count_held_out(
     case: Case, schemes: tuple[DispatchScheme, ...], placement: Placement, iterations: Sequence[int]
 ) -> HeldOut:
-    """Exact bytes of some iterations that a case is judged on, under one placement."""
-    hierarchy, row_bytes = case.cluster.hierarchy, case.sizes.row_bytes
+    """Exact rows of some iterations that a case is judged on, under one placement."""
+    hierarchy = case.cluster.hierarchy
     steps = [case.judging.counts(i, placement, hierarchy) for i in iterations]
     busiest, crossing = [], []
     for scheme in schemes:
         traffic = [exact_traffic(scheme, counts, hierarchy) for counts in steps]
-        busiest.append(torch.stack([x.busiest_rows() for x in traffic]).numpy() * row_bytes)
-        crossing.append(torch.stack([crossing_rows(x.rows_SGG, hierarchy) for x in traffic]).numpy() * row_bytes)
-    return HeldOut(schemes, tuple(busiest), tuple(crossing))
+        busiest.append(torch.stack([x.busiest_rows() for x in traffic]).numpy())
+        crossing.append(torch.stack([crossing_rows(x.rows_SGG, hierarchy) for x in traffic]).numpy())
+    expert_rows = np.array([int(counts.pairs_GG.sum(0).max()) for counts in steps])
+    return HeldOut(schemes, case.sizes.sent, tuple(busiest), tuple(crossing), expert_rows)
 
 
 def crossing_rows(rows_SGG: Tensor, hierarchy: Hierarchy) -> Tensor:

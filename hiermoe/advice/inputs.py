@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hiermoe.advice.advice_config import AdviceConfig
+from hiermoe.advice.advice_config import AdviceConfig, ComputeConfig
 from hiermoe.advice.case import Case, Kind, Question
+from hiermoe.analysis.whole_step import Compute
 from hiermoe.model import LayerSizes, ModelConfig
 from hiermoe.policies.system import build
 from hiermoe.records.groups import files_of
@@ -70,6 +71,7 @@ def resolve(config: AdviceConfig) -> Question:
         opened = _recorded(config, files, traces, model, cluster)
     hidden, ffn = _sizes(config, model, opened.words, "hidden_size", "moe_ffn_hidden_size")
     element_bytes = _value(config, model, "element_bytes") or DEFAULT_ELEMENT_BYTES
+    compute = _compute(config.compute, model, 3 * hidden * ffn)
     iterations = WALKED_TOKENS // (cluster.hierarchy.num_ranks * config.tokens_per_rank * len(opened.layers))
     cases = tuple(
         Case(
@@ -82,16 +84,37 @@ def resolve(config: AdviceConfig) -> Question:
             cluster=cluster,
             model_words=f"{_whose_sizes(config, model)}: M = {hidden}, expert FFN {ffn}",
             sizes=LayerSizes(
-                opened.num_experts, opened.topk, hidden, element_bytes, expert_parameters=3 * hidden * ffn
+                opened.num_experts,
+                opened.topk,
+                hidden,
+                element_bytes,
+                expert_parameters=3 * hidden * ffn,
+                wire=config.wire,
             ),
             tokens_per_rank=config.tokens_per_rank,
             iterations=config.iterations or min(max(iterations, FEWEST_ITERATIONS), MOST_ITERATIONS),
             share=config.share,
+            compute=compute,
             notes=(*opened.notes, *_left_aside(config, opened.kind, model, cluster, opened.num_experts)),
         )
         for source, judged_on, layer in zip(opened.sources, opened.judged_on, opened.layers, strict=True)
     )
     return Question(cases, opened.words, tuple(files), model and model.num_layers)
+
+
+def _compute(config: ComputeConfig, model: ModelConfig | None, expert_parameters: int) -> Compute | None:
+    if config.tflops is None or config.mfu is None:
+        return None
+    dense = config.dense_parameters
+    if dense is None:
+        if model is None or model.lacking:
+            whose = (
+                "without a model" if model is None else f"model {model.name} does not say {', '.join(model.lacking)}"
+            )
+            raise ValueError(f"compute.dense_parameters=... is missing, weights beside experts: {whose}")
+        dense = model.dense_parameters
+    dense_tflops, expert_tflops = (config.tflops * mfu for mfu in (config.mfu, config.expert_mfu or config.mfu))
+    return Compute(dense, expert_parameters, dense_tflops, expert_tflops, config.hidden)
 
 
 def _name(config: AdviceConfig, opened: _Opened, model: ModelConfig | None, cluster: Cluster) -> str:

@@ -9,6 +9,7 @@ import matplotlib as mpl
 from hiermoe.advice import figures, figures_of_change, phrases, recommendation
 from hiermoe.advice.answer_tables import Answer, exchange_words
 from hiermoe.advice.case import Question
+from hiermoe.advice.with_copies import expert_tflops
 from hiermoe.analysis.figures.spec import DPI
 from hiermoe.analysis.figures.style import SETTINGS
 from hiermoe.analysis.render import environment, to_html
@@ -45,6 +46,7 @@ def write_page(answer: Answer, folder: Path, question: Question) -> Path:
         "traffic": answer.assessment.levels,
         "placement": answer.updates,
         "sensitivity": answer.sensitivity,
+        "copies": answer.copies,
         "end_to_end": answer.end_to_end,
         "crossing_bytes": answer.crossing,
     }
@@ -70,6 +72,7 @@ def write_page(answer: Answer, folder: Path, question: Question) -> Path:
         exchange_words=exchange_words,
         isfinite=math.isfinite,
         rules=recommendation,
+        expert_tflops=expert_tflops(case),
         command=" ".join(["hiermoe", "advise", *sys.argv[1:]]),
         made=made,
         placed=placed,

@@ -28,13 +28,13 @@ def _recommendation(answer: Answer) -> str:
             f"What {named} gains here is within what the model cannot resolve: AlltoAll {speedup} as fast is "
             "predicted. Calibrate the cluster and measure before you change anything."
         )
-    share = answer.assessment.case.share
-    if share is None:
+    share, own_step = answer.share, answer.own_step(name)
+    if share is None or own_step is None:
         low, high = PUBLISHED_SHARES
         condition = f"if AlltoAll is {low:.0%} to {high:.0%}"
         step = f"{answer.step(name, low)} to {answer.step(name, high)}×{answer.mark} {condition}"
     else:
-        step = f"{answer.step(name, share)}×{answer.mark} with AlltoAll at {share:.0%}"
+        step = f"{own_step:.2f}×{answer.mark} with AlltoAll at {share:.0%}"
     advice = f"Use {_dispatch(answer)}{_placement(answer)}"
     return f"{advice} Expect AlltoAll to be {speedup} as fast, and the step {step} of it."
 

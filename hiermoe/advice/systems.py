@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from hiermoe.planner.cost import check_overlap
@@ -13,6 +14,7 @@ from hiermoe.records.status import NotApplicable
 from hiermoe.topology.cluster import Cluster
 
 BASELINE = "megatron"  # the flat AlltoAll, what everybody has
+WITHOUT_COPIES = (BASELINE, "hd_moe", "hiermoe")  # what systems with copies are held against
 CONTROL = "reordered"  # executor of a control that only reorders sums
 
 
@@ -48,8 +50,30 @@ class Candidate:
         return any(scheme.lossy for scheme in self.schemes)
 
 
+def candidates_with_copies(cluster: Cluster, names: Sequence[str] | None = None) -> list[Candidate]:
+    """Systems that keep experts in more than one place, after those without that they are held against.
+
+    Args:
+        cluster: hierarchy.
+        names: only these; None for all of conf/system/. Those that make no copies, or do not apply, are left out.
+
+    Returns:
+        The systems; none at all where nothing makes copies.
+
+    Raises:
+        ValueError: an unknown name, or a file that breaks a rule.
+    """
+    found = []
+    for system in map(SystemConfig.named, dict.fromkeys([*WITHOUT_COPIES, *(names or files_of("system"))])):
+        if system.name in WITHOUT_COPIES or system.makes_copies:
+            with suppress(NotApplicable):
+                schemes = system.build_schemes(cluster.hierarchy)
+                found.append(Candidate(system, (system.label,), schemes, system.moves))
+    return found if any(one.system.makes_copies for one in found) else []
+
+
 def candidates(cluster: Cluster, names: Sequence[str] | None = None) -> tuple[list[Candidate], list[tuple[str, str]]]:
-    """All systems on a cluster, equal ones together, the flat AlltoAll first.
+    """All systems on a cluster with one place for every expert, equal ones together, the flat AlltoAll first.
 
     Args:
         cluster: hierarchy, and whether its stages are known to overlap.
@@ -73,7 +97,8 @@ def candidates(cluster: Cluster, names: Sequence[str] | None = None) -> tuple[li
             left_out.append((system.label, "what a step hides of its moves has no price here"))
             continue
         try:
-            system.refuse_copies()
+            if system.makes_copies:
+                raise NotApplicable("keeps experts in more than one place; copies=true prices that")
             schemes = system.build_schemes(cluster.hierarchy)
             for scheme in schemes:
                 check_overlap(scheme, cluster)

@@ -12,6 +12,7 @@ from hiermoe.advice.case import Case, Question
 from hiermoe.advice.held_out import HeldOutLayers
 from hiermoe.advice.recommendation import HORIZON_STEPS
 from hiermoe.advice.systems import Candidate
+from hiermoe.advice.with_copies import summed_copies
 from hiermoe.analysis.statistics import ratio_of_sums
 from hiermoe.ranks.server import preload
 from hiermoe.ranks.workers import worker_pools
@@ -23,6 +24,7 @@ def assess_layers(
     left_out: Sequence[tuple[str, str]],
     finished: Callable[[int], None],
     workers: int | None = None,
+    with_copies: Sequence[Candidate] = (),
 ) -> Assessment:
     """Assess every layer, and add them up.
 
@@ -32,6 +34,7 @@ def assess_layers(
         left_out: of systems that do not apply, to be told.
         finished: called with the number of every layer that is done.
         workers: processes; None for one a core.
+        with_copies: systems of the table of copies.
 
     Raises:
         ValueError: a process was killed.
@@ -40,16 +43,21 @@ def assess_layers(
     count = min(workers or os.cpu_count() or 1, len(question.cases))
     layers: list[Assessment] = []
     with worker_pools(1, count, "") as (pool,):
-        running = [pool.submit(_assess_layer, replace(one), systems, left_out) for one in question.cases]
+        running = [pool.submit(_assess_layer, replace(one), systems, left_out, with_copies) for one in question.cases]
         for case, future in zip(question.cases, running, strict=True):
             layers.append(replace(future.result(), case=case))  # this process has the routing already
             finished(case.layer)
     return summed(question, layers)
 
 
-def _assess_layer(case: Case, systems: Sequence[Candidate], left_out: Sequence[tuple[str, str]]) -> Assessment:
+def _assess_layer(
+    case: Case,
+    systems: Sequence[Candidate],
+    left_out: Sequence[tuple[str, str]],
+    with_copies: Sequence[Candidate],
+) -> Assessment:
     """In a process of its own; what the case has kept of its routing meanwhile stays there."""
-    return replace(assess(case, systems, left_out), case=replace(case))
+    return replace(assess(case, systems, left_out, with_copies=with_copies), case=replace(case))
 
 
 def summed(question: Question, layers: Sequence[Assessment]) -> Assessment:
@@ -84,6 +92,7 @@ def summed(question: Question, layers: Sequence[Assessment]) -> Assessment:
         levels=_levels(layers),
         collapsed="; ".join(fallen) or None,
         layers=tuple(layers),
+        copies=summed_copies([layer.copies for layer in layers]),
     )
 
 

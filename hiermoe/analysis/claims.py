@@ -1,8 +1,11 @@
-"""What the paper claims (results/published.csv) and how each kind of number is judged (reports/claims.yaml)."""
+"""What was published (results/published.csv) and how each kind of number is judged (reports/claims.yaml).
+
+What others published of systems with copies is read the same way, from files of its own.
+"""
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +27,10 @@ CONDITIONS: tuple[tuple[str, Any], ...] = (
     (r"update every (\d+)", lambda m: {"interval": int(m[1])}),
     (r"gamma in 5\.\.19", lambda m: {}),
     (r"4 nodes and 1 node", lambda m: {}),
+    (
+        r"(\d+) GPUs E=(\d+) (\d+) tokens",
+        lambda m: {"num_ranks": int(m[1]), "num_experts": int(m[2]), "tokens_per_rank": int(m[3])},
+    ),
     (r"4 nodes|first MoE layer|worst of seven AlltoAlls|", lambda m: {"num_ranks": TESTBED_RANKS}),
 )
 
@@ -31,9 +38,10 @@ CONDITIONS: tuple[tuple[str, Any], ...] = (
 class Rule(Strict):
     """How one metric is judged."""
 
-    rule: Literal["value", "speedup", "order", "at_most"]
+    rule: Literal["value", "speedup", "order", "at_most", "ceiling", "factor"]
     reason: str
-    tolerance: float = Field(default=0.0, ge=0)  # value, at_most: absolute; speedup: relative
+    tolerance: float = Field(default=0.0, ge=0)  # value, at_most, ceiling: absolute; speedup, factor: relative
+    near: float = Field(default=0.0, ge=0)  # ceiling, factor: how far off is still the same direction, as the tolerance
     least_effect: float = Field(default=0.0, ge=0, le=1)  # speedup: least share of the published log ratio
     not_testable: dict[str, str] = Field(default_factory=dict)  # source -> why
     constructed: dict[str, str] = Field(default_factory=dict)  # source -> why
@@ -120,11 +128,12 @@ class Claim:
         return f"{self.low:g}–{self.high:g}"
 
 
+CLAIM_WORDS = [each.name for each in fields(Claim) if each.type is str]
+
+
 def load_claims(path: Path = PUBLISHED) -> list[Claim]:
     """All published claims, in the order of the file."""
-    table = pd.read_csv(path)
-    numbers = ["low", "high"]
-    table[[c for c in table.columns if c not in numbers]] = table.drop(columns=numbers).fillna("").astype(str)
+    table = pd.read_csv(path, dtype=dict.fromkeys(CLAIM_WORDS, str)).fillna(dict.fromkeys(CLAIM_WORDS, ""))
     return [Claim(**row) for row in table.to_dict("records")]  # type: ignore[arg-type] - columns are the fields
 
 

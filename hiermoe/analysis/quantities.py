@@ -130,6 +130,50 @@ def _swap_share(case: Case, results: Results) -> Quantity:
     )
 
 
+def imbalance(run: Run, results: Results) -> Estimate:
+    """Expert rows of the busiest GPU over the mean of all, mean over the measured iterations."""
+    steps = results.rows(run, "step")
+    return bootstrap(lambda skew: skew.mean(-1), (steps["expert_rows_max"] / steps["expert_rows_mean"]).to_numpy(float))
+
+
+def copies(run: Run, results: Results) -> Estimate:
+    """Copies of experts that get weights in a micro-batch, all GPUs together, mean over the measured iterations.
+
+    Each sends its gradient home once: they are counted by these bytes.
+    """
+    terms = run.config.system.build_policy().copies
+    each = terms.gradient_bytes * run.config.sizes.expert_parameters
+    sent = results.rows(run, "step")["gradient_bytes"].to_numpy(float)
+    return bootstrap(lambda total: total.mean(-1) / each, sent)
+
+
+def _imbalance(case: Case, results: Results) -> Quantity:
+    return Quantity(imbalance(case.systems[0], results))
+
+
+def _imbalance_order(case: Case, results: Results) -> Quantity:
+    """Imbalance of the system over that of the baseline."""
+    system, baseline, _ = _pair(case, results)
+    rows = (results.rows(run, "step") for run in (system, baseline))
+    mine, others = (steps.assign(skew=steps["expert_rows_max"] / steps["expert_rows_mean"]) for steps in rows)
+    ours, theirs = paired(mine, others, "skew")
+    return Quantity(ratio_of_sums(ours, theirs), f"{ours.mean():.2f} against {theirs.mean():.2f}")
+
+
+def _copies(case: Case, results: Results) -> Quantity:
+    return Quantity(copies(case.systems[0], results))
+
+
+def _leaving(case: Case, results: Results) -> Quantity:
+    """Rows that leave their GPU in dispatch, of the system over those of the baseline."""
+    system, baseline, _ = _pair(case, results)
+    left = [
+        results.rows(run, "dispatch").groupby("iteration")["crossing_rows"].sum().to_numpy(float)
+        for run in (system, baseline)
+    ]
+    return Quantity(ratio_of_sums(*left))
+
+
 METRICS: dict[str, Callable[[Case, Results], Quantity]] = {
     "duplication_rate": _duplication,
     "a2a_speedup": _speedup,
@@ -139,4 +183,10 @@ METRICS: dict[str, Callable[[Case, Results], Quantity]] = {
     "fit_r2": _worst_fit,
     "alpha_ms;beta_ms_per_byte": _constants,
     "swap_share_of_step": _swap_share,
+    "imbalance_of_routing": _imbalance,
+    "imbalance": _imbalance,
+    "imbalance_order": _imbalance_order,
+    "copies": _copies,
+    "leaving": _leaving,
+    "leaving_order": _leaving,
 }

@@ -19,6 +19,7 @@ from hiermoe.analysis.in_short import draw as draw_main_figure
 from hiermoe.analysis.in_short import six_lines
 from hiermoe.analysis.origins import run_provenance, trace_facts
 from hiermoe.analysis.render import environment, to_html
+from hiermoe.analysis.statements import Statements, statements
 from hiermoe.analysis.up_to_date import is_up_to_date, made_from
 from hiermoe.analysis.verdicts import VERDICTS, Judged, judge_all, routing_words, to_frame
 from hiermoe.analysis.wording import GLYPHS, cell, in_words, number, system_labels
@@ -68,7 +69,7 @@ class Report:
 def write_report(
     index: Index, store: RunStore | None = None, folder: Path = REPORTS, stale: Sequence[Renewal] = ()
 ) -> Report:
-    """Write report.html, report.md, verdicts.csv and figures/ from the records that are there, unless that is done.
+    """Write report.html, report.md, CSVs of verdicts and figures/ from the records that are there, unless that is done.
 
     Args:
         index: runs by sweep.
@@ -90,7 +91,8 @@ def write_report(
     sections = [
         _section(spec, source, claims, of_source[source], folder) for spec in FIGURES for source in spec.sources
     ]
-    labels = system_labels(results)
+    labels, others = system_labels(results), statements(of_source["simulated"])
+    _write_statements(others, folder / "statements.csv")
     main = draw_main_figure(judged, labels, folder / "figures")
     context = _verdict_context(judged, rules, results) | _provenance_context(results)
     text = (
@@ -102,6 +104,7 @@ def write_report(
             lines=six_lines(judged, labels),
             sections=[section for section in sections if section.words],
             absent=[section for section in sections if not section.words],
+            others=others,
             rules=rules,
             stale=stale,
             findings=findings(claims, of_source["simulated"]),
@@ -111,6 +114,14 @@ def write_report(
     write_whole(folder / "report.md", text.encode())
     write_whole(page, to_html(text, TITLE, folder, made).encode())
     return Report(page, verdicts, is_new=True, damaged=results.damaged)
+
+
+def _write_statements(others: Statements | None, path: Path) -> None:
+    """All statements of others that are judged, case by case; no file where there are none."""
+    if others is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_whole(path, to_frame(others.judged).to_csv(index=False).encode())
 
 
 def write_reference(folder: Path = REPORTS / "reference", report: Path = REPORTS) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hiermoe.records.groups import OWN
 from hiermoe.records.index import Index, Renewal
-from hiermoe.records.project import CONF, PUBLISHED, RULES, TEMPLATES
+from hiermoe.records.project import CONF, PUBLISHED, RULES, STATEMENT_RULES, STATEMENTS, TEMPLATES
 from hiermoe.records.run_id import code_digest
 from hiermoe.records.store import RunStore
 
@@ -46,6 +46,6 @@ def is_up_to_date(page: Path, made: str) -> bool:
 
 
 def _files() -> Iterator[Path]:
-    yield from (RULES, PUBLISHED)
+    yield from (RULES, PUBLISHED, STATEMENT_RULES, STATEMENTS)
     for folder in dict.fromkeys((TEMPLATES, CONF, OWN)):
         yield from sorted(path for path in folder.rglob("*") if path.is_file())

@@ -118,9 +118,7 @@ def judge(ours: Estimate, low: float, high: float, rule: Rule) -> tuple[Verdict,
     Returns:
         The verdict, and in words what decided it.
     """
-    return {"value": _value, "speedup": _speedup, "order": _order, "at_most": _at_most}[rule.rule](
-        ours, low, high, rule
-    )
+    return _RULES[rule.rule](ours, low, high, rule)
 
 
 def _value(ours: Estimate, low: float, high: float, rule: Rule) -> tuple[Verdict, str]:
@@ -166,6 +164,38 @@ def _at_most(ours: Estimate, low: float, high: float, rule: Rule) -> tuple[Verdi
     if ours.low > limit:
         return "contradicted", f"all of the range is above {limit:g}"
     return "not testable", f"{limit:g} lies inside the range, which depends on what the paper does not say"
+
+
+def _ceiling(ours: Estimate, low: float, high: float, rule: Rule) -> tuple[Verdict, str]:
+    limits: tuple[tuple[Verdict, float], ...] = (
+        ("reproduced", high + rule.tolerance),
+        ("same direction", high + rule.near),
+    )
+    for verdict, limit in limits:
+        if ours.value <= limit:
+            return verdict, f"at most {limit:g}"
+    return "contradicted", f"above {limits[-1][1]:g}"
+
+
+def _factor(ours: Estimate, low: float, high: float, rule: Rule) -> tuple[Verdict, str]:
+    steps: tuple[tuple[Verdict, float], ...] = (
+        ("reproduced", 1 + rule.tolerance),
+        ("same direction", 1 + rule.near),
+    )
+    for verdict, factor in steps:
+        if low / factor <= ours.value <= high * factor:
+            return verdict, f"within a factor of {factor:g} of the published range"
+    return "contradicted", f"further off than a factor of {steps[-1][1]:g}"
+
+
+_RULES = {
+    "value": _value,
+    "speedup": _speedup,
+    "order": _order,
+    "at_most": _at_most,
+    "ceiling": _ceiling,
+    "factor": _factor,
+}
 
 
 def _reason(case: Case, *parts: str) -> str:

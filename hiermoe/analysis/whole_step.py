@@ -1,14 +1,64 @@
-"""What AlltoAll times and migration mean for a whole step, whose compute time nobody published (readings 5 to 7)."""
+"""What AlltoAll times and migration mean for a whole step.
+
+Nobody published the compute time of the paper's (readings 5 to 7): it follows from AlltoAll's share of a step, or from
+a profile of what a GPU computes with.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from hiermoe.policies.copies import PASSES_PER_STEP
 from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, WEIGHT_BYTES_PER_PARAMETER
 
 PUBLISHED_SHARES = (0.30, 0.60)  # of AlltoAll in a training step, before any of it is saved (paper, Sec. I)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What a GPU computes in a step, and with what.
+
+    Attributes:
+        dense_parameters: weights that every token of a layer with experts meets beside its experts, what layers without
+            experts have included.
+        expert_parameters: of one expert.
+        dense_tflops: that a GPU reaches on the former.
+        expert_tflops: that it reaches on experts.
+        hidden: share of the AlltoAlls that passes beside all this, 0 to 1.
+    """
+
+    dense_parameters: int
+    expert_parameters: int
+    dense_tflops: float
+    expert_tflops: float
+    hidden: float
+
+    def layer_ms(self, tokens: float, expert_rows: np.ndarray) -> np.ndarray:
+        """Forward and backward of one layer, in ms, of the GPU that has most rows: the others wait for it.
+
+        Two operations a weight and pass. Attention between tokens, which has no weights, is left out.
+
+        Args:
+            tokens: of a GPU.
+            expert_rows: of the busiest GPU: any shape.
+        """
+        operations = 2 * PASSES_PER_STEP / 1e9  # of one weight and row; TFLOP/s are 1e9 a ms
+        dense_ms = operations * tokens * self.dense_parameters / self.dense_tflops
+        return dense_ms + expert_rows * (operations * self.expert_parameters / self.expert_tflops)
+
+
+def whole_step_ms(compute_ms: Any, communication_ms: Any, hidden: float = 0.0) -> Any:
+    """Time of a step: its computation, and what of its communication no computation hides.
+
+    Args:
+        compute_ms: of the busiest GPU: a number or an array, as the communication and the result.
+        communication_ms: AlltoAlls; what moves experts too, where it makes the step wait.
+        hidden: share of the communication that passes beside computation, as far as there is so much of that.
+    """
+    return compute_ms + communication_ms - np.minimum(hidden * communication_ms, compute_ms)
 
 
 def share_needed(end_to_end: float, alltoall: float) -> float:
@@ -28,7 +78,7 @@ def step_speedup(share: float | np.ndarray, communication: float) -> float | np.
         share: of the baseline's step that its AlltoAlls take.
         communication: AlltoAll and migration of the system over the baseline's AlltoAll (and migration).
     """
-    return 1 / (1 - share + share * communication)
+    return 1 / whole_step_ms(1 - share, share * communication)
 
 
 @dataclass(frozen=True)
@@ -74,4 +124,4 @@ def migration_share(system: pd.DataFrame, megatron: pd.DataFrame, price: Migrati
     """
     compute_ms = megatron["step_ms"].sum() * (1 - share) / share
     migration_ms = price.of(system).sum()
-    return float(migration_ms / (compute_ms + system["step_ms"].sum() + migration_ms))
+    return float(migration_ms / whole_step_ms(compute_ms, system["step_ms"].sum() + migration_ms))

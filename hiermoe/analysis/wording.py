@@ -23,6 +23,12 @@ METRICS = {
     "a2a_share_of_step": "AlltoAll's share of the step",
     "fit_time_ms": "time of the fit, ms",
     "calibration_time_s": "time of the calibration, s",
+    "imbalance_of_routing": "busiest GPU's expert rows over the mean, nothing balanced",
+    "imbalance": "busiest GPU's expert rows over the mean",
+    "imbalance_order": "busiest GPU's expert rows over the mean",
+    "copies": "copies of experts in a micro-batch",
+    "leaving": "rows that leave their GPU",
+    "leaving_order": "rows that leave their GPU",
 }
 GLYPHS = {
     "reproduced": "✔",

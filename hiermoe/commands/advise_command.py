@@ -18,8 +18,9 @@ from hiermoe.advice.assessment import assess
 from hiermoe.advice.figures import best_of_families
 from hiermoe.advice.inputs import resolve
 from hiermoe.advice.page import write_page
-from hiermoe.advice.systems import candidates
+from hiermoe.advice.systems import candidates, candidates_with_copies
 from hiermoe.advice.whole_model import assess_layers
+from hiermoe.advice.with_copies import expert_tflops
 from hiermoe.analysis.report import small_copy
 
 
@@ -41,17 +42,23 @@ def advise_and_print(config: AdviceConfig) -> Path:
         question = resolve(config)
         case = question.cases[0]
         systems, left_out = candidates(case.cluster, config.systems)
+        copying = candidates_with_copies(case.cluster, config.systems) if config.copies else []
+        if copying:
+            left_out = [(label, why) for label, why in left_out if label not in {one.label for one in copying}]
         if len(question.cases) == 1:
-            seen, _ = case.schedules
-            progress.update(task, total=len(seen) * sum(one.moves for one in systems) or 1, completed=0)
+            seen, judged = case.schedules
+            steps = len(seen) * sum(one.moves for one in systems) + (len(seen) + len(judged)) * len(copying)
+            progress.update(task, total=steps or 1, completed=0)
 
             def walked(label: str, iteration: int) -> None:
                 progress.update(task, description=label, advance=1 if iteration >= 0 else 0)
 
-            assessment = assess(case, systems, left_out, walked)
+            assessment = assess(case, systems, left_out, walked, copying)
         else:
             progress.update(task, description="layer by layer", total=len(question.cases), completed=0)
-            assessment = assess_layers(question, systems, left_out, lambda _layer: progress.advance(task))
+            assessment = assess_layers(
+                question, systems, left_out, lambda _layer: progress.advance(task), with_copies=copying
+            )
         answer = Answer.of(assessment)
         progress.update(task, description="drawing")
         folder = Path(config.output) if config.output else Path("advice") / case.name  # where the user stands
@@ -66,6 +73,8 @@ def advise_and_print(config: AdviceConfig) -> Path:
     for condition in phrases.conditions(answer):
         console.print(f"· {escape(condition)}")
     console.print(_table(answer))
+    if len(answer.copies):
+        console.print(_table_of_copies(answer))
     console.print(f"{time.perf_counter() - started:.0f} s · page: {page}", soft_wrap=True)
     return page
 
@@ -84,4 +93,21 @@ def _table(answer: Answer) -> Table:
             f"{row['moved_ms']:.0f} ms" if row["moved_ms"] else "",
         )
         table.add_row(*cells, style="bold" if row["system"] == answer.found.chosen else "")
+    return table
+
+
+def _table_of_copies(answer: Answer) -> Table:
+    """Systems with copies of experts beside some without, the shortest step of a layer first."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, caption_justify="left")
+    columns = ("copies of experts", "net\nms", "with\nexperts", "rows,\nmost / mean", "GB,\na layer", "GB,\nmodel")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for _, row in answer.copies.iterrows():
+        memory = (f"{row['layer_gb']:.2f}", f"{row['model_gb']:.2f}" if row["model_gb"] >= 0 else "not known")
+        times = (f"{row['net_ms']:.2f}{answer.mark}", f"{row['layer_ms']:.2f}{answer.mark}", f"{row['imbalance']:.2f}")
+        table.add_row(str(row["label"]), *times, *(memory if row["copies"] else ("", "")))
+    table.caption = (
+        f"Of {answer.of_what}. Net: AlltoAlls, weights and gradients of copies; with the busiest GPU's experts at "
+        f"{expert_tflops(answer.assessment.case):g} TFLOP/s. GB at a GPU; slots that layers share count once."
+    )
     return table

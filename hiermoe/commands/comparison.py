@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hiermoe.analysis.expert_time import TFLOPS, expert_ms
 from hiermoe.analysis.frames import typical_ms
 from hiermoe.ranks.places import PLACES, RanksConfig
 from hiermoe.records.store import RunStore
@@ -38,13 +39,14 @@ class _Numbers:
     """Of one run: milliseconds of one AlltoAll and of the four of a step and layer, and the stages used.
 
     Also what experts in more than one place cost and bring: the four AlltoAlls with weights and gradients; of a
-    predicted one the busiest GPU's expert rows over the mean, and GB of slots, else NaN.
+    predicted one these and the busiest GPU's experts, its expert rows over the mean, and GB of slots, else NaN.
     """
 
     alltoall_ms: float
     total_ms: float
     dimensions: str
     net_ms: float
+    layer_ms: float
     busiest: float
     slots_gb: float
 
@@ -72,7 +74,8 @@ def comparison(ended: Sequence[Ended], store: RunStore) -> Table:
     """
     lines = [(one, *_both(one, store)) for one in ended]
     kinds = [kind for i, kind in enumerate(("predicted", "measured"), start=1) if any(line[i] for line in lines)]
-    table = Table(title="All runs", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, caption_justify="left")
+    look = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    table = Table(title="All runs", title_justify="left", caption_justify="left", **look)
     table.add_column("what varied", overflow="fold")
     has_copies = any(numbers is not None and numbers.has_copies for _, *both in lines for numbers in both)
     whats = ("one\nAlltoAll", "four,\ntotal", "times\nas fast")[has_copies:]  # one is a fourth of four
@@ -83,7 +86,7 @@ def comparison(ended: Sequence[Ended], store: RunStore) -> Table:
         if has_copies and kind == "measured":
             table.add_column("\n\nnet", justify="right", no_wrap=True)
     if has_copies:
-        for what in ("net\nms", "rows,\nmost /\nmean", "slots,\nGB"):
+        for what in ("net\nms", "with\nexperts", "rows,\nmost /\nmean", "slots,\nGB"):
             table.add_column(what, justify="right", no_wrap=True)
     common = set.intersection(*(set(one.overrides) for one in ended)) if len(ended) > 1 else set[str]()
     first: dict[tuple[str, str], float] = {}  # total of the first system, by kind and setting
@@ -99,8 +102,8 @@ def comparison(ended: Sequence[Ended], store: RunStore) -> Table:
                 cells += [found.dimensions, *ms[has_copies:], *net]
         if has_copies:
             predicted = numbers[0]
-            ends = predicted and (predicted.net_ms, predicted.busiest, predicted.slots_gb)
-            cells += [f"{value:.2f}" for value in ends] if ends else [""] * 3
+            ends = predicted and (predicted.net_ms, predicted.layer_ms, predicted.busiest, predicted.slots_gb)
+            cells += [f"{value:.2f}" for value in ends] if ends else [""] * 4
         table.add_row(escape(" ".join(x.partition("=")[2] for x in one.overrides if x not in common) or "-"), *cells)
     sources = sorted({s for one in ended if one.config is not None for s in _measured_sources(one.config, store)})
     table.caption = "ms; four: the four AlltoAlls of a step and layer, " + (
@@ -112,8 +115,9 @@ def comparison(ended: Sequence[Ended], store: RunStore) -> Table:
     if has_copies:
         table.caption += (
             " Net: the four, weights sent to copies of experts and gradients sent back, predicted at the rate of the "
-            "link, measured one after the other, both as if nothing hid "
-            "them; moves of experts to another home are not in it. Rows: expert rows of the busiest GPU "
+            "link, measured one after the other, both as if nothing hid them; moves of experts to another home are not "
+            f"in it. With experts: and those of the busiest GPU, at {TFLOPS:g} TFLOP/s, an assumption. Rows: expert "
+            "rows of that GPU "
             "over the mean. Slots: weights, gradients and training state of copies, at a GPU, all layers."
         )
     for one in ended:
@@ -137,8 +141,8 @@ def _both(one: Ended, store: RunStore) -> tuple[_Numbers | None, _Numbers | None
     """Predicted and measured numbers of a setting, as far as there are any."""
     if one.config is None or one.config.system is None:
         return None, None
-    predicted = _numbers(_predicted(one.config).run_id, store)
-    measured = (_numbers(config.run_id, store) for config in _measured(one.config))
+    predicted = _numbers(_predicted(one.config), store)
+    measured = (_numbers(config, store) for config in _measured(one.config))
     return predicted, next((found for found in measured if found is not None), None)
 
 
@@ -161,18 +165,19 @@ def _measured(config: RunConfig) -> Iterator[RunConfig]:
             yield config.model_copy(update={"measure": "replay", "ranks": RanksConfig.named(name)})
 
 
-def _numbers(run_id: str, store: RunStore) -> _Numbers | None:
+def _numbers(config: RunConfig, store: RunStore) -> _Numbers | None:
     """Of the iterations that count; None where there is no record of it, or none with AlltoAlls."""
-    if not store.is_done(run_id):
+    if not store.is_done(config.run_id):
         return None
-    rows: pd.DataFrame = store.read(run_id)
+    rows: pd.DataFrame = store.read(config.run_id)
     counted = rows[rows["counted"]]
     steps, calls = counted[counted["phase"] == "step"], counted[counted["phase"] == "dispatch"]
     if steps.empty or calls.empty or calls["dimension"].isna().all():
         return None
-    net_ms = busiest = slots_gb = float("nan")
+    net_ms = layer_ms = busiest = slots_gb = float("nan")
     if rows["source"].iloc[0] == "simulated":
         net_ms, slots_gb = float(steps["net_ms"].mean()), float(steps["slots_gb"].max())
+        layer_ms = net_ms + float(expert_ms(steps["expert_rows_max"], config.sizes.expert_parameters).mean())
         busiest = float((steps["expert_rows_max"] / steps["expert_rows_mean"]).mean())
         one_ms = calls.groupby("iteration")["predicted_ms"].sum().mean()
     else:
@@ -180,4 +185,4 @@ def _numbers(run_id: str, store: RunStore) -> _Numbers | None:
         one_ms = calls[calls["stage"] == "all"].groupby("iteration")["dispatch_ms"].max().median()
     used = sorted(int(d) for d in calls["dimension"].dropna().unique())
     total_ms, dimensions = float(typical_ms(steps).iloc[0]), ",".join(map(str, used))
-    return _Numbers(float(one_ms), total_ms, dimensions, net_ms, busiest, slots_gb)
+    return _Numbers(float(one_ms), total_ms, dimensions, net_ms, layer_ms, busiest, slots_gb)

@@ -24,7 +24,7 @@ from hiermoe.runs.compose import Cell, expand, sweep_names
 from hiermoe.runs.execute import execute_together, num_steps
 from hiermoe.runs.indexing import index_runs
 from hiermoe.runs.measured_cells import Amount, MeasuredCell, clusters_of, measured_cells, together
-from hiermoe.runs.routings import sweeps_over_places
+from hiermoe.runs.routings import names_over_places, sweeps_over_places
 from hiermoe.runs.run_config import RunConfig, WandbMode
 from hiermoe.runs.stale import stale_in_place_of
 from hiermoe.runs.sweep import run_all
@@ -98,7 +98,8 @@ def reproduce(
         )
     outcomes += simulate_all(beyond, session, "report")
     if amount != "quick":
-        outcomes += simulate_over_places(session)
+        cells |= sweeps_over_places()
+        outcomes += simulate_over_places(cells, session, beyond=amount == "full")
     finish(outcomes, session, wandb_mode, cells)
 
 
@@ -126,8 +127,8 @@ def simulate_all(cells: Cells, session: Session, then: str = "report") -> list[O
     """Run simulated sweeps on all cores; ``then`` is what the command has left after them."""
     if not cells:
         return []
-    configs = {cell.config.run_id: cell.config for sweep in cells.values() for cell in sweep}
-    sweep_of = {cell.config.run_id: name for name, sweep in cells.items() for cell in sweep}
+    configs = {cell.run_id: cell.config for sweep in cells.values() for cell in sweep}
+    sweep_of = {cell.run_id: name for name, sweep in cells.items() for cell in sweep}
     with session.stage("simulating", len(configs), then) as progress:
 
         def finished(outcome: Outcome) -> None:
@@ -137,9 +138,9 @@ def simulate_all(cells: Cells, session: Session, then: str = "report") -> list[O
         return run_all(configs.values(), session.workers, finished, session.store)
 
 
-def simulate_over_places(session: Session) -> list[Outcome]:
-    """What the paper claims, layer after layer: on recorded routing, and on real models' if it is here."""
-    cells = sweeps_over_places()
+def simulate_over_places(cells: Cells, session: Session, beyond: bool) -> list[Outcome]:
+    """What the paper claims, or with what lies beyond it, layer after layer: recorded, and of real models if here."""
+    cells = {name: cells[name] for name in names_over_places(beyond)}
     if not any(sweep for name, sweep in cells.items() if name.endswith(REAL_MODELS)):
         session.console.print(
             "left out: routing of real models. [bold]hiermoe trace fetch deepseek_v2_lite_law[/bold] brings it (git); "

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from hiermoe.model import RowBytes
 from hiermoe.planner.cost import choose_scheme
 from hiermoe.planner.counts import count_routing, sort_choices
 from hiermoe.policies.system import SystemConfig
@@ -133,7 +134,7 @@ def traffic_matrices(
     if not 0 <= iteration < routing.num_distinct:
         raise ValueError(f"iteration={iteration} is outside 0..{routing.num_distinct - 1}")
     counts = count_routing(routing.step(iteration).over_slots(), first_places, hierarchy)
-    price = choose_scheme(system.build_schemes(hierarchy), counts, cluster, row_bytes)
+    price = choose_scheme(system.build_schemes(hierarchy), counts, cluster, RowBytes.alike(row_bytes))
     return [stage.numpy() * row_bytes for stage in price.traffic.rows_SGG]
 
 

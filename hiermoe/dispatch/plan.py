@@ -11,6 +11,7 @@ from torch import Tensor
 from hiermoe.dispatch.communicators import Communicator, Communicators
 from hiermoe.dispatch.interposer import staged
 from hiermoe.dispatch.rows import RowCopies, counted
+from hiermoe.model import RowBytes
 from hiermoe.planner.cost import choose_scheme
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.scheme import DispatchScheme
@@ -140,7 +141,7 @@ def make_plan(
     with torch.no_grad():
         slot_TK, choice_TK = _chosen_slots(ids_TK, placement, communicators.rank)
         counts = _gather_counts(slot_TK, placement.num_slots, context)
-        chosen = choose_scheme(context.schemes, counts, context.cluster, row_bytes)
+        chosen = choose_scheme(context.schemes, counts, context.cluster, RowBytes.alike(row_bytes))
         scheme = chosen.scheme
         num_pairs = num_kept = int(counts.pairs_GS[communicators.rank].sum())
         pairs, index_P = _local_pairs(slot_TK, choice_TK, weights_TK, placement.num_slots, num_pairs)

@@ -31,7 +31,7 @@ def bound_times(workload: Workload, progress: Progress = no_progress) -> pd.Data
         routing_iteration = workload.schedule[iteration]
         expert_ids_NK = workload.routing.step(routing_iteration).expert_ids_NK
         sets = TokenSets.of(expert_ids_NK, slots).merged()
-        least = least_traffic(sets, bounds, workload.schemes, workload.cluster, workload.sizes.row_bytes)
+        least = least_traffic(sets, bounds, workload.schemes, workload.cluster, workload.sizes.sent)
         keys = {
             "iteration": iteration,
             "routing_iteration": routing_iteration,

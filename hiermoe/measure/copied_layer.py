@@ -65,7 +65,7 @@ class CopiedLayer(LayerPlacement):
     def context(self, votes: Tensor | None) -> StepContext:
         """As the simulation has it."""
         sizes = self._job.sizes
-        return replace(super().context(votes), row_bytes=sizes.row_bytes, num_experts=sizes.num_experts)
+        return replace(super().context(votes), row_bytes=sizes.sent, num_experts=sizes.num_experts)
 
     def begin(self, ids_TK: Tensor) -> None:
         """Plan the micro-batch's copies, and send their weights. *Collective.*

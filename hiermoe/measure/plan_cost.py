@@ -30,7 +30,7 @@ def planning_cost(workload: Workload, progress: Progress = no_progress) -> pd.Da
     rows = []
     for iteration in range(workload.iterations):
         sizes = workload.sizes
-        context = StepContext(iteration, cluster, scheme, sizes.row_bytes, sizes.expert_parameters, sizes.num_experts)
+        context = StepContext(iteration, cluster, scheme, sizes.sent, sizes.expert_parameters, sizes.num_experts)
         started = time.perf_counter()
         measured = policy.measure(own_TK, own_T, placement, cluster.hierarchy, iteration)
         between = time.perf_counter()

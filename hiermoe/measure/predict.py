@@ -8,7 +8,7 @@ import pandas as pd
 from hiermoe.measure.walk import Visit, realised_gains, walk
 from hiermoe.measure.workload import Workload
 from hiermoe.planner.bounds import fixed_placement_rows
-from hiermoe.planner.cost import ALLTOALLS_PER_STEP, Price, time_by_groups
+from hiermoe.planner.cost import ALLTOALLS_PER_STEP, AlltoAllPrice, Price, time_by_groups
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.links import link_ms
 from hiermoe.policies.price_of_copies import price_copies
@@ -73,9 +73,16 @@ def simulate(workload: Workload, progress: Progress = no_progress) -> pd.DataFra
 
 
 def _dispatch_rows(chosen: Price, counts: RoutingCounts, workload: Workload) -> Iterator[Row]:
+    """One row per stage of dispatch, and of every other AlltoAll whose rows have not as many bytes as dispatch's."""
+    for phase, call in chosen.calls.items():
+        if phase == "dispatch" or call.row_bytes != chosen.calls["dispatch"].row_bytes:
+            yield from ({"phase": phase} | row for row in _stage_rows(chosen, call, counts, workload))
+
+
+def _stage_rows(chosen: Price, call: AlltoAllPrice, counts: RoutingCounts, workload: Workload) -> Iterator[Row]:
     """One row per stage of one AlltoAll."""
     cluster, hierarchy = workload.cluster, workload.cluster.hierarchy
-    links = link_ms(chosen.traffic.rows_SGG, cluster, workload.sizes.row_bytes)
+    links = link_ms(chosen.traffic.rows_SGG, cluster, call.row_bytes)
     crossing = chosen.traffic.crossing_rows().tolist()
     busiest = chosen.traffic.busiest_rows().tolist()
     for index, (name, stage) in enumerate(zip(chosen.scheme.stage_names, chosen.scheme.stages, strict=True)):
@@ -83,14 +90,13 @@ def _dispatch_rows(chosen: Price, counts: RoutingCounts, workload: Workload) -> 
         if stage.rows == "token":  # of the busiest group, by its GPUs, as Q counts them
             group_rows = int(counts.needed(level).max()) / hierarchy.lanes(level)
         yield {
-            "phase": "dispatch",
             "stage": name,
             "dimension": chosen.scheme.dimension,
-            "predicted_ms": chosen.stage_ms[index],
+            "predicted_ms": call.stage_ms[index],
             "link_ms": links[index],
             "rows": busiest[index],
             "group_rows": group_rows,
-            "bytes": chosen.stage_bytes[index],
+            "bytes": call.stage_bytes[index],
             "crossing_rows": crossing[index],
         }
 

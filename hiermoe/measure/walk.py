@@ -56,7 +56,7 @@ def walk(workload: Workload, policy: PlacementPolicy) -> Iterator[Visit]:
     """
     placement, sizes = workload.first_places, workload.sizes
     # The policy's counts are sums over the groups: Q prices a row at its share of one.
-    row_bytes = max(sizes.row_bytes // workload.routing.ep_groups, 1)
+    row_bytes = sizes.sent.shared(workload.routing.ep_groups)
     for iteration, routing_iteration in enumerate(workload.schedule):
         context = StepContext(
             iteration, workload.cluster, workload.schemes[0], row_bytes, sizes.expert_parameters, sizes.num_experts
@@ -73,7 +73,7 @@ def walk(workload: Workload, policy: PlacementPolicy) -> Iterator[Visit]:
 def priced(workload: Workload, routing_iteration: int, placement: Placement, group: int = 0) -> Price:
     """The scheme that an expert-parallel group uses for one iteration of the routing (Algorithm 1), and its price."""
     counts = workload.routing.counts(routing_iteration, placement, workload.cluster.hierarchy, group)
-    return choose_scheme(workload.schemes, counts, workload.cluster, workload.sizes.row_bytes)
+    return choose_scheme(workload.schemes, counts, workload.cluster, workload.sizes.sent)
 
 
 def realised_gains(workload: Workload, placements: Sequence[Placement], first: int = 0) -> dict[int, float]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hiermoe.dispatch.dispatcher import Dispatcher
 from hiermoe.megatron.migration import migrate
+from hiermoe.model import RowBytes
 from hiermoe.policies.protocol import PlacementPolicy, StaticPolicy, StepContext
 from hiermoe.topology.placement import Placement
 
@@ -125,6 +126,6 @@ class LayerPlacement:
             iteration=self.iteration,
             cluster=dispatcher.context.cluster,
             scheme=dispatcher.context.schemes[winner],
-            row_bytes=dispatcher.row_bytes,
+            row_bytes=RowBytes.alike(dispatcher.row_bytes),
             expert_parameters=self.expert_parameters,
         )

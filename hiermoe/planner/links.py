@@ -6,13 +6,13 @@ from torch import Tensor
 from hiermoe.topology.cluster import Cluster
 
 
-def busiest_link_bytes(rows_SGG: Tensor, lanes: int, row_bytes: int) -> Tensor:
+def busiest_link_bytes(rows_SGG: Tensor, lanes: int, row_bytes: float) -> Tensor:
     """Bytes over the busiest link of a group, in or out, both ways being links of their own.
 
     Args:
         rows_SGG: int64 [stage, source, destination].
         lanes: GPUs of a group.
-        row_bytes: M * v.
+        row_bytes: in the AlltoAll.
 
     Returns:
         int64 [stage].
@@ -24,13 +24,13 @@ def busiest_link_bytes(rows_SGG: Tensor, lanes: int, row_bytes: int) -> Tensor:
     return row_bytes * torch.maximum(between_SUU.sum(2), between_SUU.sum(1)).amax(1)
 
 
-def link_ms(rows_SGG: Tensor, cluster: Cluster, row_bytes: int) -> list[float]:
+def link_ms(rows_SGG: Tensor, cluster: Cluster, row_bytes: float) -> list[float]:
     """Least time of every stage on links of a known rate: of the levels that an emulated network shapes.
 
     Args:
         rows_SGG: int64 [stage, source, destination].
         cluster: hierarchy and rates.
-        row_bytes: M * v.
+        row_bytes: in the AlltoAll.
 
     Returns:
         ms of each stage, NaN where no link has a rate.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from hiermoe.model import RowBytes
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.records.status import NotApplicable
 from hiermoe.topology.cluster import Cluster
@@ -20,7 +21,7 @@ class StepContext:
         iteration: of the run, from 0.
         cluster: hierarchy and constants.
         scheme: what the step was dispatched with (HDd*).
-        row_bytes: M * v.
+        row_bytes: in each AlltoAll of a step.
         expert_parameters: of one expert.
         num_experts: E, where placements have empty slots with numbers from there on; None: they have none.
     """
@@ -28,7 +29,7 @@ class StepContext:
     iteration: int
     cluster: Cluster
     scheme: DispatchScheme
-    row_bytes: int
+    row_bytes: RowBytes
     expert_parameters: int
     num_experts: int | None = None
 

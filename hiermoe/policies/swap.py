@@ -9,13 +9,14 @@ Several swaps at once: what a group needs depends on its set of experts alone. S
 up exactly; where two of them change the same group, the pairs counted here give an upper bound (:meth:`swapped`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from hiermoe.model import RowBytes
 from hiermoe.planner.cost import time_by_groups
 from hiermoe.planner.counts import separating_level, sort_choices
 from hiermoe.planner.maxima import MaxFunction
@@ -25,7 +26,7 @@ from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
 
 LARGEST_SUM = 2**31  # token-expert pairs below which no int32 count can overflow: each counts a token once at most
-CHUNK_TOKENS = 4096  # counted at once, so that what is made of [tokens, K, K] stays in the cache
+CHUNK_TOKENS = 2048  # counted at once, so that what is made of [tokens, K, K] stays in the cache
 PAIRS_UNIT = 1024  # token-expert pairs are summed in this unit, so that their own sum cannot overflow
 
 
@@ -38,8 +39,9 @@ class SlotPairs:
     Attributes:
         slots_2P: int64 [2, P]; r and c of every pair.
         count: for levels 0..D, number of pairs in different groups.
+        entry_P2: int64 [2P], flat; index into a flat [E, E] of (r, c) and of (c, r), of every pair.
         place_EE: int32 [E * E], flat; where the ordered pair (r, c) is kept in a list of both directions of every pair:
-            2p for r < c, 2p + 1 for r > c; 2P + r for (r, r). Pairs on one GPU have no place of their own.
+            2p for r < c, 2p + 1 for r > c. Pairs on one GPU have no place of their own.
         group_E: for levels 1..D, int64 [E], group of each slot.
         entry_2P: for levels 1..D, int64 [2, count]; index into a flat [U, E] of (r's group, c) and of (c's group, r).
         groups_P: for levels 1..D, int64 [count]; index into a flat [U, U] of (r's group, c's group).
@@ -47,6 +49,7 @@ class SlotPairs:
 
     slots_2P: Tensor
     count: tuple[int, ...]
+    entry_P2: Tensor
     place_EE: Tensor
     group_E: tuple[Tensor, ...]
     entry_2P: tuple[Tensor, ...]
@@ -62,10 +65,9 @@ def slot_pairs(num_experts: int, hierarchy: Hierarchy) -> SlotPairs:
     order = torch.argsort(level_P, stable=True)[: int((level_P <= hierarchy.depth).sum())]
     slots_2P, level_P = slots_2P[:, order].contiguous(), level_P[order]
     r_P, c_P = slots_2P
-    place = torch.zeros(num_experts, num_experts, dtype=torch.int64)
-    place[r_P, c_P] = 2 * torch.arange(len(r_P))
-    place[c_P, r_P] = 2 * torch.arange(len(r_P)) + 1
-    place.diagonal().copy_(2 * len(r_P) + torch.arange(num_experts))
+    entry_P2 = torch.stack([r_P * num_experts + c_P, c_P * num_experts + r_P], 1).view(-1)
+    place_EE = torch.zeros(num_experts * num_experts, dtype=torch.int32)
+    place_EE[entry_P2] = torch.arange(len(entry_P2), dtype=torch.int32)
     levels = range(1, hierarchy.depth + 1)
     count = tuple(int((level_P <= level).sum()) for level in range(hierarchy.depth + 1))
     group_E = tuple(rank_E // hierarchy.lanes(level) for level in levels)
@@ -74,7 +76,7 @@ def slot_pairs(num_experts: int, hierarchy: Hierarchy) -> SlotPairs:
         r, c = slots_2P[:, : count[level]]
         entries.append(torch.stack([group[r] * num_experts + c, group[c] * num_experts + r]))
         groups.append(group[r] * hierarchy.U[level] + group[c])
-    return SlotPairs(slots_2P, count, place.int().view(-1), group_E, tuple(entries), tuple(groups))
+    return SlotPairs(slots_2P, count, entry_P2, place_EE, group_E, tuple(entries), tuple(groups))
 
 
 @dataclass(frozen=True)
@@ -212,11 +214,9 @@ def measure_swaps(
     """
     depth, ranks, experts = hierarchy.depth, hierarchy.num_ranks, placement.num_experts
     choices = sort_choices(expert_ids_NK, placement, hierarchy)
-    pairs = slot_pairs(experts, hierarchy)
-    slot_NK, rank_NK, first_from_NK, alone_from_NK = (
-        x.int() for x in (choices.slot_NK, choices.rank_NK, choices.first_from_NK, choices.alone_from_NK)
-    )
-
+    pairs, slot_NK = slot_pairs(experts, hierarchy), choices.slot_NK
+    tokens, topk = slot_NK.shape
+    code_CKK = torch.empty(min(CHUNK_TOKENS, tokens), topk, topk, dtype=torch.int64)
     one = torch.ones((), dtype=torch.int32)
 
     def repeated(part: slice, times: int) -> Tensor:
@@ -225,40 +225,38 @@ def measure_swaps(
             return one.expand(len(slot_NK[part]) * times)
         return weight_N[part].repeat_interleave(times)
 
-    def histogram(level_NK: Tensor, size: int, index: Callable[[slice], Tensor]) -> Tensor:
-        """Entries of an index by the level from which on they hold, cumulated over levels: int32 [D + 1, size]."""
-        counted = torch.zeros(depth + 1, size, dtype=torch.int32)
-        for start in range(0, len(level_NK), CHUNK_TOKENS):
+    def histogram(level_NK: Tensor, kind_NK: Tensor, kinds: int) -> Tensor:
+        """Pairs of a choice's kind and a slot of the same token, from the level on at which they hold for the choice.
+
+        Returns:
+            int32 [D + 1, kinds * E]; a pair counts at its level and at all after it.
+        """
+        counted = torch.zeros(depth + 1, kinds * experts, dtype=torch.int32)
+        code_NK = ((level_NK - 1) * kinds + kind_NK) * experts
+        for start in range(0, tokens, CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            code = index(part)
-            code += ((level_NK[part] - 1) * size).view(*level_NK[part].shape, *[1] * (code.dim() - 2))
-            counted.view(-1).index_add_(0, code.view(-1), repeated(part, code[:1].numel()))
+            code = code_CKK[: len(slot_NK[part])]  # new memory for each would cost more than the count
+            torch.add(code_NK[part, :, None], slot_NK[part, None, :], out=code)
+            counted.view(-1).scatter_add_(0, code.view(-1), repeated(part, topk * topk))
         for level in range(1, depth):
             counted[level] += counted[level - 1]
         return counted
 
-    def place(part: slice) -> Tensor:
-        both_NKK = slot_NK[part, :, None] * experts + slot_NK[part, None, :]
-        return pairs.place_EE.index_select(0, both_NKK.view(-1)).view(both_NKK.shape)
-
-    alone = histogram(alone_from_NK, len(pairs.slots_2P[0]) * 2 + experts, place)
-    present = histogram(
-        first_from_NK, ranks * experts, lambda part: rank_NK[part, :, None] * experts + slot_NK[part, None, :]
-    )
-    needed = histogram(first_from_NK, ranks, lambda part: rank_NK[part].clone())
+    alone = histogram(choices.alone_from_NK, slot_NK, experts)
+    present = histogram(choices.first_from_NK, choices.rank_NK, ranks)
+    needed = choices.distinct(slot_NK.new_zeros(tokens), 1, hierarchy, None if weight_N is None else weight_N.double())
     selected_E = torch.zeros(experts, dtype=torch.int32)
-    selected_E.index_add_(0, slot_NK.reshape(-1), repeated(slice(None), slot_NK.shape[1]))
+    selected_E.scatter_add_(0, slot_NK.view(-1), repeated(slice(None), topk))
     parts = []
     for level, groups in enumerate(hierarchy.groups, start=1):
         absent_UE = selected_E - present[level - 1].view(groups, -1, experts).sum(1, dtype=torch.int32)
         parts += [
-            alone[level - 1, : 2 * pairs.count[level]],
-            alone[level - 1, -experts:],
+            alone[level - 1].index_select(0, pairs.entry_P2[: 2 * pairs.count[level]]),
+            alone[level - 1, :: experts + 1],
             absent_UE.view(-1),
-            needed[level - 1].view(groups, -1).sum(1, dtype=torch.int32),
+            needed[level - 1].view(-1).int(),
         ]
-    tokens = len(slot_NK) if weight_N is None else int(weight_N.sum())
-    pairs_counted = tokens * expert_ids_NK.shape[1]
+    pairs_counted = topk * (tokens if weight_N is None else int(weight_N.sum()))
     return torch.cat([*parts, torch.tensor([-(-pairs_counted // PAIRS_UNIT)], dtype=torch.int32)])
 
 
@@ -308,7 +306,7 @@ class SwapTimes:
 
 
 def swap_times(
-    stats: SwapStatistics, scheme: DispatchScheme, cluster: Cluster, row_bytes: float, max_function: MaxFunction
+    stats: SwapStatistics, scheme: DispatchScheme, cluster: Cluster, row_bytes: RowBytes, max_function: MaxFunction
 ) -> SwapTimes:
     """Q: modelled time of one AlltoAll after the exchange of every two slots.
 
@@ -318,7 +316,7 @@ def swap_times(
         stats: summed over all ranks.
         scheme: HDd, d as the step chose it.
         cluster: hierarchy, alpha and beta.
-        row_bytes: M * v.
+        row_bytes: in each AlltoAll of a step.
         max_function: smooths the maximum over groups.
 
     Raises:
@@ -341,7 +339,7 @@ def swap_times(
 
 
 def time_of_groups(
-    needed: Sequence[Tensor], scheme: DispatchScheme, cluster: Cluster, row_bytes: float, max_function: MaxFunction
+    needed: Sequence[Tensor], scheme: DispatchScheme, cluster: Cluster, row_bytes: RowBytes, max_function: MaxFunction
 ) -> float:
     """Modelled time of one AlltoAll, in ms.
 
@@ -349,7 +347,7 @@ def time_of_groups(
         needed: int [U] for levels 1..D, tokens that need each group.
         scheme: HDd.
         cluster: hierarchy, alpha and beta.
-        row_bytes: M * v.
+        row_bytes: in each AlltoAll of a step.
         max_function: over groups.
 
     Raises:

@@ -20,7 +20,8 @@ MEANINGS: Mapping[str, str] = {
     "num_ranks": "G, GPUs of the expert-parallel group; in training, all ranks.",
     "tokens_per_rank": "T, tokens that each rank has in a step.",
     "row_bytes": (
-        "Bytes of the row that carries one token: M times bytes of an element, after narrowing; 0 where no rows move."
+        "Bytes of the row that carries one token in dispatch: M times bytes of an element, after narrowing, unless "
+        "wire.* says otherwise; 0 where no rows move."
     ),
     "iteration": "Of the run, from 0; -1 in phases run and start. Phase calibration: the repeat.",
     "routing_iteration": "Step of the routing source that the iteration has; -1 likewise.",
@@ -29,8 +30,9 @@ MEANINGS: Mapping[str, str] = {
     "rank": "That measured; -1: all ranks together, or the busiest.",
     "phase": (
         "What the row is of. dispatch, combine, combine_backward, dispatch_backward: one of the four "
-        "AlltoAlls of a step, by stages and as a whole. "
-        "copies, gradients: what a rank sent for copies of experts. routing: what the routing asks for at a level, "
+        "AlltoAlls of a step, by stages and as a whole; simulated, those alone whose rows have not as many bytes as "
+        "dispatch's. copies, gradients: what a rank sent for copies of experts. routing: what the routing asks for at "
+        "a level, "
         "whatever the system. step: the four together, and what the placement policy did after. start: "
         "what moved before the first iteration. planning: what a rank's policy does. train: a training "
         "step of a rank. calibration: one AlltoAll of one size. run: a run without rows."
@@ -48,8 +50,8 @@ MEANINGS: Mapping[str, str] = {
     "rows": "Rows at the busiest GPU; phase routing: distinct (token, group) pairs, all GPUs together.",
     "group_rows": "Rows of the busiest group, per GPU of it: what the paper's Q counts. Deduplicated stages only.",
     "bytes": (
-        "Bytes, rows times row_bytes; phase planning: what ranks sum; phase calibration: n, at a rank, "
-        "own share included."
+        "Bytes, rows times bytes of a row in that AlltoAll; phase planning: what ranks sum; phase calibration: "
+        "n, at a rank, own share included."
     ),
     "crossing_rows": "Rows that leave their GPU, all GPUs together.",
     "pairs": "Token-expert pairs of the step, N times K.",

@@ -14,6 +14,8 @@ SWEEPS = SHIPPED / "sweeps"
 PUBLISHED = SHIPPED / "results" / "published.csv"
 TRACES = SHIPPED / "results" / "traces"
 RULES = SHIPPED / "reports" / "claims.yaml"
+STATEMENTS = SHIPPED / "results" / "published_statements.csv"  # of others, on systems with copies of experts
+STATEMENT_RULES = SHIPPED / "reports" / "statements.yaml"
 TEMPLATES = SHIPPED / "reports" / "templates"
 
 

@@ -9,6 +9,7 @@ import ast
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def code_digest(modules: tuple[str, ...], root: Path = CODE) -> str:
         modules: dotted names.
         root: folder that the project's packages are in.
     """
-    digests = sorted((module.rpartition(".")[2], _code(module, root)) for module in reachable(modules, root))
+    digests = sorted((module.rpartition(".")[2], _read(module, root).code) for module in reachable(modules, root))
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
@@ -73,28 +74,38 @@ def reachable(modules: Iterable[str], root: Path = CODE) -> set[str]:
         module = waiting.pop()
         if module not in found:
             found.add(module)
-            waiting += _imported(module, root)
+            waiting += _read(module, root).imported
     return found
 
 
-@lru_cache(maxsize=1024)
-def _imported(module: str, root: Path) -> tuple[str, ...]:
-    """What a module's text imports of the project; a user's own too, of another own one."""
-    nodes = [node for node in ast.walk(_tree(module, root)) if isinstance(node, ast.Import | ast.ImportFrom)]
-    named = [name if _path(name, root) is not None else module for node in nodes for module, name, _ in _names(node)]
-    return tuple(name for name in named if _path(name, root) is not None and (_is_ours(name) or not _is_ours(module)))
+@dataclass(frozen=True)
+class _Module:
+    """A module as it is read.
+
+    Attributes:
+        imported: what its text imports of the project; a user's own too, of another own one.
+        code: hash of what it says.
+    """
+
+    imported: tuple[str, ...]
+    code: str
 
 
 @lru_cache(maxsize=1024)
-def _code(module: str, root: Path) -> str:
-    """Hash of what a module says."""
-    tree = _tree(module, root)
-    for node in ast.walk(tree):
+def _read(module: str, root: Path) -> _Module:
+    path = _path(module, root)
+    assert path is not None
+    tree = ast.parse(path.read_bytes())
+    nodes = list(ast.walk(tree))
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    named = [name if _path(name, root) is not None else asked for node in imports for asked, name, _ in _names(node)]
+    ours = [name for name in named if _path(name, root) is not None and (_is_ours(name) or not _is_ours(module))]
+    for node in nodes:
         for field in ("body", "orelse", "finalbody"):
             statements = getattr(node, field, None)
             if isinstance(statements, list):
                 setattr(node, field, _meant(statements, root))
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    return _Module(tuple(ours), hashlib.sha256(ast.dump(tree).encode()).hexdigest())
 
 
 def _meant(statements: list[ast.stmt], root: Path) -> list[ast.AST]:
@@ -119,12 +130,6 @@ def _names(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, str, str]]:
             yield alias.name, alias.name, alias.asname or alias.name.partition(".")[0]
         else:
             yield node.module or "", f"{node.module}.{alias.name}", alias.asname or alias.name
-
-
-def _tree(module: str, root: Path) -> ast.Module:
-    path = _path(module, root)
-    assert path is not None
-    return ast.parse(path.read_bytes())
 
 
 def _is_ours(module: str) -> bool:

@@ -10,10 +10,10 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, cast
 
 import hydra
 from hydra import initialize_config_dir
@@ -31,6 +31,7 @@ from hiermoe.records.groups import BY_PATH, file_of, files_of, is_group, outside
 from hiermoe.records.project import CONF, SWEEPS, shown
 from hiermoe.records.strict import BrokenRules, checked
 from hiermoe.runs.command_line import mistakes
+from hiermoe.runs.measurable import Measurable
 from hiermoe.runs.run_config import RunConfig
 
 C = TypeVar("C", bound=BaseModel, default=RunConfig)
@@ -47,6 +48,11 @@ class Cell(Generic[C]):
 
     overrides: tuple[str, ...]
     config: C
+
+    @cached_property
+    def run_id(self) -> str:
+        """The name of the run, found out once: it is a hash of everything that its configuration says."""
+        return cast(Measurable, self.config).run_id
 
 
 def register(arguments: Sequence[str] = ()) -> None:
@@ -293,8 +299,14 @@ def _laid_on(
         _merge(config, file.content)
     for key, text in changes.items():
         if key not in chosen:
-            _set(config, key, OmegaConf.create(f"value: {text}").value)
+            _set(config, key, _value(text))
     return config
+
+
+@lru_cache(maxsize=4096)
+def _value(text: str) -> Any:
+    """What a text on the command line means."""
+    return OmegaConf.create(f"value: {text}").value
 
 
 def _merge(config: dict[str, Any], content: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from hiermoe.records.index import PREDICTIONS, Index, IndexedRun
 from hiermoe.records.store import RunStore
 from hiermoe.runs.compose import Cell, expand, large_sweep_names, sweep_names
 from hiermoe.runs.measured_cells import measured_so_far
-from hiermoe.runs.routings import sweeps_over_places
+from hiermoe.runs.routings import names_over_places, sweeps_over_places
 from hiermoe.runs.training import trainings
 
 
@@ -29,7 +29,8 @@ def index_runs(store: RunStore, expanded: Mapping[str, Sequence[Cell]] | None = 
         cells[one.sweep].append(one.measured)
     cells[PREDICTIONS] = [one.predicted for one in measured]
     # Over places, and beyond the paper, a report shows what there is.
-    cells |= {name: _done(sweep, store) for name, sweep in sweeps_over_places().items()}
+    places = {name: given[name] for name in names_over_places() if name in given} or sweeps_over_places()
+    cells |= {name: _done(sweep, store) for name, sweep in places.items()}
     # Large sweeps go on from the sweep of their name.
     long = {name.removeprefix("large/"): expand(name) for name in large_sweep_names()} | trainings(store)
     for name, sweep in long.items():
@@ -38,7 +39,7 @@ def index_runs(store: RunStore, expanded: Mapping[str, Sequence[Cell]] | None = 
 
 
 def _done(cells: Iterable[Cell[Any]], store: RunStore) -> list[Cell[Any]]:
-    return [cell for cell in cells if store.has(cell.config.run_id)]
+    return [cell for cell in cells if store.has(cell.run_id)]
 
 
 def indexed(cells: Mapping[str, Iterable[Cell[Any]]]) -> Index:
@@ -52,7 +53,7 @@ def indexed(cells: Mapping[str, Iterable[Cell[Any]]]) -> Index:
 
 def _entry(cell: Cell[Any]) -> IndexedRun:
     config = cell.config
-    return IndexedRun(config.run_id, config, config.keys, dict(_swept(override) for override in cell.overrides))
+    return IndexedRun(cell.run_id, config, config.keys, dict(_swept(override) for override in cell.overrides))
 
 
 def _swept(override: str) -> tuple[str, Any]:

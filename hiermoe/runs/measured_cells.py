@@ -102,7 +102,7 @@ def measured_so_far(store: RunStore) -> list[MeasuredCell]:
         except ValueError:  # a cluster that nobody has calibrated here, so nothing was measured on it
             continue
         for cell in cells:
-            if store.has(cell.measured.config.run_id):
+            if store.has(cell.measured.run_id):
                 same = cell.measured.config.model_dump_json(exclude={"iterations", "wandb"})
                 found.setdefault((cell.sweep, same), cell)
     return list(found.values())

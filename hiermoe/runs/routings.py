@@ -12,6 +12,8 @@ JUDGED = ("fig10", "fig11")
 """Sweeps whose claims are judged over places. Table II's are not: its numbers are of another E than real models'."""
 BESIDE = ("structure",)
 """What shows where the published numbers lie among the places."""
+BEYOND = ("arena",)
+"""What lies beyond the paper, all systems of it."""
 ROUTINGS = (RECORDED, REAL_MODELS)
 
 
@@ -22,13 +24,22 @@ def sweeps_over_places() -> dict[str, list[Cell]]:
     """
     read = _published_systems()
     found = {}
-    for routings in ROUTINGS:
-        for sweep in (*JUDGED, *BESIDE):
-            cells = [one for one in expand(sweep, routings) if _is_here(one.config)]
-            if sweep in JUDGED:
-                cells = [one for one in cells if one.config.system.name in read or one.config.system.entrant]
-            found[over(sweep, routings)] = cells
+    for name, (sweep, routings) in names_over_places().items():
+        cells = [one for one in expand(sweep, routings) if _is_here(one.config)]
+        if sweep in JUDGED:
+            cells = [one for one in cells if one.config.system.name in read or one.config.system.entrant]
+        found[name] = cells
     return found
+
+
+def names_over_places(beyond: bool = True) -> dict[str, tuple[str, str]]:
+    """The name that :func:`over` gives each, with the sweep and the routings it is of.
+
+    Args:
+        beyond: whether what lies beyond the paper is among them.
+    """
+    sweeps = (*JUDGED, *BESIDE, *(BEYOND if beyond else ()))
+    return {over(sweep, routings): (sweep, routings) for routings in ROUTINGS for sweep in sweeps}
 
 
 def _published_systems() -> set[str]:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from hiermoe.measure.measurement import Measurement
 from hiermoe.measure.registry import MEASUREMENTS
-from hiermoe.model import LayerSizes, ModelConfig
+from hiermoe.model import AS_THE_MODEL, LayerSizes, ModelConfig, WireConfig
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.memory import RANKS_PER_CORE, bytes_of_rank, cores, ranks_that_fit
 from hiermoe.ranks.places import PLACES, RanksConfig
@@ -92,6 +92,7 @@ class RunConfig(Strict):
         tokens_per_rank: sequence length times micro-batch.
         narrowed: rows of tokens and experts are smaller by this factor than the model's.
         seed: of synthetic routing.
+        wire: how simulated rows are sent; ranks send elements as the model has them.
     """
 
     measure: str
@@ -107,6 +108,7 @@ class RunConfig(Strict):
     tokens_per_rank: int = Field(ge=1)
     narrowed: int = Field(default=1, ge=1)
     seed: int = Field(ge=0)
+    wire: WireConfig = AS_THE_MODEL
     wandb: WandbConfig
 
     @model_validator(mode="before")
@@ -163,6 +165,8 @@ class RunConfig(Strict):
             raise ValueError(
                 f"measure={self.measure} takes no ranks: leave ranks={self.ranks.name} out, or say measure={with_ranks}"
             )
+        if self.wire != AS_THE_MODEL and (needs.needs_ranks or not needs.needs_system):
+            raise ValueError(f"measure={self.measure} sends no rows of other bytes than the model's: leave wire.* out")
         for name in ("system", "model", "routing"):
             if needs.needs_system and getattr(self, name) is None:
                 raise ValueError(f"measure={self.measure} needs a {name}; choose {name}=")
@@ -199,7 +203,7 @@ class RunConfig(Strict):
     @property
     def sizes(self) -> LayerSizes:
         """Of the model's layer, after what the run narrows it to."""
-        return self.model.sizes(self.narrowed)
+        return self.model.sizes(self.narrowed, self.wire)
 
     @property
     def routing_source(self) -> dict[str, Any]:
@@ -257,5 +261,5 @@ class RunConfig(Strict):
             routing=self.routing.name,
             seed=self.seed,
             tokens_per_rank=self.tokens_per_rank,
-            row_bytes=self.sizes.row_bytes,
+            row_bytes=self.sizes.sent.dispatch,
         )

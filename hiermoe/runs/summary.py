@@ -94,9 +94,11 @@ def _predicted(records: pd.DataFrame, title: str) -> Table:
     table.add_row("counted iterations", f"{first}-{last} of {len(every_step)}")
     dimensions = steps["dimension"].astype(int).value_counts()
     table.add_row("dimension d", ", ".join(f"{d} ({n / len(steps):.0%})" for d, n in dimensions.items()))
-    for stage, rows in counted[counted["phase"] == "dispatch"].groupby("stage"):
+    calls = counted[counted["phase"].isin(CALLS)]
+    for (call, stage), rows in calls.groupby(["phase", "stage"], sort=False):
         of_one = f"{rows['predicted_ms'].mean():.2f} ms, {rows['bytes'].mean() / 1e6:.1f} MB"
-        table.add_row(f"stage {stage}, of one AlltoAll", of_one)
+        which = "one AlltoAll" if (calls["phase"] == "dispatch").all() else call
+        table.add_row(f"stage {stage}, of {which}", of_one)
     for level, rows in counted[counted["phase"] == "routing"].groupby("stage", sort=False):
         table.add_row(f"duplication per {level}", f"{1 - rows['rows'].sum() / rows['pairs'].sum():.1%}")
     if steps["expert_rows_max"].notna().all():

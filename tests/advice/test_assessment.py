@@ -11,7 +11,8 @@ import yaml
 
 from hiermoe.advice.assessment import Assessment, assess, break_even_steps
 from hiermoe.advice.case import Case
-from hiermoe.advice.held_out import crossing_rows
+from hiermoe.advice.held_out import count_held_out, crossing_rows
+from hiermoe.advice.inputs import resolve
 from hiermoe.advice.recommendation import STAY_BELOW_GAIN, option, recommend
 from hiermoe.advice.sensitivity import assumptions, published_times, sensitivity, tokens_needed
 from hiermoe.advice.systems import BASELINE, candidates
@@ -24,7 +25,7 @@ from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
 from hiermoe.topology.scaling import scaled
-from tests.advice.conftest import ITERATIONS
+from tests.advice.conftest import ITERATIONS, config_of
 
 
 def whole_run(case: Case, assessment: Assessment, name: str):
@@ -49,6 +50,20 @@ def test_fixed_experts_take_what_the_simulated_run_takes(name: str, case: Case, 
     assert sum(own.held_out.mean_stages(case.cluster).values()) == pytest.approx(steps["predicted_ms"].mean())
 
 
+def test_rows_of_other_bytes_each_way_are_priced_as_a_run_prices_them(trace_file: Path, case: Case) -> None:
+    wire = {"dispatch": "fp8_with_scales", "choice_bytes": 12}
+    own = resolve(config_of(trace=str(trace_file), wire=wire)).cases[0]
+    assessment = assess(own, *candidates(own.cluster, ("hd2",)))
+    for name in ("megatron", "hd2"):
+        steps, held_out = whole_run(own, assessment, name).query("counted"), assessment.named(name).held_out
+        np.testing.assert_allclose(held_out.step_ms(own.cluster), steps["predicted_ms"], rtol=1e-12)
+    before, after = (count_held_out(x, assessment.flat.candidate.schemes, x.first_places, [0]) for x in (case, own))
+    row = 4096 + 32 * 4 + own.sizes.topk * 12
+    np.testing.assert_allclose(
+        after.crossing(own.cluster), before.crossing(case.cluster) * (row + 3 * 8192) / (4 * 8192)
+    )
+
+
 @pytest.mark.parametrize("name", ["hiermoe", "smartmoe_f1"])
 def test_policy_decides_as_in_the_simulated_run_and_then_stays(name: str, case: Case, assessment: Assessment) -> None:
     own, steps = assessment.named(name), whole_run(case, assessment, name)
@@ -66,7 +81,7 @@ def test_policy_decides_as_in_the_simulated_run_and_then_stays(name: str, case: 
     expected = [
         ALLTOALLS_PER_STEP
         * choose_scheme(
-            schemes, case.routing.counts(i, placement, case.cluster.hierarchy), case.cluster, case.sizes.row_bytes
+            schemes, case.routing.counts(i, placement, case.cluster.hierarchy), case.cluster, case.sizes.sent
         ).alltoall_ms
         for i in range(ITERATIONS // 2, ITERATIONS)
     ]

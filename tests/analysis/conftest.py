@@ -37,6 +37,7 @@ STEP_MS = {
     "megatron": 80.0, "smartmoe": 79.0, "tutel": 94.0, "hd2_moe_smart": 66.0, "hd2": 63.0, "hd_moe": 46.0, "hd": 50.0,
     "hiermoe": 40.0, "h1": 80.0, "h": 95.0,
 }  # fmt: skip
+COPIES_MS = 3.0  # made up: what copies send in a step
 
 
 @lru_cache
@@ -140,6 +141,9 @@ def records_of(config: RunConfig) -> pd.DataFrame:
                 "modelled_gain_ms": 0.2 if name.startswith("hiermoe") else math.nan,
                 "realised_gain_ms": 0.15 if moves and iteration < ITERATIONS - 1 else math.nan,
                 "recounted_gain_ms": 0.25 if name == "hiermoe_multi" else math.nan,
+                "net_ms": time_ms + (COPIES_MS if config.system.makes_copies else 0.0),
+                "slots_gb": 0.5 if config.system.makes_copies else 0.0,
+                "gradient_bytes": 1e9 if config.system.makes_copies else 0.0,
             }
         )  # fmt: skip
     return pd.DataFrame(rows)

@@ -167,7 +167,9 @@ def test_every_setting_can_be_made() -> None:
 
 
 def test_a_row_without_an_entry_or_with_two_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"id=made_up: 0 entries of reports/measurements.yaml are of it, not one"):
+    with pytest.raises(
+        ValueError, match=r"id=made_up: 0 entries of reports/measurements.yaml \(or --entries\) are of it, not one"
+    ):
         foretell([a_row()], RULES)
     twice = RULES.model_copy(update={"rows": (a_rule(), a_rule())})
     with pytest.raises(ValueError, match="id=made_up: 2 entries"):

@@ -4,6 +4,7 @@ from collections import Counter
 
 import torch
 
+from hiermoe.model import RowBytes
 from hiermoe.planner.scheme import hierarchical
 from hiermoe.policies.protocol import StepContext
 from hiermoe.topology.hierarchy import Hierarchy
@@ -15,7 +16,7 @@ Shares = dict[tuple[int, int, int], int]  # source, expert, GPU -> tokens; none 
 
 def context(hierarchy: Hierarchy, iteration: int = 0) -> StepContext:
     scheme = hierarchical(1, False, hierarchy)
-    return StepContext(iteration, random_cluster(hierarchy, 0), scheme, 4096, 10**6)
+    return StepContext(iteration, random_cluster(hierarchy, 0), scheme, RowBytes.alike(4096), 10**6)
 
 
 def random_pairs(ranks: int, experts: int, most: int, seed: int, skew: float = 2.0) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from baselines.guests import domain_level
 from baselines.placemoe import Demand, PlaceMoEPolicy, TwoFixedCopiesPolicy, Weights, by_demand, mapped, replayed_ms
+from hiermoe.model import RowBytes
 from hiermoe.planner.cost import time_by_groups
 from hiermoe.planner.scheme import hierarchical
 from hiermoe.planner.token_sets import TokenSets
@@ -27,7 +28,9 @@ CELLS = 4096  # so many that few of a test's tokens collide
 
 def context_of(hierarchy: Hierarchy, iteration: int = 0) -> StepContext:
     dimension = min(2, hierarchy.depth)
-    return StepContext(iteration, random_cluster(hierarchy, 0), hierarchical(dimension, True, hierarchy), 4096, 10**6)
+    return StepContext(
+        iteration, random_cluster(hierarchy, 0), hierarchical(dimension, True, hierarchy), RowBytes.alike(4096), 10**6
+    )
 
 
 def some_step(hierarchy: Hierarchy, experts: int, seed: int, tokens: int = 8) -> RoutingStep:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baselines.smartmoe import SmartMoEPolicy, largest_load, pack
+from hiermoe.model import RowBytes
 from hiermoe.planner.scheme import hierarchical
 from hiermoe.policies.protocol import PlacementUpdate, StepContext
 from hiermoe.topology.cluster import Cluster, Level
@@ -25,7 +26,9 @@ def flat_cluster(num_ranks: int) -> Cluster:
 
 
 def context(iteration: int, num_ranks: int = 2) -> StepContext:
-    return StepContext(iteration, flat_cluster(num_ranks), hierarchical(1, False, Hierarchy((num_ranks,))), 1, 1)
+    return StepContext(
+        iteration, flat_cluster(num_ranks), hierarchical(1, False, Hierarchy((num_ranks,))), RowBytes.alike(1), 1
+    )
 
 
 def tokens_for(load_E: list[int]) -> torch.Tensor:

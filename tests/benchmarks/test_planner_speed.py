@@ -17,6 +17,7 @@ from torch import Tensor
 
 from baselines.megatron import alltoall
 from baselines.tutel_2dh import two_dimensional
+from hiermoe.model import RowBytes
 from hiermoe.planner.cost import choose_scheme
 from hiermoe.planner.counts import count_routing
 from hiermoe.planner.maxima import MaxFunction
@@ -65,7 +66,7 @@ def workload(num_experts: int, tokens_per_rank: int) -> Workload:
 def all_swaps(work: Workload) -> SwapTimes:
     summed = measure_swaps(work.step.expert_ids_NK, work.placement, HIERARCHY)
     stats = SwapStatistics.unpack(summed, work.num_experts, HIERARCHY)
-    return swap_times(stats, SCHEME, CLUSTER, ROW_BYTES, MAXIMUM)
+    return swap_times(stats, SCHEME, CLUSTER, RowBytes.alike(ROW_BYTES), MAXIMUM)
 
 
 def time_after_swap(work: Workload, r: int, c: int, scheme: DispatchScheme = SCHEME) -> float:
@@ -119,7 +120,7 @@ def dense_algorithm_one(work: Workload) -> int:
 
 def algorithm_one(work: Workload) -> int:
     counts = count_routing(work.step, work.placement, HIERARCHY)
-    return choose_scheme(every_dimension(HIERARCHY), counts, CLUSTER, ROW_BYTES).scheme.dimension
+    return choose_scheme(every_dimension(HIERARCHY), counts, CLUSTER, RowBytes.alike(ROW_BYTES)).scheme.dimension
 
 
 def all_schemes() -> list[DispatchScheme]:
@@ -169,7 +170,9 @@ class OneRank:
 
     def decide(self, summed: Tensor) -> None:
         update = HierDESPolicy().decide(
-            summed, self.work.placement, StepContext(0, CLUSTER, THREE_STAGES, ROW_BYTES, expert_parameters=1)
+            summed,
+            self.work.placement,
+            StepContext(0, CLUSTER, THREE_STAGES, RowBytes.alike(ROW_BYTES), expert_parameters=1),
         )
         assert update is not None
 
@@ -181,7 +184,7 @@ def test_planning_of_one_rank(measure: Measure, num_experts: int) -> None:
     swaps, swaps_in_all = sampled_swaps(num_experts), num_experts * (num_experts - 1) // 2
     mine_NK, summed = rank.mine_NK, rank.measure(rank.work.step.expert_ids_NK)
     stats = SwapStatistics.unpack(summed, num_experts, HIERARCHY)
-    times = swap_times(stats, THREE_STAGES, CLUSTER, ROW_BYTES, MAXIMUM)
+    times = swap_times(stats, THREE_STAGES, CLUSTER, RowBytes.alike(ROW_BYTES), MAXIMUM)
     check_times(times, rank.work, swaps[:2], THREE_STAGES)
     measure(
         f"plan on one rank: measure + decide, HD3, E={num_experts} T=1024",

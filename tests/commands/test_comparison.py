@@ -55,12 +55,15 @@ def test_systems_with_copies_show_net_time_balance_and_slots_last(composed: Comp
         ended.append(Ended((f"system={system}",), config))
     table = comparison(ended, store)
     headers = [" ".join(str(column.header).split()) for column in table.columns]
-    assert headers[-3:] == ["net ms", "rows, most / mean", "slots, GB"]
-    net, balance, slots = ([float(str(cell)) for cell in column.cells] for column in table.columns[-3:])
+    assert headers[-4:] == ["net ms", "with experts", "rows, most / mean", "slots, GB"]
+    net, both, balance, slots = ([float(str(cell)) for cell in column.cells] for column in table.columns[-4:])
     total = [float(str(cell)) for cell in table.columns[2].cells]
     assert net[0] == total[0] and net[1] > total[1] and balance[0] > balance[1] == 1
+    pairs = ended[1].config.tokens_per_rank * 8  # at every GPU alike
+    experts_ms = pairs * 3 * 2 * 3 * 2048 * 768 / 100e9
+    assert both[1] - net[1] == pytest.approx(experts_ms, abs=0.011) and both[0] - net[0] > experts_ms + 0.01
     assert slots == [0, pytest.approx(4 * 6 * 3 * 2048 * 768 / 1e9, abs=0.005)]  # four slots that layers share
-    assert len(comparison(ended[:1], store).columns) == len(headers) - 3 + 1  # one AlltoAll beside four
+    assert len(comparison(ended[:1], store).columns) == len(headers) - 4 + 1  # one AlltoAll beside four
 
 
 def test_measured_net_time_stands_behind_the_measured_four(composed: Composer, store: RunStore) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hiermoe.dispatch.interposer import Transfer
+from hiermoe.model import RowBytes
 from hiermoe.planner.cost import choose_scheme
 from hiermoe.planner.counts import RoutingCounts, count_routing
 from hiermoe.planner.scheme import DispatchScheme
@@ -43,7 +44,7 @@ def runs_of(world: World, system: str) -> Iterable[tuple[str, str, Placement]]:
 
 def used_scheme(world: World, system: str, counts: RoutingCounts) -> DispatchScheme:
     candidates = transport_of(system).build_schemes(world.cluster.hierarchy)
-    return choose_scheme(candidates, counts, world.cluster, ROW_BYTES).scheme
+    return choose_scheme(candidates, counts, world.cluster, RowBytes.alike(ROW_BYTES)).scheme
 
 
 def matrices(outcomes: list[Outcome], received: bool) -> Sent:

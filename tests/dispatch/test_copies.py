@@ -14,6 +14,7 @@ from hiermoe.dispatch.communicators import Communicators
 from hiermoe.dispatch.dispatcher import Dispatcher
 from hiermoe.dispatch.interposer import Interposer
 from hiermoe.dispatch.plan import DispatchContext
+from hiermoe.model import RowBytes
 from hiermoe.planner.cost import choose_scheme
 from hiermoe.planner.counts import RoutingCounts
 from hiermoe.planner.scheme import DispatchScheme
@@ -158,7 +159,7 @@ def test_every_token_reaches_the_chosen_copies_once_and_bytes_are_the_planners(w
             seen = [result[seed, name] for result in results]
             assert sorted(row for mine in seen for row in mine.rows) == wanted, name
             assert all(mine.is_exact for mine in seen), name
-            chosen = choose_scheme(schemes, counts, cluster, ROW_BYTES)
+            chosen = choose_scheme(schemes, counts, cluster, RowBytes.alike(ROW_BYTES))
             assert {mine.scheme for mine in seen} == {chosen.scheme.name}
             pairs_SGG = pair_traffic(chosen.scheme, counts, hierarchy)
             for index, stage in enumerate(seen[0].stages):

@@ -13,6 +13,7 @@ from baselines.tutel_2dh import two_dimensional
 from hiermoe.dispatch.dispatcher import Dispatcher
 from hiermoe.dispatch.exchange import return_rows, send_rows
 from hiermoe.dispatch.plan import DispatchContext, make_plan
+from hiermoe.model import RowBytes
 from hiermoe.planner.cost import choose_scheme
 from hiermoe.planner.counts import count_routing
 from hiermoe.planner.scheme import DispatchScheme, every_dimension, hierarchical
@@ -95,7 +96,7 @@ def check(case: Case, schemes: tuple[DispatchScheme, ...], seed: int) -> None:
         results = world.run(on_rank)
     plans, outputs, x_gradients, probs_gradients, weight_gradients = zip(*results, strict=True)
     counts = count_routing(case.step, case.placement, hierarchy)
-    chosen = choose_scheme(schemes, counts, cluster, ROW_BYTES).scheme
+    chosen = choose_scheme(schemes, counts, cluster, RowBytes.alike(ROW_BYTES)).scheme
     assert {plan.scheme.name for plan in plans} == {chosen.name}
     kept = None
     if chosen.lossy and chosen.padding:

@@ -24,6 +24,8 @@ WHY_NOT = {
     r"hiermoe run .*=\$PWD/unlimited_early\.trace": "reads what the command above it records in half an hour",
     r"hiermoe run -m \+sweeps=arena \+sweeps/over=recorded": "takes long: the same without the last word is run",
     r"hiermoe run -m \+sweeps/measured/full=arena": "takes long: the run above it is on fewer ranks",
+    r"hiermoe run -m \+sweeps=structure .* model=\w+": "takes long: the same without the model is run",
+    r"hiermoe reproduce --sweeps arena .*": "takes long: the first of these sweeps is run",
     r"hiermoe record .*": "takes half an hour or more: tests/narrow/test_record.py records a small one",
     r"make (reproduce|report|traces|help)( FULL=1| QUICK=1)?": "takes long: parts of it are the other commands",
     r"(make reproduce ON=slurm|srun|torchrun) .*": "needs a cluster: tests/slurm runs it on one of four nodes",

@@ -163,7 +163,7 @@ def test_realised_gain_is_what_the_next_step_would_have_taken_more_without_the_u
     placement = Placement.identity(128)
     for iteration in range(3):
         counts = workload.routing.counts(iteration + 1, placement, workload.cluster.hierarchy)
-        unmoved = choose_scheme(workload.schemes, counts, workload.cluster, workload.sizes.row_bytes)
+        unmoved = choose_scheme(workload.schemes, counts, workload.cluster, workload.sizes.sent)
         gain = 4 * unmoved.alltoall_ms - float(steps["predicted_ms"][iteration + 1])
         assert steps["realised_gain_ms"][iteration] == pytest.approx(gain, rel=1e-9)
         placement = placement.after(str(steps["moves"][iteration]))
@@ -179,8 +179,6 @@ def test_five_levels_are_walked_through(composed: Composer) -> None:
     assert records.loc[records["phase"] == "routing", "stage"].tolist() == list(hierarchy.names) * 2
     first = records[(records["phase"] == "step") & (records["iteration"] == 0)].iloc[0]
     counts = workload.routing.counts(0, Placement.identity(512), hierarchy)
-    times = [
-        price(scheme, counts, workload.cluster, workload.sizes.row_bytes).alltoall_ms for scheme in workload.schemes
-    ]
+    times = [price(scheme, counts, workload.cluster, workload.sizes.sent).alltoall_ms for scheme in workload.schemes]
     assert first["predicted_ms"] == 4 * min(times) and first["dimension"] == 1 + times.index(min(times))
     assert first["moved_experts"] == 2 and first["modelled_gain_ms"] > 0

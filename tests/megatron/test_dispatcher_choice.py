@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hiermoe.megatron.standins import cpu
+from hiermoe.model import RowBytes
 
 cpu.expect_fallbacks()
 
@@ -65,7 +66,10 @@ def micro_batches() -> list[Routing]:
 def expected_dimensions(row_bytes: int) -> list[int]:
     hierarchy = cluster().hierarchy
     counts = [count_routing(r.step, Placement.identity(EXPERTS), hierarchy) for r in micro_batches()]
-    return [choose_scheme(every_dimension(hierarchy), c, cluster(), row_bytes).scheme.dimension for c in counts]
+    return [
+        choose_scheme(every_dimension(hierarchy), c, cluster(), RowBytes.alike(row_bytes)).scheme.dimension
+        for c in counts
+    ]
 
 
 def observe(rank: int) -> Seen:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hiermoe.model import RowBytes
 from hiermoe.planner.bounds import MateBound, any_placement_rows, least_traffic
 from hiermoe.planner.cost import choose_scheme
 from hiermoe.planner.counts import count_routing
@@ -36,13 +37,13 @@ def test_no_placement_has_fewer_rows_or_less_time(
     cluster, schemes = random_cluster(hierarchy, seed), every_dimension(hierarchy)
     sets = TokenSets.of(step.expert_ids_NK, experts).merged()
     bounds = [MateBound(experts, hierarchy, level) for level in range(1, hierarchy.depth + 1)]
-    least = least_traffic(sets, bounds, schemes, cluster, 4096)
-    again = least_traffic(sets, bounds, schemes, cluster, 4096)  # from the points of the first call
+    least = least_traffic(sets, bounds, schemes, cluster, RowBytes.alike(4096))
+    again = least_traffic(sets, bounds, schemes, cluster, RowBytes.alike(4096))  # from the points of the first call
     fewest, fastest_ms = [10**9] * hierarchy.depth, float("inf")
     for placement in every_placement(experts, hierarchy):
         counts = count_routing(step, placement, hierarchy)
         fewest = [min(known, int(counts.tokens[level].sum())) for level, known in enumerate(fewest)]
-        fastest_ms = min(fastest_ms, choose_scheme(schemes, counts, cluster, 4096).alltoall_ms)
+        fastest_ms = min(fastest_ms, choose_scheme(schemes, counts, cluster, RowBytes.alike(4096)).alltoall_ms)
     for found in (least, again):
         assert all(bound <= rows for bound, rows in zip(found.rows, fewest, strict=True))
         assert found.alltoall_ms <= fastest_ms * (1 + 1e-12)
@@ -75,7 +76,7 @@ def test_the_hottest_expert_bounds_the_time_too() -> None:
     hierarchy = Hierarchy((4,))
     cluster, scheme = random_cluster(hierarchy, 0), hierarchical(1, True, hierarchy)
     sets = TokenSets.of(torch.tensor([[0, 1 + n % 7] for n in range(70)]), 8)
-    found = least_traffic(sets, [MateBound(8, hierarchy, 1)], (scheme,), cluster, 100)
+    found = least_traffic(sets, [MateBound(8, hierarchy, 1)], (scheme,), cluster, RowBytes.alike(100))
     constants = cluster.world
     assert constants is not None
     assert found.alltoall_ms == pytest.approx(constants.alpha_ms + constants.beta_ms_per_byte * 100 * 70)
@@ -93,4 +94,6 @@ def test_schemes_that_send_pairs_have_no_such_bound() -> None:
     sets = TokenSets.of(torch.tensor([[0, 1]]), 8)
     bounds = [MateBound(8, hierarchy, level) for level in (1, 2)]
     with pytest.raises(ValueError, match="scheme H2 sends token-expert pairs"):
-        least_traffic(sets, bounds, (hierarchical(2, False, hierarchy),), random_cluster(hierarchy, 0), 4096)
+        least_traffic(
+            sets, bounds, (hierarchical(2, False, hierarchy),), random_cluster(hierarchy, 0), RowBytes.alike(4096)
+        )

@@ -5,6 +5,7 @@ import torch
 
 from baselines.megatron import alltoall
 from baselines.tutel_2dh import two_dimensional
+from hiermoe.model import RowBytes
 from hiermoe.planner.cost import choose_scheme, price
 from hiermoe.planner.counts import RoutingCounts, count_routing
 from hiermoe.planner.scheme import DispatchScheme, every_dimension, fixed_dimension, hierarchical
@@ -45,10 +46,11 @@ def five_tokens() -> RoutingCounts:
 def test_price_of_every_scheme_by_hand() -> None:
     cluster, counts = two_nodes(), five_tokens()
 
-    def stages(scheme: DispatchScheme) -> list[tuple[int, object]]:
-        priced = price(scheme, counts, cluster, ROW_BYTES)
-        assert priced.alltoall_ms == pytest.approx(sum(priced.stage_ms))
-        return [(n, pytest.approx(ms)) for n, ms in zip(priced.stage_bytes, priced.stage_ms, strict=True)]
+    def stages(scheme: DispatchScheme) -> list[tuple[float, object]]:
+        priced = price(scheme, counts, cluster, RowBytes.alike(ROW_BYTES))
+        dispatch = priced.calls["dispatch"]
+        assert priced.alltoall_ms == pytest.approx(sum(dispatch.stage_ms))
+        return [(n, pytest.approx(ms)) for n, ms in zip(dispatch.stage_bytes, dispatch.stage_ms, strict=True)]
 
     # Flat: GPU 2 receives pairs 4, 5, 4, 5, 4; its first token once where rows are tokens. 1 + 0.1 n.
     assert stages(alltoall(HIERARCHY)[0]) == [(50, 6.0)]
@@ -68,9 +70,11 @@ def test_price_of_every_scheme_by_hand() -> None:
 
 def test_algorithm_one_takes_the_cheapest() -> None:
     counts = five_tokens()
-    assert choose_scheme(every_dimension(HIERARCHY), counts, two_nodes(), ROW_BYTES).scheme.name == "HD1"  # 5.0 < 7.3
+    assert (
+        choose_scheme(every_dimension(HIERARCHY), counts, two_nodes(), RowBytes.alike(ROW_BYTES)).scheme.name == "HD1"
+    )  # 5.0 < 7.3
     # A start-up of 4 ms more makes the flat one the dearer.
-    chosen = choose_scheme(every_dimension(HIERARCHY), counts, two_nodes(world_alpha_ms=5.0), ROW_BYTES)
+    chosen = choose_scheme(every_dimension(HIERARCHY), counts, two_nodes(world_alpha_ms=5.0), RowBytes.alike(ROW_BYTES))
     assert (chosen.scheme.name, chosen.scheme.dimension) == ("HD2", 2)
     assert chosen.alltoall_ms == pytest.approx(7.3)
 
@@ -78,16 +82,19 @@ def test_algorithm_one_takes_the_cheapest() -> None:
 def test_algorithm_one_takes_the_first_of_equals() -> None:
     counts = five_tokens()
     candidates = (hierarchical(2, True, HIERARCHY), alltoall(HIERARCHY)[0], hierarchical(1, False, HIERARCHY))
-    assert choose_scheme(candidates, counts, two_nodes(), ROW_BYTES).scheme.name == "megatron"
-    assert choose_scheme(candidates[::-1], counts, two_nodes(), ROW_BYTES).scheme.name == "H1"
+    assert choose_scheme(candidates, counts, two_nodes(), RowBytes.alike(ROW_BYTES)).scheme.name == "megatron"
+    assert choose_scheme(candidates[::-1], counts, two_nodes(), RowBytes.alike(ROW_BYTES)).scheme.name == "H1"
 
 
 def test_algorithm_one_never_exceeds_any_fixed_dimension(a6000: Cluster) -> None:
     for seed, skew in enumerate((0.0, 0.5, 2.0)):
         step = random_step([64] * 32, 128, 8, torch.Generator().manual_seed(seed), skew)
         counts = count_routing(step, Placement.identity(128), a6000.hierarchy)
-        chosen = choose_scheme(every_dimension(a6000.hierarchy), counts, a6000, 4096)
-        prices = [price(scheme, counts, a6000, 4096).alltoall_ms for scheme in every_dimension(a6000.hierarchy)]
+        chosen = choose_scheme(every_dimension(a6000.hierarchy), counts, a6000, RowBytes.alike(4096))
+        prices = [
+            price(scheme, counts, a6000, RowBytes.alike(4096)).alltoall_ms
+            for scheme in every_dimension(a6000.hierarchy)
+        ]
         assert chosen.alltoall_ms == min(prices)
         assert chosen.scheme.dimension == prices.index(min(prices)) + 1
 

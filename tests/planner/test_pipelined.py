@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from hiermoe.model import RowBytes
 from hiermoe.planner.cost import choose_scheme, price, time_of_alltoall
 from hiermoe.planner.counts import count_routing
 from hiermoe.planner.scheme import DispatchScheme, Stage, hierarchical, pipelined
@@ -60,9 +61,10 @@ def test_every_chunk_starts_up_and_small_ones_lie_off_the_line() -> None:
     assert line.ms(400.0) == pytest.approx(6.0)
     assert line.ms(400.0, parts=2) == pytest.approx(2 * line.ms(200.0)) == pytest.approx(2 * (2 + 2 + 10))
     scheme = hierarchical(2, True, HIERARCHY, chunks=4)
-    one, four = (price(x, COUNTS, CLUSTER, ROW_BYTES) for x in (replace(scheme, chunks=1), scheme))
-    assert four.stage_bytes == one.stage_bytes and torch.equal(four.traffic.rows_SGG, one.traffic.rows_SGG)
-    for stage, before, after in zip(scheme.stages, one.stage_ms, four.stage_ms, strict=True):
+    one, four = (price(x, COUNTS, CLUSTER, RowBytes.alike(ROW_BYTES)) for x in (replace(scheme, chunks=1), scheme))
+    of_one, of_four = one.calls["dispatch"], four.calls["dispatch"]
+    assert of_four.stage_bytes == of_one.stage_bytes and torch.equal(four.traffic.rows_SGG, one.traffic.rows_SGG)
+    for stage, before, after in zip(scheme.stages, of_one.stage_ms, of_four.stage_ms, strict=True):
         assert after - before == pytest.approx(3 * CLUSTER.constants(stage.peers).alpha_ms)
 
 
@@ -70,19 +72,19 @@ def test_long_rows_are_cut_and_short_ones_are_not() -> None:
     candidates = pipelined(HIERARCHY)
     assert [x.name for x in candidates[:6]] == ["HD1", "HD2", "HD2x2", "HD2x4", "HD2x8", "HD3"]
     assert [x.name for x in candidates[6:]] == ["HD4"]
-    chosen = [choose_scheme(candidates, COUNTS, CLUSTER, row_bytes) for row_bytes in (2, 2**20)]
+    chosen = [choose_scheme(candidates, COUNTS, CLUSTER, RowBytes.alike(row_bytes)) for row_bytes in (2, 2**20)]
     assert chosen[0].scheme.chunks == 1 < chosen[1].scheme.chunks
     for one, row_bytes in zip(chosen, (2, 2**20), strict=True):
-        every = [price(x, COUNTS, CLUSTER, row_bytes).alltoall_ms for x in candidates]
+        every = [price(x, COUNTS, CLUSTER, RowBytes.alike(row_bytes)).alltoall_ms for x in candidates]
         assert one.alltoall_ms == min(every)
     fixed = CLUSTER.model_copy(update={"overlap": 0.0})
-    assert choose_scheme(candidates, COUNTS, fixed, 2**20).scheme.chunks == 1
+    assert choose_scheme(candidates, COUNTS, fixed, RowBytes.alike(2**20)).scheme.chunks == 1
 
 
 def test_nothing_is_promised_of_stages_whose_overlap_is_not_known() -> None:
     unknown = CLUSTER.model_copy(update={"overlap": None})
     with pytest.raises(NotApplicable, match="does not say how far its stages overlap"):
-        price(hierarchical(2, True, HIERARCHY, chunks=2), COUNTS, unknown, ROW_BYTES)
+        price(hierarchical(2, True, HIERARCHY, chunks=2), COUNTS, unknown, RowBytes.alike(ROW_BYTES))
 
 
 @pytest.mark.parametrize(

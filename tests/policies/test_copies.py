@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hiermoe.model import RowBytes
 from hiermoe.planner.counts import count_routing
 from hiermoe.planner.maxima import MaxFunction
 from hiermoe.planner.scheme import hierarchical
@@ -24,7 +25,7 @@ from tests.planner.cases import Case, cases, examples, random_cluster, random_st
 
 def context_of(hierarchy: Hierarchy, iteration: int = 0, parameters: int = 10**6) -> StepContext:
     cluster, scheme = random_cluster(hierarchy, 1), hierarchical(min(2, hierarchy.depth), True, hierarchy)
-    return StepContext(iteration, cluster, scheme, 4096, parameters)
+    return StepContext(iteration, cluster, scheme, RowBytes.alike(4096), parameters)
 
 
 def decided(

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from hiermoe.model import RowBytes
 from hiermoe.planner.scheme import hierarchical
 from hiermoe.policies.hierd_es import HierDESPolicy
 from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, price_migration
@@ -20,7 +21,9 @@ SHUFFLED = Placement.of_slots(torch.randperm(EXPERTS, generator=torch.Generator(
 
 
 def context(cluster: Cluster, iteration: int = 0, expert_parameters: int = 1) -> StepContext:
-    return StepContext(iteration, cluster, hierarchical(3, True, cluster.hierarchy), ROW_BYTES, expert_parameters)
+    return StepContext(
+        iteration, cluster, hierarchical(3, True, cluster.hierarchy), RowBytes.alike(ROW_BYTES), expert_parameters
+    )
 
 
 def recount(cluster: Cluster, placement: Placement, kind: str) -> float:
@@ -162,7 +165,7 @@ def test_policies_without_memory_have_no_state() -> None:
 def test_pairs_cannot_be_planned(a6000: Cluster) -> None:
     policy = HierDESPolicy()
     measure = policy.measure(STEP.expert_ids_NK, STEP.source_N, SHUFFLED, a6000.hierarchy, 0)
-    flat = StepContext(0, a6000, hierarchical(1, False, a6000.hierarchy), ROW_BYTES, 1)
+    flat = StepContext(0, a6000, hierarchical(1, False, a6000.hierarchy), RowBytes.alike(ROW_BYTES), 1)
     with pytest.raises(ValueError, match="scheme H1 sends token-expert pairs"):
         policy.decide(measure, SHUFFLED, flat)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hiermoe.model import RowBytes
 from hiermoe.planner.scheme import hierarchical
 from hiermoe.policies.hierd_es import HierDESPolicy
 from hiermoe.policies.net import PRIOR, NetPolicy
@@ -28,7 +29,7 @@ def train(policy: HierDESPolicy, seeds: list[int], cluster: Cluster, expert_para
         step = routing(seed)
         measured = policy.measure(step.expert_ids_NK, step.source_N, placement, cluster.hierarchy, iteration)
         update = policy.decide(
-            measured, placement, StepContext(iteration, cluster, scheme, ROW_BYTES, expert_parameters)
+            measured, placement, StepContext(iteration, cluster, scheme, RowBytes.alike(ROW_BYTES), expert_parameters)
         )
         moved.append(update is not None)
         placement = placement if update is None else update.placement

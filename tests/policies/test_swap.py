@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hiermoe.model import RowBytes
 from hiermoe.planner.maxima import MaxFunction
 from hiermoe.planner.scheme import every_dimension, hierarchical
 from hiermoe.policies.swap import SwapStatistics, SwapTimes, counts_after_swap, measure_swaps, swap_times
@@ -137,7 +138,7 @@ def test_experts_that_have_moved_stay_where_they_are() -> None:
     step = random_step([16] * 4, 8, 3, torch.Generator().manual_seed(0), skew=2.0)
     stats = statistics(step.expert_ids_NK, Placement.identity(8), hierarchy).swapped(0, 7)
     scheme, cluster = hierarchical(2, True, hierarchy), random_cluster(hierarchy, 0)
-    times = swap_times(stats, scheme, cluster, 1024, MaxFunction("smooth"))
+    times = swap_times(stats, scheme, cluster, RowBytes.alike(1024), MaxFunction("smooth"))
     touched = ((times.slots_2P == 0) | (times.slots_2P == 7)).any(0)
     assert torch.equal(times.after_ms_P.isinf(), touched)
 
@@ -149,7 +150,9 @@ def test_times_after_every_swap_equal_the_stage_formulas(case: Case, seed: int) 
     stats, expected = measured(case), recounted(case)
     for dimension in range(1, case.hierarchy.depth + 1):
         for maximum in MAXIMA:
-            times = swap_times(stats, hierarchical(dimension, True, case.hierarchy), cluster, row_bytes, maximum)
+            times = swap_times(
+                stats, hierarchical(dimension, True, case.hierarchy), cluster, RowBytes.alike(row_bytes), maximum
+            )
             Q_EE = q_matrix(times, case.step.num_experts)
             wanted_EE = torch.zeros_like(Q_EE)
             for (r, c), counts in expected.items():
@@ -174,7 +177,7 @@ def test_best_swap_is_a_smallest_one(case: Case, seed: int) -> None:
                 for pair, counts in expected.items()
             }
             scheme = hierarchical(dimension, True, case.hierarchy)
-            pair = swap_times(measured(case), scheme, cluster, 4096, maximum).best()
+            pair = swap_times(measured(case), scheme, cluster, RowBytes.alike(4096), maximum).best()
             smallest = min(times.values())
             if pair is None:
                 assert smallest >= times[0, 0] * (1 - 2e-9)
@@ -201,7 +204,11 @@ def test_lowest_pair_wins_an_exact_tie(seed: int) -> None:
         first = min(pair for pair, time in times.items() if time == smallest)
         ties += sum(time == smallest for time in times.values()) - 1
         found = swap_times(
-            measured(case), hierarchical(dimension, True, hierarchy), cluster, 1024, MaxFunction("plain")
+            measured(case),
+            hierarchical(dimension, True, hierarchy),
+            cluster,
+            RowBytes.alike(1024),
+            MaxFunction("plain"),
         )
         assert found.best() == (first if smallest < times[0, 0] else None)
     assert ties > 0
@@ -226,7 +233,9 @@ def test_lowest_pair_wins_a_tie_that_rounding_breaks() -> None:
         tied = [pair for pair, time in times.items() if time <= min(times.values()) * (1 + 1e-13)]
         ties += len(tied) - 1
         scheme = hierarchical(1, True, hierarchy)
-        assert swap_times(measured(case), scheme, cluster, 1024, MaxFunction("smooth")).best() == min(tied)
+        assert swap_times(measured(case), scheme, cluster, RowBytes.alike(1024), MaxFunction("smooth")).best() == min(
+            tied
+        )
     assert ties > 0
 
 
@@ -252,7 +261,7 @@ def test_nothing_to_gain_means_no_swap() -> None:
     stats = statistics(step.expert_ids_NK, Placement.identity(4), hierarchy)
     for scheme in every_dimension(hierarchy):
         for maximum in MAXIMA:
-            times = swap_times(stats, scheme, random_cluster(hierarchy, 0), 1024, maximum)
+            times = swap_times(stats, scheme, random_cluster(hierarchy, 0), RowBytes.alike(1024), maximum)
             assert times.best() is None
             torch.testing.assert_close(
                 times.after_ms_P, torch.full((6,), times.now_ms, dtype=torch.float64), rtol=1e-12, atol=0.0
@@ -275,7 +284,7 @@ def test_swap_by_hand() -> None:
         name="two", description="", world=AlphaBeta(alpha_ms=1.0, beta_ms_per_byte=0.5, source="hand"),
         levels=(Level(name="gpu", groups=2, link_gb_per_s=1.0),),
     )  # fmt: skip
-    times = swap_times(stats, hierarchical(1, True, hierarchy), cluster, 2, MaxFunction("plain"))
+    times = swap_times(stats, hierarchical(1, True, hierarchy), cluster, RowBytes.alike(2), MaxFunction("plain"))
     assert times.now_ms == 5.0
     assert times.after_ms_P.tolist() == [5.0, 4.0, 4.0, 5.0]
     assert times.best() == (0, 3)
@@ -330,7 +339,7 @@ def test_order_within_a_token_does_not_matter(case: Case) -> None:
 def test_only_deduplicating_schemes_can_be_planned(a6000: Cluster) -> None:
     stats = statistics(torch.arange(8)[None], Placement.identity(32), a6000.hierarchy)
     with pytest.raises(ValueError, match="scheme H2 sends token-expert pairs"):
-        swap_times(stats, hierarchical(2, False, a6000.hierarchy), a6000, 4096, MaxFunction())
+        swap_times(stats, hierarchical(2, False, a6000.hierarchy), a6000, RowBytes.alike(4096), MaxFunction())
 
 
 def test_experts_must_divide_among_gpus() -> None:
@@ -354,7 +363,9 @@ def test_following_best_swaps_lowers_the_recounted_time_each_time() -> None:
 
     steps = 0
     while True:
-        times = swap_times(statistics(step.expert_ids_NK, placement, hierarchy), scheme, cluster, 4096, maximum)
+        times = swap_times(
+            statistics(step.expert_ids_NK, placement, hierarchy), scheme, cluster, RowBytes.alike(4096), maximum
+        )
         assert math.isclose(times.now_ms, recount(placement), rel_tol=1e-9)
         pair = times.best()
         if pair is None:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from hiermoe.model import RowBytes
 from hiermoe.planner.cost import price
 from hiermoe.planner.counts import count_routing
 from hiermoe.planner.maxima import MaxFunction
@@ -32,8 +33,10 @@ def test_no_swap_time_is_the_price_where_senders_are_even(groups: tuple[int, ...
     counts = count_routing(step, placement, hierarchy)
     stats = statistics(step.expert_ids_NK, placement, hierarchy)
     for scheme in every_dimension(hierarchy):
-        times = swap_times(stats, scheme, cluster, 4096, MaxFunction("plain"))
-        assert math.isclose(times.now_ms, price(scheme, counts, cluster, 4096).alltoall_ms, rel_tol=1e-12)
+        times = swap_times(stats, scheme, cluster, RowBytes.alike(4096), MaxFunction("plain"))
+        assert math.isclose(
+            times.now_ms, price(scheme, counts, cluster, RowBytes.alike(4096)).alltoall_ms, rel_tol=1e-12
+        )
 
 
 def test_lanes_cost_little_on_uniform_routing(a6000: Cluster) -> None:
@@ -48,7 +51,7 @@ def test_lanes_cost_little_on_uniform_routing(a6000: Cluster) -> None:
     )
     gaps = {}
     for scheme in every_dimension(hierarchy):
-        q = swap_times(stats, scheme, a6000, 4096, MaxFunction("plain")).now_ms
-        gaps[scheme.name] = 1 - q / price(scheme, counts, a6000, 4096).alltoall_ms
+        q = swap_times(stats, scheme, a6000, RowBytes.alike(4096), MaxFunction("plain")).now_ms
+        gaps[scheme.name] = 1 - q / price(scheme, counts, a6000, RowBytes.alike(4096)).alltoall_ms
     assert abs(gaps["HD1"]) < 1e-12  # one lane a GPU: nothing to average
     assert all(-1e-12 <= gap < 0.02 for gap in gaps.values()), gaps

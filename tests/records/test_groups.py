@@ -80,7 +80,7 @@ def test_own_code_beside_own_files_counts_in_the_names_of_runs(with_code: Path, 
     sys.path.append(str(with_code))
 
     def name() -> str:
-        for function in (run_id.code_digest, run_id._imported, run_id._code):
+        for function in (run_id.code_digest, run_id._read):
             function.cache_clear()
         return composed("system=mine").run_id
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hiermoe.records.run_id import code_digest, reachable, run_id
+from hiermoe.records.run_id import _read, code_digest, reachable, run_id
 from tests.conftest import Composer
 
 PRICE = '''"""What a row costs."""
@@ -32,8 +32,7 @@ def write(tmp_path: Path) -> Callable[..., str]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         code_digest.cache_clear()
-        for cached in ("_imported", "_code"):
-            getattr(__import__("hiermoe.records.run_id", fromlist=[cached]), cached).cache_clear()
+        _read.cache_clear()
         return code_digest((begin,), tmp_path)
 
     return write

@@ -2,7 +2,7 @@
 
 from hiermoe.records.index import RECORDED, over
 from hiermoe.runs.compose import expand
-from hiermoe.runs.routings import sweeps_over_places
+from hiermoe.runs.routings import names_over_places, sweeps_over_places
 
 
 def test_over_places_come_systems_that_claims_name_and_all_of_what_stands_beside() -> None:
@@ -13,6 +13,9 @@ def test_over_places_come_systems_that_claims_name_and_all_of_what_stands_beside
     beside = over("structure", RECORDED)
     assert len(sweeps_over_places()[beside]) == len(expand("structure", RECORDED))
     assert "hiermoe_search" in found[beside]
+    arena = over("arena", RECORDED)
+    assert found[arena] == {cell.config.system.name for cell in expand("arena")}
+    assert arena not in names_over_places(beyond=False)
 
 
 def test_an_entrant_is_over_places_too(monkeypatch) -> None:

@@ -1,6 +1,14 @@
 """The report's figures, one module each; `FIGURES` is their order in the report."""
 
-from hiermoe.analysis.figures.beyond import balance, heat_map, planner_cost, structure
+from hiermoe.analysis.figures.beyond import (
+    arena_memory,
+    arena_tokens,
+    arena_winners,
+    balance,
+    heat_map,
+    planner_cost,
+    structure,
+)
 from hiermoe.analysis.figures.beyond import policies as placement
 from hiermoe.analysis.figures.beyond import searched as search
 from hiermoe.analysis.figures.beyond import world_sizes as scaling
@@ -27,6 +35,6 @@ FIGURES: tuple[FigureSpec, ...] = tuple(
             swap_cost,
             balance,
         ),
-        *(scaling, heat_map, planner_cost, losses),
+        *(scaling, heat_map, arena_winners, arena_memory, arena_tokens, planner_cost, losses),
     )
 )

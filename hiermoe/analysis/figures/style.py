@@ -183,8 +183,14 @@ def dot_rows(panel: Axes, table: pd.DataFrame, systems: list[str], labels: dict[
         panel.axhspan(position - 0.5, position + 0.5, color="#F5F5F5", zorder=0)
 
 
-def legend(figure: Figure, routings: Iterable[str], with_published: bool = True, extra: Iterable[Line2D] = ()) -> None:
-    """What marks mean, below the panels."""
+def legend(
+    figure: Figure,
+    routings: Iterable[str],
+    with_published: bool = True,
+    extra: Iterable[Line2D] = (),
+    columns: int = 3,
+) -> None:
+    """What marks mean, below the panels; in so many columns where they are more than four."""
     marks = [
         Line2D([], [], marker=mark, linestyle="", markersize=9, color=_pale("#444444", paleness), label=name)
         for mark, name, paleness in (ROUTINGS[routing] for routing in ordered(routings))
@@ -195,5 +201,8 @@ def legend(figure: Figure, routings: Iterable[str], with_published: bool = True,
     handles = [*marks, *extra]
     with mpl.rc_context(SETTINGS):
         figure.legend(
-            handles=handles, loc="outside lower center", ncols=len(handles) if len(handles) < 5 else 3, fontsize=11.5
+            handles=handles,
+            loc="outside lower center",
+            ncols=len(handles) if len(handles) < 5 else columns,
+            fontsize=11.5,
         )

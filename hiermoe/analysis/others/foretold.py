@@ -10,6 +10,7 @@ import pandas as pd
 from hiermoe.analysis.others.measurement_rules import Kind, MeasurementRules
 from hiermoe.analysis.others.published_rows import TIMES_MS, Measurement
 from hiermoe.analysis.others.settings import Setting, setting_of
+from hiermoe.model import RowBytes
 from hiermoe.planner.cost import choose_scheme
 
 Reach = Literal["across", "inside", "small"]
@@ -76,7 +77,8 @@ class Listed:
 def time_ms(setting: Setting) -> tuple[float, tuple[str, ...]]:
     """Modelled time of all AlltoAlls of a setting, and the schemes that the planner chose."""
     prices = [
-        choose_scheme(setting.schemes, setting.counts, setting.cluster, row_bytes) for row_bytes in setting.row_bytes
+        choose_scheme(setting.schemes, setting.counts, setting.cluster, RowBytes.alike(row_bytes))
+        for row_bytes in setting.row_bytes
     ]
     return sum(price.alltoall_ms for price in prices), tuple(price.scheme.name for price in prices)
 

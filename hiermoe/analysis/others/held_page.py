@@ -7,7 +7,7 @@ import pandas as pd
 from hiermoe.analysis.figures.beyond import held_against_others
 from hiermoe.analysis.others.foretold import foretell, to_table
 from hiermoe.analysis.others.measurement_rules import load_measurement_rules
-from hiermoe.analysis.others.published_rows import MEASUREMENTS, load_measurements
+from hiermoe.analysis.others.published_rows import load_measurements
 from hiermoe.analysis.others.trust import Held, Trust
 from hiermoe.analysis.render import environment
 from hiermoe.analysis.report import small_copy
@@ -31,14 +31,14 @@ REACH_WORDS = {
 REACH_IN_TITLE = {"across": "between nodes", "inside": "inside a node or rack", "small": "for small messages"}
 
 
-def hold_against_others(csv: Path = MEASUREMENTS) -> Held:
+def hold_against_others() -> Held:
     """Predict every row that can be.
 
     Raises:
         ValueError: the rows or their rules are broken.
     """
     rules = load_measurement_rules()
-    predicted, listed = foretell(load_measurements(csv), rules)
+    predicted, listed = foretell(load_measurements(), rules)
     return Held.of(predicted, listed, rules)
 
 

@@ -31,12 +31,12 @@ class SystemOf(Strict):
     Attributes:
         across: several nodes.
         inside: one node, or one NVLink domain.
-        index_bytes: that a dispatched row carries for each of a token's K choices.
+        choice_bytes: as a run's `wire.choice_bytes`.
     """
 
     across: str
     inside: str
-    index_bytes: NonNegativeInt = 0
+    choice_bytes: NonNegativeInt = 0
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -118,6 +118,13 @@ class Cause(Strict):
     evidence: str
 
 
+class OwnEntries(Strict):
+    """What rows of the user's own are: as in the file, patterns of ids and, where they are new, published systems."""
+
+    rows: tuple[RowRule, ...]
+    systems: dict[str, SystemOf] = Field(default_factory=dict)
+
+
 class MeasurementRules(Strict):
     """The file.
 
@@ -125,8 +132,6 @@ class MeasurementRules(Strict):
         targets: of ratio rows.
         far_off: factor from which on a fabric's median needs a cause.
         overlap: of the stages of a system that sends in chunks (:class:`hiermoe.topology.cluster.Cluster`).
-        scale_bytes: of one scale of FP8 rows.
-        scaled_values: that one scale is for.
         systems: by published name.
         rows: what rows are.
         start_up: a second look at some of them.
@@ -137,8 +142,6 @@ class MeasurementRules(Strict):
     targets: Targets
     far_off: PositiveFloat
     overlap: float = Field(ge=0, le=1)
-    scale_bytes: NonNegativeInt
-    scaled_values: PositiveInt
     systems: dict[str, SystemOf]
     rows: tuple[RowRule, ...]
     start_up: StartUpRule
@@ -153,12 +156,24 @@ class MeasurementRules(Strict):
         """
         found = [rule for rule in self.rows if re.fullmatch(rule.ids, row.id)]
         if len(found) != 1:
-            raise ValueError(f"id={row.id}: {len(found)} entries of reports/measurements.yaml are of it, not one")
+            raise ValueError(
+                f"id={row.id}: {len(found)} entries of reports/measurements.yaml (or --entries) are of it, not one"
+            )
         if found[0].reason is None:
             for system in filter(None, (row.system, found[0].baseline_system)):
                 if system not in self.systems:
                     raise unknown("system", system, self.systems)
         return found[0]
+
+    def beside(self, own: OwnEntries) -> Self:
+        """With entries of the user's own.
+
+        Raises:
+            ValueError: a system of that name is there already.
+        """
+        if both := self.systems.keys() & own.systems.keys():
+            raise ValueError(f"systems.{min(both)} is one of reports/measurements.yaml; choose another name")
+        return self.model_copy(update={"rows": (*self.rows, *own.rows), "systems": {**self.systems, **own.systems}})
 
     def divided(self, row: Measurement) -> str:
         """Id of the row whose time is divided by a row's; empty where there is none."""

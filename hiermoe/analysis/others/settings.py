@@ -9,6 +9,7 @@ import torch
 
 from hiermoe.analysis.others.measurement_rules import MeasurementRules, RoutingOf, RowRule
 from hiermoe.analysis.others.published_rows import Measurement
+from hiermoe.model import VALUE_BYTES, WireConfig
 from hiermoe.planner.counts import RoutingCounts, count_routing
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.policies.system import SystemConfig
@@ -44,7 +45,7 @@ class Setting:
     schemes: tuple[DispatchScheme, ...]
     routing: RoutingOf
     request: RoutingRequest
-    row_bytes: tuple[int, ...]
+    row_bytes: tuple[float, ...]
     group_level: int
 
     @property
@@ -84,7 +85,7 @@ def setting_of(row: Measurement, rule: RowRule, rules: MeasurementRules, system:
         schemes=schemes,
         routing=routing,
         request=request,
-        row_bytes=_row_bytes(row, rules, named.index_bytes, request),
+        row_bytes=_row_bytes(row, named.choice_bytes, request),
         group_level=0 if rule.counts == "selections" else level,
     )
 
@@ -107,9 +108,7 @@ def _request(row: Measurement, rule: RowRule) -> tuple[RoutingOf, RoutingRequest
     sizes = {"num_experts": row.num_experts, "topk": row.topk, "tokens_per_gpu": row.tokens_per_gpu}
     for name, value in {**sizes, "hidden": row.hidden}.items():
         if value is None:
-            raise ValueError(
-                f"id={row.id}: {name} is not stated, so the row needs a reason in reports/measurements.yaml"
-            )
+            raise ValueError(f"id={row.id}: {name} is not stated, so the row's entry needs a reason")
     assert row.num_experts and row.topk and row.tokens_per_gpu
     routing = rule.routing
     limit = re.match(r"(\d+) of (\d+)", row.group_limit or "")
@@ -127,15 +126,15 @@ def _request(row: Measurement, rule: RowRule) -> tuple[RoutingOf, RoutingRequest
     return routing, request
 
 
-def _row_bytes(row: Measurement, rules: MeasurementRules, index_bytes: int, request: RoutingRequest) -> tuple[int, ...]:
+def _row_bytes(row: Measurement, choice_bytes: int, request: RoutingRequest) -> tuple[float, ...]:
     """Bytes of a row in each AlltoAll of the row's time: dispatch as its dtype says, combine in BF16."""
     if row.bytes_per_gpu is not None:
         return (row.bytes_per_gpu // request.tokens_per_rank,)
     assert row.hidden is not None
-    combine = 2 * row.hidden
-    scales = -(-row.hidden // rules.scaled_values) * rules.scale_bytes
-    dispatch = (row.hidden + scales if row.dtype == "fp8" else combine) + index_bytes * request.topk
-    return {"dispatch": (dispatch,), "combine": (combine,)}.get(row.phase, (dispatch, combine))
+    form = "fp8_with_scales" if row.dtype == "fp8" else "bf16"
+    wire = WireConfig(dispatch=form, combine="bf16", choice_bytes=choice_bytes)
+    sent = wire.row_bytes(row.hidden, VALUE_BYTES["bf16"], request.topk)
+    return {"dispatch": (sent.dispatch,), "combine": (sent.combine,)}.get(row.phase, (sent.dispatch, sent.combine))
 
 
 def _counts(routing: RoutingOf, request: RoutingRequest, hierarchy: Hierarchy) -> RoutingCounts:

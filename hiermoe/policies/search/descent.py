@@ -8,6 +8,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from hiermoe.model import RowBytes
 from hiermoe.planner.maxima import MaxFunction
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.planner.token_sets import TokenSets
@@ -46,13 +47,13 @@ class SwapTable:
         """Counts under the present placement."""
         return SwapStatistics.unpack(self._packed, self._sets.num_experts, self.cluster.hierarchy)
 
-    def times(self, scheme: DispatchScheme, row_bytes: int, max_function: MaxFunction) -> SwapTimes:
+    def times(self, scheme: DispatchScheme, row_bytes: RowBytes, max_function: MaxFunction) -> SwapTimes:
         """Q under the present placement, for a step of mean size."""
-        return swap_times(self.statistics, scheme, self.cluster, row_bytes * self._scale, max_function)
+        return swap_times(self.statistics, scheme, self.cluster, row_bytes.times(self._scale), max_function)
 
-    def now_ms(self, scheme: DispatchScheme, row_bytes: int) -> float:
+    def now_ms(self, scheme: DispatchScheme, row_bytes: RowBytes) -> float:
         """One AlltoAll under the present placement, with the plain maximum, for a step of mean size."""
-        scaled_bytes = row_bytes * self._scale
+        scaled_bytes = row_bytes.times(self._scale)
         return time_of_groups(self.statistics.needed, scheme, self.cluster, scaled_bytes, MaxFunction("plain"))
 
     def swap(self, r: int, c: int) -> None:
@@ -118,14 +119,14 @@ class Budget:
 
 
 def descend(
-    table: SwapTable, scheme: DispatchScheme, row_bytes: int, max_function: MaxFunction, budget: Budget
+    table: SwapTable, scheme: DispatchScheme, row_bytes: RowBytes, max_function: MaxFunction, budget: Budget
 ) -> None:
     """Do the best swap again and again until none is left or the budget is spent.
 
     Args:
         table: left at the local optimum, or on the way to it.
         scheme: HDd, priced by Q.
-        row_bytes: M * v.
+        row_bytes: in each AlltoAll of a step.
         max_function: of Q. A smooth one sees more than the busiest group, so that descents do not end on plateaus.
         budget: every evaluation of Q is a step.
     """
@@ -142,7 +143,7 @@ def approach(
     target: Placement,
     max_moved: int,
     scheme: DispatchScheme,
-    row_bytes: int,
+    row_bytes: RowBytes,
     max_function: MaxFunction,
 ) -> Placement:
     """Exchange experts in pairs, each time the pair after which the modelled time is smallest.
@@ -156,7 +157,7 @@ def approach(
         target: where experts should sit; named as :func:`hiermoe.policies.search.align.aligned` does.
         max_moved: experts that may move, at least 2.
         scheme: HDd, priced by Q.
-        row_bytes: M * v.
+        row_bytes: in each AlltoAll of a step.
         max_function: of Q.
 
     Returns:

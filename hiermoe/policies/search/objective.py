@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hiermoe.model import RowBytes
 from hiermoe.planner.cost import ALLTOALLS_PER_STEP, cheapest, time_by_groups
 from hiermoe.planner.counts import sort_choices
 from hiermoe.planner.scheme import DispatchScheme
@@ -25,12 +26,12 @@ class Objective:
     Attributes:
         cluster: hierarchy, alpha and beta.
         schemes: candidates.
-        row_bytes: M * v.
+        row_bytes: in each AlltoAll of a step.
     """
 
     cluster: Cluster
     schemes: tuple[DispatchScheme, ...]
-    row_bytes: int
+    row_bytes: RowBytes
 
     def __post_init__(self) -> None:
         if not self.schemes:

@@ -7,6 +7,7 @@ from itertools import chain, repeat
 import torch
 from torch import Tensor
 
+from hiermoe.model import RowBytes
 from hiermoe.planner.maxima import MaxFunction
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.planner.token_sets import TokenSets
@@ -104,7 +105,9 @@ def search_placement(
             or Mt-KaHyPar is not installed.
     """
     sets = TokenSets.of(expert_ids_NK, num_experts, step_N)
-    return search(sets, Objective(cluster, tuple(schemes), row_bytes), Budget(budget_s, steps), seed, start)
+    return search(
+        sets, Objective(cluster, tuple(schemes), RowBytes.alike(row_bytes)), Budget(budget_s, steps), seed, start
+    )
 
 
 def search(

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hiermoe.model import RowBytes
 from hiermoe.planner.maxima import MaxFunction
 from hiermoe.planner.scheme import hierarchical
 from hiermoe.planner.token_sets import TokenSets
@@ -55,15 +56,15 @@ def test_descent_ends_where_no_swap_helps_and_every_step_lowers_q(a6000: Cluster
     step = random_step([16] * 32, 64, 4, torch.Generator().manual_seed(2), skew=1.0)
     sets = TokenSets.of(step.expert_ids_NK, 64)
     scheme, table = hierarchical(3, True, a6000.hierarchy), SwapTable(sets, Placement.identity(64), a6000)
-    before = table.times(scheme, 4096, SMOOTH).now_ms
+    before = table.times(scheme, RowBytes.alike(4096), SMOOTH).now_ms
     fixed = table.copy()
-    descend(table, scheme, 4096, SMOOTH, Budget(None, 1))
-    one = table.times(scheme, 4096, SMOOTH).now_ms
-    descend(table, scheme, 4096, SMOOTH, Budget(None, 1000))
-    end = table.times(scheme, 4096, SMOOTH)
+    descend(table, scheme, RowBytes.alike(4096), SMOOTH, Budget(None, 1))
+    one = table.times(scheme, RowBytes.alike(4096), SMOOTH).now_ms
+    descend(table, scheme, RowBytes.alike(4096), SMOOTH, Budget(None, 1000))
+    end = table.times(scheme, RowBytes.alike(4096), SMOOTH)
     assert before > one > end.now_ms
     assert end.best() is None
-    assert fixed.placement.is_identity and fixed.times(scheme, 4096, SMOOTH).now_ms == before
+    assert fixed.placement.is_identity and fixed.times(scheme, RowBytes.alike(4096), SMOOTH).now_ms == before
 
 
 def test_budget_ends_by_steps_or_by_seconds() -> None:

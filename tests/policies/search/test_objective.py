@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hiermoe.model import RowBytes
 from hiermoe.planner.scheme import every_dimension, hierarchical
 from hiermoe.planner.token_sets import TokenSets
 from hiermoe.policies.search.objective import Objective, needed_by_step
@@ -33,7 +34,7 @@ def test_time_is_the_mean_over_steps_of_each_steps_cheapest_scheme(case: Case, s
             for d in range(1, hierarchy.depth + 1)
         ]
         times.append(4 * min(per_scheme))
-    found = Objective(cluster, every_dimension(hierarchy), 4096).step_ms(sets, case.placement)
+    found = Objective(cluster, every_dimension(hierarchy), RowBytes.alike(4096)).step_ms(sets, case.placement)
     assert found == pytest.approx(sum(times) / len(times), rel=1e-9)
 
 
@@ -57,7 +58,7 @@ def test_small_and_large_steps_may_take_different_schemes(a6000: Cluster) -> Non
     ids_NK = torch.arange(64).view(2, 32)[:, :8].repeat(8, 1)
     sets = TokenSets.of(ids_NK, 64, torch.arange(16) // 8)
     uneven = TokenSets(sets.ids_NK, sets.weight_N, sets.step_N, torch.tensor([1, 100_000]), 64)
-    objective = Objective(a6000, every_dimension(a6000.hierarchy), 4096)
+    objective = Objective(a6000, every_dimension(a6000.hierarchy), RowBytes.alike(4096))
     times = objective.scheme_ms(uneven, Placement.identity(64))
     small, large = times.argmin(0).tolist()
     assert small == 0 < large
@@ -67,4 +68,4 @@ def test_small_and_large_steps_may_take_different_schemes(a6000: Cluster) -> Non
 
 def test_schemes_that_send_pairs_are_refused(a6000: Cluster) -> None:
     with pytest.raises(ValueError, match="scheme H2 sends token-expert pairs"):
-        Objective(a6000, (hierarchical(2, False, a6000.hierarchy),), 4096)
+        Objective(a6000, (hierarchical(2, False, a6000.hierarchy),), RowBytes.alike(4096))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hiermoe.model import RowBytes
 from hiermoe.planner.scheme import hierarchical
 from hiermoe.planner.token_sets import TokenSets
 from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate, StepContext
@@ -36,7 +37,7 @@ def walk(
             for rank in range(ranks)
         ]
         summed = None if parts[0] is None else torch.stack([p for p in parts if p is not None]).sum(0).int()
-        context = StepContext(iteration, cluster, THREE_STAGES, ROW_BYTES, 1)
+        context = StepContext(iteration, cluster, THREE_STAGES, RowBytes.alike(ROW_BYTES), 1)
         updates.append(policy.decide(summed, placement, context))
         if updates[-1] is not None:
             placement = updates[-1].placement
@@ -72,7 +73,7 @@ def test_offline_moves_once_and_then_neither_measures_nor_moves(a6000: Cluster) 
     assert held_out_nodes(a6000, start) > 3 and held_out_nodes(a6000, end) == 1
     update = updates[3]
     assert update is not None and update.modelled_gain_ms is not None
-    objective, unseen = Objective(a6000, (THREE_STAGES,), ROW_BYTES), TokenSets.of(routing(39), EXPERTS)
+    objective, unseen = Objective(a6000, (THREE_STAGES,), RowBytes.alike(ROW_BYTES)), TokenSets.of(routing(39), EXPERTS)
     saved_ms = objective.step_ms(unseen, start) - objective.step_ms(unseen, end)
     assert update.modelled_gain_ms == pytest.approx(saved_ms, rel=0.2)
 
@@ -101,7 +102,7 @@ def test_online_follows_routing_that_changes(a6000: Cluster) -> None:
     placement, _ = walk(policy, a6000, range(2), placement)
     for iteration in range(2, 12):
         summed = policy.measure(routing(iteration, seed=9), NO_SOURCE, placement, a6000.hierarchy, iteration)
-        context = StepContext(iteration, a6000, THREE_STAGES, ROW_BYTES, 1)
+        context = StepContext(iteration, a6000, THREE_STAGES, RowBytes.alike(ROW_BYTES), 1)
         update = policy.decide(summed, placement, context)
         placement = update.placement if update else placement
     assert held_out_nodes(a6000, placement, seed=9) == 1
@@ -125,7 +126,7 @@ def test_the_state_of_another_policy_is_refused() -> None:
 def test_nothing_moves_where_experts_sit_well_already(a6000: Cluster) -> None:
     together = torch.arange(EXPERTS).view(32, 2).repeat(32, 1)
     policy, start = offline(first_search=1, window=1), Placement.identity(EXPERTS)
-    context = StepContext(0, a6000, THREE_STAGES, ROW_BYTES, 1)
+    context = StepContext(0, a6000, THREE_STAGES, RowBytes.alike(ROW_BYTES), 1)
     assert policy.decide(policy.measure(together, NO_SOURCE, start, a6000.hierarchy, 0), start, context) is None
 
 

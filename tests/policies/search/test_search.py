@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hiermoe.model import RowBytes
 from hiermoe.planner.counts import count_routing
 from hiermoe.planner.scheme import every_dimension, hierarchical
 from hiermoe.planner.token_sets import TokenSets
@@ -29,7 +30,7 @@ def test_the_best_of_all_placements_is_found_where_all_can_be_tried(seed: int) -
     generator = torch.Generator().manual_seed(seed)
     ids_NK = random_step([20] * 4, 8, 3, generator, skew=1.0).expert_ids_NK
     cluster = random_cluster(TINY, seed)
-    objective = Objective(cluster, every_dimension(TINY), 4096)
+    objective = Objective(cluster, every_dimension(TINY), RowBytes.alike(4096))
     sets = TokenSets.of(ids_NK, 8)
     optimum = min(objective.step_ms(sets, placement) for placement in every_placement(8, TINY))
     result = searched(ids_NK, 8, cluster, seed=seed)
@@ -81,8 +82,12 @@ def test_every_step_has_its_own_busiest_group() -> None:
     step_N = torch.arange(2).repeat_interleave(50)
     cluster = random_cluster(TINY, 1)
     sets = TokenSets.of(ids_NK, 4, step_N)
-    by_step = Objective(cluster, (hierarchical(2, True, TINY),), 4096).step_ms(sets, Placement.identity(4))
-    pooled = Objective(cluster, (hierarchical(2, True, TINY),), 4096).step_ms(sets.pooled(), Placement.identity(4))
+    by_step = Objective(cluster, (hierarchical(2, True, TINY),), RowBytes.alike(4096)).step_ms(
+        sets, Placement.identity(4)
+    )
+    pooled = Objective(cluster, (hierarchical(2, True, TINY),), RowBytes.alike(4096)).step_ms(
+        sets.pooled(), Placement.identity(4)
+    )
     assert by_step > pooled
 
 
