@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
-from scipy.optimize import nnls
 
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.peers import AlphaBeta, Peers
@@ -43,6 +41,8 @@ def fit_alpha_beta(size_bytes: np.ndarray, time_ms: np.ndarray) -> Fit:
     """
     if len(np.unique(size_bytes)) < 2:
         raise ValueError("a line needs timings of at least two different sizes")
+    from scipy import stats  # a second, in which nothing else of the suite starts
+
     line = stats.linregress(size_bytes, time_ms)
     return Fit(float(line.intercept), float(line.slope), float(line.rvalue**2))
 
@@ -98,6 +98,8 @@ def _line(size_bytes: np.ndarray, time_ms: np.ndarray) -> Fit:
     fit = fit_alpha_beta(size_bytes, time_ms)
     if fit.alpha_ms >= 0 and fit.beta_ms_per_byte >= 0:
         return fit
+    from scipy.optimize import nnls
+
     scale = size_bytes.max()  # both columns of a size, for the solver's sake
     (alpha_ms, slope), _ = nnls(np.column_stack([np.ones_like(size_bytes), size_bytes / scale]), time_ms)
     unexplained = ((time_ms - alpha_ms - slope * size_bytes / scale) ** 2).sum()

@@ -219,7 +219,8 @@ def swept(path: Path) -> dict[str, Any]:
     """
     sweep = _load(path)
     params = OmegaConf.select(sweep, "hydra.sweeper.params")
-    if params is None or sweep != {"hydra": {"sweeper": {"params": params}}}:
+    said = OmegaConf.to_container(sweep)
+    if params is None or said != {"hydra": {"sweeper": {"params": OmegaConf.to_container(params)}}}:
         raise ValueError("a sweep's file holds hydra.sweeper.params, and nothing else")
     return {str(key): value for key, value in params.items()}
 

@@ -1,6 +1,7 @@
 """The index of runs that a report is made from: all simulated sweeps, and what has been measured and trained so far."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -56,6 +57,7 @@ def _entry(cell: Cell[Any]) -> IndexedRun:
     return IndexedRun(cell.run_id, config, config.keys, dict(_swept(override) for override in cell.overrides))
 
 
+@lru_cache(maxsize=4096)
 def _swept(override: str) -> tuple[str, Any]:
     """``+system.policy.gamma=5.0`` as (``gamma``, 5.0)."""
     key, value = override.split("=", 1)

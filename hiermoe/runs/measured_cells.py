@@ -58,13 +58,12 @@ def measured_cells(amount: Amount, ranks: RanksConfig | None = None, cluster: st
     cells = []
     for folder in _FOLDERS[amount]:
         for path in sorted((SWEEPS / "measured" / folder).glob("*.yaml")):
-            other = {} if cluster is None else {"cluster": cluster}
+            other, named = {} if cluster is None else {"cluster": cluster}, _named_cluster(path)
             if ranks is not None and ranks.device == "cuda":
                 other |= _FULL_SIZE
             for cell in expand_file(path, "config", RunConfig, other):
                 config = cell.config if ranks is None else cell.config.model_copy(update={"ranks": ranks})
                 twin = config.model_copy(update={"measure": "predict", "ranks": None})
-                named = _named_cluster(path)
                 cells.append(MeasuredCell(path.stem, named, Cell(cell.overrides, config), Cell(cell.overrides, twin)))
     return cells
 
