@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -94,11 +93,7 @@ class Results:
     records: pd.DataFrame
     store: RunStore
     damaged: Mapping[str, str] = field(default_factory=dict)
-
-    @cached_property
-    def _by_phase(self) -> dict[tuple[str, str], pd.DataFrame]:
-        grouped = self.records.groupby(["run_id", "phase"], sort=False)
-        return {(str(run_id), str(phase)): rows for (run_id, phase), rows in grouped}  # type: ignore[misc]
+    _parts: dict[tuple[str, str, bool], pd.DataFrame] = field(default_factory=dict, repr=False)  # answers of rows()
 
     def rows(self, run: Run, phase: str, counted_only: bool = True) -> pd.DataFrame:
         """Rows of one run and phase, in order of iteration.
@@ -111,10 +106,13 @@ class Results:
             phase: of the records.
             counted_only: leave out iterations before the counted window.
         """
-        rows = self._by_phase[run.run_id, phase]
-        if phase == "step":
-            rows = step_times(rows)
-        return rows[rows["counted"]] if counted_only else rows
+        if not self._parts:
+            self._parts.update(_by_phase(self.records))
+        key = run.run_id, phase, counted_only
+        if key not in self._parts:
+            rows = self._parts[run.run_id, phase, False]
+            self._parts[key] = rows[rows["counted"]]
+        return self._parts[key]
 
     def sweep(self, name: str) -> pd.DataFrame:
         """All records of a sweep, with the system's label and one column per swept parameter."""
@@ -129,7 +127,7 @@ class Results:
             name: [run for run in runs if run.source == source or name == PREDICTIONS]
             for name, runs in self.runs.items()
         }
-        return Results(chosen, self.records, self.store, self.damaged)
+        return Results(chosen, self.records, self.store, self.damaged, self._parts)
 
     def find(self, sweep: str, **wanted: Any) -> list[Run]:
         """Runs of a sweep whose values are all as wanted, in the sweep's order, whatever their status.
@@ -170,6 +168,17 @@ def load(index: Index, store: RunStore | None = None) -> Results:
     ok = [frame for frame in frames.values() if frame["status"].iloc[0] == "ok"]
     empty = pd.DataFrame(columns=["run_id", "phase", "counted"])
     return Results(runs, pd.concat(ok, ignore_index=True) if ok else empty, store, damaged)
+
+
+def _by_phase(records: pd.DataFrame) -> dict[tuple[str, str, bool], pd.DataFrame]:
+    """All rows of every run and phase, those of the phase step with ``step_ms``."""
+    is_step = records["phase"] == "step"
+    parts = [records[~is_step]] + ([step_times(records[is_step])] if is_step.any() else [])
+    return {
+        (str(run_id), str(phase), False): rows
+        for part in parts
+        for (run_id, phase), rows in part.groupby(["run_id", "phase"], sort=False)  # type: ignore[misc]
+    }
 
 
 def step_times(steps: pd.DataFrame) -> pd.DataFrame:
