@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import pandas as pd
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from hiermoe.analysis.claims import Claim
@@ -13,6 +12,7 @@ from hiermoe.analysis.figures.beyond.arena_rows import ARENA, CELL, MAKES, PLACE
 from hiermoe.analysis.figures.beyond.arena_tokens import TOKENS
 from hiermoe.analysis.figures.beyond.heat_map import CLOSE
 from hiermoe.analysis.figures.spec import FigureSpec, Words
+from hiermoe.analysis.figures.speedup_cells import Line, draw_cells
 from hiermoe.analysis.frames import Results
 
 
@@ -44,35 +44,19 @@ def _first_of_fastest(table: pd.DataFrame, time: str) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame, title: str) -> Figure:
     """Clusters and routings down, tokens across."""
-    rows = list(dict.fromkeys(zip(table["cluster"], table["routing_words"], strict=True)))
-    columns = sorted(table["tokens"].unique())
-    cells = {(one["cluster"], one["routing_words"], one["tokens"]): one for _, one in table.iterrows()}
-    values = table.pivot_table(index=["cluster", "routing_words"], columns="tokens", values="gain")
-    values = values.reindex(index=pd.MultiIndex.from_tuples(rows), columns=columns)
-    figure, (panel,) = style.grid(title, 1, 1, (12, 1.8 + 0.95 * len(rows)))
-    top = max(float(table["gain"].max()), 1.01)
-    image = panel.imshow(values, cmap="RdBu", norm=TwoSlopeNorm(1.0, 2 - top, top), aspect="auto")
-    for y, row in enumerate(rows):
-        for x, tokens in enumerate(columns):
-            if (*row, tokens) not in cells:
-                panel.text(x, y, "–", ha="center", va="center")
-                continue
-            one = cells[*row, tokens]
-            tone = "white" if one["gain"] - 1 > 0.62 * (top - 1) else style.INK
-            lines = (f"{one['gain']:.2f}×", str(one["label"]), f"net alone: {one['net_label']}")
-            looks = zip((-0.25, 0.05, 0.3), lines, (14, 11, 9), ("bold", "bold", "normal"), strict=True)
-            for offset, line, size, weight in looks:
-                panel.text(x, y + offset, line, ha="center", va="center", fontsize=size, weight=weight, color=tone)
-    panel.set_xticks(range(len(columns)), [f"{size:.0f} tokens a GPU" for size in columns])
-    panel.set_yticks(range(len(rows)), [f"{style.fabric(str(name)).partition(',')[0]}\n{what}" for name, what in rows])
-    panel.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
-    panel.grid(visible=False)
-    panel.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=panel, fraction=0.025, pad=0.01)
-    bar.ax.set_ylim(1.0, top)
-    bar.set_label("times as fast as the faster of HD-MoE and HierMoE")
-    bar.outline.set_visible(False)  # type: ignore[operator] - a patch
-    return figure
+    rows = dict.fromkeys(zip(table["cluster"], table["routing_words"], strict=True))
+    cells = {}
+    for _, one in table.iterrows():
+        text = f"{one['gain']:.2f}×", str(one["label"]), f"net alone: {one['net_label']}"
+        cells[(one["cluster"], one["routing_words"]), one["tokens"]] = one["gain"], text
+    return draw_cells(
+        title,
+        {(name, what): f"{style.fabric(str(name)).partition(',')[0]}\n{what}" for name, what in rows},
+        {size: f"{size:.0f} tokens a GPU" for size in sorted(table["tokens"].unique())},
+        cells,
+        (Line(-0.25, 14, "bold"), Line(0.05, 11, "bold"), Line(0.3, 9)),
+        "times as fast as the faster of HD-MoE and HierMoE",
+    )
 
 
 def words(table: pd.DataFrame) -> Words:

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 import pandas as pd
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from hiermoe.analysis.claims import Claim
 from hiermoe.analysis.figures import style
 from hiermoe.analysis.figures.beyond.fabrics import ROUTINGS, worlds
 from hiermoe.analysis.figures.spec import FigureSpec, Words
+from hiermoe.analysis.figures.speedup_cells import Line, draw_cells
 from hiermoe.analysis.figures.words import counted, span
 from hiermoe.analysis.frames import Results
 from hiermoe.topology.data_sheet import CAVEAT
@@ -40,35 +40,19 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
     """Models and routings down, fabrics across."""
     present = set(zip(table["model"], table["routing"], strict=True))
     rows = [(model, routing) for model in style.models(table) for routing in ROUTINGS if (model, routing) in present]
-    columns = [str(fabric) for fabric in table["fabric"].unique()]
-    cells = {(cell["model"], cell["routing"], cell["fabric"]): cell for _, cell in table.iterrows()}
-    values = table.pivot_table(index=["model", "routing"], columns="fabric", values="value")
-    values = values.reindex(index=pd.MultiIndex.from_tuples(rows), columns=columns)
-    figure, (panel,) = style.grid(title, 1, 1, (12, 1.6 + 0.95 * len(rows)))
-    top = max(float(table["value"].max()), 1.01)
-    image = panel.imshow(values, cmap="RdBu", norm=TwoSlopeNorm(1.0, 2 - top, top), aspect="auto")
-    for y, row in enumerate(rows):
-        for x, fabric in enumerate(columns):
-            if (*row, fabric) not in cells:
-                panel.text(x, y, "–", ha="center", va="center")
-                continue
-            cell = cells[*row, fabric]
-            dark = cell["value"] - 1 > 0.62 * (top - 1)
-            name = "flat" if cell["system"] == "megatron" else cell["label"]
-            lines = [f"{cell['value']:.2f}×", f"{name}, d* = {cell['dimension']:.0f}"]
-            for offset, line, size, weight in zip((-0.17, 0.2), lines, (15, 11), ("bold", "normal"), strict=True):
-                color = "white" if dark else style.INK
-                panel.text(x, y + offset, line, ha="center", va="center", fontsize=size, weight=weight, color=color)
-    panel.set_xticks(range(len(columns)), [style.fabric(fabric).replace(", ", "\n") for fabric in columns])
-    panel.set_yticks(range(len(rows)), [f"{style.model(model)}\n{ROUTINGS[routing]}" for model, routing in rows])
-    panel.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
-    panel.grid(visible=False)
-    panel.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=panel, fraction=0.025, pad=0.01)
-    bar.ax.set_ylim(min(1.0, float(table["value"].min())), top)
-    bar.set_label("speed-up over the flat AlltoAll")
-    bar.outline.set_visible(False)  # type: ignore[operator] - a patch
-    return figure
+    cells = {}
+    for _, cell in table.iterrows():
+        name = "flat" if cell["system"] == "megatron" else cell["label"]
+        text = f"{cell['value']:.2f}×", f"{name}, d* = {cell['dimension']:.0f}"
+        cells[(cell["model"], cell["routing"]), cell["fabric"]] = cell["value"], text
+    return draw_cells(
+        title,
+        {(model, routing): f"{style.model(model)}\n{ROUTINGS[routing]}" for model, routing in rows},
+        {fabric: style.fabric(str(fabric)).replace(", ", "\n") for fabric in table["fabric"].unique()},
+        cells,
+        (Line(-0.17, 15, "bold"), Line(0.2, 11)),
+        "speed-up over the flat AlltoAll",
+    )
 
 
 def words(table: pd.DataFrame) -> Words:
