@@ -1,6 +1,6 @@
 """Time of the busiest GPU's experts in a step at a stated rate: what balance is worth beside AlltoAlls."""
 
-import pandas as pd
+from typing import Any
 
 from hiermoe.policies.copies import PASSES_PER_STEP
 
@@ -9,16 +9,16 @@ TFLOPS = 100.0
 computation against links assume too (``tflops`` in conf/system/). An assumption; nobody has measured it here."""
 
 
-def expert_ms(rows: pd.Series, expert_parameters: int, tflops: float = TFLOPS) -> pd.Series:
+def expert_ms(rows: Any, expert_parameters: int, tflops: float = TFLOPS) -> Any:
     """Time that experts take for so many rows, forward and backward: 2 operations a parameter, row and pass.
 
     Args:
-        rows: token-expert pairs at a GPU, of every iteration.
+        rows: token-expert pairs at a GPU: a number, an array or a series, as the result.
         expert_parameters: of one expert.
         tflops: 10^12 operations a second.
 
     Returns:
-        ms, float64, of every iteration.
+        ms.
 
     Raises:
         ValueError: a rate that is not positive.

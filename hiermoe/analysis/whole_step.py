@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from hiermoe.analysis.expert_time import expert_ms
 from hiermoe.policies.copies import PASSES_PER_STEP
 from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, WEIGHT_BYTES_PER_PARAMETER
 
@@ -47,7 +48,7 @@ class Compute:
         """
         operations = 2 * PASSES_PER_STEP / 1e9  # of one weight and row; TFLOP/s are 1e9 a ms
         dense_ms = operations * tokens * self.dense_parameters / self.dense_tflops
-        return dense_ms + expert_rows * (operations * self.expert_parameters / self.expert_tflops)
+        return dense_ms + expert_ms(expert_rows, self.expert_parameters, self.expert_tflops)
 
 
 def whole_step_ms(compute_ms: Any, communication_ms: Any, hidden: float = 0.0) -> Any:
