@@ -68,7 +68,9 @@ def odd(config: TrainingConfig) -> TrainingConfig:
     [
         pytest.param(2, 1, "fp64", False, 10, id="one replica"),
         pytest.param(2, 2, "fp64", False, 10, id="two replicas"),
-        pytest.param(2, 2, "fp64", True, 10, id="two replicas, overlapped"),
+        pytest.param(
+            2, 2, "fp64", True, 10, id="two replicas, overlapped", marks=[pytest.mark.slow, pytest.mark.settings]
+        ),
         pytest.param(2, 2, "bf16", True, 10, id="two replicas, bf16, overlapped"),
     ],
 )

@@ -41,6 +41,7 @@ def test_full_disk_ends_the_sweep_with_an_error(composed: Composer, tmp_path) ->
         run_all([composed()], 1, lambda outcome: None, RunStore(blocked))
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_one_clear_message(composed: Composer, store: RunStore) -> None:
     """As when memory runs out: the kernel kills the process that takes most."""
     slow = composed("system=hiermoe", "tokens_per_rank=1024", "iterations=400")
