@@ -1,7 +1,12 @@
 """Which runs of a sweep are made over places of a routing."""
 
+import pytest
+
 from hiermoe.records.index import RECORDED, over
+from hiermoe.records.store import RunStore
 from hiermoe.runs.compose import expand
+from hiermoe.runs.execute import execute
+from hiermoe.runs.indexing import index_runs
 from hiermoe.runs.routings import names_over_places, sweeps_over_places
 
 
@@ -32,3 +37,16 @@ def test_an_entrant_is_over_places_too(monkeypatch) -> None:
     monkeypatch.setattr("hiermoe.runs.routings.expand", with_entrant)
     systems = {cell.config.system.name for cell in sweeps_over_places()[over("fig11", RECORDED)]}
     assert entrant < systems and "smartmoe" not in systems
+
+
+@pytest.mark.slow
+def test_an_index_has_places_whether_or_not_they_were_expanded_before(store: RunStore) -> None:
+    places = sweeps_over_places()
+    first = next(cell for sweep in places.values() for cell in sweep)
+    execute(first.config, store)
+    found = index_runs(store)
+    assert found.keys() >= names_over_places().keys()
+    assert [run.run_id for name in names_over_places() for run in found[name]].count(first.run_id) >= 1
+    assert {name: len(sweep) for name, sweep in index_runs(store, places).items()} == {
+        name: len(sweep) for name, sweep in found.items()
+    }
