@@ -92,9 +92,10 @@ def together(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:
 def measured_so_far(store: RunStore) -> list[MeasuredCell]:
     """Measured runs of all amounts that have a record, whatever came of them, once for each sweep that has them.
 
-    Of runs that differ in their number of iterations alone, those of the larger amount.
+    Systems that are compared on the same tokens are all of one amount: of that in which most were measured, the larger
+    one on ties. So an amount that was broken off takes no system from a comparison that is whole.
     """
-    found: dict[tuple[str, str], MeasuredCell] = {}
+    found: dict[tuple[str, str], dict[Amount, list[MeasuredCell]]] = {}
     for amount, (ranks, cluster) in product(reversed(AMOUNTS), [(None, None), *allocations_so_far(store)]):
         try:
             cells = measured_cells(amount, ranks, cluster)
@@ -102,9 +103,9 @@ def measured_so_far(store: RunStore) -> list[MeasuredCell]:
             continue
         for cell in cells:
             if store.has(cell.measured.run_id):
-                same = cell.measured.config.model_dump_json(exclude={"iterations", "wandb"})
-                found.setdefault((cell.sweep, same), cell)
-    return list(found.values())
+                same = cell.measured.config.model_dump_json(exclude={"system", "iterations", "wandb"})
+                found.setdefault((cell.sweep, same), {}).setdefault(amount, []).append(cell)
+    return [cell for amounts in found.values() for cell in max(amounts.values(), key=len)]
 
 
 def allocations_so_far(store: RunStore) -> list[tuple[RanksConfig, str]]:

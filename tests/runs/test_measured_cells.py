@@ -101,6 +101,20 @@ def test_of_runs_that_differ_in_iterations_alone_the_longer_ones_are_shown(calib
         assert {cell.measured.config.run_id for cell in measured_so_far(store) if cell.sweep == "fig11"} == ids
 
 
+def test_an_amount_that_was_broken_off_takes_no_system_from_a_whole_comparison(
+    calibrated: Path, tmp_path: Path
+) -> None:
+    store = RunStore(tmp_path / "runs")
+    short = {cell.measured.config.run_id for cell in measured_cells("default")}
+    begun = {cell.measured.config.run_id for cell in measured_cells("full") if cell.sweep == "arena"}
+    for run_id in short | begun:
+        store.path(run_id).mkdir(parents=True)
+        pd.DataFrame({"status": ["ok"]}).to_parquet(store.path(run_id) / "records.parquet")
+    found = measured_so_far(store)
+    assert {cell.measured.run_id for cell in found if cell.sweep == "fig11"} == short
+    assert {cell.measured.run_id for cell in found if cell.sweep == "arena"} == begun
+
+
 def test_a_new_calibration_names_its_runs_anew(calibrated: Path) -> None:
     before = {cell.measured.config.run_id for cell in measured_cells("quick")}
     path = calibrated / "emulated_4x2_calibrated.yaml"
