@@ -16,9 +16,10 @@ from hiermoe.analysis.statements import statements
 from hiermoe.analysis.statistics import Estimate
 from hiermoe.analysis.verdicts import judge, judge_all
 from hiermoe.analysis.wording import METRICS as WORDS
+from hiermoe.records.index import RECORDED
 from hiermoe.records.project import STATEMENT_RULES, STATEMENTS
 from hiermoe.records.store import RunStore
-from hiermoe.runs.compose import Cell, sweep_names
+from hiermoe.runs.compose import Cell, expand, sweep_names
 from hiermoe.runs.indexing import indexed
 from tests.analysis.conftest import records_of, write
 
@@ -103,6 +104,20 @@ def test_cell_with_a_missing_run_has_no_winner(cells: dict[str, list[Cell]], sma
     small_store.records.pop(run.run_id)  # type: ignore[attr-defined] - a MemoryStore
     some = [one for one in cells["arena"] if one.config.run_id in {run.run_id for run in results.runs["arena"]}]
     assert arena_rows.rows(load(indexed({"arena": some}), small_store), ("arena",)).empty
+
+
+def test_layer_on_which_few_systems_were_simulated_does_not_count(small_store: RunStore) -> None:
+    """As where a claim's sweep has been run over layers, which knows no systems with copies, and the arena has not."""
+    few = {"megatron", *arena_rows.WITHOUT}
+    late = [one for one in expand("arena", RECORDED) if one.config.routing.source["stage"] == "late"]
+    some = [one for one in late if one.config.system.name in (few if one.config.routing.source["layer"] else KEPT)]
+    for one in some:
+        rows = records_of(one.config)
+        net({})(one.config.system.name, rows)
+        rows["net_ms"] += one.config.routing.source["layer"]
+        write(small_store, one.config, rows)
+    found = arena_rows.rows(load(indexed({arena_rows.PLACES[0]: some}), small_store), arena_rows.PLACES)
+    assert set(found["system"]) == set(KEPT) and (found["places"] == 1).all() and (found["net_ms"] == 90.0).all()
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ _ROUTINGS = {
 def rows(results: Results, sweeps: Iterable[str]) -> pd.DataFrame:
     """One row per system, cluster, routing and number of tokens; of several layers their mean.
 
-    Where a run is still missing the whole cell is left out, and so is a system that lacks layers that others have: who
-    wins must not depend on who was simulated first.
+    Where a run is still missing the whole cell is left out, and so is a layer on which fewer systems were simulated
+    than on others of the cell: who wins must not depend on who was simulated first.
 
     Args:
         results: simulated ones.
@@ -59,6 +59,8 @@ def rows(results: Results, sweeps: Iterable[str]) -> pd.DataFrame:
     found = pd.DataFrame([_row(run, results) for run in ended])
     if found.empty:
         return found
+    systems = found.groupby([*CELL, "place"])["system"].transform("nunique")
+    found = found[systems == systems.groupby([found[key] for key in CELL]).transform("max")]
     which = ["source", "system", "label", "model", *CELL, "routing"]
     numbers = ["alltoall_ms", "net_ms", "imbalance", "expert_ms", "layer_ms", "moving_ms"]
     grouped = found.groupby(which, sort=False)
@@ -86,6 +88,7 @@ def _row(run: Run, results: Results) -> dict[str, object]:
         "routing": run.routing,
         "routing_words": routing_words,
         "tokens": tokens,
+        "place": str(config.routing.source),
         "n": len(steps),
         "alltoall_ms": steps["predicted_ms"].mean(),
         "net_ms": steps["net_ms"].mean(),
