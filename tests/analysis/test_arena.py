@@ -68,6 +68,21 @@ def test_front_has_what_nothing_beats_in_time_and_memory(cells: dict[str, list[C
     assert "PlaceMoE 30.0 ms for 4.00 GB, HierMoE (copies) 35.0 ms for 0.10 GB, EPLB" in words.text[0]
 
 
+def test_marks_of_all_systems_are_on_the_panels(cells: dict[str, list[Cell]], small_store: RunStore) -> None:
+    table = arena_memory.table(arena(cells, "arena", small_store, net({"placemoe": (30.0, 8.0)})), [])
+    few = table[table["slots_gb"] < 8].assign(routing_words="of another routing")
+    panel = arena_memory.draw(pd.concat([table, few]), "a title").axes[0]
+    assert panel.get_xlim()[1] > 8  # the second panel's systems take less
+
+
+def test_cell_without_any_copies_compares_nothing(cells: dict[str, list[Cell]], small_store: RunStore) -> None:
+    results = arena(cells, "arena", small_store, net({}))
+    few = {"megatron", *arena_rows.WITHOUT}
+    some = [run for run in results.runs["arena"] if run.system in few]
+    assert len(some) == 3
+    assert arena_rows.rows(Results({"arena": some}, results.records, small_store), ("arena",)).empty
+
+
 @pytest.mark.parametrize(("copies_ms", "winner"), [(39.9, "hiermoe"), (30.0, "hiermoe_copies")])
 def test_winner_is_the_simplest_within_a_hundredth(
     copies_ms: float, winner: str, cells: dict[str, list[Cell]], small_store: RunStore

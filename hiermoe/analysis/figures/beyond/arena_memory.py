@@ -39,12 +39,14 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
     marks = arena_rows.marks(table)
     for panel, rows in zip(panels, cells, strict=False):
         _panel(panel, rows, marks)
+        panel.set_xlim(-0.03, max(float(table["slots_gb"].max()) * 1.6, 1.0))
     for panel in panels[len(cells) :]:
         panel.set_visible(False)
     for panel in panels[:: min(COLUMNS, len(cells))]:
         panel.set_ylabel("AlltoAlls and copies,\nms a step and layer")
-    for panel in panels[-min(COLUMNS, len(cells)) :]:
+    for panel in panels[max(0, len(cells) - COLUMNS) : len(cells)]:  # those with none below
         panel.set_xlabel("copies at a GPU, GB, all layers")
+        panel.tick_params(labelbottom=True)
     style.legend(figure, [], with_published=False, extra=arena_rows.handles(table), columns=5)
     return figure
 
@@ -59,7 +61,6 @@ def _panel(panel: Axes, rows: pd.DataFrame, marks: dict[str, tuple[str, str]]) -
     named = "\n".join(["on the front:", *front["label"]])
     panel.text(0.98, 0.97, named, transform=panel.transAxes, ha="right", va="top", fontsize=10, zorder=6)
     panel.set_xscale("symlog", linthresh=LINEAR_BELOW_GB, linscale=0.5)
-    panel.set_xlim(-0.03, max(float(rows["slots_gb"].max()) * 1.6, 1.0))
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panel.set_yscale("log", base=2)
     panel.set_ylim(rows["net_ms"].min() * 0.85, rows["net_ms"].max() * 1.8)
