@@ -16,7 +16,7 @@ def calibrate_and_print(config: CalibrationConfig) -> None:
         ValueError: the calibration cannot be done or failed.
     """
     title = f"Calibration · {config.cluster.name} · ranks={config.ranks.name}"
-    present(config, title, lambda records, title: calibration_table(records, title, config.cluster))
+    present([config], [title], lambda records, title: calibration_table(records, title, config.cluster))
     from hiermoe.analysis.figures.measured import calibrated as calibration  # a second to import
 
     store = RunStore()

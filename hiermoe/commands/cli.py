@@ -80,21 +80,18 @@ def _fail(error: object) -> NoReturn:
 
 
 def _run() -> None:
-    from hiermoe.commands.comparison import Ended, print_comparison
+    from hiermoe.commands.comparison import Composed, print_comparison, run_all_and_print
     from hiermoe.records.store import RunStore
     from hiermoe.runs.run_config import RunConfig
     from hiermoe.runs.single import run_and_print
 
-    ended: list[Ended] = []
-
-    def noted(overrides: tuple[str, ...], config: RunConfig | None, error: str) -> None:
-        ended.append(Ended(overrides, config, error))
-
-    _composed("config", RunConfig, run_and_print, noted)
-    if ended:
-        print_comparison(ended, RunStore(), Console())
-    failed = [one for one in ended if one.error]
-    if failed:
+    composed: list[Composed] = []
+    _composed("config", RunConfig, run_and_print, lambda *one: composed.append(Composed(*one)))
+    if not composed:
+        return
+    ended = run_all_and_print(composed)
+    print_comparison(ended, RunStore(), Console())
+    if failed := [one for one in ended if one.error]:
         _fail(f"{len(failed)} of {len(ended)} runs failed; the table says which and why")
 
 
@@ -137,7 +134,7 @@ def _composed(
     config_name: str,
     schema: type[Schema],
     run: Callable[[Schema], object],
-    noted: Callable[[tuple[str, ...], Schema | None, str], None] | None = None,
+    collect: Callable[[tuple[str, ...], Schema | None, str], object] | None = None,
 ) -> None:
     """Let Hydra compose what the command line says, and run it; under ``-m`` several.
 
@@ -145,8 +142,8 @@ def _composed(
         config_name: primary file in conf/.
         schema: of the configuration.
         run: what is done with it.
-        noted: is told how each of several ended, none of which ends the others: its own overrides, its configuration,
-            what went wrong. None: the first that fails ends the command.
+        collect: is given each of several instead: its own overrides, its configuration, None if there is none, and what
+            is wrong. None: they are run one after another, and the first that fails ends the command.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -157,22 +154,21 @@ def _composed(
         print(help_text(config_name))
         return
     register(sys.argv[1:])
-    several = bool({"-m", "--multirun"} & set(sys.argv)) and noted is not None
+    later = collect if {"-m", "--multirun"} & set(sys.argv) else None
     os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises what it refuses, and prints nothing of its own
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     def task(composed: DictConfig) -> None:
-        config, error = None, ""
         try:
-            config = checked(plain(composed), schema)
-            run(config)
+            config, error = checked(plain(composed), schema), ""
+            if later is None:
+                run(config)
         except (ValueError, OSError, RankFailedError) as failure:  # of which Hydra would print a traceback
-            if not several:
+            if later is None:
                 _fail(failure)
-            error = str(failure).splitlines()[0]
-            Console(highlight=False, soft_wrap=True).print(f"[red]failed[/red] {escape(error)}\n")
-        if several and noted is not None:
-            noted(tuple(HydraConfig.get().overrides.task), config, error)
+            config, error = None, str(failure).splitlines()[0]
+        if later is not None:
+            later(tuple(HydraConfig.get().overrides.task), config, error)
 
     try:
         task()

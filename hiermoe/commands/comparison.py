@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 from rich import box
@@ -13,20 +13,23 @@ from rich.table import Table
 from hiermoe.analysis.expert_time import TFLOPS, expert_ms
 from hiermoe.analysis.frames import typical_ms
 from hiermoe.ranks.places import PLACES, RanksConfig
+from hiermoe.ranks.server import RankFailedError
 from hiermoe.records.store import RunStore
+from hiermoe.runs.measured_cells import together
 from hiermoe.runs.run_config import RunConfig
+from hiermoe.runs.single import run_and_print
 
 _WIDTH = 80  # in a file; a terminal may be narrower
 
 
 @dataclass(frozen=True)
-class Ended:
+class Composed:
     """One run of several.
 
     Attributes:
         overrides: what it was asked to be, beyond what all were.
         config: None where these make no configuration.
-        error: in one line; empty where the run came to something.
+        error: why they make none, or why the run came to nothing, in one line; else empty.
     """
 
     overrides: tuple[str, ...]
@@ -56,14 +59,44 @@ class _Numbers:
         return self.slots_gb > 0 or self.net_ms > self.total_ms
 
 
-def print_comparison(ended: Sequence[Ended], store: RunStore, console: Console) -> None:
+def run_all_and_print(composed: Sequence[Composed]) -> list[Composed]:
+    """Run and print what could be composed: what differs in its system alone interleaved, if it is measured.
+
+    None ends the others.
+
+    Returns:
+        The same, each with what went wrong.
+    """
+    store, console = RunStore(), Console(highlight=False, soft_wrap=True)
+    ended = list(composed)
+
+    def failed(place: int, error: str) -> None:
+        ended[place] = replace(composed[place], error=error)
+        console.print(f"[red]failed[/red] {escape(' '.join(composed[place].overrides))}: {escape(error)}")
+
+    for place, one in enumerate(composed):
+        if one.error:
+            failed(place, one.error)
+    for group in together(one.config for one in composed if one.config is not None):
+        try:
+            run_and_print(*group)
+        except (ValueError, OSError, RankFailedError) as failure:
+            for place, one in enumerate(composed):
+                if one.config is not None and one.config in group:
+                    status, reason = store.ended(one.config.run_id) or ("failed", str(failure).splitlines()[0])
+                    if status == "failed":
+                        failed(place, reason)
+    return ended
+
+
+def print_comparison(ended: Sequence[Composed], store: RunStore, console: Console) -> None:
     """Print the table, plain and at most 80 columns wide in a file."""
     if not console.is_terminal:
         console = Console(file=console.file, width=min(_WIDTH, console.width), no_color=True, highlight=False)
     console.print(comparison(ended, store))
 
 
-def comparison(ended: Sequence[Ended], store: RunStore) -> Table:
+def comparison(ended: Sequence[Composed], store: RunStore) -> Table:
     """One line a run: what varied, then predicted and measured numbers, which never share a column.
 
     A predicted run has the measured one of its setting beside it where the store has that, and the other way round.
@@ -126,18 +159,18 @@ def comparison(ended: Sequence[Ended], store: RunStore) -> Table:
     return table
 
 
-def _not_applicable(one: Ended, store: RunStore) -> str:
+def _not_applicable(one: Composed, store: RunStore) -> str:
     """Why a run has no meaning; empty where it has."""
     status, reason = (one.config and store.ended(one.config.run_id)) or ("ok", "")
     return f"not applicable, {reason}" if status == "not_applicable" else ""
 
 
-def _setting(one: Ended) -> str:
+def _setting(one: Composed) -> str:
     """Everything but the system."""
     return json.dumps([value for value in one.overrides if not value.startswith("system")])
 
 
-def _both(one: Ended, store: RunStore) -> tuple[_Numbers | None, _Numbers | None]:
+def _both(one: Composed, store: RunStore) -> tuple[_Numbers | None, _Numbers | None]:
     """Predicted and measured numbers of a setting, as far as there are any."""
     if one.config is None or one.config.system is None:
         return None, None

@@ -81,10 +81,13 @@ def _named_cluster(path: Path) -> str:
 
 
 def together(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:
-    """Group runs that differ in their system alone: those are measured interleaved, on the same ranks."""
+    """Group runs that differ in their system alone: those are measured interleaved, on the same ranks.
+
+    What needs no ranks stays alone.
+    """
     groups: dict[str, dict[str, RunConfig]] = {}
     for config in configs:
-        shared = config.model_dump_json(exclude={"system", "wandb"})
+        shared = config.run_id if config.ranks is None else config.model_dump_json(exclude={"system", "wandb"})
         groups.setdefault(shared, {})[config.run_id] = config
     return [list(group.values()) for group in groups.values()]
 

@@ -1,7 +1,7 @@
 """One run from the command line: progress, a summary for the eye, a mirror in W&B."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 import torch
@@ -11,38 +11,49 @@ from rich.table import Table
 
 from hiermoe.ranks.crew import Crew
 from hiermoe.ranks.world import World
+from hiermoe.records.keep import Outcome
 from hiermoe.records.store import RunStore
-from hiermoe.runs.execute import execute, num_steps
+from hiermoe.runs.execute import execute_together, num_steps
 from hiermoe.runs.run_config import RunConfig
 from hiermoe.runs.summary import summary
 from hiermoe.runs.tracking import Mirrored, mirror_run
 
 
-def run_and_print(config: RunConfig) -> None:
+def run_and_print(*configs: RunConfig) -> None:
     """Run and print what came out.
 
+    Args:
+        configs: one, or several that differ in their system alone: these are measured interleaved, on the same ranks.
+
     Raises:
-        ValueError: the run does not apply or failed; its record has the reason too.
+        ValueError: of several one failed, or a single one does not apply; its record has the reason too.
     """
+    present(configs, [_title(config) for config in configs], summary)
+
+
+def _title(config: RunConfig) -> str:
     parts = [config.measure if config.system is None else config.system.label]
     parts += [part.name for part in (config.model, config.cluster, config.routing) if part is not None]
-    present(config, " · ".join(parts), summary)
+    return " · ".join(parts)
 
 
-def present(config: Mirrored, title: str, summarise: Callable[[pd.DataFrame, str], Table]) -> None:
-    """Run something that leaves a record, with progress, and print and mirror what came out.
+def present(
+    configs: Sequence[Mirrored], titles: Sequence[str], summarise: Callable[[pd.DataFrame, str], Table]
+) -> None:
+    """Run something that leaves records, with progress, and print and mirror what came out.
 
     Every process of an allocation calls it, where the ranks are one's; rank 0 alone prints.
 
     Args:
-        config: what runs.
-        title: of progress and summary.
-        summarise: makes a table of the record, under the title.
+        configs: what runs: one, or several that differ in their system alone.
+        titles: of progress and summary, one each.
+        summarise: makes a table of a record, under its title.
 
     Raises:
-        ValueError: the run does not apply or failed; its record has the reason too.
+        ValueError: a run failed, or does not apply where it is alone; its record has the reason too.
     """
-    num_ranks = config.cluster.hierarchy.num_ranks * config.ep_groups
+    first = configs[0]
+    num_ranks = first.cluster.hierarchy.num_ranks * first.ep_groups
 
     def check(crew: Crew) -> None:
         if crew.world_size != num_ranks:
@@ -53,22 +64,38 @@ def present(config: Mirrored, title: str, summarise: Callable[[pd.DataFrame, str
         store, console = RunStore(), Console()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task(title, total=num_steps(config))
-            outcome = execute(config, store, lambda _: progress.advance(task), world)
-        swept = {"-m", "--multirun"} & set(sys.argv)  # one without meaning must not end the others
-        if outcome.status == "not_applicable" and swept:
-            console.print(f"[yellow]not applicable[/yellow] {title}: {outcome.reason}")
-            return
-        if outcome.status != "ok":
-            raise ValueError(outcome.reason)
-        records = store.read(outcome.run_id)
-        console.print(summarise(records, title))
-        where = store.path(outcome.run_id)
-        console.print(f"{'kept from before' if outcome.cached else f'{outcome.seconds:.1f} s'} · record: {where}\n")
-        if not outcome.cached:
-            mirror_run(config, records)
+            title = titles[0] if len(titles) == 1 else f"{len(titles)} systems interleaved, {titles[0]} first"
+            task = progress.add_task(title, total=max(map(num_steps, configs)))
+            outcomes = execute_together(configs, store, lambda _: progress.advance(task), world)
+        for config, title, outcome in zip(configs, titles, outcomes, strict=True):
+            _print_outcome(config, title, outcome, store, console, summarise)
+        alone = len(configs) == 1 and not {"-m", "--multirun"} & set(sys.argv)  # else it must not end the others
+        wrong = ("failed", "not_applicable") if alone else ("failed",)
+        for outcome in outcomes:
+            if outcome.status in wrong:
+                raise ValueError(outcome.reason)
 
-    if config.ranks is None:
+    if first.ranks is None:
         program(None)
     else:
-        config.ranks.lead(program, check)
+        first.ranks.lead(program, check)
+
+
+def _print_outcome(
+    config: Mirrored,
+    title: str,
+    outcome: Outcome,
+    store: RunStore,
+    console: Console,
+    summarise: Callable[[pd.DataFrame, str], Table],
+) -> None:
+    if outcome.status == "not_applicable":
+        console.print(f"[yellow]not applicable[/yellow] {title}: {outcome.reason}")
+    if outcome.status != "ok":
+        return
+    records = store.read(outcome.run_id)
+    console.print(summarise(records, title))
+    where = store.path(outcome.run_id)
+    console.print(f"{'kept from before' if outcome.cached else f'{outcome.seconds:.1f} s'} · record: {where}\n")
+    if not outcome.cached:
+        mirror_run(config, records)

@@ -216,4 +216,4 @@ def train_and_print(config: TrainRunConfig) -> None:
     title = f"{config.system.label} · {config.model.name} · {config.cluster.name} · {config.dtype}"
     if config.data_parallel > 1:
         title += f" · {config.data_parallel} expert-parallel groups"
-    present(config, title, train_summary)
+    present([config], [title], train_summary)

@@ -1,8 +1,14 @@
 """`hiermoe run -m` ends with a table of all runs, which a log shows whole."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
 import pytest
 
-from hiermoe.commands.comparison import Ended, comparison
+from hiermoe.commands.comparison import Composed, comparison
+from hiermoe.measure.replay import Replay
+from hiermoe.measure.workload import Workload
 from hiermoe.records.store import RunStore
 from hiermoe.runs.execute import execute
 from hiermoe.runs.run_config import RunConfig
@@ -35,6 +41,26 @@ def test_multirun_ends_with_a_table_of_eighty_columns_that_has_failed_runs_too(
     assert "predicted" in text and "measured times" not in text
 
 
+def test_systems_of_one_setting_are_measured_interleaved(
+    hiermoe: Command, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together: list[list[str]] = []
+    measure = Replay.measure
+
+    def noted(replay: Replay, jobs: Sequence[Workload], *rest: Any) -> list[pd.DataFrame]:
+        together.append([job.system.name for job in jobs])
+        return measure(replay, jobs, *rest)
+
+    monkeypatch.setattr(Replay, "measure", noted)
+    varied = ("system=megatron,h4,hd_moe", "tokens_per_rank=8,16", "narrowed=1024")
+    code, out, _ = hiermoe("run", "-m", *varied, "measure=replay", "ranks=local", "world_size=2", *SMALL)
+    assert code == 0
+    assert together == 2 * [["megatron", "hd_moe"]]
+    lines = [line for line in last_table(out) if "8" in line or "16" in line]
+    assert "measured" in " ".join(last_table(out)) and len(lines) >= 4
+    assert "not applicable, dimension=4 is outside" in " ".join(" ".join(last_table(out)).split())
+
+
 def measured_twin(config: RunConfig, store: RunStore, total_ms: float, net_ms: float = float("nan")) -> RunConfig:
     """A record of the same setting, measured, made up: as there, stages stand in rows of dispatch alone."""
     from hiermoe.ranks.places import RanksConfig
@@ -52,7 +78,7 @@ def test_systems_with_copies_show_net_time_balance_and_slots_last(composed: Comp
     for system in ("megatron", "moonep"):
         config = composed(f"system={system}")
         execute(config, store)
-        ended.append(Ended((f"system={system}",), config))
+        ended.append(Composed((f"system={system}",), config))
     table = comparison(ended, store)
     headers = [" ".join(str(column.header).split()) for column in table.columns]
     assert headers[-4:] == ["net ms", "with experts", "rows, most / mean", "slots, GB"]
@@ -70,7 +96,7 @@ def test_measured_net_time_stands_behind_the_measured_four(composed: Composer, s
     ended = []
     for system, net_ms in (("megatron", 300.0), ("ultraep", 340.0)):
         config = measured_twin(composed(f"system={system}"), store, 300.0, net_ms)
-        ended.append(Ended((f"system={system}",), config))
+        ended.append(Composed((f"system={system}",), config))
     table = comparison(ended, store)
     headers = [" ".join(str(column.header).split()) for column in table.columns]
     assert headers[1:5] == ["d*", "measured four, total", "times as fast", "net"]
@@ -85,7 +111,7 @@ def test_predicted_stands_beside_measured_and_speedup_is_over_the_first_system(
         config = composed(f"system={system}")
         execute(config, store)
         measured_twin(config, store, total_ms)
-        ended.append(Ended(("iterations=64", f"system={system}", "routing=recorded"), config))  # two of them for all
+        ended.append(Composed(("iterations=64", f"system={system}", "routing=recorded"), config))  # two of them for all
     table = comparison(ended, store)
     headers = [str(column.header) for column in table.columns]
     assert sum("predicted" in header for header in headers) == sum("measured" in header for header in headers) == 1
