@@ -87,7 +87,7 @@ def test_a_run_that_several_sweeps_share_is_found_for_each(calibrated: Path, tmp
     folder.mkdir(parents=True)
     pd.DataFrame({"status": ["ok"]}).to_parquet(folder / "records.parquet")
     store = RunStore(tmp_path / "runs")
-    assert {cell.sweep for cell in measured_so_far(store)} == {"arena", "fig11", "fig13", "table4"}
+    assert {cell.sweep for cell in measured_so_far(store)} == {"arena", "fig11", "fig13", "pipelined", "table4"}
 
 
 def test_of_runs_that_differ_in_iterations_alone_the_longer_ones_are_shown(calibrated: Path, tmp_path: Path) -> None:
