@@ -83,7 +83,7 @@ def candidates(cluster: Cluster, names: Sequence[str] | None = None) -> tuple[li
         The systems that apply, and label and reason of those that do not.
 
     Raises:
-        ValueError: an unknown name, or a file that breaks a rule.
+        ValueError: an unknown name, a file that breaks a rule, or none of the systems applies.
     """
     left_out: list[tuple[str, str]] = []
     alike: dict[str, list[tuple[SystemConfig, tuple[DispatchScheme, ...]]]] = {}
@@ -113,4 +113,7 @@ def candidates(cluster: Cluster, names: Sequence[str] | None = None) -> tuple[li
         )
         for (system, schemes), *others in alike.values()
     ]
+    if len(found) == 1:
+        why = "; ".join(f"{label} {reason}" for label, reason in left_out)
+        raise ValueError("there is no system to compare with the flat AlltoAll" + f": {why}" * bool(why))
     return found, left_out

@@ -18,7 +18,7 @@ from hiermoe.advice.assessment import assess
 from hiermoe.advice.figures import best_of_families
 from hiermoe.advice.inputs import resolve
 from hiermoe.advice.page import write_page
-from hiermoe.advice.systems import candidates, candidates_with_copies
+from hiermoe.advice.systems import WITHOUT_COPIES, candidates, candidates_with_copies
 from hiermoe.advice.whole_model import assess_layers
 from hiermoe.advice.with_copies import expert_tflops
 from hiermoe.analysis.report import small_copy
@@ -41,7 +41,10 @@ def advise_and_print(config: AdviceConfig) -> Path:
         task = progress.add_task("reading routing", total=None)
         question = resolve(config)
         case = question.cases[0]
-        systems, left_out = candidates(case.cluster, config.systems)
+        named = config.systems
+        if named and config.copies:
+            named = (*WITHOUT_COPIES, *named)  # of which systems with copies are the alternative
+        systems, left_out = candidates(case.cluster, named)
         copying = candidates_with_copies(case.cluster, config.systems) if config.copies else []
         if copying:
             left_out = [(label, why) for label, why in left_out if label not in {one.label for one in copying}]

@@ -1,7 +1,7 @@
 """What several runs of one command came to, side by side: the table that `hiermoe run -m` ends with."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -17,7 +17,7 @@ from hiermoe.ranks.server import RankFailedError
 from hiermoe.records.store import RunStore
 from hiermoe.runs.measured_cells import together
 from hiermoe.runs.run_config import RunConfig
-from hiermoe.runs.single import run_and_print
+from hiermoe.runs.single import run_and_print, simulate_and_print
 
 _WIDTH = 80  # in a file; a terminal may be narrower
 
@@ -67,25 +67,29 @@ def run_all_and_print(composed: Sequence[Composed]) -> list[Composed]:
     Returns:
         The same, each with what went wrong.
     """
-    store, console = RunStore(), Console(highlight=False, soft_wrap=True)
-    ended = list(composed)
-
-    def failed(place: int, error: str) -> None:
-        ended[place] = replace(composed[place], error=error)
-        console.print(f"[red]failed[/red] {escape(' '.join(composed[place].overrides))}: {escape(error)}")
-
-    for place, one in enumerate(composed):
+    console, said = Console(highlight=False, soft_wrap=True), dict[str, str]()
+    for one in composed:
         if one.error:
-            failed(place, one.error)
-    for group in together(one.config for one in composed if one.config is not None):
+            console.print(f"[red]failed[/red] {escape(' '.join(one.overrides))}: {escape(one.error)}")
+
+    def attempt(run: Callable[..., None], *configs: RunConfig) -> None:
         try:
-            run_and_print(*group)
+            run(*configs)
         except (ValueError, OSError, RankFailedError) as failure:
-            for place, one in enumerate(composed):
-                if one.config is not None and one.config in group:
-                    status, reason = store.ended(one.config.run_id) or ("failed", str(failure).splitlines()[0])
-                    if status == "failed":
-                        failed(place, reason)
+            said.update({config.run_id: str(failure).splitlines()[0] for config in configs})
+
+    configs = [one.config for one in composed if one.config is not None]
+    simulated = [config for config in configs if config.ranks is None]
+    if simulated:
+        attempt(simulate_and_print, *simulated)
+    for group in together(config for config in configs if config.ranks is not None):
+        attempt(run_and_print, *group)
+    store, ended = RunStore(), list[Composed]()
+    for one in composed:
+        status, reason = "failed", one.error
+        if one.config is not None:
+            status, reason = store.ended(one.config.run_id) or ("failed", said[one.config.run_id])
+        ended.append(replace(one, error=reason if status == "failed" else ""))
     return ended
 
 

@@ -1,11 +1,13 @@
 """One run from the command line: progress, a summary for the eye, a mirror in W&B."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 import pandas as pd
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -16,6 +18,7 @@ from hiermoe.records.store import RunStore
 from hiermoe.runs.execute import execute_together, num_steps
 from hiermoe.runs.run_config import RunConfig
 from hiermoe.runs.summary import summary
+from hiermoe.runs.sweep import run_all
 from hiermoe.runs.tracking import Mirrored, mirror_run
 
 
@@ -26,9 +29,33 @@ def run_and_print(*configs: RunConfig) -> None:
         configs: one, or several that differ in their system alone: these are measured interleaved, on the same ranks.
 
     Raises:
-        ValueError: of several one failed, or a single one does not apply; its record has the reason too.
+        ValueError: one failed, or under no ``-m`` does not apply; its record has the reason too.
     """
     present(configs, [_title(config) for config in configs], summary)
+
+
+def simulate_and_print(*configs: RunConfig) -> None:
+    """Run what needs no ranks, on all cores, and print what comes out as it comes.
+
+    Raises:
+        ValueError: a worker was killed; runs that fail are only printed.
+    """
+    store, console = RunStore(), Console()
+    by_id = {config.run_id: config for config in configs}
+    with _progress(console) as progress:
+        task = progress.add_task("runs", total=len(by_id))
+
+        def finished(outcome: Outcome) -> None:
+            progress.advance(task)
+            config = by_id[outcome.run_id]
+            _print_outcome(config, _title(config), outcome, store, console, summary)
+
+        run_all(configs, os.cpu_count() or 1, finished, store)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)
 
 
 def _title(config: RunConfig) -> str:
@@ -50,7 +77,7 @@ def present(
         summarise: makes a table of a record, under its title.
 
     Raises:
-        ValueError: a run failed, or does not apply where it is alone; its record has the reason too.
+        ValueError: one failed, or under no ``-m`` does not apply; its record has the reason too.
     """
     first = configs[0]
     num_ranks = first.cluster.hierarchy.num_ranks * first.ep_groups
@@ -62,17 +89,16 @@ def present(
     def program(world: World | None) -> None:
         torch.set_num_threads(1)
         store, console = RunStore(), Console()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
+        with _progress(console) as progress:
             title = titles[0] if len(titles) == 1 else f"{len(titles)} systems interleaved, {titles[0]} first"
             task = progress.add_task(title, total=max(map(num_steps, configs)))
             outcomes = execute_together(configs, store, lambda _: progress.advance(task), world)
+        alone = not {"-m", "--multirun"} & set(sys.argv)
         for config, title, outcome in zip(configs, titles, outcomes, strict=True):
-            _print_outcome(config, title, outcome, store, console, summarise)
-        alone = len(configs) == 1 and not {"-m", "--multirun"} & set(sys.argv)  # else it must not end the others
-        wrong = ("failed", "not_applicable") if alone else ("failed",)
+            if not alone or outcome.status == "ok":
+                _print_outcome(config, title, outcome, store, console, summarise)
         for outcome in outcomes:
-            if outcome.status in wrong:
+            if outcome.status == "failed" or (alone and outcome.status != "ok"):
                 raise ValueError(outcome.reason)
 
     if first.ranks is None:
@@ -89,9 +115,9 @@ def _print_outcome(
     console: Console,
     summarise: Callable[[pd.DataFrame, str], Table],
 ) -> None:
-    if outcome.status == "not_applicable":
-        console.print(f"[yellow]not applicable[/yellow] {title}: {outcome.reason}")
     if outcome.status != "ok":
+        how = "[red]failed[/red]" if outcome.status == "failed" else "[yellow]not applicable[/yellow]"
+        console.print(f"{how} {title}: {escape(outcome.reason)}", soft_wrap=True)
         return
     records = store.read(outcome.run_id)
     console.print(summarise(records, title))

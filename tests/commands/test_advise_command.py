@@ -68,6 +68,15 @@ def test_trace_gives_a_page_tables_and_the_short_of_it(trace_file: Path, tmp_pat
 
 
 @pytest.mark.slow
+def test_systems_with_copies_alone_are_held_against_those_without(
+    trace_file: Path, tmp_path: Path, hiermoe: Command
+) -> None:
+    arguments = [*NODE, *SIZES, "systems=[ultraep]", "copies=true", f"output={tmp_path}"]
+    code, out, err = hiermoe("advise", f"trace={trace_file}", *arguments)
+    assert (code, err) == (0, "")
+    assert "HD-MoE" in out and "UltraEP" in (tmp_path / "advice.md").read_text()
+
+
 def test_loads_mark_every_number_that_takes_experts_to_be_independent(tmp_path: Path, hiermoe: Command) -> None:
     loads = tmp_path / "loads.csv"
     loads.write_text("expert,load\n" + "\n".join(f"{e},{100 + 5 * e}" for e in range(EXPERTS)))
@@ -154,6 +163,10 @@ def test_new_policy_appears_by_its_file_alone(
         (["trace={trace}", *NODE, *SIZES, "ep_size=3"], "do not fill whole groups of"),
         (["trace={trace}", *NODE, *SIZES, "systems=[nothing]"], "system=nothing is unknown"),
         (["trace={trace}", *NODE, *SIZES, "systems=[tutel_2dh_padded_cf1]"], "no system to compare"),
+        (
+            ["trace={trace}", *NODE, *SIZES, "systems=[eplb]"],
+            "with the flat AlltoAll: EPLB (global) keeps experts in more than one place; copies=true prices that",
+        ),
         (["trace={trace}", *NODE, *SIZES, "share=1.5"], "share=1.5"),
         (["trace={trace}", *NODE, *SIZES, "shape=1"], "shape"),
         (["trace={csv}", *NODE, *SIZES], "is truncated or not a trace"),

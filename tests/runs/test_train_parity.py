@@ -16,7 +16,7 @@ from hiermoe.topology.cluster import Cluster
 from tests.runs.test_train import configured
 
 MODELS = ("qwen3_30b_a3b_narrow", "deepseek_v3_narrow")
-STEPS = 20
+STEPS = 10
 OPTIONS = [
     f"steps={STEPS}",
     "dtype=fp64",
