@@ -88,7 +88,10 @@ def run_all_and_print(composed: Sequence[Composed]) -> list[Composed]:
     for one in composed:
         status, reason = "failed", one.error
         if one.config is not None:
-            status, reason = store.ended(one.config.run_id) or ("failed", said[one.config.run_id])
+            status, reason = store.ended(one.config.run_id) or (
+                "failed",
+                said.get(one.config.run_id, "no record of it"),
+            )
         ended.append(replace(one, error=reason if status == "failed" else ""))
     return ended
 
