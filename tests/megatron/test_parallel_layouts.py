@@ -12,7 +12,7 @@ from hiermoe.topology.cluster import Cluster
 from tests.megatron.moving import DEADLINE, TIMEOUT, system
 from tests.megatron.parallel_model import SEQUENCE, VOCABULARY, ParallelModel
 
-EP_SIZE, MICRO_BATCHES = 2, 6
+EP_SIZE, MICRO_BATCHES, LONG = 2, 6, 50
 
 
 class Layout(NamedTuple):
@@ -100,15 +100,15 @@ PIPELINE = Layout([0, 1, 1, 1], stages=2, virtual=2)
     ("layout", "steps"),
     [
         pytest.param(PIPELINE, 4, id="two chunks a stage"),
-        pytest.param(PIPELINE, 50, id="two chunks a stage, 50 steps", marks=pytest.mark.slow),
+        pytest.param(PIPELINE, LONG, id="two chunks a stage, 50 steps", marks=pytest.mark.slow),
         pytest.param(Layout([0, 0, 1, 1], stages=2), 8, id="one stage is dense", marks=pytest.mark.slow),
         pytest.param(
             PIPELINE._replace(has_experts=[1, 1, 1, 1], recompute=True), 8, id="recomputed", marks=pytest.mark.slow
         ),
         pytest.param(Layout([0, 1], tensor=2), 4, id="tensors and sequences"),
-        pytest.param(Layout([0, 1], tensor=2), 50, id="tensors and sequences, 50 steps", marks=pytest.mark.slow),
+        pytest.param(Layout([0, 1], tensor=2), LONG, id="tensors and sequences, 50 steps", marks=pytest.mark.slow),
         pytest.param(Layout([0, 1], context=2), 4, id="context"),
-        pytest.param(Layout([0, 1], context=2), 50, id="context, 50 steps", marks=pytest.mark.slow),
+        pytest.param(Layout([0, 1], context=2), LONG, id="context, 50 steps", marks=pytest.mark.slow),
         pytest.param(
             Layout([0, 1], grouped=True, replicas=2, distributed=True),
             4,
@@ -137,9 +137,11 @@ def test_moving_experts_change_neither_losses_nor_what_training_goes_on_from(
     layout: Layout, steps: int, tmp_path: Path
 ) -> None:
     hosts = played_hosts(Cluster.named("a6000_4x8").reduced(EP_SIZE).hierarchy) * (layout.world_size // EP_SIZE)
-    # Where a stage has no experts, Megatron's plain optimizer fails to load what it saved.
+    # Where a stage has no experts, Megatron's plain optimizer fails to load what it saved. Of two trainings of a layout
+    # the longer one is not gone on with.
     half = len(layout.has_experts) // 2
     saves = layout.stages == 1 or all(map(any, (layout.has_experts[:half], layout.has_experts[half:])))
+    saves = saves and steps < LONG
     ranks = run_ranks(
         train, layout.world_size, (layout, steps, tmp_path if saves else None), TIMEOUT, deadline=DEADLINE, hosts=hosts
     )

@@ -1,5 +1,7 @@
 """A user's own files in the groups of conf/: they add to the suite's, and are runs like any other."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,8 +10,7 @@ import yaml
 
 from hiermoe.records import groups, run_id
 from hiermoe.records.groups import file_of, files_of, group_names, outside_of_conf
-from hiermoe.records.project import CONF
-from hiermoe.records.store import RunStore
+from hiermoe.records.project import CODE, CONF
 from tests.conftest import Command, Composer
 
 POLICY = """
@@ -68,12 +69,16 @@ def test_an_own_file_never_stands_for_one_of_the_suites(workplace: Path, hiermoe
     assert f"{path}: there is a system of that name already, conf/system/hd2.yaml" in " ".join(err.split())
 
 
-def test_own_system_and_own_sweep_run_by_name(with_code: Path, hiermoe: Command, store: RunStore) -> None:
+def test_own_system_and_own_sweep_run_by_name(with_code: Path) -> None:
+    """By workers too: several runs are simulated by processes of their own."""
     sweep = {"hydra": {"sweeper": {"params": {"system": "megatron,mine", "routing": "uniform", "iterations": 4}}}}
     (with_code / "sweeps" / "both.yaml").write_text(yaml.safe_dump(sweep))
-    code, _, err = hiermoe("run", "-m", "+sweeps=both", "tokens_per_rank=16", "wandb.mode=disabled")
-    assert code == 0, err
-    assert sorted(run.name.split("-")[0] for run in store.folder.iterdir()) == ["megatron", "mine"]
+    called = [sys.executable, "-m", "hiermoe", "run", "-m", "+sweeps=both", "tokens_per_rank=16", "wandb.mode=disabled"]
+    environment = os.environ | {"PYTHONPATH": str(CODE), "HIERMOE_HOME": str(with_code)}
+    done = subprocess.run(called, cwd=with_code, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    runs = (with_code / "results" / "runs").iterdir()
+    assert sorted(run.name.split("-")[0] for run in runs) == ["megatron", "mine"]
 
 
 def test_own_code_beside_own_files_counts_in_the_names_of_runs(with_code: Path, composed: Composer) -> None:
