@@ -59,7 +59,7 @@ results/traces/qwen3_30b_a3b_e%_late.trace:
 # Two workers, so that what waits runs beside what computes; tests/conftest.py says which tests stay together.
 PYTEST := $(BIN)/pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --ignore=tests/benchmarks --ignore=tests/gpu
 
-test: setup ## the tests, six to ten minutes on two cores
+test: setup ## the tests, five to ten minutes on two cores
 	@$(PYTEST) -m 'not slow and not slurm and not browser and not versions'
 
 test-slow: setup ## the slower checks
