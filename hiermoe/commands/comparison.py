@@ -59,6 +59,15 @@ class _Numbers:
         return self.slots_gb > 0 or self.net_ms > self.total_ms
 
 
+@dataclass(frozen=True)
+class _Line:
+    """A run with its predicted and its measured numbers, as far as there are any."""
+
+    run: Composed
+    predicted: _Numbers | None
+    measured: _Numbers | None
+
+
 def run_all_and_print(composed: Sequence[Composed]) -> list[Composed]:
     """Run and print what could be composed: what differs in its system alone interleaved, if it is measured.
 
@@ -100,10 +109,11 @@ def print_comparison(ended: Sequence[Composed], store: RunStore, console: Consol
     """Print the table, plain and at most 80 columns wide in a file."""
     if not console.is_terminal:
         console = Console(file=console.file, width=min(_WIDTH, console.width), no_color=True, highlight=False)
-    console.print(comparison(ended, store))
+    for table in comparison(ended, store):
+        console.print(table)
 
 
-def comparison(ended: Sequence[Composed], store: RunStore) -> Table:
+def comparison(ended: Sequence[Composed], store: RunStore) -> list[Table]:
     """One line a run: what varied, then predicted and measured numbers, which never share a column.
 
     A predicted run has the measured one of its setting beside it where the store has that, and the other way round.
@@ -111,58 +121,87 @@ def comparison(ended: Sequence[Composed], store: RunStore) -> Table:
     Args:
         ended: runs in their order.
         store: where their records are.
+
+    Returns:
+        The AlltoAlls of all runs, and where something was kept or sent for copies of experts a table of these.
     """
-    lines = [(one, *_both(one, store)) for one in ended]
-    kinds = [kind for i, kind in enumerate(("predicted", "measured"), start=1) if any(line[i] for line in lines)]
-    look = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
-    table = Table(title="All runs", title_justify="left", caption_justify="left", **look)
-    table.add_column("what varied", overflow="fold")
-    has_copies = any(numbers is not None and numbers.has_copies for _, *both in lines for numbers in both)
-    whats = ("one\nAlltoAll", "four,\ntotal", "times\nas fast")[has_copies:]  # one is a fourth of four
-    for kind in kinds:
-        table.add_column("d*", justify="right", no_wrap=True)
-        for what in whats:
-            table.add_column(f"{kind if what[0] == 'f' else ''}\n{what}", justify="right", no_wrap=True)
-        if has_copies and kind == "measured":
-            table.add_column("\n\nnet", justify="right", no_wrap=True)
-    if has_copies:
-        for what in ("net\nms", "with\nexperts", "rows,\nmost /\nmean", "slots,\nGB"):
-            table.add_column(what, justify="right", no_wrap=True)
-    common = set.intersection(*(set(one.overrides) for one in ended)) if len(ended) > 1 else set[str]()
-    first: dict[tuple[str, str], float] = {}  # total of the first system, by kind and setting
-    for one, *numbers in lines:
-        cells = []
-        for kind, found in zip(("predicted", "measured"), numbers, strict=True):
-            if kind in kinds and found is None:
-                cells += [""] * (1 + len(whats) + (has_copies and kind == "measured"))
-            elif found is not None:
-                base = first.setdefault((kind, _setting(one)), found.total_ms)
-                ms = (f"{found.alltoall_ms:.2f}", f"{found.total_ms:.2f}", f"{base / found.total_ms:.2f}")
-                net = [f"{found.net_ms:.2f}"] if has_copies and kind == "measured" else []
-                cells += [found.dimensions, *ms[has_copies:], *net]
-        if has_copies:
-            predicted = numbers[0]
-            ends = predicted and (predicted.net_ms, predicted.layer_ms, predicted.busiest, predicted.slots_gb)
-            cells += [f"{value:.2f}" for value in ends] if ends else [""] * 4
-        table.add_row(escape(" ".join(x.partition("=")[2] for x in one.overrides if x not in common) or "-"), *cells)
+    lines = [_Line(one, *_both(one, store)) for one in ended]
     sources = sorted({s for one in ended if one.config is not None for s in _measured_sources(one.config, store)})
-    table.caption = "ms; four: the four AlltoAlls of a step and layer, " + (
-        f"mean of predicted, median of measured times of the busiest rank ({', '.join(sources)})"
-        if "measured" in kinds
-        else "mean of the iterations that count"
-    )
-    table.caption += ". Times as fast: as the first system of the same setting."
-    if has_copies:
-        table.caption += (
-            " Net: the four, weights sent to copies of experts and gradients sent back, predicted at the rate of the "
-            "link, measured one after the other, both as if nothing hid them; moves of experts to another home are not "
-            f"in it. With experts: and those of the busiest GPU, at {TFLOPS:g} TFLOP/s, an assumption. Rows: expert "
-            "rows of that GPU "
-            "over the mean. Slots: weights, gradients and training state of copies, at a GPU, all layers."
-        )
+    tables = [_alltoalls(lines, ", ".join(sources))]
+    if any(numbers is not None and numbers.has_copies for line in lines for numbers in (line.predicted, line.measured)):
+        tables.append(_copies(lines))
     for one in ended:
         if why := one.error or _not_applicable(one, store):
-            table.caption += f"\n{escape(' '.join(one.overrides))}: {escape(why)}"
+            tables[-1].caption = f"{tables[-1].caption}\n{escape(' '.join(one.overrides))}: {escape(why)}"
+    return tables
+
+
+def _table(title: str, caption: str) -> Table:
+    look = {"box": box.SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", **look)
+    table.add_column("what varied", overflow="fold")
+    return table
+
+
+def _varied(lines: Sequence[_Line]) -> list[str]:
+    """What each run was asked to be beyond what all were."""
+    overrides = [line.run.overrides for line in lines]
+    common = set.intersection(*map(set, overrides)) if len(lines) > 1 else set[str]()
+    return [escape(" ".join(x.partition("=")[2] for x in own if x not in common) or "-") for own in overrides]
+
+
+def _alltoalls(lines: Sequence[_Line], sources: str) -> Table:
+    """Predicted and measured times of the AlltoAlls."""
+    caption = "ms; four: the four AlltoAlls of a step and layer, " + (
+        f"mean of predicted, median of measured times of the busiest rank ({sources})"
+        if any(line.measured for line in lines)
+        else "mean of the iterations that count"
+    )
+    table = _table("All runs", f"{caption}. Times as fast: as the first system of the same setting.")
+    columns: list[list[str]] = []
+    for kind in ("predicted", "measured"):
+        found = [getattr(line, kind) for line in lines]
+        if not any(found):
+            continue
+        for what in ("d*", "one\nAlltoAll", "four,\ntotal", "times\nas fast"):
+            head = f"{kind if what[0] == 'f' else ''}\n{what}" if what != "d*" else what
+            table.add_column(head, justify="right", no_wrap=True)
+        first: dict[str, float] = {}  # total of the first system, by setting
+        cells = []
+        for line, numbers in zip(lines, found, strict=True):
+            if numbers is None:
+                cells.append([""] * 4)
+                continue
+            base = first.setdefault(_setting(line.run), numbers.total_ms)
+            values = (numbers.alltoall_ms, numbers.total_ms, base / numbers.total_ms)
+            cells.append([numbers.dimensions, *(f"{value:.2f}" for value in values)])
+        columns.append(cells)
+    for varied, *cells in zip(_varied(lines), *columns, strict=True):
+        table.add_row(varied, *(cell for kind in cells for cell in kind))
+    return table
+
+
+def _copies(lines: Sequence[_Line]) -> Table:
+    """What copies of experts cost and bring."""
+    is_measured = any(line.measured for line in lines)
+    table = _table(
+        "With what copies of experts need",
+        "ms. Net: the four AlltoAlls, weights sent to copies of experts and gradients sent back, predicted at the rate "
+        "of the link, measured one after the other, both as if nothing hid them; moves of experts to another home are "
+        f"not in it. With experts: and those of the busiest GPU, at {TFLOPS:g} TFLOP/s, an assumption. Rows: expert "
+        "rows of that GPU over the mean. Slots: weights, gradients and training state of copies, at a GPU, all layers.",
+    )
+    measured = ("measured\nnet",) if is_measured else ()
+    for what in ("predicted\nnet", *measured, "predicted\nwith experts", "rows,\nmost / mean", "slots,\nGB"):
+        table.add_column(what, justify="right", no_wrap=True)
+    for varied, line in zip(_varied(lines), lines, strict=True):
+        one = line.predicted
+        found: list[float | None] = [None] * 4
+        if one is not None:
+            found = [one.net_ms, one.layer_ms, one.busiest, one.slots_gb]
+        if is_measured:
+            found.insert(1, line.measured.net_ms if line.measured else None)
+        table.add_row(varied, *("" if value is None else f"{value:.2f}" for value in found))
     return table
 
 
