@@ -27,7 +27,7 @@ def index_runs(store: RunStore, expanded: Mapping[str, Sequence[Cell]] | None = 
     }
     measured = measured_so_far(store)
     for one in measured:
-        cells[one.sweep].append(one.measured)
+        cells.setdefault(one.sweep, []).append(one.measured)  # some are measured only
     cells[PREDICTIONS] = [one.predicted for one in measured]
     # Over places, and beyond the paper, a report shows what there is.
     places = {name: given[name] for name in names_over_places() if name in given} or sweeps_over_places()

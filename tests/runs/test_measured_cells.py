@@ -8,6 +8,7 @@ import yaml
 
 from hiermoe.records.project import CONF
 from hiermoe.records.store import RunStore
+from hiermoe.runs.indexing import index_runs
 from hiermoe.runs.measured_cells import (
     AMOUNTS,
     Amount,
@@ -63,6 +64,17 @@ def test_prediction_differs_from_its_measured_run_in_what_is_measured_alone(cali
 def test_enough_iterations_count(calibrated: Path) -> None:
     for cell in measured_cells("full"):
         assert cell.measured.config.iterations >= 40  # half of them count
+
+
+def test_every_measured_run_of_full_is_among_those_that_the_report_shows(calibrated: Path, tmp_path: Path) -> None:
+    cells = measured_cells("full")
+    for cell in cells:
+        folder = tmp_path / "runs" / cell.measured.run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame({"status": ["ok"]}).to_parquet(folder / "records.parquet")
+    index = index_runs(RunStore(tmp_path / "runs"))
+    for cell in cells:
+        assert cell.measured.run_id in {run.run_id for run in index[cell.sweep]}, cell.sweep
 
 
 def test_a_cluster_that_nobody_has_calibrated_is_an_error_and_not_in_the_report(
