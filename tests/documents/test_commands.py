@@ -23,7 +23,7 @@ WHY_NOT = {
     r"hiermoe (trace fetch \w|run .*(=public|over=real)).*": "needs a set by git: tests/commands/test_fetch.py",
     r"hiermoe run .*=\$PWD/unlimited_early\.trace": "reads what the command above it records in half an hour",
     r"hiermoe run -m \+sweeps=arena \+sweeps/over=recorded": "takes long: the same without the last word is run",
-    r"hiermoe run -m \+sweeps/measured/full=arena": "takes long: the run above it is on fewer ranks",
+    r"hiermoe run -m \+sweeps/measured/full=\w+": "takes long: other runs on the pages are on fewer ranks",
     r"hiermoe run -m \+sweeps=fig11": "takes long: tests/commands/test_cli.py has shorter sweeps",
     r"hiermoe calibrate cluster=emulated_4x8": "takes long: the same is run on the smaller emulated_4x2",
     r"hiermoe run -m \+sweeps=structure .*": "takes long: tests/runs/test_places_of_sweeps.py composes them",
