@@ -1,4 +1,4 @@
-"""What several runs of one command came to, side by side: the table that `hiermoe run -m` ends with."""
+"""Several runs of one command: each is run, and the tables that `hiermoe run -m` ends with have them side by side."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence

@@ -108,7 +108,7 @@ PLANS: Mapping[str, str] = {
     "quick": "simulation of the paper's figures and tables and a first report, then a first look at measured numbers "
     "on 8 emulated ranks: about 5 minutes on two cores",
     "default": "simulation of all that the paper claims and a first report, then on 32 emulated ranks calibration and "
-    "Fig. 11 of one model: 7 to 12 minutes on two cores (QUICK=1: 5, FULL=1: 70). Stop and go on as you like",
+    "Fig. 11 of one model: 7 to 13 minutes on two cores (QUICK=1: 5, FULL=1: 70). Stop and go on as you like",
     "full": "simulation of all that the paper claims and a first report, then on 32 emulated ranks calibration, Fig. "
     "11 of both models, Fig. 13, Table IV (K), update frequency, searched placements, systems with copies or chunks, "
     "and whole training steps, then what lies beyond the paper: more than 70 minutes on two cores. Stop and go on as "

@@ -81,13 +81,10 @@ def _named_cluster(path: Path) -> str:
 
 
 def together(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:
-    """Group runs that differ in their system alone: those are measured interleaved, on the same ranks.
-
-    What needs no ranks stays alone.
-    """
+    """Group runs that differ in their system alone: those are measured interleaved, on the same ranks."""
     groups: dict[str, dict[str, RunConfig]] = {}
     for config in configs:
-        shared = config.run_id if config.ranks is None else config.model_dump_json(exclude={"system", "wandb"})
+        shared = config.model_dump_json(exclude={"system", "wandb"})
         groups.setdefault(shared, {})[config.run_id] = config
     return [list(group.values()) for group in groups.values()]
 

@@ -1,4 +1,4 @@
-"""One run from the command line: progress, a summary for the eye, a mirror in W&B."""
+"""Runs from the command line: progress, a summary for the eye, a mirror in W&B."""
 
 import os
 import sys

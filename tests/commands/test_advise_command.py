@@ -67,7 +67,6 @@ def test_trace_gives_a_page_tables_and_the_short_of_it(trace_file: Path, tmp_pat
         assert small.width == 1100
 
 
-@pytest.mark.slow
 def test_systems_with_copies_alone_are_held_against_those_without(
     trace_file: Path, tmp_path: Path, hiermoe: Command
 ) -> None:
@@ -77,6 +76,7 @@ def test_systems_with_copies_alone_are_held_against_those_without(
     assert "HD-MoE" in out and "UltraEP" in (tmp_path / "advice.md").read_text()
 
 
+@pytest.mark.slow
 def test_loads_mark_every_number_that_takes_experts_to_be_independent(tmp_path: Path, hiermoe: Command) -> None:
     loads = tmp_path / "loads.csv"
     loads.write_text("expert,load\n" + "\n".join(f"{e},{100 + 5 * e}" for e in range(EXPERTS)))

@@ -59,9 +59,8 @@ def test_systems_of_one_setting_are_measured_interleaved(
     code, out, _ = hiermoe("run", "-m", *varied, "measure=replay", "ranks=local", "world_size=2", *SMALL)
     assert code == 0
     assert together == 2 * [["megatron", "hd_moe"]]
-    lines = [line for line in last_table(out) if "8" in line or "16" in line]
-    assert "measured" in " ".join(last_table(out)) and len(lines) >= 4
-    assert "not applicable, dimension=4 is outside" in " ".join(" ".join(last_table(out)).split())
+    text = " ".join(" ".join(last_table(out)).split())
+    assert "measured" in text and "not applicable, dimension=4 is outside" in text
 
 
 def measured_twin(config: RunConfig, store: RunStore, total_ms: float, net_ms: float = float("nan")) -> RunConfig:

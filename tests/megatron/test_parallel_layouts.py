@@ -109,6 +109,13 @@ PIPELINE = Layout([0, 1, 1, 1], stages=2, virtual=2)
         pytest.param(Layout([0, 1], tensor=2), LONG, id="tensors and sequences, 50 steps", marks=pytest.mark.slow),
         pytest.param(Layout([0, 1], context=2), 4, id="context"),
         pytest.param(Layout([0, 1], context=2), LONG, id="context, 50 steps", marks=pytest.mark.slow),
+        pytest.param(Layout([0, 1], distributed=True), LONG, id="optimizer divided, 50 steps", marks=pytest.mark.slow),
+        pytest.param(
+            Layout([0, 1], distributed=True, replicas=2),
+            LONG,
+            id="optimizer divided among replicas, 50 steps",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             Layout([0, 1], grouped=True, replicas=2, distributed=True),
             4,
