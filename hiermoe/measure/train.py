@@ -34,6 +34,7 @@ class Checkpoints:
         start: checkpoint to go on from; None for the beginning.
         rows: folder of the ranks' rows, which outlive a killed run there; None for a temporary one.
         left_out: later ones that are damaged, and why; a line each.
+        begun: steps that were finished where the run itself began, in another run's checkpoint.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Checkpoints:
     start: Path | None = None
     rows: Path | None = None
     left_out: tuple[str, ...] = ()
+    begun: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def train(rank: int, job: TrainingJob, corpus: Corpus, timeout: timedelta, devic
     if good is not None:
         start = trainer.load(good, placement)
     with RowStream(folder, rank, start) as stream, meter:
-        measured_from = first_measured(job.steps, None)
+        measured_from = saved.begun + first_measured(job.steps - saved.begun, None)
         for step in range(start, job.steps):
             sequences = trainer.batch(corpus, step)
             dist.barrier()

@@ -132,8 +132,8 @@ class TrainRunConfig(TrainingConfig):
     def _check_given_checkpoint(self) -> Self:
         if self.given_checkpoint is not None:
             finished = finished_steps(self.given_checkpoint)
-            if finished >= self.steps:
-                raise ValueError(f"steps={self.steps} are done: resume={self.resume} comes after {finished}")
+            if finished + 2 > self.steps:
+                raise ValueError(f"steps={self.steps} leave less than two: resume={self.resume} comes after {finished}")
         return self
 
     def checkpoints(self) -> Checkpoints:
@@ -157,6 +157,7 @@ class TrainRunConfig(TrainingConfig):
             start=own or self.given_checkpoint,
             rows=rows if own is not None or self.checkpoint_every is not None else None,
             left_out=left_out,
+            begun=0 if self.given_checkpoint is None else finished_steps(self.given_checkpoint),
         )
 
     def _own_checkpoint(self, folder: Path, rows: Path) -> tuple[Path | None, tuple[str, ...]]:

@@ -10,8 +10,10 @@ from hiermoe.megatron.checkpoint_folder import finished_steps
 from hiermoe.narrow.record import max_over_mean_load, record
 from hiermoe.narrow.record_config import BalancingWarmup
 from hiermoe.ranks.server import RankFailedError
+from hiermoe.records.store import RunStore
 from hiermoe.routing.trace import RoutingTrace
-from tests.narrow.tiny_run import composed, tiny_record_config
+from tests.conftest import Command
+from tests.narrow.tiny_run import TINY, composed, tiny_record_config
 
 SOFTMAX = ["model=qwen3_30b_a3b_narrow", "model.num_experts=8", "model.topk=2", "num_recorded=4"]
 GROUPED = [
@@ -109,6 +111,37 @@ def test_a_stage_whose_trace_is_gone_is_recorded_again(cache_dir: str, tmp_path:
     (tmp_path / "a_early.trace").unlink()
     record(config, command="")  # from the beginning: its only checkpoint is later than the lost trace
     assert RoutingTrace.load(tmp_path / "a_early.trace").metadata.training_step == [1]
+
+
+@pytest.mark.slow
+def test_the_trained_model_stays_for_a_training_on_more_ranks(
+    hiermoe: Command, cache_dir: str, store: RunStore, tmp_path: Path
+) -> None:
+    def losses(keep: bool, last: int) -> list[float]:
+        kept = ["checkpoint_every=2", f"checkpoint_dir={tmp_path}", f"keep_model={str(keep).lower()}"]
+        kept += [f"stages.late.steps={last}", "balancing_warmup.aux_loss_times=1"]
+        kept += ["ep_size=2", "data_parallel=1"]
+        config = tiny_record_config(cache_dir, str(tmp_path / "a.trace"), *SOFTMAX, *kept)
+        record(config, command="")
+        return RoutingTrace.load(tmp_path / "a_late.trace").metadata.loss
+
+    with pytest.raises(ValueError, match="keep_model=true needs ep_size=2"):
+        tiny_record_config(cache_dir, "a.trace", "keep_model=true")
+    begun = losses(keep=True, last=3)
+    (checkpoint,) = tmp_path.glob("*/step-*")
+    assert finished_steps(checkpoint) == 5
+    model = [word for word in (*SOFTMAX, *TINY) if word.partition("=")[0].startswith(("model", "seq", "corpus"))]
+    where = ["world_size=4", "cluster=a6000_4x8", "sequences_per_step=4", f"cache_dir={cache_dir}"]
+    run = ["system=hd2", "steps=8", "lr_warmup_steps=100", f"resume={checkpoint}"]
+    code, _, err = hiermoe("train", *model, *where, *run)
+    assert code == 0, err
+    (folder,) = store.folder.iterdir()
+    trained = store.read(folder.name).query("rank == 0")
+    assert trained["iteration"].tolist() == [5, 6, 7]
+    gone_on = losses(keep=False, last=6)
+    assert gone_on[:3] == begun and not list(tmp_path.glob("*/step-*"))
+    assert trained["loss"].tolist() == pytest.approx(gone_on[3:], rel=1e-3)
+    assert trained["loss"].tolist() != pytest.approx(gone_on[:3], rel=1e-3)
 
 
 def test_balancing_falls_geometrically_to_the_models_own() -> None:
