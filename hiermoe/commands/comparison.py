@@ -18,6 +18,7 @@ from hiermoe.records.store import RunStore
 from hiermoe.runs.measured_cells import together
 from hiermoe.runs.run_config import RunConfig
 from hiermoe.runs.single import run_and_print, simulate_and_print
+from hiermoe.runs.summary import dimensions_of
 
 _WIDTH = 80  # in a file; a terminal may be narrower
 
@@ -157,7 +158,9 @@ def _alltoalls(lines: Sequence[_Line], sources: str) -> Table:
         if any(line.measured for line in lines)
         else "mean of the iterations that count"
     )
-    table = _table("All runs", f"{caption}. Times as fast: as the first system of the same setting.")
+    numbers = [one for line in lines for one in (line.predicted, line.measured) if one is not None]
+    cut = " d* 2x4: two stages, passed in 4 chunks." if any("x" in one.dimensions for one in numbers) else ""
+    table = _table("All runs", f"{caption}. Times as fast: as the first system of the same setting.{cut}")
     columns: list[list[str]] = []
     for kind in ("predicted", "measured"):
         found = [getattr(line, kind) for line in lines]
@@ -262,6 +265,5 @@ def _numbers(config: RunConfig, store: RunStore) -> _Numbers | None:
     else:
         net_ms = float(steps.groupby("iteration")["net_ms"].max().median())
         one_ms = calls[calls["stage"] == "all"].groupby("iteration")["dispatch_ms"].max().median()
-    used = sorted(int(d) for d in calls["dimension"].dropna().unique())
-    total_ms, dimensions = float(typical_ms(steps).iloc[0]), ",".join(map(str, used))
-    return _Numbers(float(one_ms), total_ms, dimensions, net_ms, layer_ms, busiest, slots_gb)
+    total_ms, used = float(typical_ms(steps).iloc[0]), ",".join(sorted(dimensions_of(calls).unique()))
+    return _Numbers(float(one_ms), total_ms, used, net_ms, layer_ms, busiest, slots_gb)

@@ -14,10 +14,12 @@ from hiermoe.analysis.report import write_report
 from hiermoe.analysis.verdicts import verdict_summary
 from hiermoe.commands.progress_line import NO_REPORT, ProgressLine
 from hiermoe.commands.records_command import print_damaged, print_stale
+from hiermoe.megatron.checkpoint_folder import newest_first
+from hiermoe.narrow.record import record
 from hiermoe.ranks.emulated.requirements import missing_requirement
 from hiermoe.records.index import REAL_MODELS
 from hiermoe.records.keep import Outcome
-from hiermoe.records.project import REPORTS
+from hiermoe.records.project import REPORTS, in_workplace
 from hiermoe.records.store import RunStore
 from hiermoe.runs.calibration import calibrate, calibration_config
 from hiermoe.runs.compose import Cell, expand, sweep_names
@@ -29,7 +31,7 @@ from hiermoe.runs.run_config import RunConfig, WandbMode
 from hiermoe.runs.stale import stale_in_place_of
 from hiermoe.runs.sweep import run_all
 from hiermoe.runs.tracking import mirror_table
-from hiermoe.runs.training import TrainRunConfig, expand_training
+from hiermoe.runs.training import TrainRunConfig, expand_training, model_of_whole_steps
 
 Cells = Mapping[str, Sequence[Cell]]
 
@@ -108,10 +110,10 @@ PLANS: Mapping[str, str] = {
     "quick": "simulation of the paper's figures and tables and a first report, then a first look at measured numbers "
     "on 8 emulated ranks: about 5 minutes on two cores",
     "default": "simulation of all that the paper claims and a first report, then on 32 emulated ranks calibration and "
-    "Fig. 11 of one model: 7 to 13 minutes on two cores (QUICK=1: 5, FULL=1: 70). Stop and go on as you like",
+    "Fig. 11 of one model: 7 to 13 minutes on two cores (QUICK=1: 5, FULL=1: 110). Stop and go on as you like",
     "full": "simulation of all that the paper claims and a first report, then on 32 emulated ranks calibration, Fig. "
     "11 of both models, Fig. 13, Table IV (K), update frequency, searched placements, systems with copies or chunks, "
-    "and whole training steps, then what lies beyond the paper: more than 70 minutes on two cores. Stop and go on as "
+    "and whole training steps, then what lies beyond the paper: more than 110 minutes on two cores. Stop and go on as "
     "you like",
 }
 
@@ -161,8 +163,17 @@ def measure_emulated(amount: Amount, session: Session) -> list[Outcome]:
     cells = measured_cells(amount)
     outcomes = [*measure(together(cell.measured.config for cell in cells), session), *predict(cells, session)]
     if amount == "full":
+        train_routers(session)
         outcomes += measure([[cell.config] for cell in expand_training("end_to_end")], session)
     return outcomes
+
+
+def train_routers(session: Session) -> None:
+    """The model that whole steps begin with, unless it is there."""
+    config = model_of_whole_steps()
+    if not newest_first(in_workplace(str(config.model_output))):
+        session.console.print(f"training {config.model.name}, whose whole steps are measured then: some ten minutes")
+        record(config, "hiermoe record +sweeps/train=models")
 
 
 def measure(groups: Sequence[Sequence[RunConfig | TrainRunConfig]], session: Session) -> list[Outcome]:

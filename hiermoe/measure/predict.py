@@ -92,6 +92,7 @@ def _stage_rows(chosen: Price, call: AlltoAllPrice, counts: RoutingCounts, workl
         yield {
             "stage": name,
             "dimension": chosen.scheme.dimension,
+            "chunks": chosen.scheme.chunks,
             "predicted_ms": call.stage_ms[index],
             "link_ms": links[index],
             "rows": busiest[index],
@@ -116,6 +117,7 @@ def _step_row(chosen: Price, counts: RoutingCounts) -> Row:
         "phase": "step",
         "stage": "all",
         "dimension": chosen.scheme.dimension,
+        "chunks": chosen.scheme.chunks,
         "predicted_ms": ALLTOALLS_PER_STEP * chosen.alltoall_ms,
         "pairs": chosen.traffic.total_pairs,
         "dropped_pairs": chosen.traffic.dropped_pairs,

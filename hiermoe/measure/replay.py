@@ -219,6 +219,7 @@ def _call_rows(calls: list[Any], rank: int, job: ReplayJob, alone_ms: Mapping[st
         moved = [(t, t.received_bytes if incoming else t.sent_bytes) for t in call.transfers]
         payload = [(t, amounts) for t, amounts in moved if t.kind == "payload"]
         total = {"phase": call.phase, "dimension": len({t.stage for t, _ in payload})}
+        total["chunks"] = 1 if call.plan is None else call.plan.scheme.chunks
         for stage in dict.fromkeys(t.stage for t in call.transfers):
             num_bytes = sum(sum(amounts) for t, amounts in payload if t.stage == stage)
             own_bytes = sum(amounts[t.members.index(rank)] for t, amounts in payload if t.stage == stage)

@@ -17,7 +17,7 @@ from hiermoe.narrow.record_config import RecordConfig
 from hiermoe.narrow.recording_progress import SHOWN_EVERY, recording_progress
 from hiermoe.ranks.launch import run_ranks
 from hiermoe.ranks.server import preload
-from hiermoe.records.project import in_workplace, shown
+from hiermoe.records.project import in_workplace
 from hiermoe.routing.trace import RoutingTrace, TraceMetadata
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # man 3 mallopt
@@ -45,10 +45,7 @@ def record(config: RecordConfig, command: str) -> None:
         if finished_steps(checkpoint) > min(missing, default=0):
             shutil.rmtree(checkpoint)
     run_ranks(train_and_record, config.world_size, (config, corpus, command, timeout, checkpoints), timeout)
-    if config.keep_model:
-        print(f"the trained model: {shown(newest_first(checkpoints)[0])}")
-    else:
-        shutil.rmtree(checkpoints, ignore_errors=True)
+    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def train_and_record(
@@ -101,8 +98,8 @@ def train_and_record(
             if config.stage_at(step + 1) != stage:
                 write_trace(config, stage, corpus, command, np.stack(recorded), losses)
                 recorded, losses = [], []
-    if config.keep_model:
-        trainer.save(checkpoints, config.last_step, keep=1)
+    if config.model_output is not None:
+        trainer.save(in_workplace(config.model_output), config.last_step, keep=1)
 
 
 def _keep_freed_memory() -> None:

@@ -54,8 +54,8 @@ class RecordConfig(TrainingConfig):
         layers: Layer numbers (from 1) to record; None for every MoE layer.
         output: Where the traces go; a stage's name is added to the stem.
         checkpoint_every: Steps between two checkpoints; a run that was ended goes on from its newest one.
-        checkpoint_dir: Folder of all recordings' checkpoints, each in one of its own.
-        keep_model: Whether the last checkpoint stays, for a training to go on from; else all are removed at the end.
+        checkpoint_dir: Folder of all recordings' checkpoints, each in one of its own, which is removed at the end.
+        model_output: Folder for a checkpoint of the trained model, for a training to go on from; None for none.
         timeout_minutes: A rank that waits longer than this for another one ends the run.
     """
 
@@ -67,15 +67,15 @@ class RecordConfig(TrainingConfig):
     output: str
     checkpoint_every: PositiveInt
     checkpoint_dir: str
-    keep_model: bool
+    model_output: str | None
     timeout_minutes: PositiveFloat
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.keep_model and self.ep_size == 1:
+        if self.model_output is not None and self.ep_size == 1:
             raise ValueError(
-                "keep_model=true needs ep_size=2 or more: where one rank has all experts, Megatron names the optimizer's "
-                "state otherwise, and no training on more ranks can go on from it"
+                "model_output needs ep_size=2 or more: where one rank has all experts, Megatron names the "
+                "optimizer's state otherwise, and no training on more ranks can go on from it"
             )
         if self.tokens_per_step % self.logical_ranks:
             raise ValueError(
@@ -130,6 +130,6 @@ class RecordConfig(TrainingConfig):
     def training_key(self, corpus_key: str) -> str:
         """A name of the training, equal for those that take the same steps: for its checkpoints."""
         unimportant = {"stages", "output", "layers", "num_recorded", "logical_ranks", "cache_dir", "corpus"}
-        unimportant |= {"checkpoint_every", "checkpoint_dir", "keep_model", "timeout_minutes"}
+        unimportant |= {"checkpoint_every", "checkpoint_dir", "model_output", "timeout_minutes"}
         said = json.dumps(self.model_dump(mode="json", exclude=unimportant), sort_keys=True)
         return f"{self.model.name}-{hashlib.sha256(f'{said} {corpus_key}'.encode()).hexdigest()[:12]}"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +37,8 @@ def times_of_stages(scheme: DispatchScheme, stage_bytes: Iterable[Amount], clust
 def time_of_alltoall(scheme: DispatchScheme, stage_ms: Sequence[Amount], cluster: Cluster) -> Amount:
     """t_d of one AlltoAll, in ms.
 
-    In one chunk stages follow one another: the sum of their times (paper, Sec. III-B). In C chunks, beyond the paper,
-    the longest stage is never idle, and of every other one a C-th part is seen alone, before it or after it (fill and
-    drain); of the rest as much passes beside the longest as the cluster's stages overlap.
+    In one chunk stages follow one another: the sum of their times (paper, Sec. III-B). In several, beyond the paper,
+    see :func:`time_in_chunks`.
 
     Args:
         scheme: whose stages.
@@ -51,8 +51,22 @@ def time_of_alltoall(scheme: DispatchScheme, stage_ms: Sequence[Amount], cluster
     total: Amount = sum(stage_ms)  # type: ignore[assignment] - of at least one stage
     if scheme.chunks == 1:
         return total
-    others = total - reduce(_larger, stage_ms)
-    return total - others * (check_overlap(scheme, cluster) * (scheme.chunks - 1) / scheme.chunks)
+    return time_in_chunks(total, reduce(_larger, stage_ms), scheme.chunks, check_overlap(scheme, cluster))
+
+
+def time_in_chunks(total: Any, longest: Any, chunks: Any, overlap: float) -> Any:
+    """Time of stages that C chunks pass one after the other.
+
+    The longest stage is never idle, and of every other one a C-th part is seen alone, before it or after it (fill and
+    drain); of the rest as much passes beside the longest as stages overlap.
+
+    Args:
+        total: of all stages together: a number, or a tensor, array or column of them, as the others.
+        longest: of the longest of them.
+        chunks: C.
+        overlap: 0 to 1.
+    """
+    return total - (total - longest) * (overlap * (chunks - 1) / chunks)
 
 
 def check_overlap(scheme: DispatchScheme, cluster: Cluster) -> float:

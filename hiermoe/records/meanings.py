@@ -43,6 +43,7 @@ MEANINGS: Mapping[str, str] = {
         "none where nothing was sent; else all."
     ),
     "dimension": "d, stages of the dispatch used; phase routing: number of the level.",
+    "chunks": "C, parts that rows are cut into: while one passes a stage, that before it passes the next.",
     "predicted_ms": (
         "ms, by the cost model: in phase dispatch one stage of one AlltoAll, in phase step the four AlltoAlls."
     ),

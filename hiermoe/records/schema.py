@@ -41,6 +41,7 @@ RECORDS = pa.DataFrameSchema(
         "phase": pa.Column(str, pa.Check.isin(PHASES)),
         "stage": pa.Column(str),
         "dimension": _number(low=1),
+        "chunks": _number(low=1),
         "predicted_ms": _number(),
         "link_ms": _number(),
         "rows": _number(),

@@ -70,7 +70,7 @@ def _measured(records: pd.DataFrame, title: str) -> Table:
     add("all four", steps)
     for (phase, stage), rows in counted[counted["phase"].isin(COPIES)].groupby(["phase", "stage"]):
         add(f"{phase}: {stage}", rows)
-    dimensions = counted.loc[counted["phase"] == "dispatch", "dimension"].astype(int).value_counts(normalize=True)
+    dimensions = dimensions_of(counted[counted["phase"] == "dispatch"]).value_counts(normalize=True)
     table.caption = (
         f"Busiest of {records['num_ranks'].iloc[0]} ranks, median of {steps['iteration'].nunique()} iterations. "
         f"d: {', '.join(f'{d} ({share:.0%})' for d, share in dimensions.items())}. "
@@ -92,7 +92,7 @@ def _predicted(records: pd.DataFrame, title: str) -> Table:
     first, last = steps["iteration"].min(), steps["iteration"].max()
     table.add_row("the four AlltoAlls of a step and layer (predicted)", f"{steps['predicted_ms'].mean():.2f} ms")
     table.add_row("counted iterations", f"{first}-{last} of {len(every_step)}")
-    dimensions = steps["dimension"].astype(int).value_counts()
+    dimensions = dimensions_of(steps).value_counts()
     table.add_row("dimension d", ", ".join(f"{d} ({n / len(steps):.0%})" for d, n in dimensions.items()))
     calls = counted[counted["phase"].isin(CALLS)]
     for (call, stage), rows in calls.groupby(["phase", "stage"], sort=False):
@@ -109,3 +109,10 @@ def _predicted(records: pd.DataFrame, title: str) -> Table:
     if every_step["moved_experts"].any():
         table.add_row("experts moved", f"{every_step['moved_experts'].sum():.0f} in {len(every_step)} iterations")
     return table
+
+
+def dimensions_of(rows: pd.DataFrame) -> pd.Series:
+    """d of each row, where it is known: ``2``, or in chunks ``2x4``."""
+    known = rows.dropna(subset=["dimension"]).astype({"dimension": int}).fillna({"chunks": 1})
+    chunks = "x" + known["chunks"].astype(int).astype(str)
+    return known["dimension"].astype(str) + chunks.where(known["chunks"] > 1, "")

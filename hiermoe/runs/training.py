@@ -12,6 +12,7 @@ from hiermoe.measure.registry import MEASUREMENTS
 from hiermoe.measure.train import Checkpoints
 from hiermoe.megatron.checkpoint_folder import check_files, finished_steps, newest_first
 from hiermoe.narrow.corpus import corpus_key
+from hiermoe.narrow.record_config import RecordConfig
 from hiermoe.narrow.training_config import CorpusConfig, TrainingConfig
 from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.places import RanksConfig
@@ -22,7 +23,7 @@ from hiermoe.records.project import SWEEPS, find_file, in_workplace
 from hiermoe.records.run_id import file_digest
 from hiermoe.records.store import RunStore
 from hiermoe.records.strict import checked, is_valid
-from hiermoe.runs.compose import Cell, expand_file
+from hiermoe.runs.compose import Cell, compose, expand_file, swept
 from hiermoe.runs.measurable import keys_of, name_run
 from hiermoe.runs.measured_cells import allocations_so_far
 from hiermoe.runs.run_config import WandbConfig
@@ -128,12 +129,15 @@ class TrainRunConfig(TrainingConfig):
         """What `resume` names."""
         return None if self.resume in (None, "latest") else find_file(self.resume)
 
+    @property
+    def begun(self) -> int:
+        """Steps that were finished in it."""
+        return 0 if self.given_checkpoint is None else finished_steps(self.given_checkpoint)
+
     @model_validator(mode="after")
     def _check_given_checkpoint(self) -> Self:
-        if self.given_checkpoint is not None:
-            finished = finished_steps(self.given_checkpoint)
-            if finished + 2 > self.steps:
-                raise ValueError(f"steps={self.steps} leave less than two: resume={self.resume} comes after {finished}")
+        if self.begun + 2 > self.steps:
+            raise ValueError(f"steps={self.steps} leave less than two: resume={self.resume} comes after {self.begun}")
         return self
 
     def checkpoints(self) -> Checkpoints:
@@ -157,7 +161,7 @@ class TrainRunConfig(TrainingConfig):
             start=own or self.given_checkpoint,
             rows=rows if own is not None or self.checkpoint_every is not None else None,
             left_out=left_out,
-            begun=0 if self.given_checkpoint is None else finished_steps(self.given_checkpoint),
+            begun=self.begun,
         )
 
     def _own_checkpoint(self, folder: Path, rows: Path) -> tuple[Path | None, tuple[str, ...]]:
@@ -182,6 +186,12 @@ def expand_training(name: str) -> list[Cell["TrainRunConfig"]]:
     return expand_file(SWEEPS / "train" / f"{name}.yaml", "train", TrainRunConfig)
 
 
+def model_of_whole_steps() -> RecordConfig:
+    """What trains the model that the runs of sweeps/train/end_to_end.yaml go on from."""
+    model = swept(SWEEPS / "train" / "end_to_end.yaml")["model"]
+    return compose("record", ["+sweeps/train=models", f"model={model}"], RecordConfig)
+
+
 def training_on(cluster: Cluster, ranks: RanksConfig) -> list[Cell["TrainRunConfig"]]:
     """Whole training steps on an allocation of GPUs, one sequence for each.
 
@@ -203,8 +213,9 @@ def trainings(store: RunStore) -> dict[str, list[Cell["TrainRunConfig"]]]:
         if ranks.device == "cuda"
         for cell in training_on(Cluster.named(name), ranks)
     ]
-    with suppress(ValueError):  # the emulated cluster is not calibrated here, so nothing was trained on it
-        steps += expand_training("end_to_end")
+    for name in ("end_to_end", "end_to_end_deepseek_v3"):
+        with suppress(ValueError):  # no calibrated emulated cluster here, or no model, so nothing was trained on it
+            steps += expand_training(name)
     return {"losses": expand_training("losses"), "end_to_end": steps}
 
 

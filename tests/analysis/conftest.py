@@ -122,6 +122,7 @@ def records_of(config: RunConfig) -> pd.DataFrame:
             keys | {
                 "phase": "dispatch", "stage": f"{index + 1}:{stage}", "dimension": dimension, "rows": 500.0,
                 "group_rows": 490.0, "predicted_ms": time_ms / 4 / len(stages), "bytes": 1e6, "crossing_rows": 4e3,
+                "chunks": 1,
             }
             for index, stage in enumerate(stages)
         ]  # fmt: skip

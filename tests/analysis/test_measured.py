@@ -124,6 +124,21 @@ def test_links_have_their_own_prediction_and_stages_are_compared_with_them(table
     assert stock["links_speedup"] == 1 and stock["link_ms"] == 4 * 18
 
 
+def test_chunks_pass_their_links_at_a_time(tmp_path: Path) -> None:
+    store = MemoryStore(tmp_path)
+    settings = {"cluster": "emulated_4x8", "cluster.overlap": 0.5, "routing": "uniform"}
+    twins = [cell(settings | {"system": system}) for system in ("megatron", "hd_pipelined")]
+    measured = [Cell(twin.overrides, twin.config.model_copy(update=EMULATED)) for twin in twins]
+    for twin, own in zip(twins, measured, strict=True):
+        rows = records_of(twin.config)
+        rows["link_ms"] = rows["stage"].map(LINK_MS).where(rows["phase"] == "dispatch").astype(float)
+        write(store, twin.config, rows.assign(chunks=4.0 if own.config.system.name == "hd_pipelined" else 1.0))
+        write(store, own.config, measured_rows(own.config, 1.0))
+    stock, cut = FIGURE.table(load(indexed({"fig11": measured, PREDICTIONS: twins}), store), []).to_dict("records")
+    assert (stock["link_ms"], cut["link_ms"]) == (4 * 18, 4 * (8 + 4 / 4))  # at best one of four chunks is waited for
+    assert cut["links_speedup"] == pytest.approx(18 / (8 + 4 - 4 * 0.5 * 3 / 4))
+
+
 def test_words_and_drawing_come_from_the_table(table: pd.DataFrame) -> None:
     words = FIGURE.words(table)
     header, *rows = words.rows

@@ -64,6 +64,15 @@ def test_systems_of_one_setting_are_measured_interleaved(
     assert "measured" in text and "not applicable, dimension=4 is outside" in text
 
 
+def test_chunks_stand_beside_the_stages_that_they_pass(composed: Composer, store: RunStore) -> None:
+    config = composed("system=hd_pipelined", "+cluster.overlap=1.0", "tokens_per_rank=4096")
+    execute(config, store)
+    (table,) = comparison([Composed(("system=hd_pipelined",), config)], store)
+    used = sorted({f"2x{n:.0f}" if n > 1 else "2" for n in store.read(config.run_id)["chunks"].dropna()})
+    assert used != ["2"] and list(table.columns[1].cells) == [",".join(used)]
+    assert "two stages, passed in 4 chunks" in str(table.caption)
+
+
 def measured_twin(config: RunConfig, store: RunStore, total_ms: float, net_ms: float = float("nan")) -> RunConfig:
     """A record of the same setting, measured, made up: as there, stages stand in rows of dispatch alone."""
     from hiermoe.ranks.places import RanksConfig

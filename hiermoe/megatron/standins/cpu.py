@@ -79,10 +79,12 @@ def cuda_means_cpu() -> Iterator[None]:
 def expect_fallbacks() -> None:
     """Silence what Megatron warns of when Transformer Engine and Apex are missing. Call before importing it.
 
-    Torch's own norms, optimizers and attention are what a run on CPU asks for.
+    Torch's own norms, optimizers and attention are what a run on CPU asks for. What torch says, on every rank, of calls
+    of Megatron's that it will not have for ever helps no reader.
     """
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
-    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*all_gather_into_tensor. is deprecated")
+    for said in (r".*all_gather_into_tensor. is deprecated", "Please use DTensor", "`load_state_dict` is deprecated"):
+        warnings.filterwarnings("ignore", category=FutureWarning, message=said)
 
 
 def install() -> None:

@@ -14,7 +14,7 @@ from hiermoe.analysis.figures.spec import FigureSpec, Words
 from hiermoe.analysis.frames import Results, Run
 from hiermoe.analysis.statistics import Estimate, bootstrap, paired, ratio_of_medians, ratio_of_sums
 from hiermoe.analysis.wording import with_interval
-from hiermoe.planner.cost import ALLTOALLS_PER_STEP
+from hiermoe.planner.cost import ALLTOALLS_PER_STEP, time_in_chunks
 from hiermoe.records.index import PREDICTIONS
 
 BASELINE = "megatron"
@@ -97,10 +97,18 @@ def _row(run: Run, twin: Run, results: Results) -> dict[str, object]:
 
 
 def _least_ms(twin: Run, results: Results) -> float:
-    """What the busiest shaped links alone take for the four AlltoAlls; NaN where no link has a rate."""
-    stages = results.rows(twin, "dispatch")
-    per_iteration = stages.groupby("iteration")["link_ms"].sum(min_count=1)
-    return ALLTOALLS_PER_STEP * float(per_iteration.median())
+    """What the busiest shaped links alone take for the four AlltoAlls; NaN where no link has a rate.
+
+    Of chunks that pass different links at a time, as if nothing kept them from it.
+    """
+    return ALLTOALLS_PER_STEP * float(_of_an_alltoall(results.rows(twin, "dispatch"), "link_ms", overlap=1.0).median())
+
+
+def _of_an_alltoall(stages: pd.DataFrame, column: str, overlap: float) -> pd.Series:
+    """Times of stages put together, by iteration, as the cost model does."""
+    per_iteration = stages.groupby("iteration")
+    total, longest = per_iteration[column].sum(min_count=1), per_iteration[column].max()
+    return time_in_chunks(total, longest, per_iteration["chunks"].first(), overlap)
 
 
 def _by_links(twin: Run, results: Results) -> pd.DataFrame:
@@ -111,6 +119,7 @@ def _by_links(twin: Run, results: Results) -> pd.DataFrame:
     """
     stages, cluster = results.rows(twin, "dispatch"), twin.config.cluster
     start_ms = stages["stage"].map(lambda stage: cluster.constants(cluster.exchange_of(str(stage))).alpha_ms)
+    start_ms *= stages["chunks"]
     return stages.assign(least_ms=(start_ms + stages["link_ms"]).where(stages["link_ms"] > 0, stages["predicted_ms"]))
 
 
@@ -130,7 +139,8 @@ def _speedups(run: Run, twin: Run, results: Results) -> dict[str, float]:
     predicted = ratio_of_sums(*paired(their_twin, our_twin, "step_ms"))
     columns: dict[str, float] = {"predicted_speedup": predicted.value}
     theirs_ms, ours_ms = (
-        _by_links(one, results).groupby("iteration")["least_ms"].sum() for one in (twins[_same(found[0])], twin)
+        _of_an_alltoall(_by_links(one, results), "least_ms", one.config.cluster.overlap or 0.0)
+        for one in (twins[_same(found[0])], twin)
     )
     columns["links_speedup"] = float(theirs_ms.sum() / ours_ms.sum())
     for name, column in (("wire", "wire_ms"), ("whole", "step_ms")):
