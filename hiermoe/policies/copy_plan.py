@@ -158,7 +158,8 @@ def copies_in_order(
     links, ranks = Links(hierarchy, level_ms), hierarchy.num_ranks
     left_E, rows = demand.load_E.copy(), [row_U.copy() for row_U in demand.rows]
     load_R = np.bincount(demand.home_E, demand.load_E, ranks).astype(np.int64)
-    experts = [np.flatnonzero(demand.home_E == rank) for rank in range(ranks)]
+    by_home_E = np.argsort(demand.home_E, kind="stable")
+    experts = np.split(by_home_E, np.searchsorted(demand.home_E[by_home_E], np.arange(1, ranks)))
     free_R, has_ER = np.full(ranks, spare), demand.home_E[:, None] == np.arange(ranks)
     mean = -(-int(load_R.sum()) // ranks)
     copies, seen = list[Copy](), [(*(row_U.max() for row_U in rows), 0.0, load_R.max())]
@@ -211,21 +212,22 @@ def with_copies(
         hierarchy: says who is near.
     """
     ranks, experts = pairs_GE.shape
-    own, apart_GG = home.per_rank(ranks), separating_level(hierarchy)
+    own, apart_GG = home.per_rank(ranks), separating_level(hierarchy).numpy()
     width = own + spare
     own_RS = home.expert_at_S.view(ranks, own)
     at_S = torch.cat([own_RS, own_RS[:, :1].expand(-1, spare)], 1).reshape(-1)
     home_slot_E = home.slot_E // own * width + home.slot_E % own
-    left_EG, quota_SG = pairs_GE.T.contiguous(), pairs_GE.new_zeros(ranks * width, ranks)
+    left_EG, quota_SG = pairs_GE.numpy().T.copy(), np.zeros((ranks * width, ranks), dtype=np.int64)
     filled = [own] * ranks
     for copy in copies:
         slot = copy.rank * width + filled[copy.rank]
         filled[copy.rank] += 1
         at_S[slot] = copy.expert
-        nearest_G = torch.argsort(apart_GG[copy.rank], descending=True, stable=True)
+        nearest_G = np.argsort(-apart_GG[copy.rank], kind="stable")
         asked_G = left_EG[copy.expert, nearest_G]
-        taken_G = asked_G.cumsum(0).clamp(max=copy.tokens).diff(prepend=asked_G.new_zeros(1))
+        taken_G = np.diff(asked_G.cumsum().clip(max=copy.tokens), prepend=0)
         quota_SG[slot, nearest_G] = taken_G
         left_EG[copy.expert, nearest_G] -= taken_G
-    quota_SG[home_slot_E] = left_EG
-    return Placement(at_S, home_slot_E.expand(ranks, experts).contiguous(), quota_SG.T.contiguous())
+    quota_SG[home_slot_E.numpy()] = left_EG
+    quota_GS = torch.from_numpy(np.ascontiguousarray(quota_SG.T))
+    return Placement(at_S, home_slot_E.expand(ranks, experts).contiguous(), quota_GS)

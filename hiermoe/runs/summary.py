@@ -9,6 +9,8 @@ from hiermoe.records.schema import CALLS, COPIES
 
 def summary(records: pd.DataFrame, title: str) -> Table:
     """A table of one run's record, whichever kind of numbers it has."""
+    if (planning := records[records["phase"] == "planning"])["counted"].any() and len(planning) == len(records):
+        return _planned(planning, title)
     return _predicted(records, title) if records["source"].iloc[0] == "simulated" else _measured(records, title)
 
 
@@ -77,6 +79,17 @@ def _measured(records: pd.DataFrame, title: str) -> Table:
         f"Net, with what copies of experts need: {steps.groupby('iteration')['net_ms'].max().median():.2f} ms. "
         f"Peak memory of a rank: {steps['peak_memory_bytes'].max() / 1e6:.0f} MB."
     )
+    return table
+
+
+def _planned(records: pd.DataFrame, title: str) -> Table:
+    """What a placement policy takes on one rank."""
+    counted = records[records["counted"]]
+    table = _table(title)
+    for stage, rows in counted.groupby("stage", sort=False):
+        sent = f", {rows['bytes'].median() / 1e6:.2f} MB are summed" if rows["bytes"].notna().any() else ""
+        table.add_row(f"{stage}, of a layer and step", f"{rows['planning_ms'].median():.2f} ms{sent}")
+    table.caption = f"Median of {counted['iteration'].nunique()} iterations; {records['num_ranks'].iloc[0]} GPUs."
     return table
 
 
