@@ -9,6 +9,7 @@ from hiermoe.policies.swap import SwapStatistics, measure_swaps
 from hiermoe.records.store import RunStore
 from hiermoe.runs.execute import execute
 from hiermoe.runs.measurable import source_of
+from hiermoe.runs.summary import summary
 from hiermoe.topology.placement import Placement
 from tests.conftest import Composer
 
@@ -48,6 +49,14 @@ def test_times_are_of_this_machine_and_never_called_simulated(composed: Composer
     outcome = execute(config, store)
     assert outcome.status == "ok"
     assert set(store.read(outcome.run_id)["source"]) == {"local"} == {source_of(config)}
+
+
+def test_summary_has_what_each_part_takes(composed: Composer, store: RunStore) -> None:
+    rows = store.read(execute(composed(*PLANNING, "system=hiermoe_copies"), store).run_id)
+    parts, values = (list(column.cells) for column in summary(rows, "").columns)
+    assert [str(part).partition(",")[0] for part in parts] == ["measure", "decide", "rebalance"]
+    decided = rows[rows["counted"] & (rows["stage"] == "decide")]["planning_ms"].median()
+    assert values[1] == f"{decided:.2f} ms" and " MB are summed" in str(values[0])
 
 
 def test_name_of_the_run_depends_on_the_host(composed: Composer, monkeypatch: pytest.MonkeyPatch) -> None:
