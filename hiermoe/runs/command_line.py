@@ -6,7 +6,7 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
 
 from hiermoe.records.choices import or_else, unknown
 from hiermoe.records.groups import BY_PATH, files_of, group_names
@@ -31,12 +31,27 @@ def mistakes(overrides: Sequence[str], compose: Callable[[list[str]], Mapping[st
             wrong = [name for name in _names(override) if name not in known and not Path(name).is_file()]
             more = ", or name a .yaml file" if group in BY_PATH else ""
             lines += [str(unknown(group, name, known, more)) for name in wrong]
-            if not wrong and not isinstance(override.value(), ChoiceSweep):
+            if not wrong and not (override.is_add() or _fits(f"{group}={next(iter(known))}", compose)):
+                if next(iter(known.values())).read_text(encoding="utf-8").startswith("# @package _global_"):
+                    lines.append(f"{group}: not one of the choices, but values for several of them: +{text}")
+                else:
+                    keys.append(group)
+            elif not wrong and not isinstance(override.value(), ChoiceSweep):
                 chosen.append(text)
         elif not (override.is_add() or override.is_force_add() or override.is_delete() or override.is_hydra_override()):
             keys.append(group)
     config = compose(chosen)
-    return [*lines, *(line for key in keys for line in _no_such_key(key, config))]
+    groups = [group for group in group_names() if keys and _fits(f"{group}={next(iter(files_of(group)), '')}", compose)]
+    return [*lines, *(line for key in keys for line in _no_such_key(key, config, groups))]
+
+
+def _fits(override: str, compose: Callable[[list[str]], Mapping[str, Any]]) -> bool:
+    """Whether a configuration has the group that an override chooses from."""
+    try:
+        compose([override])
+    except HydraException:
+        return False
+    return True
 
 
 def _names(override: Override) -> list[str]:
@@ -46,8 +61,8 @@ def _names(override: Override) -> list[str]:
     return [str(getattr(element, "text", element)) for element in elements if element is not None]
 
 
-def _no_such_key(key: str, config: Mapping[str, Any]) -> Iterator[str]:
-    """A line, where a configuration has no such key."""
+def _no_such_key(key: str, config: Mapping[str, Any], groups: Sequence[str]) -> Iterator[str]:
+    """A line, where a configuration has no such key, nor such a group."""
     node: Any = config
     for depth, part in enumerate(key.split(".")):
         if isinstance(node, list) and part.isdigit() and int(part) < len(node):
@@ -59,7 +74,6 @@ def _no_such_key(key: str, config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}: there is no {part} yet; choose {part}= too" + f", or say {last}=" * (last in config)
             return
         else:
-            more = group_names() if depth == 0 else []
-            known = [*node, *more] if isinstance(node, Mapping) else []
+            known = [*node, *(groups if depth == 0 else ())] if isinstance(node, Mapping) else []
             yield f"{key}: no such key; {or_else(part, dict.fromkeys(known))}"
             return
