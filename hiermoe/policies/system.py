@@ -30,8 +30,8 @@ class SystemConfig(Strict):
         entrant: whether it joins every sweep that compares systems.
         migration: when experts that are to move do: ``at_once``, between two steps; ``background``, beside the forward
             and backward passes of the next one.
-        copy_choice: of experts in more than one place: ``source``, each source GPU's tokens use the copies that its policy
-            says; ``token``, a token leaves these for copies with which it goes to fewer nodes, then to fewer groups of
+        copy_choice: of experts in more than one place: ``source``, tokens use the copies that the policy says for their
+            GPU; ``token``, a token leaves these for copies with which it goes to fewer nodes, then to fewer groups of
             each deeper level, down to GPUs.
         executor: ``staged``: the suite's own exchange runs the scheme. ``stock``, ``reordered`` (stock with each rank's
             tokens in reverse, a control that only reorders sums) and ``flex``: Megatron's classes; the scheme only

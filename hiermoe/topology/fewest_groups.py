@@ -109,7 +109,7 @@ class FewestGroups:
             bits_NU, _ = _joined(bits_NG.view(tokens, groups, lanes))
             chosen_NU = _cover(bits_NU, order_NU + named_NU[:, :-1], 2 * span * (topk + 1), topk)
             bits_NG.view(tokens, groups, lanes).masked_fill_(~chosen_NU[:, :, None], 0)
-        # Of the GPUs chosen each expert goes to the own one, else to where its source would use it, else to the nearest.
+        # Of the GPUs chosen an expert goes to the own one, else to where its source would use it, else to the nearest.
         slots = []
         for k in range(topk):
             wish_NU, at_N = torch.cat([order_NU, order_NU[:, :1]], 1), named_at_NK[:, k]
