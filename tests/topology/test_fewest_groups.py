@@ -1,7 +1,7 @@
 """Tokens that choose their copies: as a token alone would by hand, never to more groups than their source's choice."""
 
 from dataclasses import replace
-from itertools import chain, combinations
+from itertools import combinations
 
 import pytest
 import torch
@@ -61,7 +61,8 @@ def test_a_rank_chooses_with_its_own_tokens_alone(case: Case) -> None:
 def test_greedy_is_at_most_a_logarithm_from_the_best(case: Case) -> None:
     """Of the outermost level, against all choices of copies; one group that has all is always found."""
     placement, topk = case.placement, case.step.topk
-    per_group = placement.num_slots // case.hierarchy.groups[0]
+    outer = case.hierarchy.groups[0]
+    per_group = placement.num_slots // outer
     most = sum(1 / n for n in range(1, topk + 1))
     groups = [
         {slot // per_group for slot, held in enumerate(placement.expert_at_S.tolist()) if held == expert}
@@ -69,12 +70,8 @@ def test_greedy_is_at_most_a_logarithm_from_the_best(case: Case) -> None:
     ]
     chosen_NK = placement.slots_of(case.step.expert_ids_NK, case.step.source_N)
     for ids, mine in zip(case.step.expert_ids_NK.tolist(), chosen_NK.tolist(), strict=True):
-        every = (
-            set(which)
-            for which in chain.from_iterable(
-                combinations(range(case.hierarchy.groups[0]), n) for n in range(1, topk + 1)
-            )
-        )
+        sizes = range(1, min(topk, outer) + 1)
+        every = (set(which) for n in sizes for which in combinations(range(outer), n))
         best = next(len(which) for which in every if all(groups[expert] & which for expert in ids))
         found = len({slot // per_group for slot in mine})
         assert found <= best * most and (found == 1) == (best == 1)
