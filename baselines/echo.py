@@ -12,6 +12,7 @@ from torch import Tensor
 
 from baselines.guests import all_at_home, check_spare, with_guests
 from hiermoe.policies.protocol import CopyTerms, PlacementPolicy, StepContext
+from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.placement import Placement
 
 Move = tuple[int, int, int]  # expert, GPU, tokens
@@ -40,7 +41,8 @@ class EchoPolicy(PlacementPolicy):
         ranks = len(pairs_GE)
         home_E, load_E = placement.rank_of(ranks), pairs_GE.sum(0)
         share_GER = all_at_home(pairs_GE, placement)
-        for expert, rank, tokens in clones(load_E.tolist(), home_E.tolist(), ranks, self.spare):
+        spills, rooms = spills_and_rooms(load_E.tolist(), home_E.tolist(), ranks)
+        for expert, rank, tokens in self.clones(spills, rooms, home_E, context.cluster.hierarchy):
             left_G = share_GER[:, expert, home_E[expert]]
             part_G = torch.minimum(tokens * pairs_GE[:, expert] // load_E[expert], left_G)
             spare_G = left_G - part_G  # what is still missing, the first sources fill
@@ -50,15 +52,32 @@ class EchoPolicy(PlacementPolicy):
             share_GER[:, expert, home_E[expert]] -= part_G
         return with_guests(share_GER, placement, self.spare)
 
+    def clones(
+        self, spills: list[tuple[int, int]], rooms: list[tuple[int, int]], home_E: Tensor, hierarchy: Hierarchy
+    ) -> list[Move]:
+        """Which clones there are and the tokens that they take.
 
-def clones(load: list[int], home: list[int], ranks: int, spare: int) -> list[Move]:
-    """Clones and the tokens that they take.
+        Args:
+            spills: tokens and expert, as :func:`spills_and_rooms` has them.
+            rooms: tokens and GPU, likewise.
+            home_E: int64 [E], GPU of each expert.
+            hierarchy: groups of GPUs.
+        """
+        return one_line(spills, rooms, self.spare)
+
+
+def spills_and_rooms(
+    load: list[int], home: list[int], ranks: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """What GPUs have above the mean, and how much others are below it, both by falling size, then by number.
 
     Args:
         load: tokens of every expert.
         home: its GPU.
         ranks: G.
-        spare: clones that a GPU may have: its largest.
+
+    Returns:
+        Tokens and expert of every spill; tokens and GPU of every room.
     """
     mean = -(-sum(load) // ranks)
     spills, rooms = list[tuple[int, int]](), list[tuple[int, int]]()
@@ -73,6 +92,17 @@ def clones(load: list[int], home: list[int], ranks: int, spare: int) -> list[Mov
             rooms.append((mean - filled, rank))
     spills.sort(key=lambda one: (-one[0], one[1]))
     rooms.sort(key=lambda one: (-one[0], one[1]))
+    return spills, rooms
+
+
+def one_line(spills: list[tuple[int, int]], rooms: list[tuple[int, int]], spare: int) -> list[Move]:
+    """Clones where spills and rooms overlap that are laid end to end.
+
+    Args:
+        spills: tokens and expert.
+        rooms: tokens and GPU.
+        spare: clones that a GPU may have: its largest.
+    """
     moves = defaultdict[int, list[Move]](list)
     i = j = 0
     spill, room = spills[0][0] if spills else 0, rooms[0][0] if rooms else 0

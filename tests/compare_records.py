@@ -33,7 +33,7 @@ UNSAID = {"system": "none", "model": "none", "routing": "none"}
 UNSAID |= {"num_experts": 0, "topk": 0, "tokens_per_rank": 0, "row_bytes": 0}
 
 # Keys of the new house, with what they are where the old one had none.
-ADDED = {"across": False, "choice_bytes": 0}
+ADDED = {"across": False, "choice_bytes": 0, "copy_choice": "source"}
 DISPLAYED = {"label", "color", "entrant", "description", "placement_label", "placement_color"}
 KEYS = {"seed", "tokens_per_rank"}  # options that columns of all records have always had
 WHERE = {"backend", "measure", "ranks"}  # read by _measure

@@ -18,11 +18,12 @@ from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.planner.traffic import Traffic, expert_capacity, pair_traffic
 from hiermoe.routing.step import experts_per_rank
 from hiermoe.topology.cluster import Cluster
+from hiermoe.topology.fewest_groups import FewestGroups
 from hiermoe.topology.placement import Placement
 from hiermoe.topology.quotas import Shares
 
-# Slot of every expert for the tokens of a rank, or shares of its copies. Copied to a GPU once: the host waits for that.
-_SLOTS_ON_DEVICE: WeakKeyDictionary[Placement, dict[tuple[int, torch.device], Tensor | Shares]] = WeakKeyDictionary()
+# What a rank chooses slots by. Copied to a GPU once: the host waits for that.
+_SLOTS_ON_DEVICE: WeakKeyDictionary[Placement, dict[tuple[int, torch.device], "_Choice"]] = WeakKeyDictionary()
 _FIRST_OF_ROW = -(2**15)  # sign bit of a slot's number in the metadata: a new row starts here
 
 
@@ -197,21 +198,48 @@ def make_plan(
         )
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """What a rank chooses slots by, on a device.
+
+    Attributes:
+        slots: int64 [E], slot of every expert, or shares of its copies.
+        fewest_groups: by which tokens leave that; None: they do not.
+    """
+
+    slots: Tensor | Shares
+    fewest_groups: FewestGroups | None
+
+    @classmethod
+    def of(cls, placement: Placement, rank: int, device: torch.device) -> "_Choice":
+        """A rank's."""
+        shares, fewest_groups, experts = placement.shares, placement.fewest_groups, placement.num_experts
+        if shares is not None:
+            slots = shares.of_source(rank, experts, device)
+        elif placement.copy_GE is not None:
+            slots = placement.copy_GE[rank].to(device)
+        else:
+            slots = placement.slot_E.to(device)
+        return cls(slots, None if fewest_groups is None else fewest_groups.to(device))
+
+
 def _chosen_slots(ids_TK: Tensor, placement: Placement, rank: int) -> tuple[Tensor, Tensor]:
     """Slots of a token's experts, rising, S for none; and which of its choices each is: int64 [T, K] both."""
     kept = _SLOTS_ON_DEVICE.setdefault(placement, {})
-    shares, experts = placement.shares, placement.num_experts
     if (rank, ids_TK.device) not in kept:
-        if shares is not None:
-            kept[rank, ids_TK.device] = shares.of_source(rank, experts, ids_TK.device)
-        else:
-            every_expert = torch.arange(experts)[None]
-            kept[rank, ids_TK.device] = placement.slots_of(every_expert, torch.tensor([rank]))[0].to(ids_TK.device)
-    slots = kept[rank, ids_TK.device]
-    if isinstance(slots, Shares):
-        choice_TK = ids_TK.masked_fill(ids_TK < 0, experts)
-        return slots.slots_of(choice_TK.reshape(-1)).view(ids_TK.shape).sort(dim=1)
-    return slots[ids_TK].masked_fill(ids_TK < 0, placement.num_slots).sort(dim=1)
+        kept[rank, ids_TK.device] = _Choice.of(placement, rank, ids_TK.device)
+    choice = kept[rank, ids_TK.device]
+    if isinstance(choice.slots, Shares):
+        choice_TK = ids_TK.masked_fill(ids_TK < 0, placement.num_experts)
+        slot_TK = choice.slots.slots_of(choice_TK.reshape(-1)).view(ids_TK.shape)
+    else:
+        slot_TK = choice.slots[ids_TK].masked_fill(ids_TK < 0, placement.num_slots)
+    if choice.fewest_groups is not None:
+        source_T = torch.full_like(ids_TK[:, 0], rank)
+        slot_TK = choice.fewest_groups.slots_of(
+            ids_TK.masked_fill(ids_TK < 0, placement.num_experts), source_T, slot_TK
+        )
+    return slot_TK.sort(dim=1)
 
 
 def _local_pairs(

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from hiermoe.planner.scheme import DispatchScheme
 from hiermoe.policies.protocol import PlacementPolicy, StaticPolicy
+from hiermoe.policies.tokens_choose import TokensChooseCopies
 from hiermoe.records.groups import read_named
 from hiermoe.records.status import NotApplicable
 from hiermoe.records.strict import Strict
@@ -29,6 +30,9 @@ class SystemConfig(Strict):
         entrant: whether it joins every sweep that compares systems.
         migration: when experts that are to move do: ``at_once``, between two steps; ``background``, beside the forward
             and backward passes of the next one.
+        copy_choice: of experts in more than one place: ``source``, tokens use the copies that the policy says for their
+            GPU; ``token``, a token leaves these for copies with which it goes to fewer nodes, then to fewer groups of
+            each deeper level, down to GPUs.
         executor: ``staged``: the suite's own exchange runs the scheme. ``stock``, ``reordered`` (stock with each rank's
             tokens in reverse, a control that only reorders sums) and ``flex``: Megatron's classes; the scheme only
             describes them.
@@ -43,6 +47,7 @@ class SystemConfig(Strict):
     schemes: dict[str, Any]
     policy: dict[str, Any]
     migration: Literal["at_once", "background"] = "at_once"
+    copy_choice: Literal["source", "token"] = "source"
     executor: Executor = "staged"
 
     def build_schemes(self, hierarchy: Hierarchy) -> tuple[DispatchScheme, ...]:
@@ -58,9 +63,10 @@ class SystemConfig(Strict):
         """A placement policy for one layer.
 
         Raises:
-            ValueError: a bad target or bad arguments.
+            ValueError: a bad target or bad arguments, or tokens that choose copies where there are none.
         """
-        return build(self.policy)
+        policy = build(self.policy)
+        return policy if self.copy_choice == "source" else TokensChooseCopies(policy)
 
     @property
     def moves(self) -> bool:

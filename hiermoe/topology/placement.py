@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from hiermoe.routing.step import experts_per_rank, num_slots
+from hiermoe.topology.fewest_groups import FewestGroups
+from hiermoe.topology.hierarchy import Hierarchy
 from hiermoe.topology.quotas import Shares
 
 
@@ -15,7 +17,7 @@ class Placement:
     """A map from slots to experts. GPU g owns slots [g * S/G, (g + 1) * S/G).
 
     An expert may have copies: as many as slots name it. Tokens of one source GPU all use the same copy of an expert,
-    or are split among its copies by quotas.
+    or are split among its copies by quotas, or each goes where it needs few groups.
 
     Attributes:
         expert_at_S: int64 [S], logical expert in each slot, S >= E; each of 0..E-1 at least once.
@@ -24,15 +26,18 @@ class Placement:
         quota_GS: int64 [G, S], of the tokens of source g for the expert in slot s, how many use slot s: in their order,
             in proportion where there are more or fewer (:class:`hiermoe.topology.quotas.Shares`). An expert of which a
             source has no quota is used where ``copy_GE`` says. None: nobody splits.
+        gathered_in: a token leaves what ``copy_GE`` and ``quota_GS`` say for copies with which it goes to fewer groups
+            of this hierarchy (:class:`hiermoe.topology.fewest_groups.FewestGroups`). None: no token does.
 
     Raises:
         ValueError: an expert without a slot, a copy that is not where ``copy_GE`` says, or quotas of another shape,
-            below 0, or without ``copy_GE``.
+            below 0, or without ``copy_GE``; a hierarchy without it, or of other GPUs.
     """
 
     expert_at_S: Tensor
     copy_GE: Tensor | None = None
     quota_GS: Tensor | None = None
+    gathered_in: Hierarchy | None = None
 
     def __post_init__(self) -> None:
         found = self.expert_at_S.unique() if self.expert_at_S.dtype == torch.int64 else self.expert_at_S.new_empty(0)
@@ -53,6 +58,12 @@ class Placement:
             shape = None if self.copy_GE is None else (len(self.copy_GE), self.num_slots)
             if self.quota_GS.shape != shape or self.quota_GS.dtype != torch.int64 or bool((self.quota_GS < 0).any()):
                 raise ValueError(f"quota_GS is not int64 {list(shape or ())}, at least 0, beside a copy_GE")
+        if self.gathered_in is not None:
+            ranks, sources = self.gathered_in.num_ranks, 0 if self.copy_GE is None else len(self.copy_GE)
+            if ranks != sources or self.num_slots % ranks:
+                raise ValueError(
+                    f"gathered_in has {ranks} GPUs, beside a copy_GE of {sources} for {self.num_slots} slots"
+                )
 
     @classmethod
     def identity(cls, num_experts: int) -> "Placement":
@@ -127,7 +138,8 @@ class Placement:
     def key(self) -> bytes:
         """The same for equal placements, and for no others."""
         maps = (self.expert_at_S, self.copy_GE, self.quota_GS)
-        return b"|".join(part.numpy().tobytes() for part in maps if part is not None)
+        parts = [part.numpy().tobytes() for part in maps if part is not None]
+        return b"|".join(parts if self.gathered_in is None else [*parts, repr(self.gathered_in.groups).encode()])
 
     @cached_property
     def shares(self) -> Shares | None:
@@ -135,6 +147,13 @@ class Placement:
         if self.quota_GS is None or self.copy_GE is None:
             return None
         return Shares.of(self.expert_at_S, self.copy_GE, self.quota_GS)
+
+    @cached_property
+    def fewest_groups(self) -> FewestGroups | None:
+        """How tokens choose copies for themselves; None where none does."""
+        if self.gathered_in is None:
+            return None
+        return FewestGroups.of(self.expert_at_S, self.num_experts, self.gathered_in)
 
     def per_rank(self, num_ranks: int) -> int:
         """S / G, slots of a GPU.
@@ -159,8 +178,12 @@ class Placement:
             return self.slot_E.index_select(0, expert_ids_NK.reshape(-1)).view(expert_ids_NK.shape)
         if self.shares is not None:
             choice_NK = source_N[:, None] * self.num_experts + expert_ids_NK
-            return self.shares.slots_of(choice_NK.view(-1)).view(choice_NK.shape)
-        return self.copy_GE[source_N[:, None], expert_ids_NK]
+            named_NK = self.shares.slots_of(choice_NK.view(-1)).view(choice_NK.shape)
+        else:
+            named_NK = self.copy_GE[source_N[:, None], expert_ids_NK]
+        if self.fewest_groups is None:
+            return named_NK
+        return self.fewest_groups.slots_of(expert_ids_NK, source_N, named_NK)
 
     def rank_of(self, num_ranks: int) -> Tensor:
         """GPU of each logical expert: int64 [E].

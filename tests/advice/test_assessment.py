@@ -147,6 +147,7 @@ def test_systems_that_no_count_tells_apart_stand_together(case: Case) -> None:
         "LLEP",
         "FasterMoE",
         "ECHO",
+        "ECHO (Sinkhorn)",
         "MoonEP",
         "LAER-MoE",
         "PlaceMoE",

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baselines.echo import EchoPolicy
+from baselines.echo_sinkhorn import EchoSinkhornPolicy
 from baselines.fastermoe import FasterMoEPolicy
 from baselines.guests import cut_in_ranges, domain_level, with_guests
 from baselines.llep import LLEPPolicy
@@ -26,6 +27,7 @@ PLANNERS: dict[str, Callable[[], PlacementPolicy]] = {
     "llep_any": lambda: LLEPPolicy(None, min_tokens=3),
     "fastermoe": lambda: FasterMoEPolicy(SPARE, tflops=1e-3),
     "echo": lambda: EchoPolicy(SPARE),
+    "echo_sinkhorn": lambda: EchoSinkhornPolicy(SPARE),
     "moonep": MoonEPPolicy,
 }
 

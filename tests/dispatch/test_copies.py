@@ -1,9 +1,9 @@
 """Experts with copies on real ranks: every token reaches the chosen copy of each of its experts, once.
 
-Sources that split their tokens by quotas among them.
+Sources that split their tokens by quotas among them, and tokens that choose for themselves.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -29,8 +29,9 @@ from tests.planner.cases import with_quotas
 from tests.planner.reference import with_slots
 
 WORLDS = [World((2, 4)), World((2, 4, 8))]
-SEEDS = (0, 1, 2)
-SPLIT = (2,)
+SEEDS = (0, 1, 2, 3, 4)
+SPLIT = (2, 4)
+GATHERED = (3, 4)
 ROW_BYTES = 2 * 4
 PAIR_BYTES = 2 + 4  # a slot's number and a weight
 Row = tuple[int, ...]  # source, token, slot, weight
@@ -50,7 +51,7 @@ class Seen:
 def drawn(seed: int, world: World) -> tuple[Routing, Placement]:
     """A routing, a map with one or two more slots a rank than experts need, and every source's choice of copies.
 
-    Of the last seed every source splits, in any proportion.
+    Of some seeds every source splits, in any proportion; of some each token goes to few groups.
     """
     generator = torch.Generator().manual_seed(seed)
     ranks = world.num_ranks
@@ -63,7 +64,8 @@ def drawn(seed: int, world: World) -> tuple[Routing, Placement]:
     choice = torch.rand(ranks, num_experts, generator=generator)
     copy_GE = torch.stack([mine[(choice[:, e] * len(mine)).long()] for e, mine in enumerate(copies)], dim=1)
     placement = Placement(expert_at_S, copy_GE)
-    return routing, with_quotas(placement, 5, generator) if seed in SPLIT else placement
+    placement = with_quotas(placement, 5, generator) if seed in SPLIT else placement
+    return routing, replace(placement, gathered_in=world.cluster.hierarchy if seed in GATHERED else None)
 
 
 def lossless_sets(hierarchy: Hierarchy) -> dict[str, tuple[DispatchScheme, ...]]:
@@ -148,13 +150,16 @@ def test_every_token_reaches_the_chosen_copies_once_and_bytes_are_the_planners(w
         assert bool((placement.copy_GE != placement.copy_GE[0]).any())  # sources choose differently
         used = {(source, e, slot) for source, token, slots in chosen_slots(routing, placement)
                 for e, slot in zip(routing.ids[source][token].tolist(), slots, strict=True)}  # fmt: skip
-        assert (len(used) > len({(source, e) for source, e, _ in used})) == (seed in SPLIT)
+        assert (len(used) > len({(source, e) for source, e, _ in used})) == (seed in (*SPLIT, *GATHERED))
+        plain = naive_counts(routing, replace(placement, gathered_in=None), hierarchy)
+        counts = naive_counts(routing, placement, hierarchy)
+        fewer = [int(before.sum() - after.sum()) for before, after in zip(plain.tokens, counts.tokens, strict=True)]
+        assert (fewer > [0] * hierarchy.depth) == (seed in GATHERED)  # the outermost level counts first
         wanted = sorted(
             (source, token, slot, weight)
             for source, token, slots in chosen_slots(routing, placement)
             for slot, weight in zip(slots, routing.weights[source][token].tolist(), strict=True)
         )
-        counts = naive_counts(routing, placement, hierarchy)
         for name, schemes in lossless_sets(hierarchy).items():
             seen = [result[seed, name] for result in results]
             assert sorted(row for mine in seen for row in mine.rows) == wanted, name

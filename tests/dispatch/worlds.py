@@ -23,6 +23,7 @@ DEADLINE = timedelta(minutes=14)  # of a launch; pytest's own limit is 15
 SYSTEMS = sorted(path.stem for path in (CONF / "system").glob("*.yaml"))
 NEEDS_LEVELS = {"h2": 2, "hd2": 2, "h3": 3, "hd3": 3, "h4": 4, "hd4": 4}  # all others run on any two levels
 NEEDS_LEVELS |= {"hd_pipelined": 3, "hiermoe_pipelined": 3}  # as tested here, see `transport_of`
+BY_SOURCE = {"copy_choice": "source"}  # where experts stay there is nothing to choose
 NEEDS_GPU = {"megatron_flex"}
 
 
@@ -72,7 +73,7 @@ def transport_of(system: str) -> SystemConfig:
         stages = schemes.get("dimensions", [3])
         schemes = {**schemes, "chunks": [3], "dimensions": stages, "cut": stages}
     static = {"_target_": "hiermoe.policies.protocol.StaticPolicy"}
-    return found.model_copy(update={"policy": static, "schemes": schemes, "migration": "at_once"})
+    return found.model_copy(update={"policy": static, "schemes": schemes, "migration": "at_once"} | BY_SOURCE)
 
 
 @cache

@@ -24,6 +24,7 @@ from tests.planner.cases import random_copies, with_quotas
 SMALL = ("measure=replay", "ranks=local", "narrowed=128", "tokens_per_rank=16", "routing=stress_hot_adjacent")
 OFTEN = {
     "eplb": ("interval=1",),
+    "hd_moe_eplb_by_token": ("interval=1",),
     "placemoe": ("layout_interval=2", "mapping_interval=1"),
 }  # decide within few iterations
 BYTES = ("copies_bytes", "gradient_bytes", "migration_bytes")
@@ -95,12 +96,12 @@ def check(configs: list[RunConfig], store: RunStore) -> dict[str, pd.DataFrame]:
 def test_copies_get_weights_and_homes_sums_beside_systems_without_copies(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     systems = [
-        "hd_moe", "eplb", "laer", "placemoe_unplanned",
+        "hd_moe", "eplb", "laer", "placemoe_unplanned", "hd_moe_eplb_by_token",
         guests(relays_from=2).model_copy(update={"name": "guests"}),
         guests(gradient_bytes=2, with_state=True).model_copy(update={"name": "wanderers"}),
     ]  # fmt: skip
-    configs = configured(4, 3, *systems[:4])
-    for system in systems[4:]:
+    configs = configured(4, 3, *systems[:5])
+    for system in systems[5:]:
         assert isinstance(system, SystemConfig)
         configs.append(configs[0].model_copy(update={"system": system}))
     records = check(configs, store)
@@ -127,7 +128,7 @@ def test_a_rank_that_dies_while_it_plans_copies_ends_the_run_in_one_line(compose
 @pytest.mark.slow
 def test_every_system_with_copies_is_exact_and_sends_what_is_predicted(tmp_path: Path) -> None:
     systems = [name for name in files_of("system") if SystemConfig.named(name).makes_copies]
-    assert len(systems) >= 13
+    assert len(systems) >= 15
     check(configured(8, 4, "megatron", *systems), RunStore(tmp_path))
 
 

@@ -27,7 +27,7 @@ from tests.conftest import Command
 
 SHAPES = {"3x8": (3, 8), "6x4": (6, 4), "5x6": (5, 6)}
 MODEL = ["model=deepseek_v3", "model.router.num_groups=null", "model.router.group_topk=null"]
-RIVALS = ("eplb", "eplb_hierarchical", "ultraep", "llep", "fastermoe", "echo", "moonep", "laer")
+RIVALS = ("eplb", "eplb_hierarchical", "ultraep", "llep", "fastermoe", "echo", "echo_sinkhorn", "moonep", "laer")
 RIVALS += ("placemoe", "placemoe_unplanned", "hiermoe_copies")
 SMALL = ["routing=topic", "tokens_per_rank=24", "iterations=12"]
 

@@ -1,6 +1,6 @@
 """Random small worlds for the planner's tests, and settings that give every run the same ones."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -63,7 +63,7 @@ def cases(
 
 @st.composite
 def cases_with_copies(draw: st.DrawFn) -> Case:
-    """Every expert at least once, slots that are left over for any of them, and any choice of copy by every source."""
+    """Every expert at least once, slots left over for any of them, and any choice of copy by sources or tokens."""
     case = draw(cases(depths=(1, 4)))
     num_experts, ranks = case.step.num_experts, case.hierarchy.num_ranks
     slots = num_experts + ranks * draw(st.integers(0, 3))
@@ -71,6 +71,8 @@ def cases_with_copies(draw: st.DrawFn) -> Case:
     placement = random_copies(num_experts, slots, ranks, generator)
     if draw(st.booleans()):
         placement = with_quotas(placement, draw(st.sampled_from([1, 4, 100])), generator)
+    if draw(st.booleans()):
+        placement = replace(placement, gathered_in=case.hierarchy)
     return Case(case.hierarchy, placement, case.step)
 
 

@@ -97,7 +97,54 @@ def with_slots(placement: Placement, tokens: list[Token]) -> list[Token]:
             slots.append(line[math.floor(where)] if line else copies[source][expert])
             seen[source, expert] += 1
         chosen.append((source, tuple(slots)))
-    return chosen
+    if placement.gathered_in is None:
+        return chosen
+    named = zip(tokens, chosen, strict=True)
+    return [(source, gathered(placement, source, experts, slots)) for (source, experts), (_, slots) in named]
+
+
+def gathered(placement: Placement, source: int, experts: tuple[int, ...], named: tuple[int, ...]) -> tuple[int, ...]:
+    """Slots of a token that goes to few groups, level by level; ``named`` where that leads to no fewer."""
+    hierarchy = placement.gathered_in
+    assert hierarchy is not None
+    per_gpu, levels = placement.num_slots // hierarchy.num_ranks, range(1, hierarchy.depth + 1)
+    occupant = placement.expert_at_S.tolist()
+    gpus = {e: {slot // per_gpu for slot, held in enumerate(occupant) if held == e} for e in experts}
+
+    def near(gpu: int, level: int) -> tuple[int, int]:
+        shared = sum(gpu // hierarchy.lanes(i) == source // hierarchy.lanes(i) for i in levels[:level])
+        size = hierarchy.lanes(level)
+        return shared, -((gpu // size - source // size) % hierarchy.U[level])
+
+    for level in levels:
+        size = hierarchy.lanes(level)
+        groups = {e: {gpu // size for gpu in mine} for e, mine in gpus.items()}
+        chosen = {group for mine in groups.values() for group in mine if len(mine) == 1}
+        while waiting := [e for e in experts if not groups[e] & chosen]:
+
+            def worth(
+                group: int, waiting: list[int] = waiting, size: int = size, level: int = level
+            ) -> tuple[int, ...]:
+                covered = sum(group in groups[e] for e in waiting)  # noqa: B023
+                asked = sum(slot // per_gpu // size == group for slot in named)
+                return covered, int(group == source // size), asked, *near(group * size, level)
+
+            chosen.add(max(range(hierarchy.U[level]), key=worth))
+        gpus = {e: {gpu for gpu in mine if gpu // size in chosen} for e, mine in gpus.items()}
+    slots = []
+    for e, wanted in zip(experts, named, strict=True):
+        at = wanted // per_gpu
+        gpu = max(gpus[e], key=lambda gpu: (gpu == source, gpu == at, *near(gpu, hierarchy.depth)))
+        slots.append(
+            wanted if gpu == at else min(s for s, held in enumerate(occupant) if (held, s // per_gpu) == (e, gpu))
+        )
+    found = tuple(slots)
+    return found if visited(hierarchy, per_gpu, found) < visited(hierarchy, per_gpu, named) else named
+
+
+def visited(hierarchy: Hierarchy, per_gpu: int, slots: tuple[int, ...]) -> list[int]:
+    """Groups of each level that a token with these slots goes to."""
+    return [len({slot // per_gpu // hierarchy.lanes(i) for slot in slots}) for i in range(1, hierarchy.depth + 1)]
 
 
 def tokens_of(step: RoutingStep) -> list[Token]:
