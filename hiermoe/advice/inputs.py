@@ -281,7 +281,9 @@ def _notes_on_trace(
         yield f"K = {topk} cuts or extends the ranking of a router that was trained with {meta.topk}."
     if config.layer is not None and len(meta.layers) > 1:
         number = meta.layers[config.layer]
-        yield f"One of the trace's layers {meta.layers}: layer={config.layer} is number {number}; layer=null takes all."
+        yield (
+            f"One of the trace's {len(meta.layers)} layers: layer={config.layer} is number {number}; layer=null takes all."
+        )
 
 
 def _from_loads(config: AdviceConfig, path: Path, cluster: Cluster) -> _Opened:

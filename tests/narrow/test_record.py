@@ -117,7 +117,7 @@ def test_a_stage_whose_trace_is_gone_is_recorded_again(cache_dir: str, tmp_path:
 def test_the_trained_model_stays_for_a_training_on_more_ranks(
     hiermoe: Command, cache_dir: str, store: RunStore, tmp_path: Path
 ) -> None:
-    def losses(steps: int, *output: str) -> list[float]:
+    def losses(steps: int, *output: str) -> list[float | None]:
         recording = ["ep_size=2", "data_parallel=1", "balancing_warmup.aux_loss_times=1", f"stages.late.steps={steps}"]
         config = tiny_record_config(cache_dir, str(tmp_path / "a.trace"), *SOFTMAX, *recording, *output)
         record(config, command="")
