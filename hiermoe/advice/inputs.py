@@ -282,7 +282,8 @@ def _notes_on_trace(
     if config.layer is not None and len(meta.layers) > 1:
         number = meta.layers[config.layer]
         yield (
-            f"One of the trace's {len(meta.layers)} layers: layer={config.layer} is number {number}; layer=null takes all."
+            f"One of the trace's {len(meta.layers)} layers: layer={config.layer} is number {number}; layer=null takes "
+            "all."
         )
 
 
