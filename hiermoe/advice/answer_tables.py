@@ -31,7 +31,9 @@ class Answer:
     def of(cls, assessment: Assessment) -> "Answer":
         """Apply the rules."""
         case = assessment.case
-        options = [option(one, case.cluster) for one in assessment.systems]
+        options = [
+            option(one, case.cluster, whole_ms=assessment.whole_ms(one, case.cluster)) for one in assessment.systems
+        ]
         return cls(assessment, recommend(options, constants_of(case.cluster), assessment.share(case.cluster)))
 
     @property
@@ -208,7 +210,7 @@ class Answer:
                     "moved_ms": moved_ms,
                     "dispatch": flat_ms / fixed_ms,
                     "placement": fixed_ms / moved_ms,
-                    "moves": planned is own.held_out,
+                    "moves": pays(own, layer),
                     "moved_experts": 0 if last is None else int(last["moved_experts"]),
                     "migration_ms": own.moved_ms,
                     "break_even_steps": math.inf if last is None else float(last["break_even_steps"]),

@@ -109,6 +109,11 @@ class Assessment:
             return self.case.share
         return float(1 - parts[0].sum() / whole_step_ms(*parts, compute.hidden).sum())
 
+    def whole_ms(self, one: Assessed, cluster: Cluster, share_of_bytes: float = 1.0) -> float | None:
+        """A system's held-out steps with their computation, mean; None without a profile."""
+        compute, parts = self.case.compute, self.parts_ms(one, cluster, share_of_bytes)
+        return None if compute is None or parts is None else float(whole_step_ms(*parts, compute.hidden).mean())
+
     def step_speedup(self, one: Assessed, communication: float) -> float | None:
         """Of the user's whole step under a system; None where neither share nor profile is known.
 

@@ -3,8 +3,9 @@
 1. The fastest system, migration spread over `HORIZON_STEPS`, saves less than `STAY_BELOW_GAIN`, or (where the user says
    what share of the step AlltoAll takes) the step gains less than `STAY_BELOW_STEP_GAIN`: **stay** with the flat one.
 2. The gain is below what the model resolves (`RESOLUTION`), or its interval does not exclude 1: **unresolved**.
-3. Some system that leaves experts alone passes 1 and 2 and takes at most `PLACEMENT_PAYS_FROM` longer than the fastest:
-   **dispatch**. Of such systems within `TIE` of their fastest, the one with the fewest stages.
+3. Some system that leaves experts alone passes 1 and 2 and takes at most `PLACEMENT_PAYS_FROM` longer than the fastest,
+   or (where a step's computation is known) no system of rule 4 has a shorter whole step than it: **dispatch**. Of such
+   systems within `TIE` of their fastest, the one with the fewest stages.
 4. Else: **placement**: of the systems within `TIE` of the fastest, the one that spends the least on moving experts.
 
 Systems that may drop tokens are never recommended.
@@ -50,6 +51,7 @@ class Option:
         moves: whether it moves experts.
         stages: the most that its AlltoAll has.
         lossy: whether it may drop tokens.
+        whole_ms: of a whole held-out step, mean, with what the busiest GPU computes; None where that is not known.
     """
 
     name: str
@@ -58,6 +60,12 @@ class Option:
     moves: bool
     stages: int
     lossy: bool
+    whole_ms: float | None = None
+
+    @property
+    def whole_mean_ms(self) -> float:
+        """Of a whole step, with its part of the migration; infinite where computation is not known."""
+        return math.inf if self.whole_ms is None else self.whole_ms + self.moved_ms / HORIZON_STEPS
 
     @property
     def mean_ms(self) -> float:
@@ -109,8 +117,8 @@ def _kind(constants: AlphaBeta) -> Constants:
     return "published" if constants.published else "derived"
 
 
-def option(assessed: Assessed, cluster: Cluster, share_of_bytes: float = 1.0) -> Option:
-    """A system under some constants."""
+def option(assessed: Assessed, cluster: Cluster, share_of_bytes: float = 1.0, whole_ms: float | None = None) -> Option:
+    """A system under some constants; `whole_ms` as `Option` has it."""
     candidate = assessed.candidate
     return Option(
         name=candidate.name,
@@ -119,6 +127,7 @@ def option(assessed: Assessed, cluster: Cluster, share_of_bytes: float = 1.0) ->
         moves=candidate.moves,
         stages=max(scheme.dimension for scheme in candidate.schemes),
         lossy=candidate.lossy,
+        whole_ms=whole_ms,
     )
 
 
@@ -159,18 +168,27 @@ def recommend(options: Sequence[Option], constants: Constants, share: float | No
         return answer("unresolved", fastest, doubt)
     still = [one for one in others if not one.moves]
     best_still_ms = min((one.mean_ms for one in still), default=math.inf)
-    if best_still_ms <= fastest.mean_ms * (1 + PLACEMENT_PAYS_FROM):
+    whole_still_ms = min((one.whole_mean_ms for one in still), default=math.inf)
+    near = best_still_ms <= fastest.mean_ms * (1 + PLACEMENT_PAYS_FROM)
+    first = [one for one in others if one.mean_ms <= fastest.mean_ms * (1 + TIE)]
+    # infinite where computation is not known, of all alike
+    shorter = [one for one in first if not one.moves or one.whole_mean_ms < whole_still_ms or one.whole_ms is None]
+    if near or not shorter:
         tied = [one for one in still if one.mean_ms <= best_still_ms * (1 + TIE)]
         simplest = min(tied, key=lambda one: (one.stages, one.mean_ms, one.name))
         if not _doubt(simplest.speedup(flat), resolution):
             why = (
                 f"of the systems that leave experts alone it has the fewest stages within {TIE:.0%} of the fastest; "
                 f"moving experts would save {max(1 - fastest.mean_ms / best_still_ms, 0):.1%} more, the time of that "
-                f"spread over {HORIZON_STEPS} steps, and less than {PLACEMENT_PAYS_FROM:.0%} does not pay"
+                f"spread over {HORIZON_STEPS} steps, and "
+                + (
+                    f"less than {PLACEMENT_PAYS_FROM:.0%} does not pay"
+                    if near
+                    else "the busiest GPU would compute for longer than that saves"
+                )
             )
             return answer("dispatch", simplest, why)
-    tied = [one for one in others if one.mean_ms <= fastest.mean_ms * (1 + TIE)]
-    resolved = [one for one in tied if not _doubt(one.speedup(flat), resolution)]
+    resolved = [one for one in shorter or first if not _doubt(one.speedup(flat), resolution)]
     chosen = min(resolved, key=lambda one: (one.moved_ms, one.mean_ms, one.name))
     why = f"of the systems within {TIE:.0%} of the fastest it spends the least on moving experts"
     if math.isfinite(best_still_ms) and chosen.moves:

@@ -83,7 +83,10 @@ def sensitivity(assessment: Assessment, base: Recommendation) -> pd.DataFrame:
     case = assessment.case
     rows = []
     for one in assumptions(case.cluster, case.tokens_per_rank):
-        options = [option(x, one.cluster, one.share_of_bytes) for x in assessment.systems]
+        options = [
+            option(x, one.cluster, one.share_of_bytes, assessment.whole_ms(x, one.cluster, one.share_of_bytes))
+            for x in assessment.systems
+        ]
         share = assessment.share(one.cluster, one.share_of_bytes)
         found = recommend(options, constants_of(case.cluster), share)
         flat, own = options[0], next(x for x in options if x.name == base.followed)

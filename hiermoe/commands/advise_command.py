@@ -78,7 +78,8 @@ def advise_and_print(config: AdviceConfig) -> Path:
     console.print(_table(answer))
     if len(answer.copies):
         console.print(_table_of_copies(answer))
-    console.print(f"{time.perf_counter() - started:.0f} s · page: {page}", soft_wrap=True)
+    files = "".join(f", {path.name}" for path in sorted(folder.glob("placement.*")))
+    console.print(f"{time.perf_counter() - started:.0f} s · page: {page}{files}", soft_wrap=True)
     return page
 
 

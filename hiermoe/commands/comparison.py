@@ -1,6 +1,7 @@
 """Several runs of one command: each is run, and the tables that `hiermoe run -m` ends with have them side by side."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ from hiermoe.runs.measured_cells import together
 from hiermoe.runs.run_config import RunConfig
 from hiermoe.runs.single import run_and_print, simulate_and_print
 from hiermoe.runs.summary import dimensions_of
+from hiermoe.runs.sweep import run_all
 
 _WIDTH = 80  # in a file; a terminal may be narrower
 
@@ -72,7 +74,7 @@ class _Line:
 def run_all_and_print(composed: Sequence[Composed]) -> list[Composed]:
     """Run and print what could be composed: what differs in its system alone interleaved, if it is measured.
 
-    None ends the others.
+    None ends the others. What was measured on shaped links or GPUs is predicted too.
 
     Returns:
         The same, each with what went wrong.
@@ -95,6 +97,11 @@ def run_all_and_print(composed: Sequence[Composed]) -> list[Composed]:
     for group in together(config for config in configs if config.ranks is not None):
         attempt(run_and_print, *group)
     store, ended = RunStore(), list[Composed]()
+    shaped = [config for config in configs if config.ranks is not None and config.ranks.source != "local"]
+    twins = [_predicted(config) for config in shaped if config.measure == "replay"]
+    if missing := [twin for twin in twins if not store.is_done(twin.run_id)]:
+        with console.status("what is predicted of these runs"):
+            attempt(lambda *some: run_all(some, os.cpu_count() or 1, lambda _: None, store), *missing)
     for one in composed:
         status, reason = "failed", one.error
         if one.config is not None:

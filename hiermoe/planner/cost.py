@@ -80,7 +80,7 @@ def check_overlap(scheme: DispatchScheme, cluster: Cluster) -> float:
     if cluster.overlap is None:
         raise NotApplicable(
             f"it sends in several chunks, and cluster {cluster.name} does not say how far its stages overlap "
-            "(overlap: 0 to 1; `hiermoe calibrate` measures it)"
+            "(+cluster.overlap=1 says wholly; `hiermoe calibrate` measures it)"
         )
     return cluster.overlap
 

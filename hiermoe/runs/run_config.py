@@ -187,8 +187,11 @@ class RunConfig(Strict):
         Raises:
             ValueError: it breaks a rule.
         """
-        wandb = {"mode": "disabled", "project": "hiermoe"}
-        return checked({key: value for key, value in content.items() if value is not None} | {"wandb": wandb}, cls)
+        said = {key: value for key, value in content.items() if value is not None}
+        said["wandb"] = {"mode": "disabled", "project": "hiermoe"}
+        if "model" in said:  # which may leave out what only a training needs
+            said["model"] = {key: value for key, value in said["model"].items() if value is not None}
+        return checked(said, cls)
 
     @property
     def measurement(self) -> Measurement:

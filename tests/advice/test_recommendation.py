@@ -1,5 +1,7 @@
 """Each rule of the ladder, on numbers made for it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from pydantic import ValidationError
@@ -97,6 +99,16 @@ def test_moves_experts_only_where_that_saves_enough(more: float, outcome: str) -
     found = answer(option("hd2", 60.0), moving)
     assert found.outcome == outcome
     assert found.chosen == ("moving" if outcome == "placement" else "hd2")
+
+
+@pytest.mark.parametrize(("computes", "outcome"), [(-0.1, "placement"), (0.1, "dispatch")])
+def test_moves_no_experts_where_the_busiest_gpu_computes_longer_than_that_saves(computes: float, outcome: str) -> None:
+    still = replace(option("hd2", 60.0), whole_ms=100.0)
+    moving = replace(option("moving", 40.0, moved_ms=1.0 * HORIZON_STEPS), whole_ms=99.0 + computes)
+    found = answer(still, moving)
+    assert found.outcome == outcome
+    assert ("would compute for longer" in found.why) == (outcome == "dispatch")
+    assert answer(option("hd2", 60.0), replace(moving, whole_ms=None)).outcome == "placement"
 
 
 def test_placement_that_costs_more_than_it_saves_in_time_is_left() -> None:

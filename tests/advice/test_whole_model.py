@@ -93,6 +93,15 @@ def test_a_layer_that_costs_too_much_to_move_is_left_out(question: Question, lay
     assert table["layer"].tolist() == [1, 2, 3]
 
 
+def test_no_experts_move_in_a_layer_where_they_stay(question: Question, layers: list[Assessment]) -> None:
+    first = layers[0]
+    own = first.named("hiermoe")
+    stays = replace(own, held_out=own.fixed, updates=own.updates.assign(moved_ms=0.0, moved_experts=0))
+    systems = tuple(stays if one is own else one for one in first.systems)
+    table = Answer.of(summed(question, [replace(first, systems=systems), *layers[1:]])).layers
+    assert not table["moves"].iloc[0] and table["moved_experts"].iloc[0] == 0
+
+
 def test_processes_find_what_one_finds(question: Question, whole: Assessment) -> None:
     seen: list[int] = []
     again = assess_layers(question, *candidates(question.cases[0].cluster, SYSTEMS), seen.append, workers=2)

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from hiermoe.commands.comparison import Composed, comparison, print_comparison
+from hiermoe.commands import comparison as comparison_module
+from hiermoe.commands.comparison import Composed, comparison, print_comparison, run_all_and_print
 from hiermoe.measure.replay import Replay
 from hiermoe.measure.workload import Workload
 from hiermoe.records.store import RunStore
@@ -62,6 +63,20 @@ def test_systems_of_one_setting_are_measured_interleaved(
     assert together == 2 * [["megatron", "hd_moe"]]
     text = " ".join(" ".join(last_table(out)).split())
     assert "measured" in text and "not applicable, dimension=4 is outside" in text
+
+
+def test_what_shaped_links_were_measured_with_is_predicted_too(
+    composed: Composer, store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hiermoe.ranks.places import RanksConfig
+
+    twins = [composed(f"system={system}") for system in ("megatron", "hd_moe")]
+    emulated = {"measure": "replay", "ranks": RanksConfig.named("emulated")}
+    measured = [twin.model_copy(update=emulated) for twin in twins]
+    monkeypatch.setattr(comparison_module, "run_and_print", lambda *_: None)
+    monkeypatch.setattr(comparison_module, "RunStore", lambda: store)
+    run_all_and_print([Composed((), config) for config in measured])
+    assert all(store.is_done(twin.run_id) for twin in twins)
 
 
 def test_chunks_stand_beside_the_stages_that_they_pass(composed: Composer, store: RunStore) -> None:

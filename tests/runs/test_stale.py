@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hiermoe.records import run_id as naming
 from hiermoe.records.store import RunStore
@@ -29,7 +30,9 @@ def keep(store: RunStore, config: Config, host: str = "elsewhere") -> str:
 @pytest.fixture
 def kept(composed: Composer, tmp_path: Path) -> tuple[RunStore, dict[str, str]]:
     """A store with a run of a sweep, two runs of no sweep, a measured one of another machine, and the other kinds."""
-    store = RunStore(tmp_path)
+    store = RunStore(tmp_path / "runs")
+    sizes = {"num_experts": 32, "topk": 4, "hidden_size": 64, "moe_ffn_hidden_size": 32}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({"name": "small"} | sizes))  # nothing that trainings need
     configs: dict[str, Config] = {
         "sweep": expand("fig13")[0].config,
         "own": composed("system.policy.gamma=3.5", "model.topk=6"),
@@ -37,6 +40,7 @@ def kept(composed: Composer, tmp_path: Path) -> tuple[RunStore, dict[str, str]]:
         "measured": composed("measure=replay", "ranks=local", "world_size=8", "system=hd2"),
         "calibration": calibration_config("a6000_4x8", "local", world_size="8"),
         "training": compose("train", ["system=hd2", "steps=3", "corpus_files=2", "world_size=4"], TrainRunConfig),
+        "widths alone": composed(f"model={tmp_path / 'small.yaml'}", "routing=uniform", "system=hd2"),
         "self_test": compose("config", ["measure=self_test", "seed=3"], RunConfig),
     }
     return store, {kind: keep(store, config) for kind, config in configs.items()}

@@ -267,7 +267,8 @@ def words(table: pd.DataFrame) -> Words:
         f"Measured on {SOURCES[str(first['source'])]}, over Megatron-LM on {first['routing']} routing: "
         f"{'; '.join(reached) or 'no baseline yet'}",
         f"{ranks} {kind}. Busiest rank in each iteration, median over {iterations} iterations, "
-        f"systems measured in one go interleaved; 95 % block-bootstrap intervals. {sizes}.",
+        f"systems that one command measured interleaved, others before or after them; 95 % block-bootstrap intervals. "
+        f"{sizes}.",
         tuple(text),
         tuple(_summary(table)),
     )
