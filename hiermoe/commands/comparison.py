@@ -159,7 +159,8 @@ def _varied(lines: Sequence[_Line]) -> list[str]:
 
 
 def _alltoalls(lines: Sequence[_Line], sources: str) -> Table:
-    """Predicted and measured times of the AlltoAlls."""
+    """Predicted and measured times of the AlltoAlls; those of one are left out where both kinds stand side by side."""
+    both = any(line.predicted for line in lines) and any(line.measured for line in lines)
     caption = "ms; four: the four AlltoAlls of a step and layer, " + (
         f"mean of predicted, median of measured times of the busiest rank ({sources})"
         if any(line.measured for line in lines)
@@ -173,17 +174,18 @@ def _alltoalls(lines: Sequence[_Line], sources: str) -> Table:
         found = [getattr(line, kind) for line in lines]
         if not any(found):
             continue
-        for what in ("d*", "one\nAlltoAll", "four,\ntotal", "times\nas fast"):
+        for what in ("d*", *(() if both else ("one\nAlltoAll",)), "four,\ntotal", "times\nas fast"):
             head = f"{kind if what[0] == 'f' else ''}\n{what}" if what != "d*" else what
             table.add_column(head, justify="right", no_wrap=True)
         first: dict[str, float] = {}  # total of the first system, by setting
         cells = []
         for line, numbers in zip(lines, found, strict=True):
             if numbers is None:
-                cells.append([""] * 4)
+                cells.append([""] * (3 if both else 4))
                 continue
             base = first.setdefault(_setting(line.run), numbers.total_ms)
-            values = (numbers.alltoall_ms, numbers.total_ms, base / numbers.total_ms)
+            one_ms = () if both else (numbers.alltoall_ms,)
+            values = (*one_ms, numbers.total_ms, base / numbers.total_ms)
             cells.append([numbers.dimensions, *(f"{value:.2f}" for value in values)])
         columns.append(cells)
     for varied, *cells in zip(_varied(lines), *columns, strict=True):

@@ -156,8 +156,7 @@ def test_predicted_stands_beside_measured_and_speedup_is_over_the_first_system(
     assert sum("predicted" in head for head in heads) == sum("measured" in head for head in heads) == 1
     cells = [list(column.cells) for column in table.columns]
     assert cells[0] == ["megatron", "hd_moe"]
-    assert cells[5:] == [["2", "2"], ["75.00", "50.00"], ["300.00", "200.00"], ["1.00", "1.50"]]
-    one, four = ([float(str(cell)) for cell in cells[i]] for i in (2, 3))
-    assert [4 * ms for ms in one] == pytest.approx(four, abs=0.05)
-    assert cells[4] == ["1.00", f"{four[0] / four[1]:.2f}"]
+    assert cells[4:] == [["2", "2"], ["300.00", "200.00"], ["1.00", "1.50"]]
+    four = [float(str(cell)) for cell in cells[2]]
+    assert cells[3] == ["1.00", f"{four[0] / four[1]:.2f}"]
     assert "emulated" in str(table.caption)
