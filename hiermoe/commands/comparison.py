@@ -84,7 +84,7 @@ def run_all_and_print(composed: Sequence[Composed]) -> list[Composed]:
         if one.error:
             console.print(f"[red]failed[/red] {escape(' '.join(one.overrides))}: {escape(one.error)}")
 
-    def attempt(run: Callable[..., None], *configs: RunConfig) -> None:
+    def attempt(run: Callable[..., object], *configs: RunConfig) -> None:
         try:
             run(*configs)
         except (ValueError, OSError, RankFailedError) as failure:
