@@ -17,6 +17,7 @@ from hiermoe.commands.records_command import print_damaged, print_stale
 from hiermoe.megatron.checkpoint_folder import newest_first
 from hiermoe.narrow.record import record
 from hiermoe.ranks.emulated.requirements import missing_requirement
+from hiermoe.ranks.server import RankFailedError
 from hiermoe.records.index import REAL_MODELS
 from hiermoe.records.keep import Outcome
 from hiermoe.records.project import REPORTS, in_workplace
@@ -110,10 +111,10 @@ PLANS: Mapping[str, str] = {
     "quick": "simulation of the paper's figures and tables and a first report, then a first look at measured numbers "
     "on 8 emulated ranks: about 5 minutes on two cores",
     "default": "simulation of all that the paper claims and a first report, then on 32 emulated ranks calibration and "
-    "Fig. 11 of one model: 7 to 13 minutes on two cores (QUICK=1: 5, FULL=1: 110). Stop and go on as you like",
+    "Fig. 11 of one model: 7 to 13 minutes on two cores (QUICK=1: 5, FULL=1: two hours). Stop and go on as you like",
     "full": "simulation of all that the paper claims and a first report, then on 32 emulated ranks calibration, Fig. "
     "11 of both models, Fig. 13, Table IV (K), update frequency, searched placements, systems with copies or chunks, "
-    "and whole training steps, then what lies beyond the paper: more than 110 minutes on two cores. Stop and go on as "
+    "and whole training steps, then what lies beyond the paper: some two hours on two cores. Stop and go on as "
     "you like",
 }
 
@@ -169,11 +170,18 @@ def measure_emulated(amount: Amount, session: Session) -> list[Outcome]:
 
 
 def train_routers(session: Session) -> None:
-    """The model that whole steps begin with, unless it is there."""
+    """The model that whole steps begin with, unless it is there.
+
+    Raises:
+        ValueError: its training failed; records of everything before it are kept.
+    """
     config = model_of_whole_steps()
     if not newest_first(in_workplace(str(config.model_output))):
         session.console.print(f"training {config.model.name}, whose whole steps are measured then: some ten minutes")
-        record(config, "hiermoe record +sweeps/train=models")
+        try:
+            record(config, "hiermoe record +sweeps/train=models")
+        except RankFailedError as error:
+            raise ValueError(f"training {config.model.name} for whole steps: {error}") from error
 
 
 def measure(groups: Sequence[Sequence[RunConfig | TrainRunConfig]], session: Session) -> list[Outcome]:

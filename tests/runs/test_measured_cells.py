@@ -5,8 +5,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from rich.console import Console
 
-from hiermoe.records.project import CONF
+from hiermoe.commands import reproduce_command
+from hiermoe.narrow.record_config import RecordConfig
+from hiermoe.ranks.server import RankFailedError
+from hiermoe.records.project import CONF, SWEEPS
 from hiermoe.records.store import RunStore
 from hiermoe.runs.indexing import index_runs
 from hiermoe.runs.measured_cells import (
@@ -134,3 +138,27 @@ def test_a_new_calibration_names_its_runs_anew(calibrated: Path) -> None:
     content["world"]["beta_ms_per_byte"] *= 2
     path.write_text(yaml.safe_dump(content))
     assert not before & {cell.measured.config.run_id for cell in measured_cells("quick")}
+
+
+def test_whole_steps_begin_with_a_model_that_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[str] = []
+
+    def record(config: RecordConfig, _command: str) -> None:
+        trained.append(config.model.name)
+        if len(trained) == 1:
+            raise RankFailedError("rank 1 of 2 failed")
+        (in_place / f"step-{config.last_step:08d}").mkdir(parents=True)
+
+    in_place = tmp_path / "models"
+    monkeypatch.setattr(reproduce_command, "record", record)
+    monkeypatch.setattr(reproduce_command, "in_workplace", lambda _: in_place)
+    session = reproduce_command.Session(RunStore(tmp_path), Console(quiet=True), workers=1, started=0.0)
+    with pytest.raises(ValueError, match="training qwen3_30b_a3b_narrow for whole steps: rank 1 of 2 failed"):
+        reproduce_command.train_routers(session)
+    for _ in range(2):
+        reproduce_command.train_routers(session)
+    assert trained == 2 * ["qwen3_30b_a3b_narrow"]
+    for name in ("end_to_end", "end_to_end_deepseek_v3"):  # each goes on from where such a recording ends
+        swept = yaml.safe_load((SWEEPS / "train" / f"{name}.yaml").read_text())["hydra"]["sweeper"]["params"]
+        (step,) = in_place.iterdir()
+        assert swept["resume"] == f".cache/models/{swept['model']}/{step.name}"
