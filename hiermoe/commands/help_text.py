@@ -48,6 +48,8 @@ def _choices(defaults: list[object]) -> str:
     if "measure" in groups:
         parts += ["+sweeps=   (with -m)", *_lines(files_of("sweeps"))]
         parts += ["+experiment=", *_lines(files_of("experiment"))]
+    if "corpus" in groups and "system" not in groups:
+        parts += ["+recording=", *_lines(files_of("recording"))]
     return "\n".join(parts)
 
 

@@ -179,7 +179,7 @@ def train_routers(session: Session) -> None:
     if not newest_first(in_workplace(str(config.model_output))):
         session.console.print(f"training {config.model.name}, whose whole steps are measured then: some ten minutes")
         try:
-            record(config, "hiermoe record +sweeps/train=models")
+            record(config, "hiermoe record +recording=for_whole_steps")
         except RankFailedError as error:
             raise ValueError(f"training {config.model.name} for whole steps: {error}") from error
 

@@ -66,6 +66,8 @@ def finished_steps(checkpoint: Path) -> int:
     Raises:
         ValueError: it is none.
     """
+    if not checkpoint.exists():
+        raise ValueError(f"{checkpoint}: there is no such checkpoint")
     if not (checkpoint.match(_PATTERN) and checkpoint.is_dir()):
         raise ValueError(f"{checkpoint} is not a checkpoint: a folder {_PREFIX}<eight digits> is")
     return int(checkpoint.name.removeprefix(_PREFIX))

@@ -36,6 +36,8 @@ def mistakes(overrides: Sequence[str], compose: Callable[[list[str]], Mapping[st
                     lines.append(f"{group}: not one of the choices, but values for several of them: +{text}")
                 else:
                     keys.append(group)
+            elif not wrong and override.is_add() and not _fits(text, compose):
+                lines.append(f"{text}: not for this command, whose configuration lacks what it gives values to")
             elif not wrong and not isinstance(override.value(), ChoiceSweep):
                 chosen.append(text)
         elif not (override.is_add() or override.is_force_add() or override.is_delete() or override.is_hydra_override()):

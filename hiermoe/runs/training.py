@@ -189,7 +189,7 @@ def expand_training(name: str) -> list[Cell["TrainRunConfig"]]:
 def model_of_whole_steps() -> RecordConfig:
     """What trains the model that the runs of sweeps/train/end_to_end.yaml go on from."""
     model = swept(SWEEPS / "train" / "end_to_end.yaml")["model"]
-    return compose("record", ["+sweeps/train=models", f"model={model}"], RecordConfig)
+    return compose("record", ["+recording=for_whole_steps", f"model={model}"], RecordConfig)
 
 
 def training_on(cluster: Cluster, ranks: RanksConfig) -> list[Cell["TrainRunConfig"]]:

@@ -28,6 +28,7 @@ levels:
         ("run measure=predikt", "measure=predikt is unknown; did you mean predict?"),
         ("run measure=replay ranks=locl", "ranks=locl is unknown; did you mean local"),
         ("run -m public=deepseek_v2_lite_law system=hd2,megatron", "public: no such key; choose from system, model"),
+        ("run +recording=for_whole_steps", "+recording=for_whole_steps: not for this command"),
         ("run experiment=table4_k6", "values for several of them: +experiment=table4_k6"),
         ("run iteration=4", "iteration: no such key; did you mean iterations?"),
         ("run model.top_k=4", "model.top_k: no such key; did you mean topk?"),

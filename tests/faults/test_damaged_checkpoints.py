@@ -108,7 +108,7 @@ def test_training_does_not_go_on_from_a_damaged_checkpoint_that_it_was_told_to_t
     newest = max(tmp_path.glob("*/step-*"))
     (shard, *_) = sorted(newest.glob("*.distcp"))
     flipped(shard.name)(newest)
-    code, _, err = hiermoe("train", *tiny, "steps=4", f"resume={newest}")
+    code, _, err = hiermoe("train", *tiny, "steps=5", f"resume={newest}")
     assert code == 2 and len(err.splitlines()) == 1
     assert f"{shard.name} is not what was written" in err
 

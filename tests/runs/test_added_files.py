@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hiermoe.records.project import CODE
+from hiermoe.runs.compose import swept
 
 # As the README says: a function (hierarchy, **options) and a class with measure, decide and its state, in one file.
 MINE = '''"""Mine: whole rows, two stages; experts stay where they are."""
@@ -66,6 +67,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
             .replace(f"name: {name}", f"name: {name}_calibrated")
         )
         (tree / "results" / "clusters" / f"{name}_calibrated.yaml").write_text(text)
+    for path in (tree / "sweeps" / "train").glob("end_to_end*.yaml"):  # where recordings would have left a model
+        if "resume" in (params := swept(path)):
+            (tree / params["resume"]).mkdir(parents=True)
     return tree
 
 

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from hiermoe.records import groups
 from hiermoe.records.project import CONF, SWEEPS
 from hiermoe.records.store import RunStore
-from hiermoe.runs.compose import compose, expand_file, with_entrants
+from hiermoe.runs.compose import compose, expand_file, swept, with_entrants
 from hiermoe.runs.run_config import RunConfig
 from hiermoe.runs.training import TrainRunConfig
 from tests.conftest import Command
@@ -32,9 +32,14 @@ def clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", sweep_files())
-def test_runs_are_those_that_hydra_composes(file: str, clusters: Path) -> None:
+def test_runs_are_those_that_hydra_composes(
+    file: str, clusters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Cells enough to meet every value of every parameter, as each is laid on by itself; and the last one."""
     path = SWEEPS / file
+    if checkpoint := swept(path).get("resume"):
+        (tmp_path / checkpoint).mkdir(parents=True)
+        monkeypatch.chdir(tmp_path)
     group = f"sweeps/{file}".rpartition("/")[0]
     config_name, schema = ("train", TrainRunConfig) if group == "sweeps/train" else ("config", RunConfig)
     cells = expand_file(path, config_name, schema)
