@@ -113,9 +113,17 @@ def _calibrate() -> None:
 
 
 def _train() -> None:
-    from hiermoe.runs.training import TrainRunConfig, train_and_print
+    from hiermoe.runs.training import TrainRunConfig, train_all_and_print, train_and_print
 
-    _composed("train", TrainRunConfig, train_and_print)
+    several: list[TrainRunConfig] = []
+
+    def collect(_: tuple[str, ...], config: TrainRunConfig | None, error: str) -> None:
+        if config is None:
+            raise ValueError(error)
+        several.append(config)
+
+    _composed("train", TrainRunConfig, train_and_print, collect)
+    train_all_and_print(several)
 
 
 def _record() -> None:

@@ -32,7 +32,7 @@ from hiermoe.runs.run_config import RunConfig, WandbMode
 from hiermoe.runs.stale import stale_in_place_of
 from hiermoe.runs.sweep import run_all
 from hiermoe.runs.tracking import mirror_table
-from hiermoe.runs.training import TrainRunConfig, expand_training, model_of_whole_steps
+from hiermoe.runs.training import TrainRunConfig, expand_training, model_of_whole_steps, trained_together
 
 Cells = Mapping[str, Sequence[Cell]]
 
@@ -165,7 +165,7 @@ def measure_emulated(amount: Amount, session: Session) -> list[Outcome]:
     outcomes = [*measure(together(cell.measured.config for cell in cells), session), *predict(cells, session)]
     if amount == "full":
         train_routers(session)
-        outcomes += measure([[cell.config] for cell in expand_training("end_to_end")], session)
+        outcomes += measure(trained_together([cell.config for cell in expand_training("end_to_end")]), session)
     return outcomes
 
 
@@ -195,7 +195,7 @@ def measure(groups: Sequence[Sequence[RunConfig | TrainRunConfig]], session: Ses
             if isinstance(first, RunConfig):
                 progress.now(f"{first.model.name}, {first.routing.name}, {len(group)} systems")
             else:
-                progress.now(f"a training of {first.model.name}, {first.system.label}")
+                progress.now(f"training {first.model.name}, {len(group)} systems")
             outcomes += execute_together(group, session.store, lambda _: progress.advance())
     return outcomes
 

@@ -2,16 +2,15 @@
 
 import shutil
 import sys
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch.distributed as dist
 
-from hiermoe.measure.measurement import Measurement
+from hiermoe.measure.measurement import Measurement, by_job
 from hiermoe.narrow.corpus import Corpus, training_corpus
 from hiermoe.narrow.training_config import TrainingConfig
 from hiermoe.planner.cost import check_overlap
@@ -19,7 +18,6 @@ from hiermoe.policies.system import SystemConfig
 from hiermoe.ranks.streams import RowStream
 from hiermoe.ranks.world import Device, Progress, World
 from hiermoe.records.project import shown
-from hiermoe.routing.step import first_measured
 from hiermoe.topology.cluster import Cluster
 
 
@@ -85,8 +83,8 @@ class Train(Measurement):
         return TrainingJob(config, config.system, config.cluster, config.steps, config.checkpoints())
 
     def num_steps(self, job: TrainingJob) -> int:
-        """Of the optimizer."""
-        return job.steps
+        """Of the optimizer, that are this run's own."""
+        return job.steps - job.checkpoints.begun
 
     def provenance(self, job: TrainingJob) -> dict[str, Any]:
         """The checkpoint that it goes on from, and those that it does not."""
@@ -94,29 +92,39 @@ class Train(Measurement):
         resumed = {} if start is None else {"resumed_from": shown(start)}
         return resumed | ({"left_out": list(left_out)} if left_out else {})
 
-    def measure_one(self, job: TrainingJob, world: World, progress: Progress) -> pd.DataFrame:
-        """Rows of the phase train.
+    def measure(self, jobs: Sequence[TrainingJob], world: World, progress: Progress) -> list[pd.DataFrame]:
+        """Rows of the phase train. Several jobs train interleaved, unless one keeps checkpoints: then in a row.
 
         Raises:
             ValueError: a text too short for the vocabulary.
-            RunDied: a rank failed.
+            RunDied: a rank failed; has the rows of all jobs, with a column ``of``.
         """
-        saved = job.checkpoints
+        if len(jobs) > 1 and any(job.checkpoints.rows is not None for job in jobs):
+            return [rows for job in jobs for rows in self.measure([job], world, progress)]
+        saved = jobs[0].checkpoints
         for line in saved.left_out:
             where = "the beginning" if saved.start is None else shown(saved.start)
             print(f"{line}: left out, training goes on from {where}", file=sys.stderr)
-        if saved.start is None or saved.start.parent != saved.folder:  # what an earlier attempt left is not this run's
-            shutil.rmtree(saved.folder, ignore_errors=True)
-        corpus = training_corpus(job.training)
-        return world.run(train, (job, corpus, world.timeout, world.device), progress, saved.rows)
+        for of in (job.checkpoints for job in jobs):
+            if of.start is None or of.start.parent != of.folder:  # what an earlier attempt left is not this run's
+                shutil.rmtree(of.folder, ignore_errors=True)
+        corpus = training_corpus(jobs[0].training)
+        rows = world.run(train, (tuple(jobs), corpus, world.timeout, world.device), progress, saved.rows)
+        return by_job(rows, len(jobs))
 
 
-def train(rank: int, job: TrainingJob, corpus: Corpus, timeout: timedelta, device: Device, folder: Path) -> None:
+def train(
+    rank: int, jobs: Sequence[TrainingJob], corpus: Corpus, timeout: timedelta, device: Device, folder: Path
+) -> None:
     """One rank's share of all steps. *Collective: every rank of the world must call it.*
+
+    All jobs do a step before any does its next, each time another one first, so that whatever else the machine does
+    meets all alike. One whose experts travel in the background goes on until they have arrived: they travel beside its
+    own steps. Rows have a column ``of``: the job's place in the list.
 
     Args:
         rank: of the world.
-        job: what to do.
+        jobs: what to do; several differ in their system alone.
         corpus: what to train on.
         timeout: of a collective.
         device: of the ranks.
@@ -126,63 +134,21 @@ def train(rank: int, job: TrainingJob, corpus: Corpus, timeout: timedelta, devic
 
     cpu.expect_fallbacks()
     # Only the ranks need megatron; the fork server has imported it for them.
-    from hiermoe.megatron.attach import attach
+    from hiermoe.measure.one_training import OneTraining
     from hiermoe.megatron.meter import Meter
-    from hiermoe.narrow.trainer import Diverged, Trainer
 
     meter = Meter()
-    trainer = Trainer(job.training, timeout, device=device)
-    placement = attach(trainer.model, job.system, job.cluster, meter=meter, timeout=timeout)
-    saved = job.checkpoints
-    good, start = saved.start, 0
-    if good is not None:
-        start = trainer.load(good, placement)
-    with RowStream(folder, rank, start) as stream, meter:
-        measured_from = saved.begun + first_measured(job.steps - saved.begun, None)
-        for step in range(start, job.steps):
-            sequences = trainer.batch(corpus, step)
-            dist.barrier()
-            started = time.perf_counter()
-            try:
-                loss = trainer.step(sequences)
-            except Diverged as error:
-                whole = "no checkpoint was saved before" if good is None else f"the last good checkpoint is {good}"
-                raise Diverged(f"{error}; {whole}") from error
-            step_ms = (time.perf_counter() - started) * 1e3
-            calls = meter.drain()
-            updates = placement.step(trainer.optimizer)
-            row = {
-                "iteration": step,
-                "routing_iteration": step,
-                "counted": step >= measured_from,
-                "layer": -1,
-                "rank": rank,
-                "phase": "train",
-                "stage": "all",
-                "loss": loss,
-                "train_step_ms": step_ms,
-                "planning_ms": placement.planning_ms,
-                "moved_experts": sum(update.moved_experts for update in updates),
-                "moves": "; ".join(f"layer {update.layer}: {update.moves}" for update in updates),
-                "migration_bytes": sum(update.sent_bytes for update in updates),
-                "migration_ms": placement.migration_ms,
-                "landing_ms": placement.landing_ms,
-                "hidden_ms": max((update.hidden_ms for update in updates), default=0.0),
-            }
-            stream.write([row | _alltoall_times(calls)])
-            if saved.every is not None and (step + 1) % saved.every == 0:
-                good = trainer.save(saved.folder, step + 1, placement, keep=saved.keep)
-                meter.drain()
-    trainer.close()
-
-
-def _alltoall_times(calls: list[Any]) -> dict[str, float]:
-    """What dispatch and combine of all layers took in one step; recomputed ones count as forward."""
-    backward = [call.total_ms for call in calls if call.phase.endswith("_backward")]
-    total_ms, wire_ms = sum(call.total_ms for call in calls), sum(call.wire_ms for call in calls)
-    return {
-        "alltoall_forward_ms": total_ms - sum(backward),
-        "alltoall_backward_ms": sum(backward),
-        "wire_ms": wire_ms,
-        "local_ms": total_ms - wire_ms,
-    }
+    trainings = [OneTraining(job, meter, timeout, device) for job in jobs]
+    first, last = trainings[0].next_step, jobs[0].steps
+    with RowStream(folder, rank, first) as stream, meter:
+        for step in range(first, last):
+            rows: list[dict[str, Any]] = []
+            for turn in range(len(trainings)):
+                of = (step + turn) % len(trainings)
+                training = trainings[of]
+                while training.next_step <= step or (training.moves_travel and training.next_step < last):
+                    rows.append({"of": of, "rank": rank} | training.step(corpus))
+            stream.write(rows)
+            for training in trainings:
+                training.save_if_due()
+    trainings[0].close()

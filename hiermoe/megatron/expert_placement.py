@@ -85,6 +85,11 @@ class ExpertPlacement:
         self.landing_ms = 0.0  # likewise, within the optimizer's step: the part of background moves that is not hidden
         self._start_iteration(iteration)
 
+    @property
+    def moves_travel(self) -> bool:
+        """Whether experts are on their way; the same on every rank."""
+        return bool(self._on_the_way)
+
     def step(self, optimizer: MegatronOptimizer | None) -> list[LayerUpdate]:
         """Decide from what the step's routing measured, and move experts. Call it after the optimizer's step.
 

@@ -48,10 +48,10 @@ class Trainer:
         prepare: Callable[[GPTModel], object] = lambda model: None,
         device: str = "cpu",
     ) -> None:
-        """Set up Megatron's process groups and build everything.
+        """Set up Megatron's process groups, unless another trainer of this process has, and build everything.
 
         Args:
-            config: The run; the world has `config.world_size` ranks.
+            config: The run; the world has `config.world_size` ranks, and all trainers of it the same `ep_size`.
             timeout: Of Megatron's process groups.
             prepare: Called with the built model before it is wrapped, to change it.
             device: cpu: stand-ins for CUDA are installed in this process; cuda: the current GPU.
@@ -60,10 +60,11 @@ class Trainer:
         if device == "cpu":
             cpu.install()
         without_te.install()
-        parallel_state.initialize_model_parallel(
-            expert_model_parallel_size=config.ep_size,
-            distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
-        )
+        if not parallel_state.model_parallel_is_initialized():
+            parallel_state.initialize_model_parallel(
+                expert_model_parallel_size=config.ep_size,
+                distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
+            )
         torch.manual_seed(config.seed)
         model_parallel_cuda_manual_seed(config.seed)
         self._config = config

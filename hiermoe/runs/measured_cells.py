@@ -4,13 +4,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from hiermoe.ranks.places import RanksConfig
 from hiermoe.records.checksums import Damaged
 from hiermoe.records.project import SWEEPS
 from hiermoe.records.store import RunStore
 from hiermoe.runs.compose import Cell, expand_file, swept
+from hiermoe.runs.measurable import Measurable
 from hiermoe.runs.run_config import RunConfig
 
 Amount = Literal["quick", "default", "full"]
@@ -25,6 +26,17 @@ _FOLDERS: Mapping[Amount, tuple[str, ...]] = {
 
 # On GPUs an iteration takes milliseconds, so nothing is cut down.
 _FULL_SIZE: Mapping[str, str] = {"narrowed": "1", "tokens_per_rank": "1024"}
+
+
+class Dumped(Measurable, Protocol):
+    """A run that says all of itself as JSON."""
+
+    def model_dump_json(self, *, exclude: Any) -> str:
+        """As pydantic's."""
+        ...
+
+
+C = TypeVar("C", bound=Dumped)
 
 
 @dataclass(frozen=True)
@@ -80,9 +92,9 @@ def _named_cluster(path: Path) -> str:
     return str(swept(path)["cluster"])
 
 
-def together(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:
+def together(configs: Iterable[C]) -> list[list[C]]:
     """Group runs that differ in their system alone: those are measured interleaved, on the same ranks."""
-    groups: dict[str, dict[str, RunConfig]] = {}
+    groups: dict[str, dict[str, C]] = {}
     for config in configs:
         shared = config.model_dump_json(exclude={"system", "wandb"})
         groups.setdefault(shared, {})[config.run_id] = config

@@ -1,6 +1,6 @@
 """`hiermoe train`: train a model under one system, as a record."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -25,7 +25,7 @@ from hiermoe.records.store import RunStore
 from hiermoe.records.strict import checked, is_valid
 from hiermoe.runs.compose import Cell, compose, expand_file, swept
 from hiermoe.runs.measurable import keys_of, name_run
-from hiermoe.runs.measured_cells import allocations_so_far
+from hiermoe.runs.measured_cells import allocations_so_far, together
 from hiermoe.runs.run_config import WandbConfig
 from hiermoe.runs.single import present
 from hiermoe.runs.summary import train_summary
@@ -219,13 +219,37 @@ def trainings(store: RunStore) -> dict[str, list[Cell["TrainRunConfig"]]]:
     return {"losses": expand_training("losses"), "end_to_end": steps}
 
 
-def train_and_print(config: TrainRunConfig) -> None:
+def train_and_print(*configs: TrainRunConfig) -> None:
     """Train and print what came out.
 
+    Args:
+        configs: one, or several that differ in their system alone: these train interleaved, on the same ranks.
+
     Raises:
-        ValueError: the run does not apply or failed; its record has the reason too.
+        ValueError: one failed, or under no ``-m`` does not apply; its record has the reason too.
     """
+    present(configs, [_title(config) for config in configs], train_summary)
+
+
+def train_all_and_print(configs: Sequence[TrainRunConfig]) -> None:
+    """Train and print what came out, in groups.
+
+    Raises:
+        ValueError: one failed; those after it are not trained.
+    """
+    for group in trained_together(configs):
+        train_and_print(*group)
+
+
+def trained_together(configs: Sequence[TrainRunConfig]) -> list[list[TrainRunConfig]]:
+    """Group runs that differ in their system alone, and train interleaved; on GPUs, which models may fill, each alone.
+
+    So does one that keeps checkpoints.
+    """
+    alone = [c for c in configs if c.ranks.device == "cuda" or c.checkpoint_every is not None or c.resume == "latest"]
+    return together(c for c in configs if c not in alone) + [[c] for c in alone]
+
+
+def _title(config: TrainRunConfig) -> str:
     title = f"{config.system.label} · {config.model.name} · {config.cluster.name} · {config.dtype}"
-    if config.data_parallel > 1:
-        title += f" · {config.data_parallel} expert-parallel groups"
-    present([config], [title], train_summary)
+    return title + (f" · {config.data_parallel} expert-parallel groups" if config.data_parallel > 1 else "")

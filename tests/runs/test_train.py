@@ -1,6 +1,7 @@
 """`hiermoe train` leaves a row a step and rank, whatever happens to the ranks."""
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -75,6 +76,33 @@ def test_replicas_share_the_ranks_and_cut_the_cluster(hiermoe: Command, store: R
     records = store.read(folder.name)
     assert set(records["rank"]) == set(range(8))
     assert (records["cluster"] == "a6000_4x8@4").all() and (records["num_ranks"] == 8).all()
+
+
+def test_systems_of_one_command_take_turns_and_learn_what_each_learns_alone(
+    hiermoe: Command, store: RunStore, tiny: list[str]
+) -> None:
+    """Experts of one travel in the background: its turn lasts until they are there, beside no other's step."""
+    hidden = "+system.migration=background"  # of the system that moves experts; the other has none to move
+    command = ["train", "-m", *tiny, "steps=5", "dtype=fp64", hidden]
+    code, out, err = hiermoe(*command, "system=megatron,hiermoe")
+    assert code == 0, err
+    assert out.count("in 5 steps") == 2
+    together = {folder.name: store.read(folder.name) for folder in store.folder.iterdir()}
+    assert len(together) == 2
+    moved = next(rows for name, rows in together.items() if name.startswith("hiermoe"))
+    assert moved["moved_experts"].sum() > 0 and moved["hidden_ms"].gt(0).any()
+    for rows in together.values():
+        assert sorted(rows.loc[rows["rank"] == 0, "iteration"]) == [0, 1, 2, 3, 4]
+    for folder in list(store.folder.iterdir()):
+        shutil.rmtree(folder)
+    for system in ("megatron", "hiermoe"):
+        code, _, err = hiermoe("train", *tiny, "steps=5", "dtype=fp64", hidden, f"system={system}")
+        assert code == 0, err
+    for name, rows in together.items():
+        alone = store.read(name).sort_values(["rank", "iteration"])
+        rows = rows.sort_values(["rank", "iteration"])
+        assert rows["loss"].tolist() == alone["loss"].tolist()
+        assert rows["moves"].tolist() == alone["moves"].tolist()
 
 
 def test_experts_that_move_are_on_record(hiermoe: Command, store: RunStore, tiny: list[str]) -> None:
