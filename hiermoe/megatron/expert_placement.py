@@ -171,6 +171,7 @@ class ExpertPlacement:
                 "slot_E": layer.dispatcher.placement.slot_E.clone(),
                 "policy": _kind(layer.policy),
                 "policy_state": layer.policy.state_dict(),
+                "first_step": layer.first_step,
             }
             for layer in self.layers
         ]
@@ -186,8 +187,8 @@ class ExpertPlacement:
 
         *Collective where experts are on their way: every rank must call it.*
 
-        A policy of another kind than the stored one starts without memory. Of a system that moved no experts only the
-        iteration is stored.
+        A policy of another kind than the stored one starts without memory, in its iteration 0. Of a system that moved
+        no experts only the iteration is stored.
 
         Raises:
             ValueError: the state of a model with other layers.
@@ -197,17 +198,19 @@ class ExpertPlacement:
         missing = [layer.number for layer in self.layers if layer.number not in stored]
         if stored and missing:
             raise ValueError(f"the stored placement has layers {sorted(stored)}, the model has {missing} too")
-        for layer in self.layers if stored else []:
-            values = stored[layer.number]
-            layer.dispatcher.placement = Placement.of_slots(values["slot_E"])
-            if values["policy"] == _kind(layer.policy):
-                layer.policy.load_state_dict(values["policy_state"])
+        for layer in self.layers:
+            layer.first_step = state["iteration"]
+            if values := stored.get(layer.number):
+                layer.dispatcher.placement = Placement.of_slots(values["slot_E"])
+                if values["policy"] == _kind(layer.policy):
+                    layer.policy.load_state_dict(values["policy_state"])
+                    layer.first_step = values.get("first_step", 0)  # earlier versions counted from the beginning
         self._start_iteration(state["iteration"])
 
     def _start_iteration(self, iteration: int) -> None:
         self._iteration = iteration
         for layer in self.layers:
-            layer.measured, layer.measuring_ms, layer.iteration = None, 0.0, iteration
+            layer.measured, layer.measuring_ms, layer.iteration = None, 0.0, iteration - layer.first_step
 
     def _decide(self, layers: Sequence[LayerPlacement]) -> list[tuple[LayerPlacement, PlacementUpdate]]:
         group = self._group or ranks_with_same_layers()

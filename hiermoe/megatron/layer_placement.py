@@ -49,6 +49,8 @@ class LayerPlacement:
 
     Attributes:
         keeps_copies: whether it can keep experts in more than one place.
+        first_step: of the training, in which the policy began.
+        iteration: of the policy, in its first step 0.
     """
 
     keeps_copies: ClassVar[bool] = False
@@ -75,7 +77,7 @@ class LayerPlacement:
         self.measured: Tensor | None = None
         self.travels = False  # whether experts are on their way
         self.measuring_ms = 0.0
-        self.iteration = 0
+        self.first_step = self.iteration = 0
         if not isinstance(policy, StaticPolicy):
             dispatcher.observe = self.observe
 

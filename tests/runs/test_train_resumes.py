@@ -127,6 +127,28 @@ def test_another_system_goes_on_from_a_given_checkpoint(
     assert code == 2 and "steps=6 leave less than two" in err
 
 
+@pytest.mark.slow
+def test_a_policy_that_begins_on_anothers_checkpoint_counts_its_steps_from_there(
+    hiermoe: Command, tiny: list[str], store: RunStore, tmp_path: Path
+) -> None:
+    """A search after its second step is one, though the training is in its fifth by then; going on, it is not repeated."""
+    folders = f"checkpoint_dir={tmp_path / 'checkpoints'}"
+    code, _, err = hiermoe("train", *tiny, folders, "system=megatron", "steps=3", "checkpoint_every=3")
+    assert code == 0, err
+    (first,) = (tmp_path / "checkpoints").glob("megatron*/step-*")
+    search = ["system=hiermoe_search", "system.policy.first_search=2", "system.policy.steps=3", folders]
+    code, _, err = hiermoe("train", *tiny, *search, "steps=8", f"resume={first}", "checkpoint_every=7")
+    assert code == 0, err
+    (folder,) = store.folder.glob("hiermoe_search*")
+    moved = store.read(folder.name).groupby("iteration")["moved_experts"].max()
+    assert moved[moved > 0].index.tolist() == [5]  # decided after step 4, travelled beside step 5
+    (later,) = (tmp_path / "checkpoints").glob("hiermoe_search*/step-*")
+    code, _, err = hiermoe("train", *tiny, *search, "steps=10", f"resume={later}")
+    assert code == 0, err
+    (again,) = set(store.folder.glob("hiermoe_search*")) - {folder}
+    assert store.read(again.name)["moved_experts"].sum() == 0
+
+
 def test_a_checkpoint_that_is_none_is_refused_in_one_line(hiermoe: Command, tiny: list[str], tmp_path: Path) -> None:
     code, _, err = hiermoe("train", *tiny, f"resume={tmp_path}")
     assert code == 2 and "is not a checkpoint" in err and "Traceback" not in err
