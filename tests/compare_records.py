@@ -35,6 +35,7 @@ UNSAID |= {"num_experts": 0, "topk": 0, "tokens_per_rank": 0, "row_bytes": 0}
 # Keys of the new house, with what they are where the old one had none.
 ADDED = {"across": False, "choice_bytes": 0, "copy_choice": "source"}
 DISPLAYED = {"label", "color", "entrant", "description", "placement_label", "placement_color"}
+TRAINED = {"migration"}  # of training alone: no simulated value depends on it
 KEYS = {"seed", "tokens_per_rank"}  # options that columns of all records have always had
 WHERE = {"backend", "measure", "ranks"}  # read by _measure
 
@@ -117,7 +118,7 @@ def _meant(value: Any) -> Any:
         if "_target_" in value:
             target = str(value["_target_"]).rpartition(".")[2]
             value = {**_defaults(target), **value, "_target_": target}
-        kept = {key: _meant(item) for key, item in value.items() if key not in DISPLAYED}
+        kept = {key: _meant(item) for key, item in value.items() if key not in DISPLAYED | TRAINED}
         said = {key: item for key, item in kept.items() if (key, item) not in ADDED.items()}
         return {key: item for key, item in said.items() if item not in (None, {}, [])}
     return [_meant(item) for item in value] if isinstance(value, list) else value

@@ -121,12 +121,13 @@ def what_reproduce_lacks(checks: list[Check]) -> str | None:
 def table(checks: list[Check]) -> Table:
     """The rows for a terminal."""
     drawn = Table(title="What this machine can run", title_justify="left", show_lines=True)
-    for column in ("check", "state", "found", "enables", "what it takes"):
-        drawn.add_column(column, overflow="fold")
+    for column, least in (("check", 10), ("found", 24), ("enables, and what that takes", 24)):
+        drawn.add_column(column, overflow="fold", min_width=least)
     for check in checks:
         name = f"{check.name} *" if check.required else check.name
         state = f"[{_COLOURS[check.state]}]{check.state}[/]"
-        drawn.add_row(name, state, escape(check.found), check.enables, escape(check.takes))
+        takes = f"\ntakes: {escape(check.takes)}" if check.takes else ""
+        drawn.add_row(f"{name}\n{state}", escape(check.found), f"{check.enables}{takes}")
     drawn.caption = "* make reproduce needs it"
     return drawn
 

@@ -13,7 +13,7 @@ from hiermoe.analysis.figures import style
 from hiermoe.analysis.figures.spec import FigureSpec, Words
 from hiermoe.analysis.figures.tables import published
 from hiermoe.analysis.frames import Results
-from hiermoe.analysis.statistics import bootstrap, ratio_of_medians
+from hiermoe.analysis.statistics import bootstrap, ratio_of_sums
 from hiermoe.analysis.whole_step import step_speedup
 from hiermoe.analysis.wording import with_interval
 
@@ -23,7 +23,10 @@ PARTS = {"compute_ms": 0.35, "alltoall_ms": 1.0, "planning_ms": 0.6, "migration_
 
 
 def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
-    """One row per model and system: medians over the counted steps of the busiest rank; speed-ups over Megatron-LM."""
+    """One row per model and system: means over the counted steps of the busiest rank; speed-ups over Megatron-LM.
+
+    Means, as plans and moves come in some of the steps.
+    """
     steps: dict[tuple[str, str], pd.DataFrame] = {}
     rows = []
     for run in results.find("end_to_end", status="ok"):
@@ -40,10 +43,10 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
                 "dtype": config.dtype,
                 "device": config.ranks.device,
                 "sizes": _sizes(config),
-                "alltoall_share": float((own["alltoall_ms"] / own["step_ms"]).median()),
+                "alltoall_share": _share(own),
                 "loss": own["loss"].iloc[-1],
                 "n": len(own),
-                **{name: own[name].median() for name in (*PARTS, "step_ms")},
+                **{name: own[name].mean() for name in (*PARTS, "step_ms")},
                 **_interval(own["step_ms"].to_numpy(float)),
             }
         )
@@ -52,10 +55,9 @@ def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
         if baseline is not None:
             own = steps[row["model"], row["system"]]
             for name in ("step_ms", "alltoall_ms"):
-                found = ratio_of_medians(baseline[name].to_numpy(float), own[name].to_numpy(float))
+                found = ratio_of_sums(baseline[name].to_numpy(float), own[name].to_numpy(float))
                 row |= {f"{name}_speedup": found.value, f"{name}_words": with_interval(found)}
-            share = float((baseline["alltoall_ms"] / baseline["step_ms"]).median())
-            row["expected"] = step_speedup(share, 1 / row["alltoall_ms_speedup"])
+            row["expected"] = step_speedup(_share(baseline), 1 / row["alltoall_ms_speedup"])
             fields = {"where": "Fig. 10", "system": row["system"], "baseline": BASELINE, "metric": "e2e_speedup"}
             low, high = published(claims, **fields)
             row["published"] = "" if np.isnan(low) else f"{low:g}–{high:g}"
@@ -87,8 +89,13 @@ def _steps(counted: pd.DataFrame) -> pd.DataFrame:
     return busiest
 
 
+def _share(steps: pd.DataFrame) -> float:
+    """AlltoAll's, of all steps together."""
+    return float(steps["alltoall_ms"].sum() / steps["step_ms"].sum())
+
+
 def _interval(values: np.ndarray) -> dict[str, float]:
-    found = bootstrap(lambda x: np.median(x, -1), values)
+    found = bootstrap(lambda x: np.mean(x, -1), values)
     return {"low": found.low, "high": found.high}
 
 
@@ -140,6 +147,7 @@ def words(table: pd.DataFrame) -> Words:
             best.append(f"{name} {row['step_ms_speedup']:.2f}× with {row['label']}")
     on_gpus = first["device"] == "cuda"
     ranks = "GPUs over NCCL" if on_gpus else "gloo ranks that share this machine's cores"
+    order = "one after another" if on_gpus else "a step of one after a step of another"
     depends = (
         ""
         if on_gpus
@@ -151,8 +159,8 @@ def words(table: pd.DataFrame) -> Words:
     return Words(
         f"Whole training steps on {WHERE[str(first['source'])]}, fastest over Megatron-LM: "
         f"{'; '.join(best) or 'no baseline'}",
-        f"Measured: stock Megatron-Core trains on {first['num_ranks']} {ranks}, {first['dtype']}. Busiest rank, median "
-        f"over {table['n'].min()} steps; 95 % block-bootstrap intervals; one run each, one after another. "
+        f"Measured: stock Megatron-Core trains on {first['num_ranks']} {ranks}, {first['dtype']}. Busiest rank, mean "
+        f"of {table['n'].min()} steps; 95 % block-bootstrap intervals; one run each, {order}. "
         f"{'. '.join(table['sizes'].unique())}.",
         (
             f"{depends}Planning and moving experts count as part of the step, with what is seen of them. Expected: "
