@@ -3,13 +3,9 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-MOST = 60  # names that are listed
-
 
 def or_else(name: str, known: Iterable[str], more: str = "") -> str:
     """How a message about an unknown name goes on: ``did you mean hd2 or hd3?``, else ``choose from h1, hd2``.
-
-    Of very many it says how many there are.
 
     Args:
         name: as written.
@@ -20,8 +16,6 @@ def or_else(name: str, known: Iterable[str], more: str = "") -> str:
     parts = [one for one in names if len(name) > 2 and name.lower() in one]
     if near := list(dict.fromkeys([*get_close_matches(name.lower(), names, n=3, cutoff=0.7), *parts]))[:3]:
         return f"did you mean {' or '.join(near)}?"
-    if len(names) > MOST:
-        return f"there are {len(names)} others{more}"
     return f"choose from {', '.join(names)}{more}" if names else f"there is none{more}"
 
 

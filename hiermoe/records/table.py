@@ -56,9 +56,9 @@ def read_records(
             frames.append(_wanted(rows, wanted))
     for name in wanted:
         if name not in known:
-            raise ValueError(
-                f"records have no column {name}; {or_else(name, known)} (`hiermoe records --columns` lists them)"
-            )
+            near = or_else(name, known)  # which else names all there are, some 190
+            meant = f"; {near}" if near.startswith("did you mean") else ""
+            raise ValueError(f"records have no column {name}{meant} (`hiermoe records --columns` lists them)")
     frames = [frame for frame in frames if len(frame)]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(RECORDS.columns))
 

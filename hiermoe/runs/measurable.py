@@ -1,6 +1,7 @@
 """What a configuration that leaves a record says of itself, whichever command it belongs to."""
 
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,7 +61,12 @@ def source_of(config: Measurable) -> str:
     return config.ranks.source
 
 
-def name_run(config: Measurable, inputs: tuple[Path, ...] = (), host: str | None = None, start: Any = None) -> str:
+def name_run(
+    config: Measurable,
+    inputs: tuple[Path, ...] = (),
+    host: str | None = None,
+    content: Mapping[str, Any] | None = None,
+) -> str:
     """The name of a run, by its content, by the code that makes its numbers, and by files that it reads.
 
     Numbers of one machine are told from another's by its name. The nodes of a cluster are as good as each other.
@@ -69,12 +75,11 @@ def name_run(config: Measurable, inputs: tuple[Path, ...] = (), host: str | None
         config: of the run.
         inputs: files that it reads.
         host: the machine; None for this one.
-        start: of a training, what its stored content says of the checkpoint that it began from; None for what the
-            configuration says.
+        content: in the place of the configuration's own; None: the latter.
     """
     places = () if config.ranks is None else (type(config.ranks).__module__,)
     host = None if source_of(config) in ("simulated", "cluster") else host or socket.gethostname()
-    content = config.content if start is None else config.content | {"start": start}
+    content = config.content if content is None else dict(content)
     return run_id(content, (config.measurement.module, *places), inputs, host=host)
 
 

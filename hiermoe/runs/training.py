@@ -80,9 +80,11 @@ class TrainRunConfig(TrainingConfig):
         """Everything that may change a number, as JSON-ready values."""
         start = self.given_checkpoint
         files = [] if start is None else [path for path in sorted(start.rglob("*")) if path.is_file()]
+        return self._content(corpus_key(self), [file_digest(path) for path in files])
+
+    def _content(self, text: str, start: list[str]) -> dict[str, Any]:
         values = self.model_dump(mode="json", exclude=NO_CONTENT)
-        values |= {"measure": "train", "corpus": self.corpus.name, "text": corpus_key(self)}
-        return values | {"start": [file_digest(path) for path in files]}
+        return values | {"measure": "train", "corpus": self.corpus.name, "text": text, "start": start}
 
     @classmethod
     def of_content(cls, content: Mapping[str, Any]) -> Self:
@@ -114,8 +116,11 @@ class TrainRunConfig(TrainingConfig):
         return name_run(self)
 
     def named_on(self, host: str | None, content: Mapping[str, Any]) -> str:
-        """The name that the present code gives the run, measured on a machine, whose stored content this is."""
-        return name_run(self, host=host, start=content["start"])
+        """The name that the present code gives the run, measured on a machine, whose stored content this is.
+
+        Its text and the checkpoint that it began from may be here no longer.
+        """
+        return name_run(self, host=host, content=self._content(content["text"], content["start"]))
 
     @property
     def keys(self) -> dict[str, Any]:

@@ -50,6 +50,18 @@ def test_records_of_the_present_code_are_not_stale(kept: tuple[RunStore, dict[st
     assert stale_runs(kept[0]) == []
 
 
+def test_whether_a_training_is_stale_is_found_out_without_its_text(
+    kept: tuple[RunStore, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may be packages that are to be downloaded first."""
+
+    def read(*_: object) -> str:
+        raise AssertionError("its text was read")
+
+    monkeypatch.setattr("hiermoe.runs.training.corpus_key", read)
+    assert stale_runs(kept[0]) == []
+
+
 @pytest.mark.slow
 def test_other_code_makes_all_records_stale_and_each_is_named_with_what_renews_it(
     kept: tuple[RunStore, dict[str, str]], monkeypatch: pytest.MonkeyPatch
