@@ -293,5 +293,5 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     assert finished_steps(tmp_path / "step-00000012") == 12
     for name in ("step-x", "other", "step-00000013"):
-        with pytest.raises(ValueError, match="is not a checkpoint|there is no such checkpoint"):
+        with pytest.raises(ValueError, match=r"is not a checkpoint|there is no such checkpoint"):
             finished_steps(tmp_path / name)

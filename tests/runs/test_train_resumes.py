@@ -131,7 +131,7 @@ def test_another_system_goes_on_from_a_given_checkpoint(
 def test_a_policy_that_begins_on_anothers_checkpoint_counts_its_steps_from_there(
     hiermoe: Command, tiny: list[str], store: RunStore, tmp_path: Path
 ) -> None:
-    """A search after its second step is one, though the training is in its fifth by then; going on, it is not repeated."""
+    """A search after its second step is one, though the training is in its fifth by then; it is not repeated."""
     folders = f"checkpoint_dir={tmp_path / 'checkpoints'}"
     code, _, err = hiermoe("train", *tiny, folders, "system=megatron", "steps=3", "checkpoint_every=3")
     assert code == 0, err
