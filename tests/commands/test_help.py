@@ -66,7 +66,7 @@ def test_systems_of_two_names_say_so() -> None:
         system = SystemConfig.named(path.stem)
         if system.executor == "staged":
             rows = [(scheme.stages, scheme.padding, scheme.chunks) for scheme in system.build_schemes(hierarchy)]
-            found.setdefault(f"{rows} {system.policy} {system.copy_choice}", []).append(path.stem)
+            found.setdefault(f"{rows} {system.policy} {system.copy_choice} {system.migration}", []).append(path.stem)
     twins = [names for names in found.values() if len(names) > 1]
     assert ["hd2", "hd2_moe"] in twins
     for names in twins:

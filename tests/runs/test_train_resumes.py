@@ -136,16 +136,16 @@ def test_a_policy_that_begins_on_anothers_checkpoint_counts_its_steps_from_there
     code, _, err = hiermoe("train", *tiny, folders, "system=megatron", "steps=3", "checkpoint_every=3")
     assert code == 0, err
     (first,) = (tmp_path / "checkpoints").glob("megatron*/step-*")
-    search = ["system=hiermoe_search", "system.policy.first_search=2", "system.policy.steps=3", folders]
+    search = ["system=hiermoe_search_hidden", "system.policy.first_search=2", "system.policy.steps=3", folders]
     code, _, err = hiermoe("train", *tiny, *search, "steps=8", f"resume={first}", "checkpoint_every=7")
     assert code == 0, err
-    (folder,) = store.folder.glob("hiermoe_search*")
+    (folder,) = store.folder.glob("hiermoe_search_hidden*")
     moved = store.read(folder.name).groupby("iteration")["moved_experts"].max()
     assert moved[moved > 0].index.tolist() == [5]  # decided after step 4, travelled beside step 5
-    (later,) = (tmp_path / "checkpoints").glob("hiermoe_search*/step-*")
+    (later,) = (tmp_path / "checkpoints").glob("hiermoe_search_hidden*/step-*")
     code, _, err = hiermoe("train", *tiny, *search, "steps=10", f"resume={later}")
     assert code == 0, err
-    (again,) = set(store.folder.glob("hiermoe_search*")) - {folder}
+    (again,) = set(store.folder.glob("hiermoe_search_hidden*")) - {folder}
     assert store.read(again.name)["moved_experts"].sum() == 0
 
 
