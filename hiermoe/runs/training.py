@@ -82,7 +82,7 @@ class TrainRunConfig(TrainingConfig):
         files = [] if start is None else [path for path in sorted(start.rglob("*")) if path.is_file()]
         return self._content(corpus_key(self), [file_digest(path) for path in files])
 
-    def _content(self, text: str, start: list[str]) -> dict[str, Any]:
+    def _content(self, text: str, start: list[str | None]) -> dict[str, Any]:
         values = self.model_dump(mode="json", exclude=NO_CONTENT)
         return values | {"measure": "train", "corpus": self.corpus.name, "text": text, "start": start}
 
