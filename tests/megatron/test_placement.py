@@ -339,6 +339,7 @@ def test_a_policy_that_makes_copies_is_refused_before_anything_is_exchanged() ->
         keeps_copies=False,
         measured=None,
         measuring_ms=0.0,
+        first_step=0,
         dispatcher=SimpleNamespace(placement=Placement.identity(2)),
         policy=SimpleNamespace(decide=lambda *_: PlacementUpdate(copies, None)),
         context=lambda votes: None,
