@@ -101,15 +101,14 @@ class Train(Measurement):
         """
         if len(jobs) > 1 and any(job.checkpoints.rows is not None for job in jobs):
             return [rows for job in jobs for rows in self.measure([job], world, progress)]
-        saved = jobs[0].checkpoints
-        for line in saved.left_out:
-            where = "the beginning" if saved.start is None else shown(saved.start)
-            print(f"{line}: left out, training goes on from {where}", file=sys.stderr)
-        for of in (job.checkpoints for job in jobs):
-            if of.start is None or of.start.parent != of.folder:  # what an earlier attempt left is not this run's
-                shutil.rmtree(of.folder, ignore_errors=True)
+        for saved in (job.checkpoints for job in jobs):
+            for line in saved.left_out:
+                where = "the beginning" if saved.start is None else shown(saved.start)
+                print(f"{line}: left out, training goes on from {where}", file=sys.stderr)
+            if saved.start is None or saved.start.parent != saved.folder:  # what an earlier attempt left is not its own
+                shutil.rmtree(saved.folder, ignore_errors=True)
         corpus = training_corpus(jobs[0].training)
-        rows = world.run(train, (tuple(jobs), corpus, world.timeout, world.device), progress, saved.rows)
+        rows = world.run(train, (tuple(jobs), corpus, world.timeout, world.device), progress, jobs[0].checkpoints.rows)
         return by_job(rows, len(jobs))
 
 

@@ -247,9 +247,9 @@ def train_all_and_print(configs: Sequence[TrainRunConfig]) -> None:
 
 
 def trained_together(configs: Sequence[TrainRunConfig]) -> list[list[TrainRunConfig]]:
-    """Group runs that differ in their system alone, and train interleaved; on GPUs, which models may fill, each alone.
+    """Group runs that differ in their system alone, to train interleaved.
 
-    So does one that keeps checkpoints.
+    Each alone are those on GPUs, which a model may fill, and those that keep checkpoints or look for their own.
     """
     alone = [c for c in configs if c.ranks.device == "cuda" or c.checkpoint_every is not None or c.resume == "latest"]
     return together(c for c in configs if c not in alone) + [[c] for c in alone]
