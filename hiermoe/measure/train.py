@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -141,13 +141,22 @@ def train(
     first, last = trainings[0].next_step, jobs[0].steps
     with RowStream(folder, rank, first) as stream, meter:
         for step in range(first, last):
-            rows: list[dict[str, Any]] = []
-            for turn in range(len(trainings)):
-                of = (step + turn) % len(trainings)
-                training = trainings[of]
-                while training.next_step <= step or (training.moves_travel and training.next_step < last):
-                    rows.append({"of": of, "rank": rank} | training.step(corpus))
-            stream.write(rows)
+            order = turns(trainings, step, last)
+            stream.write([{"of": of, "rank": rank} | trainings[of].step(corpus) for of in order])
             for training in trainings:
                 training.save_if_due()
     trainings[0].close()
+
+
+def turns(trainings: Sequence[Any], step: int, last: int) -> Iterator[int]:
+    """Whose step comes next, until all have finished one: each time another first, and whose experts travel goes on.
+
+    Args:
+        trainings: each with ``next_step`` and ``moves_travel``, which its step changes.
+        step: that all are to finish.
+        last: steps that there are.
+    """
+    for turn in range(len(trainings)):
+        of = (step + turn) % len(trainings)
+        while trainings[of].next_step <= step or (trainings[of].moves_travel and trainings[of].next_step < last):
+            yield of

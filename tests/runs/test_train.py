@@ -6,11 +6,13 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
+from hiermoe.measure.train import turns
 from hiermoe.records.store import RunStore
 from hiermoe.runs.compose import compose
 from hiermoe.runs.training import TrainRunConfig
@@ -78,10 +80,23 @@ def test_replicas_share_the_ranks_and_cut_the_cluster(hiermoe: Command, store: R
     assert (records["cluster"] == "a6000_4x8@4").all() and (records["num_ranks"] == 8).all()
 
 
+def test_a_turn_lasts_until_experts_on_their_way_have_arrived() -> None:
+    moving, still = (SimpleNamespace(next_step=0, moves_travel=False) for _ in range(2))
+    order = []
+    for step in range(4):
+        for of in turns([moving, still], step, 4):
+            order.append("MS"[of])
+            one = (moving, still)[of]
+            moving.moves_travel = one is moving and one.next_step in (0, 3)
+            one.next_step += 1
+    assert "".join(order) == "MMSSMSSM"
+    assert (moving.next_step, still.next_step) == (4, 4)
+
+
 def test_systems_of_one_command_take_turns_and_learn_what_each_learns_alone(
     hiermoe: Command, store: RunStore, tiny: list[str]
 ) -> None:
-    """Experts of one travel in the background: its turn lasts until they are there, beside no other's step."""
+    """Experts of one travel in the background."""
     hidden = "+system.migration=background"  # of the system that moves experts; the other has none to move
     command = ["train", "-m", *tiny, "steps=5", "dtype=fp64", hidden]
     code, out, err = hiermoe(*command, "system=megatron,hiermoe")
