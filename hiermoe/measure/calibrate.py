@@ -18,7 +18,7 @@ from pydantic import Field
 from hiermoe.dispatch.communicators import Communicators
 from hiermoe.dispatch.interposer import synchronise
 from hiermoe.measure.measurement import Measurement
-from hiermoe.planner.fit import OVERLAPPING, SMALLEST_FITTED_BYTES, fit_exchanges
+from hiermoe.planner.fit import OVERLAPPING, fit_exchanges
 from hiermoe.planner.scheme import every_dimension
 from hiermoe.ranks.streams import RowStream
 from hiermoe.ranks.world import Device, Progress, World
@@ -46,7 +46,7 @@ class CalibrationJob(Strict):
     cluster: Cluster
     smallest_pair_bytes: int = Field(ge=1)
     largest_pair_bytes: int = Field(ge=1)
-    largest_bytes: int = Field(gt=SMALLEST_FITTED_BYTES)
+    largest_bytes: int = Field(ge=1)
     warm_ups: int = Field(ge=0)
     repeats: int = Field(ge=1)
 

@@ -8,8 +8,6 @@ import pandas as pd
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.peers import AlphaBeta, Peers
 
-# Below, start-up decides and the line is not one.
-SMALLEST_FITTED_BYTES = 64 * 1024
 # What the source of a constant begins with that was measured.
 CALIBRATED = "calibrated on"
 # The two stages of HD2, timed at once as well.
@@ -18,7 +16,7 @@ OVERLAPPING = (Peers("inter", 1), Peers("intra", 1))
 
 @dataclass(frozen=True)
 class Fit:
-    """Least-squares line t = alpha_ms + n * beta_ms_per_byte through timings, and its coefficient of determination."""
+    """The line t = alpha_ms + n * beta_ms_per_byte through timings, and its coefficient of determination."""
 
     alpha_ms: float
     beta_ms_per_byte: float
@@ -30,7 +28,10 @@ class Fit:
 
 
 def fit_alpha_beta(size_bytes: np.ndarray, time_ms: np.ndarray) -> Fit:
-    """Fit the line.
+    """The line whose relative errors have the least sum of squares; neither alpha nor beta is negative.
+
+    Relative, since else the largest sizes alone decide, by their noise, what alpha is: and it is alpha that says in how
+    many chunks to send.
 
     Args:
         size_bytes: float [n], bytes at the busiest GPU.
@@ -41,10 +42,12 @@ def fit_alpha_beta(size_bytes: np.ndarray, time_ms: np.ndarray) -> Fit:
     """
     if len(np.unique(size_bytes)) < 2:
         raise ValueError("a line needs timings of at least two different sizes")
-    from scipy import stats  # a second, in which nothing else of the suite starts
+    from hiermoe.planner.fit_bends import solve  # whose scipy takes a second, in which nothing else starts
 
-    line = stats.linregress(size_bytes, time_ms)
-    return Fit(float(line.intercept), float(line.slope), float(line.rvalue**2))
+    line, columns = solve(size_bytes, time_ms, ())
+    unexplained, spread = ((time_ms - columns @ line) ** 2).sum(), ((time_ms - time_ms.mean()) ** 2).sum()
+    alpha_ms, beta_ms_per_byte = line.tolist()
+    return Fit(alpha_ms, beta_ms_per_byte, float(1 - unexplained / spread) if spread > 0 else 0.0)
 
 
 def timings(records: pd.DataFrame) -> pd.DataFrame:
@@ -62,17 +65,11 @@ def timings(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def fit_exchanges(records: pd.DataFrame, cluster: Cluster) -> dict[Peers, Fit]:
-    """A line through the medians of each AlltoAll, above 64 KiB at the busiest GPU; alpha and beta are not negative.
-
-    Raises:
-        ValueError: fewer than two sizes above that.
-    """
-    table = timings(records)
-    fitted = table[table["bytes"] > SMALLEST_FITTED_BYTES]
-    found = {}
+    """A line through the medians of each AlltoAll over all its sizes."""
+    table, found = timings(records), {}
     for exchange in cluster.exchanges:
-        rows = fitted[fitted["stage"] == str(exchange)]
-        found[exchange] = _line(rows["bytes"].to_numpy(float), rows["median_ms"].to_numpy(float))
+        rows = table[table["stage"] == str(exchange)]
+        found[exchange] = fit_alpha_beta(rows["bytes"].to_numpy(float), rows["median_ms"].to_numpy(float))
     return found
 
 
@@ -91,17 +88,3 @@ def fit_overlap(records: pd.DataFrame, cluster: Cluster) -> float | None:
     one, other = (line.ms(size_bytes) for line in lines)
     shares = (one + other - both["median_ms"].to_numpy(float)) / np.minimum(one, other)
     return float(np.clip(np.median(shares), 0.0, 1.0))
-
-
-def _line(size_bytes: np.ndarray, time_ms: np.ndarray) -> Fit:
-    """The least-squares line; where noise makes alpha or beta negative, the best one among those without."""
-    fit = fit_alpha_beta(size_bytes, time_ms)
-    if fit.alpha_ms >= 0 and fit.beta_ms_per_byte >= 0:
-        return fit
-    from scipy.optimize import nnls
-
-    scale = size_bytes.max()  # both columns of a size, for the solver's sake
-    (alpha_ms, slope), _ = nnls(np.column_stack([np.ones_like(size_bytes), size_bytes / scale]), time_ms)
-    unexplained = ((time_ms - alpha_ms - slope * size_bytes / scale) ** 2).sum()
-    r2 = 1 - unexplained / ((time_ms - time_ms.mean()) ** 2).sum()
-    return Fit(float(alpha_ms), float(slope / scale), float(r2))

@@ -77,12 +77,17 @@ def fit_curve(size_bytes: np.ndarray, time_ms: np.ndarray, source: str) -> Curve
 
 def _error(size_bytes: np.ndarray, time_ms: np.ndarray, knots: Sequence[float]) -> float:
     """Root mean square of relative errors."""
-    coefficients, pieces = _solve(size_bytes, time_ms, knots)
+    coefficients, pieces = solve(size_bytes, time_ms, knots)
     return float(np.sqrt(np.mean((pieces @ coefficients / time_ms - 1) ** 2)))
 
 
-def _solve(size_bytes: np.ndarray, time_ms: np.ndarray, knots: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Start-up and the slope of every piece, none negative: [1 + pieces]; and what they are multiplied by."""
+def solve(size_bytes: np.ndarray, time_ms: np.ndarray, knots: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """The curve with the least relative errors that bends at these sizes.
+
+    Returns:
+        Start-up and the slope of every piece, none negative: [1 + pieces]; and what they are multiplied by: [n, 1 +
+        pieces].
+    """
     ends = [0.0, *knots, np.inf]
     lengths = [np.clip(size_bytes - low, 0, high - low) for low, high in pairwise(ends)]
     pieces = np.column_stack([np.ones_like(size_bytes), *lengths])
@@ -95,7 +100,7 @@ def _curve(
     size_bytes: np.ndarray, time_ms: np.ndarray, knots: Sequence[float]
 ) -> tuple[float, float, tuple[Bend, ...]]:
     """Alpha and beta of the last piece's line, and the bends below it."""
-    (start, *slopes), _ = _solve(size_bytes, time_ms, knots)
+    (start, *slopes), _ = solve(size_bytes, time_ms, knots)
     changes = np.diff(slopes)  # by which each piece is steeper than the one before
     alpha = start - sum(change * knot for change, knot in zip(changes, knots, strict=True))
     bends = tuple(

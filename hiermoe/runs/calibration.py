@@ -222,8 +222,8 @@ def calibration_table(records: pd.DataFrame, title: str, cluster: Cluster) -> Ta
             f"{sizes.min() / 1e6:.3f}-{sizes.max() / 1e6:.1f}",
         )
     table.caption = (
-        f"n: bytes at a rank, its own share included. Line through n above 64 KiB; times: slowest rank, median of "
-        f"{measured['n'].min()} repeats. !: r² below {GOOD_R2}, calibrate again on an idle machine."
+        f"n: bytes at a rank, its own share included. Line of the least relative errors; times: slowest rank, median "
+        f"of {measured['n'].min()} repeats. !: r² below {GOOD_R2}, calibrate again on an idle machine."
     )
     overlap = fit_overlap(records, cluster)
     if overlap is not None:

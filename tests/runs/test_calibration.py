@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hiermoe.planner.fit import fit_exchanges, fit_overlap, timings
+from hiermoe.planner.fit import fit_alpha_beta, fit_exchanges, fit_overlap, timings
 from hiermoe.ranks.world import Device, Source
 from hiermoe.records.store import RunStore
 from hiermoe.runs.calibration import CalibrationConfig, write_cluster
@@ -30,7 +30,7 @@ def configured(*overrides: str) -> CalibrationConfig:
 def rows_of(
     config: CalibrationConfig, alpha_ms: float, beta_ms_per_byte: float, both_at_once: float = 2.0
 ) -> pd.DataFrame:
-    """Timings on a line, of ranks of which the last is the slowest; the first size and one repeat are far off it.
+    """Timings on a line, of ranks of which the last is the slowest; one repeat is far off it.
 
     Two exchanges at a time take ``both_at_once`` times as long as one.
     """
@@ -40,7 +40,7 @@ def rows_of(
         if repeat < 0:
             continue
         time_ms = (alpha_ms + num_bytes * beta_ms_per_byte) * (both_at_once if len(exchanges) == 2 else 1)
-        time_ms += 100.0 if repeat == 1 or num_bytes <= 2**16 else 0.0
+        time_ms += 100.0 if repeat == 1 else 0.0
         stage = "+".join(map(str, exchanges))
         common = {"phase": "calibration", "stage": stage, "iteration": repeat, "routing_iteration": -1}
         common |= {"counted": True, "layer": -1, "bytes": num_bytes}
@@ -56,7 +56,7 @@ def clusters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "clusters"
 
 
-def test_line_goes_through_medians_of_the_slowest_rank_above_64_kib() -> None:
+def test_line_goes_through_medians_of_the_slowest_rank() -> None:
     config = configured(*SMALL)
     for exchange, fit in fit_exchanges(rows_of(config, 3.0, 2e-6), config.cluster).items():
         assert (fit.alpha_ms, fit.beta_ms_per_byte, fit.r2) == pytest.approx((3.0, 2e-6, 1.0)), exchange
@@ -81,6 +81,17 @@ def test_constants_are_never_negative(alpha_ms: float, beta_ms_per_byte: float) 
     fit = fit_exchanges(rows_of(config, alpha_ms, beta_ms_per_byte), config.cluster)[WORLD]
     assert min(fit.alpha_ms, fit.beta_ms_per_byte) == 0
     assert fit.r2 < 1
+
+
+def test_small_messages_say_what_starting_costs_whatever_the_largest_ones_noise() -> None:
+    """Of an emulated cluster: an exchange takes its start or its bytes, whichever is longer."""
+    size_bytes, found = 2.0 ** np.arange(15, 23), []
+    for noise in (-0.05, 0.0, 0.05):
+        time_ms = np.maximum(14.0, 1.35e-4 * size_bytes)
+        time_ms[-1] *= 1 + noise
+        found.append(fit_alpha_beta(size_bytes, time_ms).alpha_ms)
+    assert found == pytest.approx([found[1]] * 3, rel=0.05)
+    assert 14 / 3 < found[1] < 14
 
 
 def test_sizes_double_up_to_both_bounds() -> None:
@@ -134,7 +145,7 @@ def test_calibration_needs_ranks(hiermoe: Command) -> None:
 
 
 class BusyRanks:
-    """Ranks of a cluster whose first timings do not depend on bytes."""
+    """Ranks of a cluster of whose first timings those of more bytes are no longer."""
 
     source: Source = "cluster"
     device: Device = "cpu"
@@ -145,7 +156,7 @@ class BusyRanks:
 
     def run(self, *_arguments: Any, **_options: Any) -> pd.DataFrame:
         self.turns += 1
-        return rows_of(self.config, 400.0, 0.0) if self.turns <= self.flat else rows_of(self.config, 1.0, 1e-3)
+        return rows_of(self.config, 400.0, -1e-6) if self.turns <= self.flat else rows_of(self.config, 1.0, 1e-3)
 
 
 def test_what_a_busy_machine_hides_is_measured_again_and_refused_in_the_end(store: RunStore) -> None:
