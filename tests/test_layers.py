@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import PurePosixPath
 
 import pytest
@@ -81,6 +82,21 @@ def _upwards(sources: Sources, names: Callable[[ast.Module], Iterator[tuple[str,
             if below or package == "" or (package == "baselines" and folder != "baselines"):
                 found.append(f"{path}:{line} imports {name}")
     return found
+
+
+def files_import_in_no_circle(sources: Sources) -> list[str]:
+    """No file imports another that imports it, straight or over others, be it inside a function."""
+    files = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in sources}
+    graph = {
+        path: {files[name if name in files else name.rpartition(".")[0]] for name in names} - {path}
+        for path, text in sources.items()
+        for names in [[n for n, _ in imported(parsed(text)) if {n, n.rpartition(".")[0]} & files.keys()]]
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return [" imports ".join(reversed(error.args[1]))]
+    return []
 
 
 def readers_run_nothing(sources: Sources) -> list[str]:
@@ -162,6 +178,13 @@ BROKEN: list[tuple[Callable[[Sources], list[str]], Sources]] = [
     (imports_run_downwards, {"hiermoe/commands/a.py": "from .b import c"}),
     (imports_run_downwards, {"hiermoe/__init__.py": "import hiermoe.records.store"}),
     (imports_run_downwards, {"baselines/a.py": "import hiermoe.ranks.launch"}),
+    (
+        files_import_in_no_circle,
+        {
+            "hiermoe/measure/a.py": "from hiermoe.measure.b import B",
+            "hiermoe/measure/b.py": "def f():\n    from hiermoe.measure.a import A",
+        },
+    ),
     (readers_run_nothing, {"hiermoe/analysis/a.py": "from hiermoe.runs.sweep import expand"}),
     (readers_run_nothing, {"hiermoe/advice/a.py": "def f():\n    from hydra import compose"}),
     (file_names_are_unique, {"hiermoe/ranks/a.py": "", "hiermoe/dispatch/a.py": ""}),

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from hiermoe.measure.train import TrainingJob
+from hiermoe.measure.training_job import TrainingJob
 from hiermoe.megatron.attach import attach
 from hiermoe.megatron.meter import Meter
 from hiermoe.narrow.corpus import Corpus

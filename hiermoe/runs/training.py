@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from hiermoe.measure.measurement import Measurement
 from hiermoe.measure.registry import MEASUREMENTS
-from hiermoe.measure.train import Checkpoints
+from hiermoe.measure.training_job import Checkpoints
 from hiermoe.megatron.checkpoint_folder import check_files, finished_steps, newest_first
 from hiermoe.narrow.corpus import corpus_key
 from hiermoe.narrow.record_config import RecordConfig
