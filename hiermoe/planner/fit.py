@@ -31,7 +31,8 @@ def fit_alpha_beta(size_bytes: np.ndarray, time_ms: np.ndarray) -> Fit:
     """The line whose relative errors have the least sum of squares; neither alpha nor beta is negative.
 
     Relative, since else the largest sizes alone decide, by their noise, what alpha is: and it is alpha that says in how
-    many chunks to send.
+    many chunks to send. The price: where a start hides the bytes of small messages, beta comes out too low, by a fifth
+    over 15 doublings of a time that is the longer of both; r^2 falls below 0.98 then.
 
     Args:
         size_bytes: float [n], bytes at the busiest GPU.
