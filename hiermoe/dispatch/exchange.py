@@ -1,13 +1,14 @@
 """Moves rows along a plan: dispatch to the experts and combine back, each the other's gradient."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hiermoe.dispatch.interposer import staged
 from hiermoe.dispatch.plan import DispatchPlan, StagePlan, begin_exchange, exchange
+from hiermoe.dispatch.waves import Leg, in_waves
 
 
 def send_rows(x_TM: Tensor, plan: DispatchPlan) -> Tensor:
@@ -60,56 +61,29 @@ class _Linear(torch.autograd.Function):
         return ctx.adjoint(gradients[0]), None, None
 
 
-class _Leg(NamedTuple):
-    """One stage of a chunk.
-
-    Attributes:
-        begin: to exchange, beside others or not; hands out what waits for the rows.
-        after: what becomes of rows that have arrived.
-    """
-
-    begin: Callable[[Tensor, bool], Callable[[], Tensor]]
-    after: Callable[[Tensor], Tensor]
-
-
 def _out(x_TM: Tensor, plan: DispatchPlan) -> Tensor:
-    def leg(stage: StagePlan) -> _Leg:
+    def leg(stage: StagePlan) -> Leg:
         def begin(x_RM: Tensor, beside_others: bool) -> Callable[[], Tensor]:
             sent, group = stage.copies.copy(x_RM), stage.communicator.group
             with staged(stage.name):
                 return begin_exchange(sent, stage.send_rows, stage.receive_rows, group, beside_others)
 
-        return _Leg(begin, lambda x_RM: x_RM)
+        return Leg(begin)
 
-    return plan.expand.copy(_in_waves(x_TM, [leg(stage) for stage in plan.stages], plan.scheme.chunks))
+    return plan.expand.copy(in_waves(x_TM, [leg(stage) for stage in plan.stages], plan.scheme.chunks))
 
 
 def _back(y_PM: Tensor, plan: DispatchPlan) -> Tensor:
-    def leg(stage: StagePlan) -> _Leg:
+    def leg(stage: StagePlan) -> Leg:
         def begin(y_RM: Tensor, beside_others: bool) -> Callable[[], Tensor]:
             group = stage.communicator.group
             with staged(stage.name):
                 return begin_exchange(y_RM, stage.receive_rows, stage.send_rows, group, beside_others)
 
-        return _Leg(begin, stage.copies.sum)
+        return Leg(begin, stage.copies.sum)
 
     legs = [leg(stage) for stage in reversed(plan.stages)]
-    return _in_waves(plan.expand.sum(y_PM), legs, plan.scheme.chunks)
-
-
-def _in_waves(x_RM: Tensor, legs: Sequence[_Leg], chunks: int) -> Tensor:
-    """Columns in chunks through all legs: in wave w chunk c passes leg w - c, all of them at a time.
-
-    Sums are over rows, so how columns are cut changes no value.
-    """
-    parts = list(x_RM.tensor_split(chunks, dim=1))
-    for wave in range(len(legs) + chunks - 1):
-        passing = [c for c in range(chunks) if 0 <= wave - c < len(legs)]  # those ahead begin first
-        begun = [legs[wave - c].begin(parts[c], chunks > 1) for c in passing]
-        arrived = [wait() for wait in begun]
-        for c, rows in zip(passing, arrived, strict=True):
-            parts[c] = legs[wave - c].after(rows)
-    return parts[0] if chunks == 1 else torch.cat(parts, dim=1)
+    return in_waves(plan.expand.sum(y_PM), legs, plan.scheme.chunks)
 
 
 def _unpermuted(x_P: Tensor, order_P: Tensor) -> Tensor:

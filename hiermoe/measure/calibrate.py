@@ -1,6 +1,6 @@
 """Times the AlltoAll of every kind of peers of a cluster, over message sizes: what alpha and beta are fitted to.
 
-And two of them at a time, which tells how far the stages of different chunks overlap.
+And the two stages of HD2 in one chunk and in several, which tells how far stages overlap and what a chunk costs.
 """
 
 import math
@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -17,8 +17,10 @@ from pydantic import Field
 
 from hiermoe.dispatch.communicators import Communicators
 from hiermoe.dispatch.interposer import synchronise
+from hiermoe.dispatch.plan import begin_exchange
+from hiermoe.dispatch.waves import Leg, in_waves
 from hiermoe.measure.measurement import Measurement
-from hiermoe.planner.fit import OVERLAPPING, fit_exchanges
+from hiermoe.planner.fit import CHUNKS, TWO_STAGES, fit_exchanges
 from hiermoe.planner.scheme import every_dimension
 from hiermoe.ranks.streams import RowStream
 from hiermoe.ranks.world import Device, Progress, World
@@ -29,6 +31,23 @@ from hiermoe.topology.peers import Peers
 # Ranks leave a barrier one after another; bytes of the first must not keep the last in it.
 _SETTLE_SECONDS = 0.03
 _MOST_TURNS = 4  # of all repeats
+_PARTS = (2, 4, 8, 16, 32)  # of the most bytes, for the stages in chunks
+
+
+class Timing(NamedTuple):
+    """What is timed.
+
+    Attributes:
+        repeat: the round; negative: warm-up.
+        exchanges: one after the other.
+        num_bytes: at a GPU in each.
+        chunks: that pass them.
+    """
+
+    repeat: int
+    exchanges: tuple[Peers, ...]
+    num_bytes: int
+    chunks: int
 
 
 class CalibrationJob(Strict):
@@ -58,30 +77,30 @@ class CalibrationJob(Strict):
             sizes.append(sizes[-1] * 2)
         return sizes
 
-    def overlap_bytes(self) -> list[int]:
-        """Bytes at a GPU for both exchanges of `OVERLAPPING` at a time, falling; none on a single level."""
-        if not set(OVERLAPPING) <= set(self.cluster.exchanges):
+    def bytes_in_chunks(self) -> list[int]:
+        """Bytes at a GPU of the stages of HD2 one after the other, ascending; none on a single level."""
+        if not set(TWO_STAGES) <= set(self.cluster.exchanges):
             return []
-        sizes = [exchange.size(self.cluster.hierarchy) for exchange in OVERLAPPING]
-        most = min(self.pair_bytes(x)[-1] * size for x, size in zip(OVERLAPPING, sizes, strict=True))
-        step = math.lcm(*sizes)
-        return sorted({max(most // part // step, 1) * step for part in (1, 2, 4)}, reverse=True)
+        sizes = [exchange.size(self.cluster.hierarchy) for exchange in TWO_STAGES]
+        most = min(self.pair_bytes(x)[-1] * size for x, size in zip(TWO_STAGES, sizes, strict=True))
+        step = math.lcm(*sizes) * self.smallest_pair_bytes
+        return sorted({max(most // part // step, 1) * step for part in _PARTS})
 
-    def measurements(self) -> Iterator[tuple[int, tuple[Peers, ...], int]]:
-        """Round (negative: warm-up), exchanges at a time, and bytes at a GPU in each.
-
-        Rounds are outermost, so that drift meets all alike.
-        """
-        hierarchy = self.cluster.hierarchy
+    def timings(self) -> Iterator[Timing]:
+        """Rounds are outermost, so that drift meets all alike."""
         for warm_up in range(-self.warm_ups, 0):
             for exchange in self.cluster.exchanges:
-                yield warm_up, (exchange,), self.pair_bytes(exchange)[0] * exchange.size(hierarchy)
+                yield self._timing(warm_up, exchange, self.smallest_pair_bytes)
         for repeat in range(self.repeats):
             for exchange in self.cluster.exchanges:
                 for pair_bytes in self.pair_bytes(exchange):
-                    yield repeat, (exchange,), pair_bytes * exchange.size(hierarchy)
-            for num_bytes in self.overlap_bytes():
-                yield repeat, OVERLAPPING, num_bytes
+                    yield self._timing(repeat, exchange, pair_bytes)
+            for num_bytes in self.bytes_in_chunks():
+                for chunks in CHUNKS:
+                    yield Timing(repeat, TWO_STAGES, num_bytes, chunks)
+
+    def _timing(self, repeat: int, exchange: Peers, pair_bytes: int) -> Timing:
+        return Timing(repeat, (exchange,), pair_bytes * exchange.size(self.cluster.hierarchy), 1)
 
 
 class Calibrate(Measurement):
@@ -97,7 +116,7 @@ class Calibrate(Measurement):
 
     def num_steps(self, job: CalibrationJob) -> int:
         """One a measurement."""
-        return sum(1 for _ in job.measurements())
+        return sum(1 for _ in job.timings())
 
     def measure_one(self, job: CalibrationJob, world: World, progress: Progress) -> pd.DataFrame:
         """On one rank for every GPU of the job's cluster.
@@ -141,27 +160,30 @@ def calibrate(rank: int, job: CalibrationJob, timeout: timedelta, device: Device
     world = dist.group.WORLD
     assert world is not None
     communicators = Communicators(world, hierarchy, every_dimension(hierarchy), timeout)
-    largest = max(num_bytes for _, _, num_bytes in job.measurements())
-    source = torch.zeros(largest, dtype=torch.uint8, device=device)
-    targets = [torch.empty_like(source) for _ in OVERLAPPING]
+    longest = max(timing.num_bytes for timing in job.timings()) // job.smallest_pair_bytes
+    rows_RM = torch.zeros(longest, job.smallest_pair_bytes, dtype=torch.uint8, device=device)
+
+    def leg(exchange: Peers, num_rows: int) -> Leg:
+        communicator = communicators.of(exchange)
+        size = len(communicator.members)
+        splits = [num_rows // size] * size
+        return Leg(lambda x_RM, beside: begin_exchange(x_RM, splits, splits, communicator.group, beside))
+
     with RowStream(folder, rank) as stream:
-        for repeat, exchanges, num_bytes in job.measurements():
-            groups = [communicators.of(exchange).group for exchange in exchanges]
+        for repeat, exchanges, num_bytes, chunks in job.timings():
+            num_rows = num_bytes // job.smallest_pair_bytes
+            legs = [leg(exchange, num_rows) for exchange in exchanges]
             dist.barrier()
-            synchronise(source.device)
+            synchronise(rows_RM.device)
             time.sleep(_SETTLE_SECONDS)
             started = time.perf_counter()
-            begun = [
-                dist.all_to_all_single(target[:num_bytes], source[:num_bytes], group=group, async_op=True)
-                for target, group in zip(targets, groups, strict=False)
-            ]
-            for work in begun:
-                work.wait()  # type: ignore[union-attr] - of an asynchronous call
-            synchronise(source.device)
+            in_waves(rows_RM[:num_rows], legs, chunks)
+            synchronise(rows_RM.device)
             elapsed_ms = (time.perf_counter() - started) * 1e3
             row = {
                 "phase": "calibration",
                 "stage": "+".join(map(str, exchanges)),
+                "chunks": chunks,
                 "iteration": repeat,
                 "routing_iteration": -1,
                 "counted": True,

@@ -17,6 +17,8 @@ from hiermoe.records.status import NotApplicable
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.peers import Amount
 
+# Of the bend where a time by bytes meets a least one; of two that are alike, a fifth more than either.
+_SHARPNESS = 4
 ALLTOALLS_PER_STEP = 4  # dispatch and combine, forward and backward (paper, Sec. I)
 
 
@@ -30,7 +32,8 @@ def times_of_stages(scheme: DispatchScheme, stage_bytes: Iterable[Amount], clust
     """
     exchanges = (cluster.constants(stage.peers) for stage in scheme.stages)
     return tuple(
-        constants.ms(amount, parts=scheme.chunks) for constants, amount in zip(exchanges, stage_bytes, strict=True)
+        constants.ms(amount, parts=cluster.starts(scheme.chunks))
+        for constants, amount in zip(exchanges, stage_bytes, strict=True)
     )
 
 
@@ -51,22 +54,31 @@ def time_of_alltoall(scheme: DispatchScheme, stage_ms: Sequence[Amount], cluster
     total: Amount = sum(stage_ms)  # type: ignore[assignment] - of at least one stage
     if scheme.chunks == 1:
         return total
-    return time_in_chunks(total, reduce(_larger, stage_ms), scheme.chunks, check_overlap(scheme, cluster))
+    overlap, least_ms = check_overlap(scheme, cluster), least_of_waves(scheme.chunks, len(stage_ms), cluster.wave_ms)
+    return time_in_chunks(total, reduce(_larger, stage_ms), scheme.chunks, overlap, least_ms)
 
 
-def time_in_chunks(total: Any, longest: Any, chunks: Any, overlap: float) -> Any:
+def time_in_chunks(total: Any, longest: Any, chunks: Any, overlap: float, least: Any = 0.0) -> Any:
     """Time of stages that C chunks pass one after the other.
 
     The longest stage is never idle, and of every other one a C-th part is seen alone, before it or after it (fill and
-    drain); of the rest as much passes beside the longest as stages overlap.
+    drain); of the rest as much passes beside the longest as stages overlap. Below what their waves take at least they
+    do not fall; between the two the way is smooth, since of many waves some are long by bytes and some by their start.
 
     Args:
         total: of all stages together: a number, or a tensor, array or column of them, as the others.
         longest: of the longest of them.
         chunks: C.
         overlap: 0 to 1.
+        least: of all waves.
     """
-    return total - (total - longest) * (overlap * (chunks - 1) / chunks)
+    passed = total - (total - longest) * (overlap * (chunks - 1) / chunks)
+    return (passed**_SHARPNESS + least**_SHARPNESS) ** (1 / _SHARPNESS)
+
+
+def least_of_waves(chunks: Any, stages: Any, wave_ms: float | None) -> Any:
+    """What the waves of several chunks take at least, in ms; one chunk has none."""
+    return (chunks > 1) * (chunks + stages - 1) * (wave_ms or 0.0)
 
 
 def check_overlap(scheme: DispatchScheme, cluster: Cluster) -> float:
@@ -115,7 +127,7 @@ def time_by_groups(
 
     def alltoall_ms(row_bytes: float) -> Amount:
         stage_ms = [
-            cluster.constants(stage.peers).ms(amount, row_bytes / hierarchy.lanes(level), scheme.chunks)
+            cluster.constants(stage.peers).ms(amount, row_bytes / hierarchy.lanes(level), cluster.starts(scheme.chunks))
             for (stage, level), amount in zip(levels, busiest_of, strict=True)
         ]
         return time_of_alltoall(scheme, stage_ms, cluster)

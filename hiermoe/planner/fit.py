@@ -5,13 +5,15 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from hiermoe.planner.cost import least_of_waves, time_in_chunks
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.peers import AlphaBeta, Peers
 
 # What the source of a constant begins with that was measured.
 CALIBRATED = "calibrated on"
-# The two stages of HD2, timed at once as well.
-OVERLAPPING = (Peers("inter", 1), Peers("intra", 1))
+# The stages of HD2, timed in so many chunks as well.
+CHUNKS = (1, 2, 4, 8)
+TWO_STAGES = (Peers("inter", 1), Peers("intra", 1))
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,26 @@ class Fit:
         return AlphaBeta(alpha_ms=self.alpha_ms, beta_ms_per_byte=self.beta_ms_per_byte, source=source, published=False)
 
 
-def fit_alpha_beta(size_bytes: np.ndarray, time_ms: np.ndarray) -> Fit:
-    """The line whose relative errors have the least sum of squares; neither alpha nor beta is negative.
+@dataclass(frozen=True)
+class ChunkFit:
+    """What `Cluster` says of chunks.
 
-    Relative, since else the largest sizes alone decide, by their noise, what alpha is: and it is alpha that says in how
-    many chunks to send. The price: where a start hides the bytes of small messages, beta comes out too low, by a fifth
-    over 15 doublings of a time that is the longer of both; r^2 falls below 0.98 then.
+    Attributes:
+        overlap: of stages, 0 to 1.
+        wave_ms: least time of a wave.
+        error: root mean square of relative errors of the times in several chunks.
+    """
+
+    overlap: float
+    wave_ms: float
+    error: float
+
+
+def fit_alpha_beta(size_bytes: np.ndarray, time_ms: np.ndarray) -> Fit:
+    """The line with the least squares of errors that grow with the root of the time; neither constant is negative.
+
+    Of errors alike at all sizes the largest times would decide, by their noise, what alpha is; of relative ones the
+    smallest sizes would, where a start hides the bytes, what beta is.
 
     Args:
         size_bytes: float [n], bytes at the busiest GPU.
@@ -45,23 +61,23 @@ def fit_alpha_beta(size_bytes: np.ndarray, time_ms: np.ndarray) -> Fit:
         raise ValueError("a line needs timings of at least two different sizes")
     from hiermoe.planner.fit_bends import solve  # whose scipy takes a second, in which nothing else starts
 
-    line, columns = solve(size_bytes, time_ms, ())
+    line, columns = solve(size_bytes, time_ms, (), power=0.5)
     unexplained, spread = ((time_ms - columns @ line) ** 2).sum(), ((time_ms - time_ms.mean()) ** 2).sum()
     alpha_ms, beta_ms_per_byte = line.tolist()
     return Fit(alpha_ms, beta_ms_per_byte, float(1 - unexplained / spread) if spread > 0 else 0.0)
 
 
 def timings(records: pd.DataFrame) -> pd.DataFrame:
-    """One row per AlltoAll and size: what the slowest rank took, median and extremes over the repeats.
+    """One row per AlltoAll, size and number of chunks: the slowest rank's time, median and extremes over the repeats.
 
     Args:
         records: of a calibration.
 
     Returns:
-        Columns stage, bytes, median_ms, min_ms, max_ms, n, in the order in which they were measured.
+        Columns stage, chunks, bytes, median_ms, min_ms, max_ms, n, in the order in which they were measured.
     """
-    slowest = records.groupby(["stage", "bytes", "iteration"], sort=False)["wire_ms"].max()
-    over_repeats = slowest.groupby(["stage", "bytes"], sort=False)
+    slowest = records.groupby(["stage", "chunks", "bytes", "iteration"], sort=False)["wire_ms"].max()
+    over_repeats = slowest.groupby(["stage", "chunks", "bytes"], sort=False)
     return over_repeats.agg(median_ms="median", min_ms="min", max_ms="max", n="size").reset_index()
 
 
@@ -74,18 +90,33 @@ def fit_exchanges(records: pd.DataFrame, cluster: Cluster) -> dict[Peers, Fit]:
     return found
 
 
-def fit_overlap(records: pd.DataFrame, cluster: Cluster) -> float | None:
-    """How far the stages of HD2 overlap when they run at a time, see `Cluster.overlap`; None where that was not timed.
+def fit_chunks(records: pd.DataFrame, cluster: Cluster) -> ChunkFit | None:
+    """How far stages overlap and what a wave takes at least, with the least relative errors; None without timings.
 
-    Of each size, what both together take less than one after the other, by the fitted lines, over the time of the
-    shorter one; median over sizes.
+    In chunks against in one as measured; of the stage that passes beside the other what its line says.
+
+    Args:
+        records: of a calibration.
+        cluster: that was calibrated.
     """
     table = timings(records)
-    both = table[table["stage"] == "+".join(map(str, OVERLAPPING))]
-    if both.empty:
+    table = table[table["stage"] == "+".join(map(str, TWO_STAGES))]
+    if table["chunks"].nunique() < 2:
         return None
-    fits, size_bytes = fit_exchanges(records, cluster), both["bytes"].to_numpy(float)
-    lines = (fits[x].line(f"the timings of {x}") for x in OVERLAPPING)
-    one, other = (line.ms(size_bytes) for line in lines)
-    shares = (one + other - both["median_ms"].to_numpy(float)) / np.minimum(one, other)
-    return float(np.clip(np.median(shares), 0.0, 1.0))
+    by_chunks = table.pivot_table(index="bytes", columns="chunks", values="median_ms")
+    whole_ms, cut = by_chunks[[1]].to_numpy(float), by_chunks.drop(columns=1)
+    chunks, fits = cut.columns.to_numpy(float), fit_exchanges(records, cluster)
+    size_bytes = by_chunks.index.to_numpy(float)[:, None]
+    shorter_ms = np.minimum(*(fits[x].line(f"the timings of {x}").ms(size_bytes) for x in TWO_STAGES))
+
+    from scipy.optimize import least_squares  # which takes a second, in which nothing else starts
+
+    def errors(constants: np.ndarray) -> np.ndarray:
+        least_ms = least_of_waves(chunks, len(TWO_STAGES), constants[1])
+        fitted = time_in_chunks(whole_ms, whole_ms - shorter_ms, chunks, constants[0], least_ms)
+        return (fitted / cut.to_numpy(float) - 1).ravel()
+
+    first = (0.5, float(np.min(cut / (chunks + 1))))
+    found = least_squares(errors, first, bounds=((0.0, 0.0), (1.0, np.inf)), x_scale=(1.0, max(first[1], 1e-9)))
+    overlap, wave_ms = found.x.tolist()
+    return ChunkFit(overlap, wave_ms, float(np.sqrt(np.mean(found.fun**2))))

@@ -81,8 +81,12 @@ def _error(size_bytes: np.ndarray, time_ms: np.ndarray, knots: Sequence[float]) 
     return float(np.sqrt(np.mean((pieces @ coefficients / time_ms - 1) ** 2)))
 
 
-def solve(size_bytes: np.ndarray, time_ms: np.ndarray, knots: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """The curve with the least relative errors that bends at these sizes.
+def solve(
+    size_bytes: np.ndarray, time_ms: np.ndarray, knots: Sequence[float], power: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The curve that bends at these sizes whose errors, over a power of the times, have the least sum of squares.
+
+    The first power: relative errors.
 
     Returns:
         Start-up and the slope of every piece, none negative: [1 + pieces]; and what they are multiplied by: [n, 1 +
@@ -92,7 +96,8 @@ def solve(size_bytes: np.ndarray, time_ms: np.ndarray, knots: Sequence[float]) -
     lengths = [np.clip(size_bytes - low, 0, high - low) for low, high in pairwise(ends)]
     pieces = np.column_stack([np.ones_like(size_bytes), *lengths])
     scale = pieces.max(0)  # for the solver's sake
-    coefficients, _ = nnls(pieces / scale / time_ms[:, None], np.ones_like(time_ms))
+    weights = np.abs(time_ms) ** -power
+    coefficients, _ = nnls(pieces / scale * weights[:, None], time_ms * weights)
     return coefficients / scale, pieces
 
 

@@ -147,7 +147,7 @@ def pipelined(
         hierarchy: gives D.
         dimensions: d; None for 1 ... D.
         chunks: C.
-        cut: d that come in chunks. A calibration times the two stages of HD2 at once; what it finds is of them alone.
+        cut: d that come in chunks. A calibration times the two stages of HD2 in chunks; what it finds is of them alone.
     """
     return tuple(
         hierarchical(d, True, hierarchy, parts)

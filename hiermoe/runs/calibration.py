@@ -13,7 +13,7 @@ from rich.table import Table
 from hiermoe.measure.calibrate import CalibrationJob
 from hiermoe.measure.measurement import Measurement
 from hiermoe.measure.registry import MEASUREMENTS
-from hiermoe.planner.fit import CALIBRATED, fit_exchanges, fit_overlap, timings
+from hiermoe.planner.fit import CALIBRATED, fit_chunks, fit_exchanges, timings
 from hiermoe.ranks.places import PLACES, RanksConfig
 from hiermoe.ranks.world import Progress, World, no_progress
 from hiermoe.records.groups import check_is_free
@@ -170,8 +170,9 @@ def write_cluster(config: CalibrationConfig, store: RunStore) -> Cluster:
         "description": f"{config.cluster.description}, calibrated",
         "world": constants(WORLD),
         "levels": (*levels, config.cluster.levels[-1]),
-        "overlap": fit_overlap(records, config.cluster),
     }
+    if (chunked := fit_chunks(records, config.cluster)) is not None:
+        update |= {"overlap": chunked.overlap, "wave_ms": chunked.wave_ms}
     cluster = config.cluster.model_copy(update=update)
     if not config.ranks.on_this_host:
         cluster = with_measured_links(cluster)
@@ -222,12 +223,12 @@ def calibration_table(records: pd.DataFrame, title: str, cluster: Cluster) -> Ta
             f"{sizes.min() / 1e6:.3f}-{sizes.max() / 1e6:.1f}",
         )
     table.caption = (
-        f"n: bytes at a rank, its own share included. Line of the least relative errors; times: slowest rank, median "
-        f"of {measured['n'].min()} repeats. !: r² below {GOOD_R2}, calibrate again on an idle machine."
+        f"n: bytes at a rank, its own share included. Times: slowest rank, median of "
+        f"{measured['n'].min()} repeats. !: r² below {GOOD_R2}, calibrate again on an idle machine."
     )
-    overlap = fit_overlap(records, cluster)
-    if overlap is not None:
+    if (chunked := fit_chunks(records, cluster)) is not None:
         table.caption += (
-            f" Between nodes and inside them at a time: {overlap:.0%} of the shorter passes beside the longer."
+            f" Of two stages in chunks {chunked.overlap:.0%} of the shorter passes beside the longer, and a wave of "
+            f"chunks takes {chunked.wave_ms:.3g} ms at least (mean error {chunked.error:.0%})."
         )
     return table

@@ -80,6 +80,8 @@ class Cluster(Strict):
         beyond: levels around these in a larger cluster, outermost first; for :func:`hiermoe.topology.scaling.scaled`.
         overlap: where two stages of different chunks run at a time, the share of the shorter that passes beside the
             longer one: 1 where links are independent, 0 where all share one. None where it is not known.
+        wave_ms: what it takes at least until chunks have each passed a stage, however few bytes they are. None where
+            it was not measured: each chunk then starts up anew in every stage, by its alpha.
 
     Raises:
         ValueError: levels that do not divide, missing constants, negative alpha or beta.
@@ -93,6 +95,7 @@ class Cluster(Strict):
     levels: tuple[Level, ...] = Field(min_length=1)
     beyond: tuple[OuterLevel, ...] = ()
     overlap: float | None = Field(default=None, ge=0, le=1)
+    wave_ms: float | None = Field(default=None, ge=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -163,6 +166,10 @@ class Cluster(Strict):
             return constants
         assert self._ports is not None
         return derived(peers, self.hierarchy, self._ports)
+
+    def starts(self, chunks: int) -> int:
+        """How often a stage counts its alpha; where a wave's least time is known, that counts instead."""
+        return chunks if self.wave_ms is None else 1
 
     @property
     def _stated(self) -> dict[Peers, AlphaBeta | None]:

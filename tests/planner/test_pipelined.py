@@ -68,6 +68,21 @@ def test_every_chunk_starts_up_and_small_ones_lie_off_the_line() -> None:
         assert after - before == pytest.approx(3 * CLUSTER.constants(stage.peers).alpha_ms)
 
 
+def test_waves_that_take_a_while_are_a_least_time_and_starts_then_count_once() -> None:
+    scheme = hierarchical(2, True, HIERARCHY, chunks=4)
+    quick, slow = (CLUSTER.model_copy(update={"wave_ms": ms}) for ms in (0.0, 1e3))
+    of_quick, of_slow, of_one = (
+        price(x, COUNTS, cluster, RowBytes.alike(ROW_BYTES)).calls["dispatch"]
+        for x, cluster in ((scheme, quick), (scheme, slow), (replace(scheme, chunks=1), slow))
+    )
+    assert of_quick.stage_ms == of_slow.stage_ms == of_one.stage_ms
+    assert of_quick.alltoall_ms == pytest.approx(sum(of_one.stage_ms) - min(of_one.stage_ms) * 3 / 4)
+    assert of_slow.alltoall_ms == pytest.approx(5 * 1e3, rel=1e-3) and of_slow.alltoall_ms > 5e3
+    assert of_one.alltoall_ms == sum(of_one.stage_ms)
+    candidates = pipelined(HIERARCHY)
+    assert choose_scheme(candidates, COUNTS, slow, RowBytes.alike(2**20)).scheme.chunks == 1
+
+
 def test_long_rows_are_cut_and_short_ones_are_not() -> None:
     candidates = pipelined(HIERARCHY)
     assert [x.name for x in candidates[:6]] == ["HD1", "HD2", "HD2x2", "HD2x4", "HD2x8", "HD3"]

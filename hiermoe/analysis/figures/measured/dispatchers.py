@@ -15,7 +15,7 @@ from hiermoe.analysis.figures.spec import FigureSpec, Words
 from hiermoe.analysis.frames import Results, Run
 from hiermoe.analysis.statistics import Estimate, bootstrap, paired, ratio_of_medians, ratio_of_sums
 from hiermoe.analysis.wording import with_interval
-from hiermoe.planner.cost import ALLTOALLS_PER_STEP, time_in_chunks
+from hiermoe.planner.cost import ALLTOALLS_PER_STEP, least_of_waves, time_in_chunks
 from hiermoe.records.index import PREDICTIONS
 
 BASELINE = "megatron"
@@ -102,14 +102,15 @@ def _least_ms(twin: Run, results: Results) -> float:
 
     Of chunks that pass different links at a time, as if nothing kept them from it.
     """
-    return ALLTOALLS_PER_STEP * float(_of_an_alltoall(results.rows(twin, "dispatch"), "link_ms", overlap=1.0).median())
+    return ALLTOALLS_PER_STEP * float(_of_an_alltoall(results.rows(twin, "dispatch"), "link_ms").median())
 
 
-def _of_an_alltoall(stages: pd.DataFrame, column: str, overlap: float) -> pd.Series:
+def _of_an_alltoall(stages: pd.DataFrame, column: str, overlap: float = 1.0, wave_ms: float | None = None) -> pd.Series:
     """Times of stages put together, by iteration, as the cost model does."""
     per_iteration = stages.groupby("iteration")
     total, longest = per_iteration[column].sum(min_count=1), per_iteration[column].max()
-    return time_in_chunks(total, longest, per_iteration["chunks"].first(), overlap)
+    chunks = per_iteration["chunks"].first()
+    return time_in_chunks(total, longest, chunks, overlap, least_of_waves(chunks, per_iteration.size(), wave_ms))
 
 
 def _by_links(twin: Run, results: Results) -> pd.DataFrame:
@@ -120,7 +121,7 @@ def _by_links(twin: Run, results: Results) -> pd.DataFrame:
     """
     stages, cluster = results.rows(twin, "dispatch"), twin.config.cluster
     start_ms = stages["stage"].map(lambda stage: cluster.constants(cluster.exchange_of(str(stage))).alpha_ms)
-    start_ms *= stages["chunks"]
+    start_ms *= stages["chunks"].map(cluster.starts)
     return stages.assign(least_ms=(start_ms + stages["link_ms"]).where(stages["link_ms"] > 0, stages["predicted_ms"]))
 
 
@@ -140,7 +141,9 @@ def _speedups(run: Run, twin: Run, results: Results) -> dict[str, float]:
     predicted = ratio_of_sums(*paired(their_twin, our_twin, "step_ms"))
     columns: dict[str, float] = {"predicted_speedup": predicted.value}
     theirs_ms, ours_ms = (
-        _of_an_alltoall(_by_links(one, results), "least_ms", one.config.cluster.overlap or 0.0)
+        _of_an_alltoall(
+            _by_links(one, results), "least_ms", one.config.cluster.overlap or 0.0, one.config.cluster.wave_ms
+        )
         for one in (twins[_same(found[0])], twin)
     )
     columns["links_speedup"] = float(theirs_ms.sum() / ours_ms.sum())
