@@ -14,13 +14,15 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 from pydantic import Field
+from torch import Tensor
 
-from hiermoe.dispatch.communicators import Communicators
+from hiermoe.dispatch.communicators import Communicator, Communicators
 from hiermoe.dispatch.interposer import synchronise
 from hiermoe.dispatch.plan import begin_exchange
+from hiermoe.dispatch.rows import RowCopies
 from hiermoe.dispatch.waves import Leg, in_waves
 from hiermoe.measure.measurement import Measurement
-from hiermoe.planner.fit import CHUNKS, TWO_STAGES, fit_exchanges
+from hiermoe.planner.fit import CHUNKS, COPIES, TWO_STAGES, fit_exchanges
 from hiermoe.planner.scheme import every_dimension
 from hiermoe.ranks.streams import RowStream
 from hiermoe.ranks.world import Device, Progress, World
@@ -31,7 +33,7 @@ from hiermoe.topology.peers import Peers
 # Ranks leave a barrier one after another; bytes of the first must not keep the last in it.
 _SETTLE_SECONDS = 0.03
 _MOST_TURNS = 4  # of all repeats
-_PARTS = (2, 4, 8, 16, 32)  # of the most bytes, for the stages in chunks
+_PARTS = (4, 8, 16, 32)  # of the most bytes, for the stages in chunks
 
 
 class Timing(NamedTuple):
@@ -40,7 +42,7 @@ class Timing(NamedTuple):
     Attributes:
         repeat: the round; negative: warm-up.
         exchanges: one after the other.
-        num_bytes: at a GPU in each.
+        num_bytes: at a GPU in the first.
         chunks: that pass them.
     """
 
@@ -58,6 +60,7 @@ class CalibrationJob(Strict):
         smallest_pair_bytes: that one rank sends another in the first AlltoAll; doubled from there on.
         largest_pair_bytes: in the last one.
         largest_bytes: that a rank receives in one AlltoAll, its own share included; ends the doubling too.
+        chunked_row_bytes: of a row that chunks are cut from; on emulated ranks as of narrowed models.
         warm_ups: rounds of the smallest size that do not count; they make connections.
         repeats: rounds that count.
     """
@@ -66,6 +69,7 @@ class CalibrationJob(Strict):
     smallest_pair_bytes: int = Field(ge=1)
     largest_pair_bytes: int = Field(ge=1)
     largest_bytes: int = Field(ge=1)
+    chunked_row_bytes: int = Field(ge=16, multiple_of=16)
     warm_ups: int = Field(ge=0)
     repeats: int = Field(ge=1)
 
@@ -78,12 +82,12 @@ class CalibrationJob(Strict):
         return sizes
 
     def bytes_in_chunks(self) -> list[int]:
-        """Bytes at a GPU of the stages of HD2 one after the other, ascending; none on a single level."""
+        """Bytes at a GPU in the first of HD2's stages, where both are timed; ascending, none on a single level."""
         if not set(TWO_STAGES) <= set(self.cluster.exchanges):
             return []
         sizes = [exchange.size(self.cluster.hierarchy) for exchange in TWO_STAGES]
         most = min(self.pair_bytes(x)[-1] * size for x, size in zip(TWO_STAGES, sizes, strict=True))
-        step = math.lcm(*sizes) * self.smallest_pair_bytes
+        step = math.lcm(*sizes) * self.chunked_row_bytes
         return sorted({max(most // part // step, 1) * step for part in _PARTS})
 
     def timings(self) -> Iterator[Timing]:
@@ -160,25 +164,25 @@ def calibrate(rank: int, job: CalibrationJob, timeout: timedelta, device: Device
     world = dist.group.WORLD
     assert world is not None
     communicators = Communicators(world, hierarchy, every_dimension(hierarchy), timeout)
-    longest = max(timing.num_bytes for timing in job.timings()) // job.smallest_pair_bytes
-    rows_RM = torch.zeros(longest, job.smallest_pair_bytes, dtype=torch.uint8, device=device)
-
-    def leg(exchange: Peers, num_rows: int) -> Leg:
-        communicator = communicators.of(exchange)
-        size = len(communicator.members)
-        splits = [num_rows // size] * size
-        return Leg(lambda x_RM, beside: begin_exchange(x_RM, splits, splits, communicator.group, beside))
-
+    largest = max(timing.num_bytes for timing in job.timings())
+    source = torch.zeros(largest, dtype=torch.uint8, device=device)
     with RowStream(folder, rank) as stream:
         for repeat, exchanges, num_bytes, chunks in job.timings():
-            num_rows = num_bytes // job.smallest_pair_bytes
-            legs = [leg(exchange, num_rows) for exchange in exchanges]
+            chosen = [communicators.of(exchange) for exchange in exchanges]
+            if len(chosen) == 1:
+                rows_RM, legs = source[:num_bytes].view(len(chosen[0].members), -1), [_bare_leg(chosen[0])]
+            else:
+                rows_RM = source[:num_bytes].view(torch.bfloat16).view(-1, job.chunked_row_bytes // 2)
+                legs = [
+                    _leg(communicator, rows_RM, copies)
+                    for communicator, copies in zip(chosen, (1, COPIES), strict=True)
+                ]
             dist.barrier()
-            synchronise(rows_RM.device)
+            synchronise(source.device)
             time.sleep(_SETTLE_SECONDS)
             started = time.perf_counter()
-            in_waves(rows_RM[:num_rows], legs, chunks)
-            synchronise(rows_RM.device)
+            in_waves(rows_RM, legs, chunks)
+            synchronise(source.device)
             elapsed_ms = (time.perf_counter() - started) * 1e3
             row = {
                 "phase": "calibration",
@@ -193,3 +197,19 @@ def calibrate(rank: int, job: CalibrationJob, timeout: timedelta, device: Device
                 "wire_ms": elapsed_ms,
             }
             stream.write([row] if repeat >= 0 else [])
+
+
+def _bare_leg(communicator: Communicator) -> Leg:
+    """The exchange alone, of a row for every member."""
+    splits = [1] * len(communicator.members)
+    return Leg(lambda x_RM, beside: begin_exchange(x_RM, splits, splits, communicator.group, beside))
+
+
+def _leg(communicator: Communicator, rows_RM: Tensor, copies: int) -> Leg:
+    """An exchange of rows, each copied so often before and its copies summed after, as a dispatcher does."""
+    num_rows, size = len(rows_RM), len(communicator.members)
+    splits = [copies * num_rows // size] * size
+    local = RowCopies.of(torch.arange(copies * num_rows, device=rows_RM.device) % num_rows, num_rows, all_used=True)
+    return Leg(
+        lambda x_RM, beside: begin_exchange(local.copy(x_RM), splits, splits, communicator.group, beside), local.sum
+    )

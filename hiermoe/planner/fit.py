@@ -11,8 +11,9 @@ from hiermoe.topology.peers import AlphaBeta, Peers
 
 # What the source of a constant begins with that was measured.
 CALIBRATED = "calibrated on"
-# The stages of HD2, timed in so many chunks as well.
+# The stages of HD2 are timed one after the other as well, in so many chunks.
 CHUNKS = (1, 2, 4, 8)
+COPIES = 2  # of a row of the first stage that the second one sends
 TWO_STAGES = (Peers("inter", 1), Peers("intra", 1))
 
 
@@ -107,7 +108,8 @@ def fit_chunks(records: pd.DataFrame, cluster: Cluster) -> ChunkFit | None:
     whole_ms, cut = by_chunks[[1]].to_numpy(float), by_chunks.drop(columns=1)
     chunks, fits = cut.columns.to_numpy(float), fit_exchanges(records, cluster)
     size_bytes = by_chunks.index.to_numpy(float)[:, None]
-    shorter_ms = np.minimum(*(fits[x].line(f"the timings of {x}").ms(size_bytes) for x in TWO_STAGES))
+    inter_ms, intra_ms = (fits[x].line(f"the timings of {x}").ms for x in TWO_STAGES)
+    shorter_ms = np.minimum(inter_ms(size_bytes), intra_ms(size_bytes * COPIES))
 
     from scipy.optimize import least_squares  # which takes a second, in which nothing else starts
 
