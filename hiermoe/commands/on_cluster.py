@@ -30,7 +30,13 @@ from hiermoe.topology.cluster import Cluster, Level
 from hiermoe.topology.peers import AlphaBeta
 
 # Bytes and rounds of a calibration, where conf/calibrate.yaml's are for slow links and two cores.
-_ON_GPUS = {"largest_pair_bytes": 2**25, "largest_bytes": 2**28, "chunked_row_bytes": 8192, "warm_ups": 5, "repeats": 20}
+_ON_GPUS = {
+    "largest_pair_bytes": 2**25,
+    "largest_bytes": 2**28,
+    "chunked_row_bytes": 8192,
+    "warm_ups": 5,
+    "repeats": 20,
+}
 _QUICK_ON_CPU = {"largest_pair_bytes": 2**18, "largest_bytes": 2**20, "repeats": 3}
 
 

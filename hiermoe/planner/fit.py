@@ -121,4 +121,4 @@ def fit_chunks(records: pd.DataFrame, cluster: Cluster) -> ChunkFit | None:
     first = (0.5, float(np.min(cut / (chunks + 1))))
     found = least_squares(errors, first, bounds=((0.0, 0.0), (1.0, np.inf)), x_scale=(1.0, max(first[1], 1e-9)))
     overlap, wave_ms = found.x.tolist()
-    return ChunkFit(overlap, wave_ms, float(np.sqrt(np.mean(found.fun**2))))
+    return ChunkFit(round(overlap, 6), wave_ms, float(np.sqrt(np.mean(found.fun**2))))

@@ -34,6 +34,7 @@ def test_calibration_finds_what_links_carry(
     calibrated, derived = Cluster.named("emulated_4x2_calibrated"), Cluster.named("emulated_4x2")
     assert calibrated.shaped_rates == derived.shaped_rates
     assert derived.overlap is None and calibrated.overlap is not None and 0 <= calibrated.overlap <= 1
+    assert derived.wave_ms is None and calibrated.wave_ms is not None and 0 <= calibrated.wave_ms < 1000
     for peers in (WORLD, Peers("inter", 1)):
         found, allowed = calibrated.constants(peers), derived.constants(peers)
         # What a link carries is a lower bound; how far above it a rank gets depends on how busy the cores are.
