@@ -68,7 +68,8 @@ def _scaled(
         changed = {"inter": inter.times(alpha, beta), "intra": intra.times(alpha, inner_beta)}
         levels[number - 1] = level.model_copy(update=changed)
     flat = cluster.constants(WORLD).times(alpha * world, outer_beta * world)
-    return cluster.model_copy(update={"world": flat, "levels": tuple(levels)})
+    wave_ms = None if cluster.wave_ms is None else cluster.wave_ms * alpha
+    return cluster.model_copy(update={"world": flat, "levels": tuple(levels), "wave_ms": wave_ms})
 
 
 def sensitivity(assessment: Assessment, base: Recommendation) -> pd.DataFrame:

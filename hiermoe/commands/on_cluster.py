@@ -222,7 +222,7 @@ def _calibrated(config: CalibrationConfig, store: RunStore, attempts: Attempts, 
     reason = attempts.reason_to_skip(config.run_id)
     if reason is not None:
         raise ValueError(f"calibration of {config.name} {reason}")
-    say(f"calibrating {config.name}: {num_steps(config)} AlltoAlls")
+    say(f"calibrating {config.name}: {num_steps(config)} timings")
     with attempts.of([config.run_id]):
         cluster = calibrate(config, store, world=crew)
     for exchange in cluster.exchanges:

@@ -95,6 +95,8 @@ class CalibrationJob(Strict):
         for warm_up in range(-self.warm_ups, 0):
             for exchange in self.cluster.exchanges:
                 yield self._timing(warm_up, exchange, self.smallest_pair_bytes)
+            for num_bytes in self.bytes_in_chunks()[:1]:
+                yield Timing(warm_up, TWO_STAGES, num_bytes, CHUNKS[-1])
         for repeat in range(self.repeats):
             for exchange in self.cluster.exchanges:
                 for pair_bytes in self.pair_bytes(exchange):
@@ -206,7 +208,10 @@ def _bare_leg(communicator: Communicator) -> Leg:
 
 
 def _leg(communicator: Communicator, rows_RM: Tensor, copies: int) -> Leg:
-    """An exchange of rows, each copied so often before and its copies summed after, as a dispatcher does."""
+    """An exchange of rows, each copied so often before and its copies summed after.
+
+    A dispatcher copies on the way out and sums on the way back: this is the local work of both.
+    """
     num_rows, size = len(rows_RM), len(communicator.members)
     splits = [copies * num_rows // size] * size
     local = RowCopies.of(torch.arange(copies * num_rows, device=rows_RM.device) % num_rows, num_rows, all_used=True)

@@ -73,6 +73,8 @@ def time_in_chunks(total: Any, longest: Any, chunks: Any, overlap: float, least:
         least: of all waves.
     """
     passed = total - (total - longest) * (overlap * (chunks - 1) / chunks)
+    if isinstance(least, float | int) and least == 0:
+        return passed
     return (passed**_SHARPNESS + least**_SHARPNESS) ** (1 / _SHARPNESS)
 
 

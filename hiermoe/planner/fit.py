@@ -118,7 +118,7 @@ def fit_chunks(records: pd.DataFrame, cluster: Cluster) -> ChunkFit | None:
         fitted = time_in_chunks(whole_ms, whole_ms - shorter_ms, chunks, constants[0], least_ms)
         return (fitted / cut.to_numpy(float) - 1).ravel()
 
-    first = (0.5, float(np.min(cut / (chunks + 1))))
+    first = (0.5, float(np.min(cut / least_of_waves(chunks, len(TWO_STAGES), 1.0))))
     found = least_squares(errors, first, bounds=((0.0, 0.0), (1.0, np.inf)), x_scale=(1.0, max(first[1], 1e-9)))
     overlap, wave_ms = found.x.tolist()
     return ChunkFit(round(overlap, 6), wave_ms, float(np.sqrt(np.mean(found.fun**2))))

@@ -35,7 +35,7 @@ MEANINGS: Mapping[str, str] = {
         "a level, "
         "whatever the system. step: the four together, and what the placement policy did after. start: "
         "what moved before the first iteration. planning: what a rank's policy does. train: a training "
-        "step of a rank. calibration: one AlltoAll of one size. run: a run without rows."
+        "step of a rank. calibration: one AlltoAll of one size, or HD2's two stages in chunks. run: a run without rows."
     ),
     "stage": (
         "Of the AlltoAll, e.g. 1:inter1; phase routing: the level's name; phase planning: measure, decide or "
@@ -52,7 +52,7 @@ MEANINGS: Mapping[str, str] = {
     "group_rows": "Rows of the busiest group, per GPU of it: what the paper's Q counts. Deduplicated stages only.",
     "bytes": (
         "Bytes, rows times bytes of a row in that AlltoAll; phase planning: what ranks sum; phase calibration: "
-        "n, at a rank, own share included."
+        "n, at a rank, own share included, of two stages in the first."
     ),
     "crossing_rows": "Rows that leave their GPU, all GPUs together.",
     "pairs": "Token-expert pairs of the step, N times K.",

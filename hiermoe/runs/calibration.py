@@ -30,6 +30,8 @@ from hiermoe.topology.peers import WORLD, AlphaBeta, Peers
 
 # Of a line that a reader may trust.
 GOOD_R2 = 0.98
+# Of times in chunks, root mean square of relative errors.
+GOOD_ERROR = 0.15
 
 
 class CalibrationConfig(CalibrationJob):
@@ -171,8 +173,8 @@ def write_cluster(config: CalibrationConfig, store: RunStore) -> Cluster:
         "world": constants(WORLD),
         "levels": (*levels, config.cluster.levels[-1]),
     }
-    if (chunked := fit_chunks(records, config.cluster)) is not None:
-        update |= {"overlap": chunked.overlap, "wave_ms": chunked.wave_ms}
+    chunked = fit_chunks(records, config.cluster)
+    update |= {name: None if chunked is None else getattr(chunked, name) for name in ("overlap", "wave_ms")}
     cluster = config.cluster.model_copy(update=update)
     if not config.ranks.on_this_host:
         cluster = with_measured_links(cluster)
@@ -229,6 +231,7 @@ def calibration_table(records: pd.DataFrame, title: str, cluster: Cluster) -> Ta
     if (chunked := fit_chunks(records, cluster)) is not None:
         table.caption += (
             f" Of two stages in chunks {chunked.overlap:.0%} of the shorter passes beside the longer, and a wave of "
-            f"chunks takes {chunked.wave_ms:.3g} ms at least (mean error {chunked.error:.0%})."
+            f"chunks takes {chunked.wave_ms:.3g} ms at least (error {chunked.error:.0%}"
+            + (")." if chunked.error <= GOOD_ERROR else " !: calibrate again).")
         )
     return table

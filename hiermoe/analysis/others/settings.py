@@ -92,7 +92,7 @@ def setting_of(row: Measurement, rule: RowRule, rules: MeasurementRules, system:
 
 @cache
 def _cluster(name: str, num_ranks: int, overlap: float) -> Cluster:
-    return scaled(Cluster.named(name), num_ranks).model_copy(update={"overlap": overlap})
+    return scaled(Cluster.named(name), num_ranks).model_copy(update={"overlap": overlap, "wave_ms": None})
 
 
 @cache

@@ -113,15 +113,15 @@ def _of_an_alltoall(stages: pd.DataFrame, column: str, overlap: float = 1.0, wav
     return time_in_chunks(total, longest, chunks, overlap, least_of_waves(chunks, per_iteration.size(), wave_ms))
 
 
-def _by_links(twin: Run, results: Results) -> pd.DataFrame:
+def _by_links(twin: Run, results: Results, alone: bool = False) -> pd.DataFrame:
     """Stages of one AlltoAll of the simulated twin, with ``least_ms``: alpha and the busiest shaped link.
 
     The cost model prices the busiest GPU instead, as if the GPUs of a node had a link each. Stages that cross no shaped
-    link keep its price.
+    link keep its price. With ``alone`` as if each chunk were sent alone, and so started up anew.
     """
     stages, cluster = results.rows(twin, "dispatch"), twin.config.cluster
     start_ms = stages["stage"].map(lambda stage: cluster.constants(cluster.exchange_of(str(stage))).alpha_ms)
-    start_ms *= stages["chunks"].map(cluster.starts)
+    start_ms *= stages["chunks"] if alone else stages["chunks"].map(cluster.starts)
     return stages.assign(least_ms=(start_ms + stages["link_ms"]).where(stages["link_ms"] > 0, stages["predicted_ms"]))
 
 
@@ -159,7 +159,7 @@ def _speedups(run: Run, twin: Run, results: Results) -> dict[str, float]:
 
 def _stages(run: Run, twin: Run, results: Results) -> dict[str, object]:
     """Every stage of a dispatch over alpha and its busiest link: its rows sent alone, and in the dispatcher."""
-    measured, by_links = results.rows(run, "dispatch"), _by_links(twin, results)
+    measured, by_links = results.rows(run, "dispatch"), _by_links(twin, results, alone=True)
     parts, shaped = [], []
     for stage, rows in by_links.groupby("stage", sort=True):
         own = measured[measured["stage"] == stage].groupby("iteration")[["alone_ms", "wire_ms"]].max()
