@@ -17,8 +17,6 @@ from hiermoe.records.status import NotApplicable
 from hiermoe.topology.cluster import Cluster
 from hiermoe.topology.peers import Amount
 
-# Of the bend where a time by bytes meets a least one; of two that are alike, a fifth more than either.
-_SHARPNESS = 4
 ALLTOALLS_PER_STEP = 4  # dispatch and combine, forward and backward (paper, Sec. I)
 
 
@@ -63,7 +61,7 @@ def time_in_chunks(total: Any, longest: Any, chunks: Any, overlap: float, least:
 
     The longest stage is never idle, and of every other one a C-th part is seen alone, before it or after it (fill and
     drain); of the rest as much passes beside the longest as stages overlap. Below what their waves take at least they
-    do not fall; between the two the way is smooth, since of many waves some are long by bytes and some by their start.
+    do not fall. The way from one to the other is a hypotenuse: of many waves, some are long by bytes, some by their start.
 
     Args:
         total: of all stages together: a number, or a tensor, array or column of them, as the others.
@@ -75,7 +73,7 @@ def time_in_chunks(total: Any, longest: Any, chunks: Any, overlap: float, least:
     passed = total - (total - longest) * (overlap * (chunks - 1) / chunks)
     if isinstance(least, float | int) and least == 0:
         return passed
-    return (passed**_SHARPNESS + least**_SHARPNESS) ** (1 / _SHARPNESS)
+    return (passed**2 + least**2) ** 0.5
 
 
 def least_of_waves(chunks: Any, stages: Any, wave_ms: float | None) -> Any:
