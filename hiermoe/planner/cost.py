@@ -61,7 +61,7 @@ def time_in_chunks(total: Any, longest: Any, chunks: Any, overlap: float, least:
 
     The longest stage is never idle, and of every other one a C-th part is seen alone, before it or after it (fill and
     drain); of the rest as much passes beside the longest as stages overlap. Below what their waves take at least they
-    do not fall. The way from one to the other is a hypotenuse: of many waves, some are long by bytes, some by their start.
+    do not fall; both meet as in a hypotenuse, since of many waves some are long by bytes and some by their start.
 
     Args:
         total: of all stages together: a number, or a tensor, array or column of them, as the others.
