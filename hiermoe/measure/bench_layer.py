@@ -122,7 +122,9 @@ def bench_layer(
             state_bytes = STATE_BYTES_PER_PARAMETER * sizes.expert_parameters
             states = [torch.zeros(state_bytes, dtype=torch.uint8) for _ in range(per_rank)]
             parameters = [[torch.nn.Parameter(state.to(job.device), requires_grad=False)] for state in states]
-            moving = [LayerPlacement(job.layer, dispatcher.dispatcher, policy, parameters, sizes.expert_parameters)]
+            moving = [
+                LayerPlacement(job.layer, dispatcher.dispatcher, policy, parameters, sizes.expert_parameters, meter)
+            ]
     metered = MeteredDispatcher(dispatcher, job.layer, meter)
     return BenchDispatcher(metered, sizes.num_experts, copied), ExpertPlacement(moving, groups.ep, start.iteration)
 

@@ -18,7 +18,7 @@ from hiermoe.dispatch.communicators import reduced
 from hiermoe.dispatch.dispatcher import Dispatcher
 from hiermoe.dispatch.expert_copies import CopiesOfExperts, ShardedExperts, send
 from hiermoe.measure.replay_job import FACTORS, ReplayJob
-from hiermoe.megatron.expert_placement import check_same
+from hiermoe.megatron.deciding import check_same
 from hiermoe.megatron.layer_placement import LayerPlacement
 from hiermoe.megatron.meter import Meter
 from hiermoe.policies.price_of_moving import STATE_BYTES_PER_PARAMETER, WEIGHT_BYTES_PER_PARAMETER, arrivals

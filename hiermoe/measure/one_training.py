@@ -64,7 +64,7 @@ class OneTraining:
             if self._good is not None:
                 whole = f"the last good checkpoint is {self._good}"
             raise Diverged(f"{error}; {whole}") from error
-        step_ms = (time.perf_counter() - started) * 1e3
+        step_ms = (time.perf_counter() - started) * 1e3 - placement.measuring_ms
         calls = self._meter.drain()
         updates = placement.step(self._trainer.optimizer)
         self.next_step += 1

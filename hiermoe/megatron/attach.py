@@ -95,7 +95,7 @@ def attach(
                 dispatcher.set_shared_experts(layer.shared_experts)
             policy = system.build_policy()
             if wanted is not None or not isinstance(policy, StaticPolicy):
-                placement = _place_experts(layer, dispatcher.dispatcher, policy)
+                placement = _place_experts(layer, dispatcher.dispatcher, policy, meter)
                 moving.append(placement)
         elif wanted is not None:
             raise ValueError(f"system {system.name} leaves experts where stock Megatron has them: no placements=")
@@ -252,9 +252,11 @@ def _read(path: Path, layers: list[MoELayer]) -> dict[int, Placement]:
     return found
 
 
-def _place_experts(layer: MoELayer, dispatcher: Dispatcher, policy: PlacementPolicy) -> LayerPlacement:
+def _place_experts(
+    layer: MoELayer, dispatcher: Dispatcher, policy: PlacementPolicy, meter: Meter | None
+) -> LayerPlacement:
     assert isinstance(layer.experts, torch.nn.Module)
     parameters = expert_parameters(layer.experts)
     name_experts_logically(layer, dispatcher)
     size = sum(parameter.numel() for parameter in parameters[0])
-    return LayerPlacement(layer_number_of(layer), dispatcher, policy, parameters, size)
+    return LayerPlacement(layer_number_of(layer), dispatcher, policy, parameters, size, meter)

@@ -15,24 +15,20 @@ pipeline each look after their own layers. Tensor (with sequence) and context pa
 has, and attention; experts stay whole (expert_tensor_parallel_size=1).
 """
 
-import hashlib
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer.optimizer import MegatronOptimizer
-from torch import Tensor
 
-from hiermoe.dispatch.communicators import reduced
+from hiermoe.megatron.deciding import decide, policy_states
 from hiermoe.megatron.expert_state import check_optimizer
 from hiermoe.megatron.layer_placement import LayerPlacement, LayerUpdate
 from hiermoe.megatron.migration import Travelling, bytes_on_the_way
 from hiermoe.megatron.pipeline_stage import is_stage, ranks_with_same_layers
-from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate, StaticPolicy
+from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate
 from hiermoe.topology.placement import Placement
 
 BACKGROUND_BYTES = 2**30  # at a rank, all layers: what arrives early, and buffers of what leaves; more moves at once
@@ -86,6 +82,11 @@ class ExpertPlacement:
         self._start_iteration(iteration)
 
     @property
+    def measuring_ms(self) -> float:
+        """Of the step that runs, all layers: what policies have measured in its forward passes."""
+        return sum(layer.measuring_ms for layer in self.layers)
+
+    @property
     def moves_travel(self) -> bool:
         """Whether experts are on their way; the same on every rank."""
         return bool(self._on_the_way)
@@ -93,8 +94,8 @@ class ExpertPlacement:
     def step(self, optimizer: MegatronOptimizer | None) -> list[LayerUpdate]:
         """Decide from what the step's routing measured, and move experts. Call it after the optimizer's step.
 
-        *Collective: every rank must call it.* Measurements of all layers are summed over all ranks at once; every rank
-        derives the same decisions, and a hash of them is compared.
+        *Collective: every rank must call it.* Measurements of all layers are summed over all ranks at once. Layers are
+        divided among ranks, and each hears what the others decided (:mod:`hiermoe.megatron.deciding`).
 
         Args:
             optimizer: whose state moves with the weights; None where there is none.
@@ -121,12 +122,16 @@ class ExpertPlacement:
         self.landing_ms = sum(update.migration_ms for update in done)
         started = time.perf_counter()
         landed = {update.layer for update in done}
-        deciding = [x for x in self.layers if x.number not in landed]
-        decides = any(not isinstance(x.policy, StaticPolicy) for x in deciding)
-        updates = self._decide(deciding) if decides else []
-        self.planning_ms = (time.perf_counter() - started) * 1e3 + sum(layer.measuring_ms for layer in self.layers)
+        deciding = {
+            place: layer
+            for place, layer in enumerate(self.layers)
+            if layer.number not in landed and layer.policy.decides_after(layer.iteration)
+        }
+        updates = decide(deciding, self._deciding_group()) if deciding else {}
+        self.planning_ms = (time.perf_counter() - started) * 1e3 + self.measuring_ms
         started = time.perf_counter()
-        for layer, update in updates:
+        for place, update in updates.items():
+            layer = self.layers[place]
             if self._travels(layer, update) and optimizer is not None:
                 self._send_off(layer, update, optimizer)
             else:
@@ -163,17 +168,18 @@ class ExpertPlacement:
     def state_dict(self) -> dict[str, Any]:
         """Placements and what policies remember, the same on every rank; belongs beside a checkpoint.
 
-        *Collective where there are stages of a pipeline: every rank must call it.*
+        *Collective: every rank must call it.*
         """
+        states = policy_states(self.layers, self._deciding_group)
         layers = [
             {
                 "layer": layer.number,
                 "slot_E": layer.dispatcher.placement.slot_E.clone(),
                 "policy": _kind(layer.policy),
-                "policy_state": layer.policy.state_dict(),
+                "policy_state": state,
                 "first_step": layer.first_step,
             }
-            for layer in self.layers
+            for layer, state in zip(self.layers, states, strict=True)
         ]
         if is_stage():
             group: Any = parallel_state.get_pipeline_model_parallel_group()
@@ -207,35 +213,13 @@ class ExpertPlacement:
                     layer.first_step = values.get("first_step", 0)  # earlier versions counted from the beginning
         self._start_iteration(state["iteration"])
 
+    def _deciding_group(self) -> dist.ProcessGroup:
+        return self._group or ranks_with_same_layers()
+
     def _start_iteration(self, iteration: int) -> None:
         self._iteration = iteration
         for layer in self.layers:
             layer.measured, layer.measuring_ms, layer.iteration = None, 0.0, iteration - layer.first_step
-
-    def _decide(self, layers: Sequence[LayerPlacement]) -> list[tuple[LayerPlacement, PlacementUpdate]]:
-        group = self._group or ranks_with_same_layers()
-        flat = {
-            index: torch.cat([layer.measured.reshape(-1), layer.votes().to(layer.measured.dtype)])
-            for index, layer in enumerate(layers)
-            if layer.measured is not None
-        }
-        sums: dict[int, Tensor] = {}
-        if flat:
-            summed = reduced(torch.cat(list(flat.values())), dist.ReduceOp.SUM, group)
-            sums = dict(zip(flat, summed.split([len(part) for part in flat.values()]), strict=True))
-        updates = []
-        for index, layer in enumerate(layers):
-            stats = votes = None
-            if layer.measured is not None:
-                stats, votes = sums[index].split([layer.measured.numel(), len(layer.dispatcher.context.schemes)])
-                stats = stats.view_as(layer.measured)
-            update = layer.policy.decide(stats, layer.dispatcher.placement, layer.context(votes))
-            if update is not None:
-                if update.placement.has_copies and not layer.keeps_copies:
-                    raise ValueError(f"layer {layer.number}: training moves experts, but sums no gradients of copies")
-                updates.append((layer, update))
-        check_same([(layer.number, update.placement.key.hex()) for layer, update in updates], group)
-        return updates
 
     def _travels(self, layer: LayerPlacement, update: PlacementUpdate) -> bool:
         """Whether an update's experts go in the background; the same on every rank."""
@@ -310,15 +294,3 @@ class ExpertPlacement:
 
 def _kind(policy: PlacementPolicy) -> str:
     return f"{type(policy).__module__}.{type(policy).__qualname__}"
-
-
-def check_same(decision: Any, group: dist.ProcessGroup) -> None:
-    """Compare a hash of a decision, in what JSON can say, over the ranks. *Collective.*
-
-    Raises:
-        RuntimeError: on every rank, if they differ.
-    """
-    number = int.from_bytes(hashlib.sha256(json.dumps(decision).encode()).digest()[:4], "big")
-    mine = torch.tensor([number, -number])
-    if not torch.equal(reduced(mine, dist.ReduceOp.MAX, group), mine):
-        raise RuntimeError("ranks decided on different placements: their routing statistics or versions differ")

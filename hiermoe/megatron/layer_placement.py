@@ -1,6 +1,7 @@
 """One layer's experts while a model trains: its policy, what its routing measured, and what was decided and done."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from hiermoe.dispatch.dispatcher import Dispatcher
+from hiermoe.megatron.meter import Meter
 from hiermoe.megatron.migration import migrate
 from hiermoe.model import RowBytes
 from hiermoe.policies.protocol import PlacementPolicy, StaticPolicy, StepContext
@@ -62,6 +64,7 @@ class LayerPlacement:
         policy: PlacementPolicy,
         parameters: list[list[torch.nn.Parameter]],
         expert_parameters: int,
+        meter: Meter | None = None,
     ) -> None:
         """Make the dispatcher report its routing.
 
@@ -71,9 +74,10 @@ class LayerPlacement:
             policy: of the layer.
             parameters: of every local expert, by slot; what moves.
             expert_parameters: of one expert, for the policy's estimate of what a move costs.
+            meter: times the dispatcher's calls; measuring is left out of them.
         """
         self.number, self.dispatcher, self.policy, self.parameters = number, dispatcher, policy, parameters
-        self.expert_parameters = expert_parameters
+        self.expert_parameters, self._meter = expert_parameters, meter
         self.measured: Tensor | None = None
         self.travels = False  # whether experts are on their way
         self.measuring_ms = 0.0
@@ -97,13 +101,14 @@ class LayerPlacement:
         """Measure one micro-batch; evaluation does not count."""
         if not self.dispatcher.is_training():
             return
-        started = time.perf_counter()
-        hierarchy = self.dispatcher.context.cluster.hierarchy
-        source_T = torch.full((len(ids_TK),), self.dispatcher.context.communicators.rank)
-        measured = self.policy.measure(ids_TK.cpu(), source_T, self.dispatcher.placement, hierarchy, self.iteration)
-        if measured is not None:
-            self.measured = measured if self.measured is None else self.measured + measured
-        self.measuring_ms += (time.perf_counter() - started) * 1e3
+        with nullcontext() if self._meter is None else self._meter.left_out(ids_TK.device):
+            started = time.perf_counter()
+            hierarchy = self.dispatcher.context.cluster.hierarchy
+            source_T = torch.full((len(ids_TK),), self.dispatcher.context.communicators.rank)
+            measured = self.policy.measure(ids_TK.cpu(), source_T, self.dispatcher.placement, hierarchy, self.iteration)
+            if measured is not None:
+                self.measured = measured if self.measured is None else self.measured + measured
+            self.measuring_ms += (time.perf_counter() - started) * 1e3
 
     def move(self, optimizer: MegatronOptimizer | None, new: Placement) -> int:
         """Bring every expert to its place in a new placement, as `migrate`. *Collective.*

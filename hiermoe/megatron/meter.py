@@ -1,7 +1,8 @@
 """Times dispatch and combine of any Megatron dispatcher, forward and backward, and says what they sent."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -91,6 +92,17 @@ class Meter:
         if self._align is not None:
             self._align()
         self._started = self._clock()
+
+    @contextmanager
+    def left_out(self, device: torch.device) -> Iterator[None]:
+        """What happens inside is no part of the call that runs, if one does."""
+        if self._started is None:
+            yield
+            return
+        synchronise(device)
+        left = self._clock()
+        yield
+        self._started += self._clock() - left
 
     def stop(self, layer: int, phase: str, plan: DispatchPlan | None, device: torch.device) -> None:
         """The call ends."""

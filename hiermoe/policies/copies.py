@@ -66,6 +66,10 @@ class PricedCopiesPolicy(HierDESPolicy):
         self._shares: dict[str, Tensor] = {}
         self._chosen: list[tuple[int, int]] = []  # slots to exchange, not made yet
 
+    def decides_after(self, iteration: int) -> bool:
+        """Always: what `rebalance` has counted is of one iteration."""
+        return True
+
     def decide(self, summed: Tensor | None, placement: Placement, context: StepContext) -> PlacementUpdate | None:
         """Of the swaps that were chosen on the tokens of the step before, those that pay on this one's; then choose."""
         load_E, self._load_E = self._load_E, None
@@ -146,6 +150,9 @@ class PricedCopiesPolicy(HierDESPolicy):
         """What is known of tokens' shares, swaps to be judged (int64 [n, 2], slots), tokens since the last decision."""
         chosen = torch.tensor(self._chosen, dtype=torch.int64).view(-1, 2)
         return {"chosen": chosen} | self._shares | ({} if self._load_E is None else {"load_E": self._load_E})
+
+    def shared_state(self) -> None:
+        """Every rank decides: `rebalance` needs all that is remembered."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from what :meth:`state_dict` returned.

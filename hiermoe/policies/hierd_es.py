@@ -55,10 +55,14 @@ class HierDESPolicy(PlacementPolicy):
         self, expert_ids_NK: Tensor, source_N: Tensor, placement: Placement, hierarchy: Hierarchy, iteration: int
     ) -> Tensor | None:
         """Swap statistics, in iterations that end with an update."""
-        if (iteration + 1) % self.interval:
+        if not self.decides_after(iteration):
             return None
         refuse_copies(self, placement)
         return measure_swaps(expert_ids_NK, placement, hierarchy)
+
+    def decides_after(self, iteration: int) -> bool:
+        """At the end of an interval."""
+        return (iteration + 1) % self.interval == 0
 
     def decide(self, summed: Tensor | None, placement: Placement, context: StepContext) -> PlacementUpdate | None:
         """The best swaps, as long as there are any and, gated, they pay."""
@@ -82,6 +86,10 @@ class HierDESPolicy(PlacementPolicy):
         if planned is placement:
             return None
         return PlacementUpdate(planned, ALLTOALLS_PER_STEP * (before_ms - now_ms))
+
+    def shared_state(self) -> dict[str, Tensor] | None:
+        """Nothing: one rank decides."""
+        return {}
 
     def _pays(self, gain_ms: float, old: Placement, new: Placement, context: StepContext) -> bool:
         """Whether a swap saves more over the horizon than its own migration takes.

@@ -95,7 +95,7 @@ class Start:
 
 
 class PlacementPolicy:
-    """One layer's policy. The same sums give the same decision on every rank. This one lets experts stay for ever.
+    """One layer's policy. The same sums give the same decision on any rank. This one lets experts stay for ever.
 
     Attributes:
         measures_alike: policies with equal ones measure the same in the same iteration, of the same tokens under the
@@ -123,6 +123,10 @@ class PlacementPolicy:
         """
         return None
 
+    def decides_after(self, iteration: int) -> bool:
+        """Whether an iteration is to be followed by `decide`, the same on every rank: else nothing is summed there."""
+        return True
+
     def decide(self, summed: Tensor | None, placement: Placement, context: StepContext) -> PlacementUpdate | None:
         """Decide on the placement of the next step from the summed measurements; None: stay."""
         return None
@@ -144,8 +148,19 @@ class PlacementPolicy:
         return None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the policy remembers from one iteration to the next, the same on every rank; for checkpoints."""
+        """What the policy remembers from one iteration to the next, the same wherever it decides; for checkpoints."""
         return {}
+
+    def shared_state(self) -> dict[str, Tensor] | None:
+        """What ranks need that measure while another decides for all: the part of the state that measuring depends on.
+
+        They are given it after decisions, by :meth:`load_state_dict`. A policy that returns something, be it an empty
+        dictionary, takes a layer's decisions on one rank, which spares all others their cost.
+
+        Returns:
+            The part; None: every rank decides for itself, since `rebalance` or more of the state is needed there.
+        """
+        return None
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from what :meth:`state_dict` returned.
@@ -159,6 +174,10 @@ class PlacementPolicy:
 
 class StaticPolicy(PlacementPolicy):
     """Experts stay where they are."""
+
+    def decides_after(self, iteration: int) -> bool:
+        """Never."""
+        return False
 
 
 def refuse_copies(policy: PlacementPolicy, placement: Placement) -> None:

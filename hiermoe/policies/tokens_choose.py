@@ -34,6 +34,10 @@ class TokensChooseCopies(PlacementPolicy):
         """What the policy measures."""
         return self.policy.measure(expert_ids_NK, source_N, _as_planned(placement), hierarchy, iteration)
 
+    def decides_after(self, iteration: int) -> bool:
+        """When the policy does."""
+        return self.policy.decides_after(iteration)
+
     def decide(self, summed: Tensor | None, placement: Placement, context: StepContext) -> PlacementUpdate | None:
         """What the policy decides."""
         update = self.policy.decide(summed, _as_planned(placement), context)

@@ -97,11 +97,12 @@ MEANINGS: Mapping[str, str] = {
     "num_wrong": "Elements of the result that differ from the known answer.",
     "peak_memory_bytes": "Largest memory of the process (CPU) or its allocations (CUDA) during the iteration.",
     "loss": "Of the training step, on the rank's tokens.",
-    "train_step_ms": "ms of forward, backward and optimizer, measured.",
+    "train_step_ms": "ms of forward, backward and optimizer, measured; without what policies measured meanwhile.",
     "alltoall_forward_ms": "Of it, ms in dispatch and combine, forward.",
     "alltoall_backward_ms": "Of it, ms in dispatch and combine, backward.",
     "planning_ms": (
-        "ms in which the placement policy measured, summed and decided, beside the step; phase planning: a part of it."
+        "ms in which the placement policy measured, summed and decided, waiting for other ranks included; phase "
+        "planning: a part of it."
     ),
     "migration_ms": "ms in which experts moved after the step, or began to, measured.",
     "copies_ms": "ms in which weights, or summed gradients, went to copies of experts, measured.",

@@ -190,6 +190,7 @@ def test_other_assumptions_price_what_a_new_assessment_would(case: Case, assessm
 @pytest.mark.parametrize("name", ["a6000_1x8", "cloud_eth100"])  # published constants, and derived ones
 def test_assumptions_change_what_they_say(name: str) -> None:
     cluster = scaled(Cluster.named(name), 8 if name == "a6000_1x8" else 32)
+    cluster = cluster.model_copy(update={"wave_ms": 3.0})
     given, slow, fast, inside, start, flat, fewer = assumptions(cluster, 64)
     world, inter1, intra1, inter2, intra2 = cluster.exchanges
 
@@ -200,6 +201,8 @@ def test_assumptions_change_what_they_say(name: str) -> None:
     assert [ratio(fast, p) for p in (world, inter1, intra1)] == pytest.approx([0.5, 0.5, 1])
     assert [ratio(inside, p) for p in (world, inter1, intra1, inter2, intra2)] == pytest.approx([1, 1, 2, 2, 2])
     assert [ratio(start, p, "alpha_ms") for p in (world, inter1, intra2)] == pytest.approx([2, 2, 2])
+    waves = [one.cluster.wave_ms for one in (given, slow, fast, inside, start, flat)]
+    assert waves == [3.0, 3.0, 3.0, 3.0, 6.0, 3.0]
     assert [ratio(flat, p) for p in (world, inter1)] == pytest.approx([0.8, 1])
     assert fewer.share_of_bytes == 1 / 8 and fewer.words == "8 tokens a GPU, not 64"
 

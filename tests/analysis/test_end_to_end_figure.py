@@ -63,7 +63,11 @@ def entry(config: Config) -> IndexedRun:
 
 
 def rows(system: str) -> pd.DataFrame:
-    """Two ranks; the second is always the busiest, and the steps before the counted ones take ten times as long."""
+    """Two ranks; the second is always the busiest, and the steps before the counted ones take ten times as long.
+
+    The first one waits for it when both plan.
+    """
+    waits_ms = 40 + ALLTOALL_MS[system]
     keys = {
         "run_id": f"{system}-run", "source": "emulated", "system": system, "model": "qwen3_30b_a3b_narrow",
         "cluster": "emulated_4x8_calibrated", "routing": "trained", "seed": 1, "num_experts": 128, "topk": 8,
@@ -79,7 +83,7 @@ def rows(system: str) -> pd.DataFrame:
                     "loss": 9.0 - step, "train_step_ms": scale * (40 + ALLTOALL_MS[system]),
                     "alltoall_forward_ms": scale * ALLTOALL_MS[system] / 2,
                     "alltoall_backward_ms": scale * ALLTOALL_MS[system] / 2,
-                    "planning_ms": 2.0 if system == "hiermoe" else 0.0,
+                    "planning_ms": 2.0 + (1 - factor) * waits_ms if system == "hiermoe" else 0.0,
                     "migration_ms": 8.0 if system == "hiermoe" else 0.0,
                 }
             )  # fmt: skip
@@ -101,6 +105,7 @@ def test_a_step_is_what_the_busiest_rank_takes_with_all_that_follows_it(table: p
     stock, hiermoe = table.to_dict("records")
     assert (stock["step_ms"], hiermoe["step_ms"]) == (100.0, 70.0)
     assert (hiermoe["alltoall_ms"], hiermoe["compute_ms"]) == (20.0, 40.0)
+    assert (hiermoe["planning_ms"], hiermoe["migration_ms"]) == (2.0, 8.0)
     assert (stock["alltoall_share"], stock["n"]) == (0.6, STEPS // 2)
 
 

@@ -1,5 +1,6 @@
 """Calls of all layers are timed and counted in order, forward and backward, and only while the meter is active."""
 
+import time
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ cpu.expect_fallbacks()
 
 from hiermoe.megatron.attach import attach, detach, moe_layers  # noqa: E402
 from hiermoe.megatron.meter import Call, Meter, MeteredDispatcher  # noqa: E402
+from hiermoe.policies.protocol import PlacementPolicy  # noqa: E402
+from hiermoe.policies.system import SystemConfig  # noqa: E402
 from hiermoe.ranks.launch import run_ranks  # noqa: E402
 from tests.dispatch import models  # noqa: E402
 from tests.dispatch.worlds import DEADLINE, TIMEOUT, World, start_megatron  # noqa: E402
@@ -19,6 +22,8 @@ from tests.dispatch.worlds import DEADLINE, TIMEOUT, World, start_megatron  # no
 WORLD = World((2, 4))
 SYSTEMS = ("hd2", "h2", "tutel_2dh_padded", "megatron", "megatron_reordered")
 FORWARD, BACKWARD = ["dispatch", "combine"], ["combine_backward", "dispatch_backward"]
+CPU = torch.device("cpu")
+SLEEP_MS = 5000.0
 Seen = dict[Any, Any]
 
 
@@ -161,6 +166,42 @@ def test_times_are_those_of_the_clock_that_was_given() -> None:
     meter.start("dispatch", torch.device("cpu"))
     meter.stop(1, "dispatch", None, torch.device("cpu"))
     assert meter.drain()[0].total_ms == 250.0
+
+
+def test_what_is_left_out_is_no_part_of_a_call() -> None:
+    ticks = iter([1.0, 2.0, 7.0, 9.0])
+    meter = Meter(clock=lambda: next(ticks))
+    with meter.left_out(CPU):  # nothing runs, and no tick is taken
+        pass
+    meter.start("dispatch", CPU)
+    with meter.left_out(CPU):
+        pass
+    meter.stop(1, "dispatch", None, CPU)
+    assert meter.drain()[0].total_ms == 3000.0
+
+
+class Slow(PlacementPolicy):
+    """It measures for longer than a dispatch takes."""
+
+    def measure(self, *of: Any, **named: Any) -> torch.Tensor:
+        time.sleep(SLEEP_MS / 1e3)
+        return torch.zeros(1)
+
+
+def measure_slowly(rank: int) -> list[Seen]:
+    start_megatron(WORLD.num_ranks)
+    gpt = models.build(models.cut_down("qwen3_30b_a3b", moe_layers=1), WORLD.num_ranks)
+    slow = {"policy": {"_target_": f"{__name__}.Slow"}}
+    with Meter() as meter:
+        placement = attach(gpt, SystemConfig.named("hd2").model_copy(update=slow), WORLD.cluster, meter=meter)
+        models.step(gpt, rank)
+        return [{"measuring_ms": placement.measuring_ms, "dispatch_ms": meter.drain()[0].total_ms}]
+
+
+@pytest.mark.slow
+def test_what_a_policy_measures_is_no_part_of_the_dispatch() -> None:
+    for (seen,) in run_ranks(measure_slowly, WORLD.num_ranks, (), TIMEOUT, deadline=DEADLINE, hosts=WORLD.hosts):
+        assert seen["measuring_ms"] >= SLEEP_MS > seen["dispatch_ms"]
 
 
 class Ticking(torch.autograd.Function):

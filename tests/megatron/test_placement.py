@@ -155,7 +155,8 @@ def _disagreement(config: TrainingConfig, corpus: Corpus, seen: Seen) -> None:
 def _collectives(config: TrainingConfig, corpus: Corpus, seen: Seen) -> None:
     from hiermoe.dispatch.interposer import Interposer
 
-    for name, one in (("watched", system("Watch")), ("static", STATIC), ("shuffled", SHUFFLED)):
+    rarely = system("hiermoe.policies.hierd_es.HierDESPolicy", interval=2)
+    for name, one in (("watched", system("Watch")), ("static", STATIC), ("shuffled", SHUFFLED), ("rarely", rarely)):
         run = Run(config, corpus, one)
         run.trainer.step(run.trainer.batch(corpus, 0))
         with Interposer() as interposer:
@@ -243,7 +244,7 @@ def test_a_rank_that_decides_otherwise_stops_every_rank_before_anything_moves(se
 def test_a_decision_takes_one_sum_of_all_layers_and_one_comparison(seen: list[Seen]) -> None:
     for rank in seen:
         assert rank["operations", "watched"] == ["all_reduce", "all_reduce"]
-        assert rank["operations", "static"] == []
+        assert rank["operations", "static"] == rank["operations", "rarely"] == []
         assert rank["operations", "shuffled"][:2] == ["all_reduce", "all_reduce"]
         assert set(rank["operations", "shuffled"][2:]) <= {"send", "receive"}
 
@@ -339,9 +340,12 @@ def test_a_policy_that_makes_copies_is_refused_before_anything_is_exchanged() ->
         keeps_copies=False,
         measured=None,
         measuring_ms=0.0,
+        iteration=0,
         first_step=0,
         dispatcher=SimpleNamespace(placement=Placement.identity(2)),
-        policy=SimpleNamespace(decide=lambda *_: PlacementUpdate(copies, None)),
+        policy=SimpleNamespace(
+            decide=lambda *_: PlacementUpdate(copies, None), shared_state=lambda: None, decides_after=lambda _: True
+        ),
         context=lambda votes: None,
     )
     nobody: Any = object()

@@ -14,7 +14,7 @@ from hiermoe.planner.fit import COPIES, fit_alpha_beta, fit_chunks, fit_exchange
 from hiermoe.planner.scheme import hierarchical
 from hiermoe.ranks.world import Device, Source
 from hiermoe.records.store import RunStore
-from hiermoe.runs.calibration import CalibrationConfig, write_cluster
+from hiermoe.runs.calibration import CalibrationConfig, calibration_table, write_cluster
 from hiermoe.runs.compose import compose
 from hiermoe.runs.execute import execute
 from hiermoe.topology.cluster import Cluster
@@ -92,6 +92,18 @@ def test_chunks_tell_overlap_and_the_least_of_a_wave(overlap: float, wave_ms: fl
         assert found.wave_ms < 5  # of times from 90 ms on, in at most nine waves
     assert found.error < 1e-3
     assert fit_chunks(records[records["chunks"] == 1], config.cluster) is None
+
+
+@pytest.mark.parametrize(("noise", "marked"), [(1.05, False), (1.5, True)])
+def test_chunks_that_no_overlap_explains_are_marked(noise: float, marked: bool) -> None:
+    config = configured("cluster=emulated_4x8")
+    records = rows_of(config, 3.0, 2e-4, 1.0, 12.0)
+    sizes = {size: number for number, size in enumerate(sorted(records["bytes"].unique()))}
+    odd = (records["chunks"] > 1) & (records["bytes"].map(sizes) % 2 == 1)
+    records["wire_ms"] *= odd.map({True: noise, False: 1 / noise}).where(records["chunks"] > 1, 1.0)
+    caption = str(calibration_table(records, "", config.cluster).caption)
+    assert "Of two stages in chunks" in caption
+    assert ("!: calibrate again)." in caption) == marked
 
 
 def test_a_single_level_has_no_stages_to_overlap() -> None:

@@ -24,8 +24,8 @@ class SearchPolicy(PlacementPolicy):
     With neither ``interval`` nor ``max_moved`` it is the offline search: one search, one migration. With both it
     follows the routing online, a few experts a step.
 
-    Every rank sums the same sketches and searches with the same number of steps and seed, so all find the same; the
-    time that takes is each rank's own. It is not limited, since clocks differ between ranks.
+    It searches a number of steps with a seed, not for a time: the same sketches lead to the same placement, whoever
+    searches.
     """
 
     def __init__(
@@ -69,10 +69,15 @@ class SearchPolicy(PlacementPolicy):
         self, expert_ids_NK: Tensor, source_N: Tensor, placement: Placement, hierarchy: Hierarchy, iteration: int
     ) -> Tensor | None:
         """A sketch of the expert sets, in iterations that a search will see."""
-        if iteration < self.first_search - self.window or (self.interval is None and iteration >= self.first_search):
+        if not self._sees(iteration):
             return None
         refuse_copies(self, placement)  # a sketch merges equal sets of all sources, which may use different copies
         return self._sketch.measure(expert_ids_NK)
+
+    def decides_after(self, iteration: int) -> bool:
+        """From the first iteration that a search sees to the last; where moves are bounded, ever after."""
+        bounded = self.max_moved is not None and iteration >= self.first_search
+        return bounded or self._sees(iteration)
 
     def decide(self, summed: Tensor | None, placement: Placement, context: StepContext) -> PlacementUpdate | None:
         """Search if it is time, and move towards the latest target."""
@@ -95,6 +100,12 @@ class SearchPolicy(PlacementPolicy):
         if self.interval is None and self._target is None:
             self._remembered = []
         return update
+
+    def _sees(self, iteration: int) -> bool:
+        """Whether a search will see an iteration."""
+        return iteration >= self.first_search - self.window and (
+            self.interval is not None or iteration < self.first_search
+        )
 
     def _towards_target(self, sets: TokenSets, objective: Objective, placement: Placement) -> PlacementUpdate | None:
         """The next part of the way."""
@@ -125,6 +136,10 @@ class SearchPolicy(PlacementPolicy):
             sets = TokenSets.joined(self._remembered)
             state |= {name: getattr(sets, name) for name in _TENSORS} | {"num_experts": torch.tensor(sets.num_experts)}
         return state
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """The sketch's size: one rank decides, and it alone remembers sets."""
+        return {"zero_bits": torch.tensor(self._sketch.zero_bits)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from what :meth:`state_dict` returned.

@@ -76,17 +76,21 @@ def _sizes(config: Any) -> str:
 
 
 def _steps(counted: pd.DataFrame) -> pd.DataFrame:
-    """Busiest rank of each counted step: what happens after the optimizer's step belongs to it.
+    """What the last rank to end takes in each counted step: what happens after the optimizer's step belongs to it.
 
-    Migration is what is seen of it: after the step, and within it where experts that travelled beside it land.
+    Planning and migration are what they add: by how much later the last rank ends than without them. A rank that waits
+    there for one whose step took longer waits in no step of its own. Migration is seen after the step, and within it
+    where experts that travelled beside it land.
     """
     alltoall_ms = counted["alltoall_forward_ms"] + counted["alltoall_backward_ms"]
-    busiest = counted.assign(alltoall_ms=alltoall_ms).groupby("iteration").max(numeric_only=True)
-    busiest["step_ms"] = busiest["train_step_ms"] + busiest["planning_ms"] + busiest["migration_ms"]
-    landing_ms = busiest["landing_ms"].fillna(0.0) if "landing_ms" in busiest else 0.0
-    busiest["compute_ms"] = busiest["train_step_ms"] - busiest["alltoall_ms"] - landing_ms
-    busiest["migration_ms"] += landing_ms
-    return busiest
+    planned_ms = counted["train_step_ms"] + counted["planning_ms"]
+    ended = {"alltoall_ms": alltoall_ms, "planned_ms": planned_ms, "step_ms": planned_ms + counted["migration_ms"]}
+    last = counted.assign(**ended).groupby("iteration").max(numeric_only=True)
+    landing_ms = last["landing_ms"].fillna(0.0) if "landing_ms" in last else 0.0
+    last["compute_ms"] = last["train_step_ms"] - last["alltoall_ms"] - landing_ms
+    last["planning_ms"] = last["planned_ms"] - last["train_step_ms"]
+    last["migration_ms"] = last["step_ms"] - last["planned_ms"] + landing_ms
+    return last
 
 
 def _share(steps: pd.DataFrame) -> float:
