@@ -70,6 +70,10 @@ class EPLBPolicy(PlacementPolicy):
         """The tokens of every expert since the last update: int64 [E]; nothing right after one."""
         return {} if self._sum_E is None else {"sum_E": self._sum_E}
 
+    def shared_state(self) -> dict[str, Tensor]:
+        """Nothing: one rank decides."""
+        return {}
+
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from what :meth:`state_dict` returned.
 

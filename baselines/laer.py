@@ -98,6 +98,10 @@ class LAERPolicy(PlacementPolicy):
         """The counts of the last iterations: int64 [n, G, E]; nothing before the first."""
         return {"last": torch.stack(self._last)} if self._last else {}
 
+    def shared_state(self) -> dict[str, Tensor]:
+        """Nothing: one rank decides."""
+        return {}
+
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from what :meth:`state_dict` returned.
 

@@ -163,6 +163,10 @@ class PlaceMoEPolicy(PlacementPolicy):
             state["numbers"] = torch.tensor(routes.num_experts)
         return state
 
+    def shared_state(self) -> dict[str, Tensor]:
+        """The sketch's size: one rank decides, and it alone remembers routes."""
+        return {"zero_bits": torch.tensor(self._sketch.zero_bits)}
+
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from what :meth:`state_dict` returned.
 

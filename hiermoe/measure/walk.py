@@ -65,7 +65,9 @@ def walk(workload: Workload, policy: PlacementPolicy) -> Iterator[Visit]:
         slowest, chosen, most_used = _slowest_group(workload, routing_iteration, acting)
         counts = workload.routing.counts(routing_iteration, acting[slowest], workload.cluster.hierarchy, slowest)
         context = replace(context, scheme=most_used)
-        update = policy.decide(_measured(policy, workload, iteration, placement), placement, context)
+        update = None
+        if policy.decides_after(iteration):
+            update = policy.decide(_measured(policy, workload, iteration, placement), placement, context)
         yield Visit(iteration, acting[slowest], placement, counts, chosen, context, update)
         placement = placement if update is None else update.placement
 

@@ -8,6 +8,7 @@ whose decisions there are to hear, and whether ranks that decided on the same la
 
 import hashlib
 import json
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,8 +19,30 @@ from torch import Tensor
 from hiermoe.dispatch.communicators import reduced
 from hiermoe.megatron.layer_placement import LayerPlacement
 from hiermoe.policies.protocol import PlacementUpdate
+from hiermoe.records.status import NotApplicable
 
 T = TypeVar("T")
+
+
+class _Failed(NamedTuple):
+    """The one rank that was to decide on a layer could not."""
+
+    kind: type[Exception]
+    words: str
+    where: str
+
+    @classmethod
+    def of(cls, error: Exception, layer: LayerPlacement) -> "_Failed":
+        # What callers tell apart: a combination without meaning, bad input, and everything else.
+        kind = next((kind for kind in (NotApplicable, ValueError) if isinstance(error, kind)), RuntimeError)
+        named = "" if kind is not RuntimeError else f"{type(error).__name__}: "
+        rank = dist.get_rank()
+        return cls(kind, f"layer {layer.number}, decided on by rank {rank}: {named}{error}", traceback.format_exc())
+
+    def error(self) -> Exception:
+        error = self.kind(self.words)
+        error.add_note(self.where)
+        return error
 
 
 class _Said(NamedTuple):
@@ -40,13 +63,13 @@ def decide(layers: Mapping[int, LayerPlacement], group: dist.ProcessGroup) -> di
         The updates, of layers that had one, by place; the same on every rank.
 
     Raises:
-        ValueError: a policy that makes copies where layers keep none.
-        RuntimeError: on every rank: ranks decided differently, or the rank that decides on a layer failed.
+        ValueError: on every rank, as all others here: a policy makes copies where layers keep none, or refuses.
+        NotApplicable: a policy cannot decide.
+        RuntimeError: ranks decided differently, or the rank that decides on a layer failed in another way.
     """
     sums = _summed(layers, group)
     updates: dict[int, PlacementUpdate] = {}
-    said: dict[int, _Said | str] = {}
-    failure: Exception | None = None
+    said: dict[int, _Said | _Failed] = {}
     for place, layer in layers.items():
         before = layer.policy.shared_state()
         if before is None:
@@ -57,8 +80,7 @@ def decide(layers: Mapping[int, LayerPlacement], group: dist.ProcessGroup) -> di
             try:
                 update = _decided(layer, sums.get(place))
             except Exception as error:  # the others wait to hear of it
-                failure = error
-                said[place] = f"layer {layer.number} for all, and failed: {type(error).__name__}: {error}"
+                said[place] = _Failed.of(error, layer)
                 continue
             after = layer.policy.shared_state()
             assert after is not None
@@ -68,10 +90,10 @@ def decide(layers: Mapping[int, LayerPlacement], group: dist.ProcessGroup) -> di
     spoken = check_same(alike, group, [int(place in said) for place in layers])
     speakers = {_decider(place, group) for place, one in zip(layers, spoken, strict=True) if one}
     heard = {rank: _broadcast(said, rank, group) for rank in sorted(speakers)}
-    for rank, words in heard.items():
+    for words in heard.values():
         for place, one in words.items():
-            if isinstance(one, str):
-                raise RuntimeError(f"rank {rank} decides on {one}") from failure
+            if isinstance(one, _Failed):
+                raise one.error()
             if place not in said:
                 layers[place].policy.load_state_dict(one.shared_state)
             if one.update is not None:

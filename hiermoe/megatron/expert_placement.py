@@ -109,7 +109,8 @@ class ExpertPlacement:
 
         Raises:
             ValueError: an optimizer that keeps state elsewhere, or a policy that makes copies where layers keep none.
-            RuntimeError: ranks decided differently, a rank died while experts moved, or experts are still on their way.
+            RuntimeError: ranks decided differently or one of them failed to, a rank died while experts moved, or
+                experts are still on their way.
         """
         if optimizer is not None and self.layers:
             check_optimizer(optimizer)

@@ -99,7 +99,7 @@ class LayerPlacement:
 
     def observe(self, ids_TK: Tensor) -> None:
         """Measure one micro-batch; evaluation does not count."""
-        if not self.dispatcher.is_training():
+        if not self.dispatcher.is_training() or not self.policy.decides_after(self.iteration):
             return
         with nullcontext() if self._meter is None else self._meter.left_out(ids_TK.device):
             started = time.perf_counter()

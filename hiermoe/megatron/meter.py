@@ -23,7 +23,7 @@ class Call:
     Attributes:
         layer: Megatron's layer number.
         phase: ``dispatch``, ``combine``, ``combine_backward`` or ``dispatch_backward``.
-        total_ms: all of the call, local work included.
+        total_ms: all of the call, local work included; without what a policy measured meanwhile.
         transfers: what was sent in it.
         plan: what it followed; None where the dispatcher has none (a stock class).
     """
@@ -95,13 +95,18 @@ class Meter:
 
     @contextmanager
     def left_out(self, device: torch.device) -> Iterator[None]:
-        """What happens inside is no part of the call that runs, if one does."""
+        """What happens inside is no part of the call that runs, if one does.
+
+        Ranks meet after it if they meet before calls; else waiting for one that takes longer is a part of the call.
+        """
         if self._started is None:
             yield
             return
         synchronise(device)
         left = self._clock()
         yield
+        if self._align is not None:
+            self._align()
         self._started += self._clock() - left
 
     def stop(self, layer: int, phase: str, plan: DispatchPlan | None, device: torch.device) -> None:

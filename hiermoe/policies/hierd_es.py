@@ -55,7 +55,7 @@ class HierDESPolicy(PlacementPolicy):
         self, expert_ids_NK: Tensor, source_N: Tensor, placement: Placement, hierarchy: Hierarchy, iteration: int
     ) -> Tensor | None:
         """Swap statistics, in iterations that end with an update."""
-        if not self.decides_after(iteration):
+        if (iteration + 1) % self.interval:
             return None
         refuse_copies(self, placement)
         return measure_swaps(expert_ids_NK, placement, hierarchy)

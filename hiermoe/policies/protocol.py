@@ -124,7 +124,10 @@ class PlacementPolicy:
         return None
 
     def decides_after(self, iteration: int) -> bool:
-        """Whether an iteration is to be followed by `decide`, the same on every rank: else nothing is summed there."""
+        """Whether an iteration is to be followed by `decide`, the same on every rank.
+
+        After one that is not, nothing is summed: what was measured in it is lost.
+        """
         return True
 
     def decide(self, summed: Tensor | None, placement: Placement, context: StepContext) -> PlacementUpdate | None:
@@ -154,11 +157,13 @@ class PlacementPolicy:
     def shared_state(self) -> dict[str, Tensor] | None:
         """What ranks need that measure while another decides for all: the part of the state that measuring depends on.
 
-        They are given it after decisions, by :meth:`load_state_dict`. A policy that returns something, be it an empty
-        dictionary, takes a layer's decisions on one rank, which spares all others their cost.
+        They are given it after decisions that change it, by :meth:`load_state_dict`. A policy that returns something,
+        be it an empty dictionary, takes a layer's decisions on one rank, which spares all others their cost. One that
+        inherits from such a policy and measures with more state, or has `rebalance`, must say so here.
 
         Returns:
-            The part; None: every rank decides for itself, since `rebalance` or more of the state is needed there.
+            The part, in tensors of its own; None: every rank decides for itself, since `rebalance` or more of the
+            state is needed there.
         """
         return None
 

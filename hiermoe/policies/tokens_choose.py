@@ -52,6 +52,10 @@ class TokensChooseCopies(PlacementPolicy):
         """The policy's."""
         return self.policy.state_dict()
 
+    def shared_state(self) -> dict[str, Tensor] | None:
+        """The policy's."""
+        return self.policy.shared_state()
+
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Hand it to the policy.
 

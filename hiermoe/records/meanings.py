@@ -89,7 +89,10 @@ MEANINGS: Mapping[str, str] = {
     "modelled_gain_ms": "ms a step that the policy expected the moves to save.",
     "recounted_gain_ms": "ms a step that a recount of the same tokens finds; several swaps at once only.",
     "realised_gain_ms": "ms that the next step saved: its exact traffic at the old placement less that at the new.",
-    "dispatch_ms": "ms of the whole call, measured; phase step: of the four calls.",
+    "dispatch_ms": (
+        "ms of the whole call, measured, without what a placement policy measured meanwhile; phase step: of the four "
+        "calls."
+    ),
     "wire_ms": "Of it, ms in collectives, exchange of counts and metadata included, measured.",
     "alone_ms": "ms of the stage's rows sent once more, all ranks ready before, measured.",
     "local_ms": "Of dispatch_ms, everything but collectives, measured.",

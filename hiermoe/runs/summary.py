@@ -5,6 +5,7 @@ from rich import box
 from rich.table import Table
 
 from hiermoe.records.schema import CALLS, COPIES
+from hiermoe.records.step_ends import step_ends
 
 
 def summary(records: pd.DataFrame, title: str) -> Table:
@@ -29,10 +30,10 @@ def train_summary(records: pd.DataFrame, title: str) -> Table:
     table.add_row("of them on the wire", f"{median['wire_ms']:.1f} ms")
     table.add_row("their share of the step, mean", f"{(alltoall / counted['train_step_ms']).mean():.1%}")
     if records["moved_experts"].any():
-        after = counted.groupby("iteration")[["planning_ms", "migration_ms"]].max().median()
+        added = step_ends(counted).mean()
         moved = records.loc[records["rank"] == 0, "moved_experts"].sum()
-        table.add_row("planning, after the step", f"{after['planning_ms']:.1f} ms")
-        table.add_row("moving experts, after the step", f"{after['migration_ms']:.1f} ms, {moved:.0f} moved in all")
+        table.add_row("planning adds, mean", f"{added['planning_ms']:.1f} ms")
+        table.add_row("moving experts adds, mean", f"{added['migration_ms']:.1f} ms, {moved:.0f} moved in all")
     table.caption = (
         f"Busiest of {records['num_ranks'].iloc[0]} ranks, median of {counted['iteration'].nunique()} steps, "
         "waiting for other ranks included."

@@ -37,6 +37,9 @@ class Shuffle(PlacementPolicy):
         generator = torch.Generator().manual_seed(context.iteration)
         return PlacementUpdate(Placement.of_slots(torch.randperm(placement.num_experts, generator=generator)), None)
 
+    def shared_state(self) -> dict[str, Tensor] | None:
+        return {}  # one rank decides on a layer
+
 
 class Swap(Shuffle):
     """The expert with most tokens changes places with one of another rank after every step."""
@@ -61,6 +64,9 @@ class Watch(Shuffle):
         assert summed is not None
         self.seen.append(summed)
         return None
+
+    def shared_state(self) -> None:
+        """Every rank decides, to see."""
 
 
 def system(policy: str | None = None, schemes: str = "hd2", **arguments: Any) -> SystemConfig:

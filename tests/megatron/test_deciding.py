@@ -22,6 +22,7 @@ from hiermoe.policies.net import NetPolicy  # noqa: E402
 from hiermoe.policies.protocol import PlacementPolicy, PlacementUpdate, StepContext  # noqa: E402
 from hiermoe.policies.search.search_policy import SearchPolicy  # noqa: E402
 from hiermoe.ranks.launch import run_ranks  # noqa: E402
+from hiermoe.records.status import NotApplicable  # noqa: E402
 from hiermoe.topology.cluster import Cluster  # noqa: E402
 from hiermoe.topology.placement import Placement  # noqa: E402
 
@@ -104,8 +105,8 @@ def decide_both_ways(rank: int) -> Seen:
             layers = [layer_of(n, watched(kind(**arguments))) for n in range(LAYERS)]
             seen["updates", name, how] = list(train(layers, 0, STEPS))
             seen["states", name, how] = plain(policy_states(layers, world))
+            seen["shared", name, how] = plain([layer.policy.shared_state() or {} for layer in layers])
             seen["decided", name, how] = [len(layer.policy.decided) for layer in layers]
-        seen["bits", name] = [plain([layer.policy.shared_state() or {}]) for layer in layers]
     return seen
 
 
@@ -137,8 +138,9 @@ def test_every_rank_gets_what_the_deciding_one_remembers(name: str, ranks: list[
 
 
 def test_ranks_that_only_measure_learn_what_measuring_depends_on(ranks: list[Seen]) -> None:
-    bits = [state["zero_bits"] for state in ranks[0]["states", "search", "alone"]]
-    assert any(bits)  # so equal updates above say that all ranks measured with them
+    bits = [{"zero_bits": state["zero_bits"]} for state in ranks[0]["states", "search", "alone"]]
+    assert any(bit["zero_bits"] for bit in bits)
+    assert all(rank["shared", "search", "divided"] == bits for rank in ranks)
 
 
 class Broken(HierDESPolicy):
@@ -146,6 +148,13 @@ class Broken(HierDESPolicy):
 
     def decide(self, summed: Tensor | None, placement: Placement, context: StepContext) -> PlacementUpdate | None:
         raise ArithmeticError("no way out")
+
+
+class Unfit(HierDESPolicy):
+    """It does not apply."""
+
+    def decide(self, summed: Tensor | None, placement: Placement, context: StepContext) -> PlacementUpdate | None:
+        raise NotApplicable("no such thing")
 
 
 class Content(HierDESPolicy):
@@ -167,12 +176,12 @@ def say(rank: int) -> Seen:
     from hiermoe.dispatch.interposer import Interposer
 
     seen: Seen = {}
-    for name, policy in (("broken", Broken), ("copying", Copying)):
+    for name, policy in (("broken", Broken), ("copying", Copying), ("unfit", Unfit)):
         layers = [layer_of(n, HierDESPolicy() if n < 2 else policy()) for n in range(3)]
         try:
             next(train(layers, 0, 1))
-        except RuntimeError as error:
-            seen[name] = str(error), repr(error.__cause__)
+        except (RuntimeError, ValueError) as error:
+            seen[name] = type(error).__name__, str(error), error.__notes__[0]
     for policy in (Content, HierDESPolicy):
         layers = [layer_of(n, policy()) for n in range(3)]
         with Interposer() as interposer:
@@ -187,11 +196,11 @@ def said() -> list[Seen]:
 
 
 def test_a_rank_that_cannot_decide_stops_every_rank(said: list[Seen]) -> None:
-    for number, rank in enumerate(said):
-        words, cause = rank["broken"]
-        assert words == "rank 2 decides on layer 2 for all, and failed: ArithmeticError: no way out"
-        assert ("no way out" in cause) == (number == 2)
-        assert "layer 2: training moves experts, but sums no gradients of copies" in rank["copying"][0]
+    for rank in said:
+        assert rank["broken"][:2] == ("RuntimeError", "layer 2, decided on by rank 2: ArithmeticError: no way out")
+        assert "in decide" in rank["broken"][2]
+        assert rank["copying"][0] == "ValueError" and "sums no gradients of copies" in rank["copying"][1]
+        assert rank["unfit"][:2] == ("NotApplicable", "layer 2, decided on by rank 2: no such thing")
 
 
 def test_what_is_said_is_heard_from_each_rank_that_decides(said: list[Seen]) -> None:

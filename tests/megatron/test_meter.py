@@ -181,27 +181,28 @@ def test_what_is_left_out_is_no_part_of_a_call() -> None:
 
 
 class Slow(PlacementPolicy):
-    """It measures for longer than a dispatch takes."""
+    """Rank 0 measures for longer than a dispatch takes."""
 
     def measure(self, *of: Any, **named: Any) -> torch.Tensor:
-        time.sleep(SLEEP_MS / 1e3)
+        time.sleep(0 if dist.get_rank() else SLEEP_MS / 1e3)
         return torch.zeros(1)
 
 
-def measure_slowly(rank: int) -> list[Seen]:
+def measure_slowly(rank: int) -> tuple[float, float]:
     start_megatron(WORLD.num_ranks)
     gpt = models.build(models.cut_down("qwen3_30b_a3b", moe_layers=1), WORLD.num_ranks)
     slow = {"policy": {"_target_": f"{__name__}.Slow"}}
-    with Meter() as meter:
+    with Meter(align=dist.barrier) as meter:
         placement = attach(gpt, SystemConfig.named("hd2").model_copy(update=slow), WORLD.cluster, meter=meter)
         models.step(gpt, rank)
-        return [{"measuring_ms": placement.measuring_ms, "dispatch_ms": meter.drain()[0].total_ms}]
+        return placement.measuring_ms, meter.drain()[0].total_ms
 
 
 @pytest.mark.slow
-def test_what_a_policy_measures_is_no_part_of_the_dispatch() -> None:
-    for (seen,) in run_ranks(measure_slowly, WORLD.num_ranks, (), TIMEOUT, deadline=DEADLINE, hosts=WORLD.hosts):
-        assert seen["measuring_ms"] >= SLEEP_MS > seen["dispatch_ms"]
+def test_what_a_policy_measures_is_no_part_of_the_dispatch_of_any_rank() -> None:
+    seen = run_ranks(measure_slowly, WORLD.num_ranks, (), TIMEOUT, deadline=DEADLINE, hosts=WORLD.hosts)
+    measuring_ms, dispatch_ms = zip(*seen, strict=True)
+    assert measuring_ms[0] >= SLEEP_MS > max(dispatch_ms)
 
 
 class Ticking(torch.autograd.Function):

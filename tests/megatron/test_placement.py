@@ -128,6 +128,9 @@ class Dissent(Shuffle):
 
         return PlacementUpdate(placement.swapped(0, 7 - dist.get_rank() % 2), None)
 
+    def shared_state(self) -> None:
+        """Every rank decides."""
+
 
 def observe(rank: int, config: TrainingConfig, corpus: Corpus) -> Seen:
     seen: Seen = {}
@@ -246,7 +249,8 @@ def test_a_decision_takes_one_sum_of_all_layers_and_one_comparison(seen: list[Se
         assert rank["operations", "watched"] == ["all_reduce", "all_reduce"]
         assert rank["operations", "static"] == rank["operations", "rarely"] == []
         assert rank["operations", "shuffled"][:2] == ["all_reduce", "all_reduce"]
-        assert set(rank["operations", "shuffled"][2:]) <= {"send", "receive"}
+        assert rank["operations", "shuffled"][2:6] == 2 * ["broadcast", "broadcast"]  # a layer each: size, content
+        assert set(rank["operations", "shuffled"][6:]) <= {"send", "receive"}
 
 
 @pytest.mark.parametrize("recompute", [False, True])

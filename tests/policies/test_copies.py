@@ -196,4 +196,15 @@ def test_settings_out_of_range_are_refused() -> None:
             PricedCopiesPolicy(**wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="horizon=0"):
         PricedCopiesPolicy(horizon=0)
-    assert PricedCopiesPolicy(interval=2).measures_alike == HierDESPolicy(interval=2).measures_alike
+
+
+def test_what_is_said_to_be_measured_alike_is() -> None:
+    hierarchy = Hierarchy((2, 4))
+    step = random_step([10] * 4, 16, 3, torch.Generator().manual_seed(1))
+    ours, theirs = PricedCopiesPolicy(interval=4), HierDESPolicy(interval=4)
+    assert ours.measures_alike == theirs.measures_alike
+    for iteration in range(8):
+        of = step.expert_ids_NK, step.source_N, Placement.identity(16), hierarchy, iteration
+        mine, other = ours.measure(*of), theirs.measure(*of)
+        assert (mine is None) == (other is None) == (iteration % 4 != 3)
+        assert mine is None or other is None or torch.equal(mine, other)

@@ -1,4 +1,4 @@
-"""The search as a placement policy: decided from sums, so that every rank decides the same."""
+"""The search as a placement policy: decided from sums over ranks."""
 
 import torch
 from torch import Tensor

@@ -5,7 +5,7 @@ cells, where its sorted experts and a count are added up. After the sum a cell w
 each of the K sums divided by the count is an expert, and what comes out hashes to the cell again. Cells where sets
 collide fail that test (one in 2^13 passes by chance, with 8192 cells) and are left out, whatever their sets weigh, so
 what is left is a fair sample of the distinct sets, equal ones merged over all ranks. Where a step has more distinct
-sets than cells, only those whose hash has some zero bits take part; every rank derives their number from earlier sums.
+sets than cells, only those whose hash has some zero bits take part; their number follows from earlier sums.
 
 Counts of pairs of experts would be smaller (E * E), but they cannot tell how many groups a token needs: partitioned by
 them alone, recorded DeepSeek-V3 routing took a tenth longer than with experts in order.

@@ -91,7 +91,8 @@ def words(table: pd.DataFrame) -> Words:
         f"experts ({_power(table, 'num_experts', 'decide_ms')}), and so does what ranks sum "
         f"({_power(table, 'num_experts', 'summed_bytes')}). Powers are slopes of a line through logarithms, "
         f"E from {few:.0f} to {many:.0f}.",
-        "GPUs enter through the levels alone: counts are of groups, not of pairs of GPUs, and each rank decides alone.",
+        "GPUs enter through the levels alone: counts are of groups, not of pairs of GPUs. In training one rank of all "
+        "chooses for a layer.",
     ]
     return Words(
         f"HierD-ES on {usual['num_experts'].iloc[0]:.0f} experts takes a rank {span(usual['total_ms'], 1)} ms a layer "

@@ -81,7 +81,7 @@ def _row(run: Run, twin: Run, results: Results) -> dict[str, object]:
         "low": whole.low,
         "high": whole.high,
         "local_ms": steps["local_ms"].median(),
-        "planning_ms": steps["planning_ms"].median(),
+        "planning_ms": steps["planning_ms"].mean(),
         "migration_ms": steps["migration_ms"].mean(),
         "copies_ms": steps["copies_ms"].median(),
         "gradient_ms": steps["gradient_ms"].median(),
@@ -328,7 +328,7 @@ def _summary(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
         "model", "routing", "system", "predicted ms", "busiest links ms", "wire ms", "whole calls ms",
         "wire over predicted",
         "stages of dispatch over α and busiest link: rows alone, in the dispatcher",
-        "speed-up predicted", "by the links", "on the wire", "whole calls", "planning ms", "migration ms a step",
+        "speed-up predicted", "by the links", "on the wire", "whole calls", "planning ms a step", "migration ms a step",
         "weights to copies ms", "gradients home ms", "net ms", "net predicted ms", "n",
     )  # fmt: skip
     for _, row in table.iterrows():

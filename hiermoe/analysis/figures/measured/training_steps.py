@@ -16,6 +16,7 @@ from hiermoe.analysis.frames import Results
 from hiermoe.analysis.statistics import bootstrap, ratio_of_sums
 from hiermoe.analysis.whole_step import step_speedup
 from hiermoe.analysis.wording import with_interval
+from hiermoe.records.step_ends import step_ends
 
 BASELINE = "megatron"
 WHERE = {"emulated": "the emulated cluster", "cluster": "a cluster"}
@@ -23,7 +24,7 @@ PARTS = {"compute_ms": 0.35, "alltoall_ms": 1.0, "planning_ms": 0.6, "migration_
 
 
 def table(results: Results, claims: Sequence[Claim]) -> pd.DataFrame:
-    """One row per model and system: means over the counted steps of the busiest rank; speed-ups over Megatron-LM.
+    """One row per model and system: means over the counted steps, of the last rank to end; speed-ups over Megatron-LM.
 
     Means, as plans and moves come in some of the steps.
     """
@@ -76,21 +77,19 @@ def _sizes(config: Any) -> str:
 
 
 def _steps(counted: pd.DataFrame) -> pd.DataFrame:
-    """What the last rank to end takes in each counted step: what happens after the optimizer's step belongs to it.
+    """What the last rank to end takes in each counted step, in parts.
 
-    Planning and migration are what they add: by how much later the last rank ends than without them. A rank that waits
-    there for one whose step took longer waits in no step of its own. Migration is seen after the step, and within it
-    where experts that travelled beside it land.
+    Migration is seen after the step, and within it where experts that travelled beside it land. Of compute and
+    AlltoAlls the busiest rank counts; waiting in an AlltoAll for a rank that measures longer is AlltoAll's.
     """
     alltoall_ms = counted["alltoall_forward_ms"] + counted["alltoall_backward_ms"]
-    planned_ms = counted["train_step_ms"] + counted["planning_ms"]
-    ended = {"alltoall_ms": alltoall_ms, "planned_ms": planned_ms, "step_ms": planned_ms + counted["migration_ms"]}
-    last = counted.assign(**ended).groupby("iteration").max(numeric_only=True)
-    landing_ms = last["landing_ms"].fillna(0.0) if "landing_ms" in last else 0.0
-    last["compute_ms"] = last["train_step_ms"] - last["alltoall_ms"] - landing_ms
-    last["planning_ms"] = last["planned_ms"] - last["train_step_ms"]
-    last["migration_ms"] = last["step_ms"] - last["planned_ms"] + landing_ms
-    return last
+    busiest = counted.assign(alltoall_ms=alltoall_ms).groupby("iteration").max(numeric_only=True)
+    ends = step_ends(counted)
+    steps = busiest.drop(columns=ends.columns, errors="ignore").join(ends)
+    landing_ms = steps["landing_ms"].fillna(0.0) if "landing_ms" in steps else 0.0
+    steps["compute_ms"] = steps["train_step_ms"] - steps["alltoall_ms"] - landing_ms
+    steps["migration_ms"] += landing_ms
+    return steps
 
 
 def _share(steps: pd.DataFrame) -> float:
@@ -163,8 +162,8 @@ def words(table: pd.DataFrame) -> Words:
     return Words(
         f"Whole training steps on {WHERE[str(first['source'])]}, fastest over Megatron-LM: "
         f"{'; '.join(best) or 'no baseline'}",
-        f"Measured: stock Megatron-Core trains on {first['num_ranks']} {ranks}, {first['dtype']}. Busiest rank, mean "
-        f"of {table['n'].min()} steps; 95 % block-bootstrap intervals; one run each, {order}. "
+        f"Measured: stock Megatron-Core trains on {first['num_ranks']} {ranks}, {first['dtype']}. Last rank to end, "
+        f"mean of {table['n'].min()} steps; 95 % block-bootstrap intervals; one run each, {order}. "
         f"{'. '.join(table['sizes'].unique())}.",
         (
             f"{depends}Planning and moving experts count as part of the step, with what is seen of them. Expected: "
